@@ -1,0 +1,369 @@
+"""Frozen, checked settings made once from Hydra's composed YAML.
+
+Values live in `conf/*.yaml` alone: no dataclass here has a default, so what a run used is what its
+`config.yaml` says. This is the only module that imports omegaconf.
+"""
+
+import math
+import types
+import typing
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class UserError(ValueError):
+    """What a user can mend: the scripts print it as one line, without a traceback, and exit with 2."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    preference: Literal["sigmoid", "ipo", "hinge", "none"]
+    sft: Literal["none", "sum", "avg", "token"]
+    beta: float
+    eta: float
+    label_smoothing: float
+    normalize: bool
+
+
+@dataclass(frozen=True)
+class Model:
+    path: str | None
+    revision: str | None
+    tokenizer: str | None
+    architecture: dict[str, Any] | None
+    dtype: Literal["auto", "bfloat16", "float32", "float64"]
+
+
+@dataclass(frozen=True)
+class Gold:
+    pairs: int
+    eval_pairs: int
+    flip: float
+    hidden_weight: float
+    length_weight: float
+    samples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Data:
+    train: str | list[str]
+    eval: str | list[str] | None
+    revision: str | None
+    chat_template: str | None
+    template_date: str
+    max_length: int
+    truncation: Literal["drop", "prompt_left", "response_right"]
+    on_bad_row: Literal["error", "drop"]
+    gold: Gold
+
+
+@dataclass(frozen=True)
+class Reference:
+    kind: Literal["live"]
+    path: str | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    kind: Literal["padded"]
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float | Literal["auto"]
+    warmup_ratio: float
+    schedule: Literal["constant", "linear", "cosine"]
+    min_lr_ratio: float
+    betas: list[float]
+    weight_decay: float
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class Fsdp:
+    activation_checkpointing: Literal["none", "full", "selective"]
+    reshard_after_forward: bool
+    accumulate: Literal["unsharded", "sharded"]
+    cpu_offload: bool
+
+
+@dataclass(frozen=True)
+class Wandb:
+    mode: Literal["auto", "disabled", "offline", "online"]
+    project: str
+    group: str | None
+
+
+@dataclass(frozen=True)
+class Train:
+    loss: Loss
+    model: Model
+    data: Data
+    reference: Reference
+    layout: Layout
+    optim: Optim
+    fsdp: Fsdp
+    wandb: Wandb
+    seed: int
+    epochs: int
+    max_steps: int | None
+    batch_size: int
+    tokens_per_microbatch: int
+    compile: bool
+    eval_every: int
+    sample_every: int
+    log_every: int
+    run_dir: str | None
+    cache_dir: str
+
+
+@dataclass(frozen=True)
+class EvalModel:
+    path: str | list[str]
+    revision: str | None
+    tokenizer: str | None
+    dtype: Literal["auto", "bfloat16", "float32", "float64"]
+
+
+@dataclass(frozen=True)
+class EvalData:
+    eval: str | list[str]
+    revision: str | None
+    chat_template: str | None
+    template_date: str
+    max_length: int
+    truncation: Literal["drop", "prompt_left", "response_right"]
+    on_bad_row: Literal["error", "drop"]
+
+
+@dataclass(frozen=True)
+class Task:
+    kind: Literal["pairs", "generate", "gold"]
+    beta: float | Literal["auto"]
+    limit: int | None
+    samples: int
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Eval:
+    task: Task
+    model: EvalModel
+    reference: Reference
+    data: EvalData
+    seed: int
+    tokens_per_microbatch: int
+    run_dir: str | None
+    cache_dir: str
+
+
+def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "|".join(map(str, args))
+    if origin is types.UnionType or origin is typing.Union:
+        return " or ".join("null" if arg is types.NoneType else _describe(arg) for arg in args)
+    if origin in (list, dict):
+        return "a list" if origin is list else "a mapping"
+    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
+
+
+def _matches(hint: Any, value: Any) -> bool:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is types.UnionType or origin is typing.Union:
+        return any(_matches(arg, value) for arg in args)
+    if origin is list:
+        return isinstance(value, list) and all(_matches(args[0], item) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is float:  # YAML's `1` is a fine number; True is not, though Python calls it an int
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _typed(cls: type, node: Any, key: str = "") -> Any:
+    """`cls` filled from the mapping `node`; UserError names the first key that is absent, unknown or of another type."""
+    if not isinstance(node, dict):
+        raise UserError(f"{key}={node!r}: expected a group of keys ({', '.join(f.name for f in fields(cls))})")
+    names = {field.name for field in fields(cls)}
+    prefix = f"{key}." if key else ""
+    if unknown := sorted(set(node) - names):
+        raise UserError(f"{prefix}{unknown[0]}: no such key; the keys here are {', '.join(sorted(names))}")
+    values = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if name not in node:
+            raise UserError(f"{prefix}{name}: missing; give it on the command line or in the YAML")
+        value = node[name]
+        if is_dataclass(hint):
+            values[name] = _typed(hint, value, prefix + name)
+        elif _matches(hint, value):
+            values[name] = float(value) if hint is float else value
+        else:
+            raise UserError(f"{prefix}{name}={value!r}: expected {_describe(hint)}")
+    return cls(**values)
+
+
+def _plain(cfg: DictConfig, *, keep_groups: bool = False) -> dict:
+    try:
+        node = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        message = str(error).splitlines()[0]
+        raise UserError(f"{error.full_key or 'config'}: {message}; give it on the command line") from None
+    node.pop("hydra", None)
+    node.pop("recipe", None)  # a recipe only sets other keys; its own node is empty
+    return node
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def _finite(key: str, value: float) -> None:
+    _require(math.isfinite(value), f"{key}={value}: expected a finite number")
+
+
+def check_loss(loss: Loss) -> None:
+    for name in ("beta", "eta", "label_smoothing"):
+        _finite(f"loss.{name}", getattr(loss, name))
+    _require(loss.beta > 0, f"loss.beta={loss.beta}: expected > 0; for pure supervised training use loss=sft")
+    _require(loss.eta >= 0, f"loss.eta={loss.eta}: expected >= 0; the SFT term is a penalty and is added, never subtracted")
+    _require(
+        loss.eta == 0 or loss.sft != "none",
+        f"loss.eta={loss.eta} with loss.sft=none: eta would do nothing; set loss.sft=sum|avg|token or loss.eta=0",
+    )
+    _require(
+        loss.preference != "none" or (loss.sft != "none" and loss.eta > 0),
+        f"loss.preference=none with loss.sft={loss.sft}, loss.eta={loss.eta}: nothing to train on; use loss=sft",
+    )
+    _require(
+        0 <= loss.label_smoothing < 0.5,
+        f"loss.label_smoothing={loss.label_smoothing}: expected 0 <= e < 0.5, the share of labels believed flipped",
+    )
+    _require(
+        loss.label_smoothing == 0 or loss.preference == "sigmoid",
+        f"loss.label_smoothing={loss.label_smoothing} with loss.preference={loss.preference}: "
+        "only sigmoid reads it; set it to 0",
+    )
+
+
+def _check_date(value: str) -> None:
+    import datetime
+
+    try:
+        datetime.date.fromisoformat(value)
+    except ValueError:
+        raise UserError(f"data.template_date={value!r}: expected a date as YYYY-MM-DD") from None
+
+
+def _check_train(cfg: Train) -> None:
+    check_loss(cfg.loss)
+    for name in ("epochs", "batch_size", "tokens_per_microbatch", "log_every"):
+        value = getattr(cfg, name)
+        _require(value >= 1, f"{name}={value}: expected at least 1")
+    for name in ("eval_every", "sample_every"):
+        value = getattr(cfg, name)
+        _require(value >= 0, f"{name}={value}: expected 0 (never) or a number of steps")
+    _require(cfg.max_steps is None or cfg.max_steps >= 1, f"max_steps={cfg.max_steps}: expected null or at least 1")
+    _require(cfg.seed >= 0, f"seed={cfg.seed}: expected 0 or more")
+    optim = cfg.optim
+    _require(optim.lr == "auto" or optim.lr > 0, f"optim.lr={optim.lr}: expected auto or > 0")
+    for name in ("warmup_ratio", "min_lr_ratio"):
+        value = getattr(optim, name)
+        _require(0 <= value <= 1, f"optim.{name}={value}: expected a share of the run, 0 to 1")
+    _require(
+        len(optim.betas) == 2 and all(0 <= b < 1 for b in optim.betas),
+        f"optim.betas={optim.betas}: expected two numbers in [0, 1)",
+    )
+    _require(optim.weight_decay >= 0, f"optim.weight_decay={optim.weight_decay}: expected >= 0")
+    _require(optim.max_grad_norm > 0, f"optim.max_grad_norm={optim.max_grad_norm}: expected > 0 (.inf: no clipping)")
+    _require(cfg.data.max_length >= 2, f"data.max_length={cfg.data.max_length}: expected at least 2 tokens")
+    _check_date(cfg.data.template_date)
+    gold = cfg.data.gold
+    _require(gold.pairs >= 1 and gold.eval_pairs >= 1, f"data.gold.pairs={gold.pairs}, eval_pairs={gold.eval_pairs}: expected at least 1")
+    _require(0 <= gold.flip < 0.5, f"data.gold.flip={gold.flip}: expected 0 <= share < 0.5")
+    _require(
+        cfg.data.train == "gold" or cfg.data.eval != "gold",
+        f"data.eval=gold with data.train={cfg.data.train}: give data.eval=FILE of your own, or data.eval=null",
+    )
+    _require(
+        cfg.data.train == "gold" or cfg.model.path or (cfg.model.architecture and cfg.model.tokenizer),
+        f"model.path=null with data.train={cfg.data.train}: give model.path=DIR_OR_HUB_NAME, or "
+        "model.tokenizer=DIR to start model.architecture from random weights",
+    )
+    _require(
+        cfg.model.path is not None or cfg.data.train == "gold" or cfg.loss.preference == "none" or cfg.reference.path,
+        "model.path=null with a preference loss: a policy with random weights has no reference; train it with "
+        "loss=sft first, or give reference.path",
+    )
+
+
+def _check_eval(cfg: Eval) -> None:
+    task = cfg.task
+    _require(task.beta == "auto" or task.beta > 0, f"task.beta={task.beta}: expected auto or > 0")
+    _require(task.limit is None or task.limit >= 1, f"task.limit={task.limit}: expected null or at least 1")
+    _require(task.temperature >= 0, f"task.temperature={task.temperature}: expected >= 0 (0: greedy)")
+    _require(0 < task.top_p <= 1, f"task.top_p={task.top_p}: expected in (0, 1]")
+    _require(task.top_k >= 0, f"task.top_k={task.top_k}: expected 0 (off) or more")
+    for name in ("samples", "max_new_tokens", "batch_size"):
+        _require(getattr(task, name) >= 1, f"task.{name}={getattr(task, name)}: expected at least 1")
+    _require(
+        task.kind != "pairs" or cfg.reference.path is not None,
+        "reference.path=null with task=pairs: rewards are policy minus reference; give reference.path=DIR",
+    )
+    _require(cfg.tokens_per_microbatch >= 1, f"tokens_per_microbatch={cfg.tokens_per_microbatch}: expected at least 1")
+    _check_date(cfg.data.template_date)
+
+
+def _auto_lr(cfg: Train) -> float:
+    """The learning rate that `optim.lr: auto` stands for: the papers' for a given model, this project's for its tiny one."""
+    if cfg.model.path is not None:
+        return 2e-5 if cfg.loss.preference == "none" else 5e-7
+    return 3e-3 if cfg.loss.preference == "none" else 5e-4
+
+
+def train_config(cfg: DictConfig) -> Train:
+    """Checked settings of one training run.
+
+    Raises UserError: a missing, unknown, mistyped or contradictory key, in one line with its value and the fix.
+    """
+    typed = _typed(Train, _plain(cfg))
+    _check_train(typed)
+    if typed.optim.lr == "auto":
+        typed = replace(typed, optim=replace(typed.optim, lr=_auto_lr(typed)))
+    return typed
+
+
+def eval_config(cfg: DictConfig) -> Eval:
+    """Checked settings of one evaluation. Raises UserError as `train_config` does."""
+    typed = _typed(Eval, _plain(cfg))
+    _check_eval(typed)
+    return typed
+
+
+def to_yaml(cfg: Train | Eval) -> str:
+    """The settings as YAML, every key resolved, in the order of the dataclasses."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg)) if False else OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
+
+
+def to_dict(cfg: Any) -> dict:
+    """The settings as nested plain dicts (JSON types)."""
+    return {f.name: to_dict(v) if is_dataclass(v := getattr(cfg, f.name)) else v for f in fields(cfg)}
+
+
+def read_yaml(path: Path) -> dict:
+    """A run's `config.yaml` as nested dicts."""
+    return OmegaConf.to_container(OmegaConf.load(path))
