@@ -1,9 +1,11 @@
 """Frozen, checked settings made once from Hydra's composed YAML.
 
 Values live in `conf/*.yaml` alone: no dataclass here has a default, so what a run used is what its
-`config.yaml` says. This is the only module that imports omegaconf.
+`config.yaml` says. This is the only module that imports omegaconf, and only to convert: the library is usable
+without it.
 """
 
+import datetime
 import math
 import types
 import typing
@@ -11,8 +13,8 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+if typing.TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 class UserError(ValueError):
@@ -216,7 +218,10 @@ def _typed(cls: type, node: Any, key: str = "") -> Any:
     return cls(**values)
 
 
-def _plain(cfg: DictConfig, *, keep_groups: bool = False) -> dict:
+def _plain(cfg: "DictConfig") -> dict:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         node = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
@@ -240,7 +245,9 @@ def check_loss(loss: Loss) -> None:
     for name in ("beta", "eta", "label_smoothing"):
         _finite(f"loss.{name}", getattr(loss, name))
     _require(loss.beta > 0, f"loss.beta={loss.beta}: expected > 0; for pure supervised training use loss=sft")
-    _require(loss.eta >= 0, f"loss.eta={loss.eta}: expected >= 0; the SFT term is a penalty and is added, never subtracted")
+    _require(
+        loss.eta >= 0, f"loss.eta={loss.eta}: expected >= 0; the SFT term is a penalty and is added, never subtracted"
+    )
     _require(
         loss.eta == 0 or loss.sft != "none",
         f"loss.eta={loss.eta} with loss.sft=none: eta would do nothing; set loss.sft=sum|avg|token or loss.eta=0",
@@ -261,8 +268,6 @@ def check_loss(loss: Loss) -> None:
 
 
 def _check_date(value: str) -> None:
-    import datetime
-
     try:
         datetime.date.fromisoformat(value)
     except ValueError:
@@ -293,7 +298,10 @@ def _check_train(cfg: Train) -> None:
     _require(cfg.data.max_length >= 2, f"data.max_length={cfg.data.max_length}: expected at least 2 tokens")
     _check_date(cfg.data.template_date)
     gold = cfg.data.gold
-    _require(gold.pairs >= 1 and gold.eval_pairs >= 1, f"data.gold.pairs={gold.pairs}, eval_pairs={gold.eval_pairs}: expected at least 1")
+    _require(
+        gold.pairs >= 1 and gold.eval_pairs >= 1,
+        f"data.gold.pairs={gold.pairs}, eval_pairs={gold.eval_pairs}: expected at least 1",
+    )
     _require(0 <= gold.flip < 0.5, f"data.gold.flip={gold.flip}: expected 0 <= share < 0.5")
     _require(
         cfg.data.train == "gold" or cfg.data.eval != "gold",
@@ -335,7 +343,7 @@ def _auto_lr(cfg: Train) -> float:
     return 3e-3 if cfg.loss.preference == "none" else 5e-4
 
 
-def train_config(cfg: DictConfig) -> Train:
+def train_config(cfg: "DictConfig") -> Train:
     """Checked settings of one training run.
 
     Raises UserError: a missing, unknown, mistyped or contradictory key, in one line with its value and the fix.
@@ -347,7 +355,7 @@ def train_config(cfg: DictConfig) -> Train:
     return typed
 
 
-def eval_config(cfg: DictConfig) -> Eval:
+def eval_config(cfg: "DictConfig") -> Eval:
     """Checked settings of one evaluation. Raises UserError as `train_config` does."""
     typed = _typed(Eval, _plain(cfg))
     _check_eval(typed)
@@ -356,7 +364,9 @@ def eval_config(cfg: DictConfig) -> Eval:
 
 def to_yaml(cfg: Train | Eval) -> str:
     """The settings as YAML, every key resolved, in the order of the dataclasses."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg)) if False else OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
 
 
 def to_dict(cfg: Any) -> dict:
@@ -366,4 +376,15 @@ def to_dict(cfg: Any) -> dict:
 
 def read_yaml(path: Path) -> dict:
     """A run's `config.yaml` as nested dicts."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_container(OmegaConf.load(path))
+
+
+def set_sweep_dir(cfg: "DictConfig", folder: Path) -> None:
+    """Makes `folder` the sweep's folder, for Hydra itself and for the cells that it composes from now on."""
+    from omegaconf import open_dict, read_write
+
+    with read_write(cfg), open_dict(cfg):
+        cfg.hydra.sweep.dir = str(folder)
+        cfg.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")

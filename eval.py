@@ -1,0 +1,166 @@
+"""One evaluation task against one or more models: a table on screen, results.json and samples.jsonl in its folder.
+
+    python eval.py task=pairs    model.path=[RUN/model,OTHER] reference.path=DIR data.eval=FILE
+    python eval.py task=generate model.path=RUN/model data.eval=PROMPTS.jsonl task.temperature=0
+    python eval.py task=gold     model.path=RUN/model
+
+Where a model is a run's `model/`, what is not given (reference, data, beta) comes from that run's config.yaml.
+"""
+
+import json
+from pathlib import Path
+
+import hydra
+import numpy as np
+import torch
+
+from rpo import config, data, dist, models, packing, rundir, score, sweep
+from rpo.config import Eval, Fsdp, Gold, UserError
+from rpo.tasks import generate, gold, pairs
+
+FSDP = Fsdp(activation_checkpointing="none", reshard_after_forward=True, accumulate="unsharded", cpu_offload=False)
+
+
+def evaluate(cfg: Eval) -> str:
+    """Runs the task on every model; returns "finished". Raises UserError before the first model is loaded."""
+    device = dist.init()
+    run_dir = rundir.choose(cfg.run_dir, f"eval_{cfg.task.kind}")
+    paths = [cfg.model.path] if isinstance(cfg.model.path, str) else cfg.model.path
+    runs = [_run_of(path) for path in paths]
+    compared = cfg.task.kind != "generate"
+    reference_path = cfg.reference.path or _from_runs(runs, "reference.path") if compared else None
+    spec = cfg.data.eval or _from_runs(runs, "data.eval")
+    betas = [_beta(cfg, run, path) for run, path in zip(runs, paths, strict=True)] if cfg.task.kind == "pairs" else []
+    weights = _gold_weights(runs) if cfg.task.kind == "gold" else None
+
+    named = {f"model.path={path}": path for path in paths} | ({"reference.path": reference_path} if compared else {})
+    hf = {
+        key: models.check(path, cfg.model.revision if path in paths else None, key=key) for key, path in named.items()
+    }
+    tokenizer = data.load_tokenizer(
+        cfg.model.tokenizer or paths[0], revision=cfg.model.revision, chat_template=cfg.data.chat_template
+    )
+    cache_dir = Path(cfg.cache_dir).expanduser()
+    with dist.main_first():
+        if cfg.task.kind == "pairs":
+            rows, report = data.load(spec, cfg.data, tokenizer, pairs=True, cache_dir=cache_dir)
+        else:
+            rows, report = data.load_prompts(spec, cfg.data, tokenizer)
+    rows = rows.head(cfg.task.limit or len(rows))
+    models.check_fit(
+        hf, tokenizer, packing.longest(rows) + (cfg.task.max_new_tokens if cfg.task.kind != "pairs" else 0)
+    )
+
+    with rundir.recording(run_dir):
+        compute = models.compute_dtype(cfg.model.dtype, device)
+        master = torch.promote_types(compute, torch.float32)
+        shard = {
+            "mesh": dist.mesh(device),
+            "fsdp": FSDP,
+            "compute_dtype": compute,
+            "compile": False,
+            "trainable": False,
+        }
+        reference = models.prepare(models.load(reference_path, None, master), **shard) if compared else None
+        results, samples = {}, []
+        for i, path in enumerate(paths):
+            policy = models.prepare(models.load(path, cfg.model.revision, master), **shard)
+            common = {"device": device, "seed": cfg.seed}
+            match cfg.task.kind:
+                case "pairs":
+                    floor = score.noise_floor(policy, rows, np.arange(min(8, len(rows))), device)
+                    budget = {"tokens_per_microbatch": cfg.tokens_per_microbatch}
+                    result, made = pairs.evaluate(
+                        policy, reference, rows, beta=betas[i], noise_floor=floor, **budget, **common
+                    )
+                case "generate":
+                    result, made = generate.evaluate(
+                        policy, tokenizer, rows, cfg.task, template_date=cfg.data.template_date, **common
+                    )
+                case "gold":
+                    result, made = gold.evaluate(
+                        policy,
+                        reference,
+                        tokenizer,
+                        rows,
+                        cfg.task,
+                        weights,
+                        template_date=cfg.data.template_date,
+                        **common,
+                    )
+            results[path] = result
+            samples += [{"model": path} | sample for sample in made]
+            del policy
+
+        if dist.is_main():
+            (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
+            facts = {"reference": reference_path, "data": spec, "beta": dict(zip(paths, betas, strict=False))}
+            rundir.write_json(run_dir / "environment.json", rundir.environment(device))
+            rundir.write_json(run_dir / "data_report.json", report)
+            rundir.write_json(run_dir / "results.json", {"task": cfg.task.kind, **facts, "models": results})
+            with (run_dir / "samples.jsonl").open("w") as file:
+                file.writelines(json.dumps(sample) + "\n" for sample in samples)
+            print(_table(results), f"{run_dir / 'results.json'}", sep="\n", flush=True)
+    return "finished"
+
+
+def _run_of(path: str) -> dict | None:
+    """The settings of the run whose model/ this is; None for any other model."""
+    file = Path(path).parent / "config.yaml"
+    return config.read_yaml(file) if file.exists() and Path(path).name == "model" else None
+
+
+def _from_runs(runs: list[dict | None], key: str) -> str | list[str]:
+    """What all the models' runs used for `key`; UserError where a model has no run or they differ."""
+    group, name = key.split(".")
+    found = []
+    for run in runs:
+        value = run and run[group][name]
+        # A run without reference.path was compared with its own starting weights.
+        found.append(run["model"]["path"] if run and value is None and key == "reference.path" else value)
+    if found[0] is None or any(value != found[0] for value in found):
+        why = "the models' runs used different ones" if all(found) else "a model has no run to take it from"
+        raise UserError(f"{key}=null: {why}; give {key}=...")
+    return found[0]
+
+
+def _beta(cfg: Eval, run: dict | None, path: str) -> float:
+    if cfg.task.beta != "auto":
+        return cfg.task.beta
+    if run is None:
+        raise UserError(f"task.beta=auto: {path} has no run whose beta it could take; give task.beta=NUMBER")
+    return run["loss"]["beta"]
+
+
+def _gold_weights(runs: list[dict | None]) -> Gold:
+    for run in runs:
+        if run is not None and "/gold/" in str(run["data"]["train"]):
+            return Gold(**run["data"]["gold"])
+    raise UserError("task=gold: no model.path is the model/ of a run with data=gold, so there is no reward to compute")
+
+
+def _table(results: dict[str, dict]) -> str:
+    """Metrics down, models across, each value +- its standard error."""
+    names = list(dict.fromkeys(name for result in results.values() for name in result))
+    lines = [["", *results]]
+    for name in names:
+        cells = [result[name] for result in results.values()]
+        lines.append([name, *(_cell(cell) for cell in cells)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _cell(cell: dict) -> str:
+    if cell["value"] is None:
+        return "-"
+    return f"{cell['value']:.4f}" + ("" if cell["se"] is None else f" +- {cell['se']:.4f}")
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="eval")
+def main(cfg) -> None:
+    """One evaluation; exit codes: 0 finished, 2 a user's error, 1 anything else."""
+    sweep.run_job(lambda: evaluate(config.eval_config(cfg)))
+
+
+if __name__ == "__main__":
+    main()

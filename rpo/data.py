@@ -1,0 +1,479 @@
+"""Tokenised rows, their order, and the report of what became of every row that was read.
+
+Letters: P, C, R token counts of a row's prompt, chosen and rejected response; max_length bounds P + max(C, R).
+A response's tokens end with exactly one end-of-turn, which is scored; what a template renders after it is dropped.
+"""
+
+import hashlib
+import json
+import math
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from datetime import datetime
+from functools import cached_property, lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rpo.config import Data, EvalData, UserError
+from rpo.rows import (
+    UNINFORMATIVE,
+    WELL_FORMED,
+    Example,
+    Messages,
+    RowError,
+    Source,
+    Tally,
+    check_file,
+    is_empty,
+    one_line,
+    open_sources,
+    parse,
+)
+from rpo.store import read_arrays, write_arrays
+
+CODE_VERSION = 1  # of the tokens that this module makes from given rows: raise it when they change
+BATCH = 1024  # rows tokenised in one call
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Tokenised rows, each laid out [prompt | chosen | rejected]; every response token is scored."""
+
+    ids: np.ndarray  # int32, all rows end to end
+    prompt: np.ndarray  # int32 P, per row
+    chosen: np.ndarray  # int32 C
+    rejected: np.ndarray  # int32 R, 0 in supervised rows
+    file: np.ndarray  # int32, index into files
+    line: np.ndarray  # int32, 1-based line (jsonl) or row number
+    files: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """int64, where each row begins in `ids`, and one last entry for where they end."""
+        return np.concatenate([[0], np.cumsum(self.prompt + self.chosen + self.rejected, dtype=np.int64)])
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The prompt, chosen and rejected ids of row `i`, views into `ids`."""
+        ids = self.ids[self.starts[i] : self.starts[i + 1]]
+        border = self.prompt[i] + self.chosen[i]
+        return ids[: self.prompt[i]], ids[self.prompt[i] : border], ids[border:]
+
+    def where(self, i: int) -> str:
+        """FILE:LINE that row `i` was read from."""
+        return f"{self.files[self.file[i]]}:{self.line[i]}"
+
+
+ARRAYS = tuple(field.name for field in fields(Rows) if field.name != "files")
+
+
+# ---- tokenizer
+
+
+def load_tokenizer(
+    path: str | Path, *, revision: str | None = None, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory or Hub name, its chat template replaced where `chat_template` is given.
+
+    `chat_template` is jinja text or the path of a file that holds it. Raises UserError where the tokenizer cannot be
+    loaded or has no EOS token, or the template's file does not exist.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main")
+    except Exception as error:  # a missing folder, name, network, file or library: each its own type
+        raise UserError(f"tokenizer {path}: cannot be loaded ({one_line(error)}); give a folder or Hub name") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {path}: has no EOS token to end a response; set eos_token in tokenizer_config.json")
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+    return tokenizer
+
+
+def _template_text(chat_template: str) -> str:
+    if any(mark in chat_template for mark in ("{{", "{%", "\n")):
+        return chat_template
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.chat_template={chat_template}: no such file; give jinja text or a file that holds it")
+    return path.read_text(encoding="utf-8")
+
+
+class _Tok(NamedTuple):
+    """A tokenizer and what is asked of it for every row."""
+
+    tokenizer: PreTrainedTokenizerBase
+    bos: int | None
+    adds_bos: bool  # whether the tokenizer itself begins a text with it
+    eos: int
+    special: frozenset[int]
+
+
+def _tok(tokenizer: PreTrainedTokenizerBase) -> _Tok:
+    bos = tokenizer.bos_token_id
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    return _Tok(tokenizer, bos, adds_bos, tokenizer.eos_token_id, frozenset(special | set(tokenizer.all_special_ids)))
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+
+
+def _with_bos(ids: list[int], tok: _Tok) -> list[int]:
+    return [tok.bos, *ids] if tok.adds_bos and ids[:1] != [tok.bos] else ids
+
+
+@lru_cache
+def _fix_date(template: str, template_date: str) -> str:
+    """The template with `strftime_now` answering for `template_date` at midnight, as a macro that shadows the clock.
+
+    A macro, because apply_chat_template turns a function among its arguments into text.
+    """
+    if "strftime_now" not in template:
+        return template
+    day = datetime.fromisoformat(template_date)
+    directives = [f"%{c}" for c in "aAwdbBmyYHIMSfpjUWcxXGuVeFTDR"] + [f"%-{c}" for c in "dmyHIMSj"]
+    filters = "".join(f"|replace({d!r}, {day.strftime(d)!r})" for d in directives)
+    return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n" + template
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, template_date: str, *, prompt: bool) -> str:
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "data.chat_template=null: the data has messages, the tokenizer no chat template; give jinja text or a file"
+        )
+    template = _fix_date(tokenizer.get_chat_template(), template_date)
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=prompt, tokenize=False
+        )
+    except Exception as error:  # the template is a program of the user's and may raise anything
+        text = f"the chat template refuses the messages ({one_line(error)}); mend them or data.chat_template"
+        raise RowError("template_error", text) from None
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, template_date: str) -> list[int]:
+    """The ids that training uses as the prompt of a row with this `prompt`, before any truncation.
+
+    A message list is rendered with the generation prompt; a string is tokenised as it is. Raises UserError where the
+    template refuses the messages or there is none.
+    """
+    try:
+        text = prompt if isinstance(prompt, str) else _render(tokenizer, prompt, template_date, prompt=True)
+    except RowError as error:
+        raise UserError(str(error)) from None
+    return _with_bos(_tokenize(tokenizer, [text])[0], _tok(tokenizer))
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, template_date: str) -> list[int]:
+    """The ids that end a response: EOS, then the chat template's end-of-turn where that is another token."""
+    tok = _tok(tokenizer)
+    if tokenizer.chat_template is None:
+        return [tok.eos]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = _render(tokenizer, messages, template_date, prompt=False)
+    except RowError as error:
+        raise UserError(str(error)) from None
+    return list(dict.fromkeys([tok.eos, _close(_tokenize(tokenizer, [text])[0], tok)[-1]]))
+
+
+def _close(ids: list[int], tok: _Tok) -> list[int]:
+    """The response up to its end-of-turn: the first special token of the trailing run of special and blank ones.
+
+    First, because Phi-3 renders <|end|> newline <|endoftext|>. Where the run has none, EOS is appended.
+    """
+    end = None
+    for i in range(len(ids) - 1, -1, -1):
+        if ids[i] in tok.special:
+            end = i
+        elif tok.tokenizer.decode([ids[i]]).strip():
+            break
+    return [*ids, tok.eos] if end is None else ids[: end + 1]
+
+
+# ---- one row
+
+
+class _Encoded(NamedTuple):
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, example: Example, template_date: str) -> list[str]:
+    """What has to be tokenised for a row: prompt and the whole of each side (chat), or the parts apart (strings)."""
+    responses = [side for side in (example.chosen, example.rejected) if side is not None]
+    if isinstance(example.prompt, list):
+        texts = [_render(tokenizer, example.prompt, template_date, prompt=True)]
+        texts += [_render(tokenizer, example.prompt + side, template_date, prompt=False) for side in responses]
+    else:
+        texts = responses if example.prompt is None else [example.prompt, *responses]
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        text = "an escape like \\ud800 is half a character: expected Unicode text; mend the row"
+        raise RowError("invalid_utf8", text) from None
+    return texts
+
+
+def _encode(tok: _Tok, example: Example, texts: list[str], ids: list[list[int]]) -> _Encoded:
+    """Ids of a pair or a supervised row from the ids of its `_texts`. Raises RowError."""
+    prompt = _with_bos(ids[0], tok)
+    if not prompt:
+        raise RowError("no_prompt", "field prompt: expected at least one token before the response; add text")
+    if isinstance(example.prompt, str):
+        return _Encoded(prompt, *[[*side, tok.eos] for side in ids[1:]], *[[]] * (3 - len(ids)))
+    responses = []
+    for field, text, side in zip(("chosen", "rejected"), texts[1:], ids[1:], strict=False):
+        full = _with_bos(side, tok)
+        if full[: len(prompt)] != prompt:
+            raise RowError(
+                "not_a_prefix", _why_not_a_prefix(tok.tokenizer, field, prompt, full, text.startswith(texts[0]))
+            )
+        responses.append(_close(full[len(prompt) :], tok))
+    return _Encoded(prompt, *responses, *[[]] * (2 - len(responses)))
+
+
+def _why_not_a_prefix(
+    tokenizer: PreTrainedTokenizerBase, field: str, prompt: list[int], full: list[int], same_text: bool
+) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
+    shown = [repr(tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "the end" for ids in (prompt, full)]
+    reason = (
+        "a token spans the border; end the template's generation prompt, or begin the response, where a token ends"
+        if same_text
+        else "the template renders the prompt differently once an answer follows; use a template that does not"
+    )
+    return (
+        f"field {field}: expected the prompt's tokens at the beginning of the whole's; token {at} is {shown[0]} in the "
+        f"prompt, {shown[1]} with the response: {reason}"
+    )
+
+
+def _truncate(row: _Encoded, bos: int | None, max_length: int, policy: str) -> _Encoded | None:
+    """The row within P + max(C, R) <= max_length by `data.truncation`, or None where it has to go."""
+    prompt, *responses = row
+    longest = max(map(len, responses))
+    if len(prompt) + longest <= max_length:
+        return row
+    if policy == "prompt_left":
+        head = prompt[:1] if prompt[0] == bos else []  # Llama and Gemma without their BOS are other models
+        kept = max_length - longest - len(head)
+        return _Encoded(head + prompt[-kept:], *responses) if kept >= 1 else None
+    room = max_length - len(prompt)
+    return _Encoded(prompt, *[side[:room] for side in responses]) if policy == "response_right" and room >= 1 else None
+
+
+def _blocks(ids: list[int], max_length: int) -> Iterator[_Encoded]:
+    """A document cut into blocks of `max_length` tokens, every token but a block's first scored."""
+    for start in range(0, len(ids) - 1, max_length):
+        yield _Encoded(ids[start : start + 1], ids[start + 1 : start + max_length], [])
+
+
+def _settle(
+    tok: _Tok, cfg: Data | EvalData, example: Example, texts: list[str], ids: list[list[int]]
+) -> tuple[list[_Encoded], dict[str, int]]:
+    """What is kept of an example, and how often truncation changed it, by kind. Raises RowError where nothing is."""
+    if any(is_empty(side) for side in (example.chosen, example.rejected) if side is not None):
+        raise RowError("empty_response", "a response has no text")
+    if example.prompt is None:
+        document = [*_with_bos(ids[0], tok), tok.eos]
+        lonely_eos = len(document) % cfg.max_length == 1  # nothing is left to predict it from
+        return list(_blocks(document, cfg.max_length)), {"lost_end_of_turn": 1} if lonely_eos else {}
+    row = _encode(tok, example, texts, ids)
+    if row.chosen == row.rejected:
+        raise RowError("identical_responses", "chosen and rejected are the same tokens")
+    cut = _truncate(row, tok.bos, cfg.max_length, cfg.truncation)
+    lengths = f"P={len(row.prompt)} C={len(row.chosen)} R={len(row.rejected)}, data.max_length={cfg.max_length}"
+    if cut is None:
+        raise RowError("too_long", lengths)
+    if cut.chosen == cut.rejected:
+        raise RowError("identical_after_truncation", lengths)
+    lost = (cut.chosen != row.chosen) + (cut.rejected != row.rejected)
+    changes = {"truncated_prompt": cut.prompt != row.prompt, "truncated_response": lost > 0, "lost_end_of_turn": lost}
+    return [cut], {kind: int(count) for kind, count in changes.items() if count}
+
+
+# ---- all rows
+
+
+def _batches(
+    source: Source, tokenizer: PreTrainedTokenizerBase, template_date: str, pairs: bool
+) -> Iterator[tuple[int, Example | RowError, list[str], list[list[int]]]]:
+    """Line number, example (or what is wrong with it), its texts and their ids, row by row, tokenised in batches."""
+    rows = iter(source.rows())
+    while batch := list(islice(rows, BATCH)):
+        parsed: list[tuple[int, Example | RowError, list[str]]] = []
+        for line, raw in batch:
+            try:
+                if isinstance(raw, RowError):
+                    raise raw
+                example = parse(raw, pairs)
+                parsed.append((line, example, _texts(tokenizer, example, template_date)))
+            except RowError as error:
+                parsed.append((line, error, []))
+        ids = iter(_tokenize(tokenizer, [text for _, _, texts in parsed for text in texts]))
+        for line, example, texts in parsed:
+            yield line, example, texts, list(islice(ids, len(texts)))
+
+
+def _build(
+    sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool
+) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays of `Rows` and the report, from the files. Raises UserError by the policies of `load`."""
+    tok = _tok(tokenizer)
+    pieces: list[np.ndarray] = []  # the ids of each row kept
+    lengths: list[tuple[int, int, int]] = []
+    places: list[tuple[int, int]] = []
+    dropped, changed = Tally(), Tally()
+    read_per_file, documents, blocks = [], 0, 0
+    for file, source in enumerate(sources):
+        read, uninformative = 0, dropped.count(*UNINFORMATIVE)
+        for line, example, texts, ids in _batches(source, tokenizer, cfg.template_date, pairs):
+            read += 1
+            try:
+                if isinstance(example, RowError):
+                    raise example
+                rows, changes = _settle(tok, cfg, example, texts, ids)
+            except RowError as error:
+                if cfg.on_bad_row == "error" and error.kind not in WELL_FORMED:
+                    raise UserError(f"{source.name}:{line}: {error} (or data.on_bad_row=drop)") from None
+                dropped.add(error.kind, (file, line), str(error))
+                continue
+            for kind, count in changes.items():
+                changed.add(kind, (file, line), f"data.max_length={cfg.max_length}", count)
+            if example.prompt is None:
+                documents, blocks = documents + 1, blocks + len(rows)
+            pieces += [np.array(sum(row, start=[]), np.int32) for row in rows]
+            lengths += [tuple(map(len, row)) for row in rows]
+            places += [(file, line)] * len(rows)
+        check_file(source.name, read, dropped.count(*UNINFORMATIVE) - uninformative)
+        read_per_file.append(read)
+    if not pieces:
+        names = ", ".join(source.name for source in sources)
+        counts = ", ".join(f"{entry['count']} {kind}" for kind, entry in dropped.kinds.items())
+        limits = f"data.max_length={cfg.max_length}, data.truncation={cfg.truncation}"
+        raise UserError(
+            f"{names}: none of {sum(read_per_file)} rows is left ({counts}; {limits}); change what drops them"
+        )
+    columns = np.column_stack([lengths, places]).astype(np.int32).T
+    arrays = dict(zip(ARRAYS, (np.concatenate(pieces), *map(np.ascontiguousarray, columns)), strict=True))
+    report = {
+        "read": sum(read_per_file),
+        "read_per_file": read_per_file,
+        "kept": sum(read_per_file) - dropped.count(),
+        "dropped": dropped.kinds,
+        "changed": changed.kinds,
+        "text": {"documents": documents, "blocks": blocks},
+        "rows": len(pieces),  # kept, with every block of a document a row
+        "tokens": len(arrays["ids"]),
+        "lengths": _quantiles(arrays),
+    }
+    return arrays, report
+
+
+def _quantiles(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
+    lengths = {name: arrays[name] for name in ("prompt", "chosen", "rejected")}
+    lengths["total"] = sum(lengths.values())
+    points = (0, 5, 50, 95, 100)
+    return {
+        name: {f"p{q}": int(v) for q, v in zip(points, np.percentile(values, points, method="nearest"), strict=True)}
+        for name, values in lengths.items()
+    }
+
+
+def load(
+    spec: str | list[str], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, *, pairs: bool, cache_dir: Path
+) -> tuple[Rows, dict]:
+    """The rows of `spec` as tokens, and a JSON-able report in which read = kept + all dropped.
+
+    With `pairs` every row needs a rejected response; without, `rejected` is ignored (R = 0) and supervised forms are
+    read too. The tokenizer carries the chat template (`load_tokenizer`). Results are cached in `cache_dir`/tokens by
+    the content of all that they depend on.
+
+    Warns once of uninformative rows. Raises UserError: a file that cannot be read; the first malformed row, unless
+    `cfg.on_bad_row` is drop; more than 5% uninformative rows in a file; no row left; messages without a chat template.
+    """
+    sources = open_sources(spec, cfg.revision)
+    key = _cache_key(sources, cfg, tokenizer, pairs)
+    folder = Path(cache_dir).expanduser() / "tokens" / key
+    if (cached := read_arrays(folder)) is None:
+        cached = _build(sources, cfg, tokenizer, pairs)
+        write_arrays(folder, *cached)
+    arrays, report = cached
+    names = tuple(source.name for source in sources)
+    report = {"files": list(names), **report, "cache_key": key}
+    for entry in (*report["dropped"].values(), *report["changed"].values()):
+        entry["examples"] = [f"{names[file]}:{line}: {why}" for file, line, why in entry["examples"]]
+    if useless := {kind: report["dropped"][kind] for kind in UNINFORMATIVE if kind in report["dropped"]}:
+        counts = ", ".join(f"{entry['count']} {kind} (first {entry['examples'][0]})" for kind, entry in useless.items())
+        warnings.warn(f"dropped of {report['read']} rows: {counts}", stacklevel=2)
+    return Rows(**arrays, files=names), report
+
+
+# ---- cache
+
+
+def _cache_key(sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> str:
+    parts = [CODE_VERSION, transformers.__version__, tokenizers.__version__, *_tokenizer_content(tokenizer)]
+    parts += [cfg.template_date, cfg.max_length, cfg.truncation, cfg.on_bad_row, pairs, *(s.digest for s in sources)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list:
+    """All of a tokenizer that decides its ids, JSON-able and free of paths."""
+    if tokenizer.is_fast:
+        model = json.loads(tokenizer.backend_tokenizer.to_str())
+        model.pop("padding"), model.pop("truncation")  # state of the last call
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_vocabulary(folder)
+            model = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())]
+    added = {id: (token.content, token.special) for id, token in tokenizer.added_tokens_decoder.items()}
+    names = tokenizer.special_tokens_map
+    return [
+        type(tokenizer).__name__,
+        model,
+        sorted(added.items()),
+        sorted(names.items()),
+        tokenizer.chat_template,
+        _tok(tokenizer).adds_bos,
+    ]
+
+
+# ---- order
+
+
+def steps_per_epoch(num_rows: int, batch_size: int) -> int:
+    """How many steps one pass over the rows takes, a last short one included."""
+    return math.ceil(num_rows / batch_size)
+
+
+@lru_cache(maxsize=1)
+def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the rows (int64, read-only), a function of its arguments alone."""
+    order = np.random.default_rng([seed, epoch]).permutation(num_rows)
+    order.flags.writeable = False
+    return order
+
+
+def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarray:
+    """The rows of optimizer step `step`, counted from 0 over all epochs: a slice of that epoch's permutation.
+
+    `batch_size` of them, fewer in an epoch's last step.
+    """
+    epoch, k = divmod(step, steps_per_epoch(num_rows, batch_size))
+    return epoch_order(num_rows, seed, epoch)[k * batch_size : (k + 1) * batch_size]

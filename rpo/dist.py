@@ -1,0 +1,151 @@
+"""Processes and sharding: one path for one process, one GPU, and many nodes."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from rpo.config import Fsdp
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+def init() -> torch.device:
+    """This process's device, with the default process group up: torchrun's, or a group of one in plain python.
+
+    A group that exists already (an earlier job of the same sweep) is kept.
+    """
+    use_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # Both back-ends: objects and barriers go over gloo, which needs no device.
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if use_cuda else None)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def shutdown() -> None:
+    """Destroys the process group if there is one; safe to call twice."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def world_size() -> int:
+    return dist.get_world_size()
+
+
+def is_main() -> bool:
+    """True on the one process that writes files and talks."""
+    return rank() == 0
+
+
+def broadcast(value: object) -> object:
+    """Rank 0's `value` on every rank (any picklable object)."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Rank 0 runs the block, then the others do: for work whose result rank 0 leaves in a cache on disk."""
+    if not is_main():
+        dist.barrier()
+    yield
+    if is_main():
+        dist.barrier()
+
+
+def mesh(device: torch.device) -> DeviceMesh:
+    """One dimension over all processes: parameters, gradients and optimizer states are cut along it."""
+    return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
+
+
+# What `selective` keeps: the results of attention and of every matrix product are dear to recompute and small
+# beside the pointwise intermediates, which are recomputed.
+_SAVED = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def _save_products(_ctx: object, op: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _checkpointed(layer: nn.Module, how: str) -> nn.Module:
+    if how == "selective":
+        return checkpoint_wrapper(layer, context_fn=partial(create_selective_checkpoint_contexts, _save_products))
+    return checkpoint_wrapper(layer)
+
+
+def shard(
+    root: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, cfg: Fsdp, *, compute_dtype: torch.dtype, compile: bool
+) -> None:
+    """Shards `root` in place with FSDP2, one unit per decoder layer and one for the rest; also at degree 1.
+
+    Order: activation checkpointing, compile, shard. Masters keep their dtype (fp32, or float64), compute runs in
+    `compute_dtype`, gradients are summed in fp32 or wider and never averaged: the loss is divided by global counts
+    before the backward pass.
+    """
+    master = next(root.parameters()).dtype
+    half = compute_dtype.itemsize < master.itemsize
+    mp_policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if half else None, reduce_dtype=master if half else None, cast_forward_inputs=False
+    )
+    offload = CPUOffloadPolicy() if cfg.cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
+    options = {"mesh": mesh, "mp_policy": mp_policy, "offload_policy": offload}
+    for i, layer in enumerate(layers):
+        if cfg.activation_checkpointing != "none":
+            layer = layers[i] = _checkpointed(layer, cfg.activation_checkpointing)
+        if compile:
+            layer.compile(dynamic=True)
+        fully_shard(layer, reshard_after_forward=cfg.reshard_after_forward, **options)
+    # The root holds embedding, final norm and head. The head's backward reads its weight again, so it stays gathered.
+    fully_shard(root, reshard_after_forward=False, **options)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Gloo has no PREMUL_SUM, which the divide factor would otherwise be sent as.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+@contextmanager
+def gathered(root: FSDPModule, *, reshard_after_forward: bool) -> Iterator[None]:
+    """Within the block a layer, once gathered, stays gathered: for generation, which calls it once per token."""
+    units = [m for m in root.modules() if isinstance(m, FSDPModule) and m is not root]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(reshard_after_forward, recurse=False)
+        unit.reshard()

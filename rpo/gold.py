@@ -1,0 +1,252 @@
+"""The embedded task: made once into the cache by this project's own loop, and evaluated exactly.
+
+    python -m rpo.gold FOLDER SETTINGS.json       # makes the task's files; `prepare` calls it
+
+A folder holds a word-level tokenizer, a corpus from the grammar, the supervised model that `train.py loss=sft` made
+of it, and preference pairs sampled from that model and labelled by the gold reward. From there on it is data like any
+other: same tokenizer code, template, files and loop.
+
+Letters: N scored tokens, V vocabulary, S answers.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+
+from rpo import data, dist, grammar, models, packing
+from rpo.config import Fsdp, Gold, Train, UserError
+from rpo.generate import Completion, Sampling, sample
+from rpo.models import Policy, PreTrainedTokenizerBase
+
+VERSION = 1  # of everything below that decides the files' content; part of their key
+CORPUS, CORPUS_EVAL = 20_000, 500
+SFT = {"max_steps": 300, "batch_size": 128, "optim.lr": 8e-3, "optim.schedule": "cosine", "seed": 0}
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=48)
+BATCH_SIZE = 512  # prompts sampled at once
+TEMPLATE = (  # spaces part the words: the tokenizer knows no other border
+    "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+# ---- making it
+
+
+def prepare(cfg: Train) -> Train:
+    """`cfg` with data.train, data.eval and (where none is given) model.path set to the task's files.
+
+    Makes the files on first use, in a process of its own; their folder is keyed by what decides their content.
+    """
+    settings = {"version": VERSION, "architecture": cfg.model.architecture, "gold": asdict(cfg.data.gold), "sft": SFT}
+    settings["gold"].pop("samples")  # an evaluation's size, no property of the files
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(cfg.cache_dir).expanduser() / "gold" / key
+    if not folder.exists():
+        _make_in_subprocess(folder, settings)
+    supervised = cfg.loss.preference == "none"
+    files = ("corpus.jsonl.gz", "corpus_eval.jsonl.gz") if supervised else ("pairs.jsonl.gz", "pairs_eval.jsonl.gz")
+    train, held_out = (str(folder / name) for name in files)
+    model = cfg.model
+    if supervised and model.path is None:
+        model = replace(model, tokenizer=str(folder / "tokenizer"))
+    elif model.path is None:
+        model = replace(model, path=str(folder / "sft" / "model"))
+    return replace(cfg, model=model, data=replace(cfg.data, train=train, eval=cfg.data.eval and held_out))
+
+
+def _make_in_subprocess(folder: Path, settings: dict) -> None:
+    print(f"making the embedded task in {folder} (once; about a minute)", flush=True)
+    part = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    part.mkdir(parents=True)
+    (part / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    try:
+        _run("-m", "rpo.gold", str(part), str(part / "settings.json"))
+        part.rename(folder)
+    except OSError:
+        if not folder.exists():  # another run made it first: the same content
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _run(*args: str) -> None:
+    """This interpreter on `args` as a single process, whatever launched us."""
+    root = Path(__file__).parent.parent
+    launcher = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "ROLE_",
+        "MASTER_",
+        "TORCHELASTIC_",
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
+    done = subprocess.run(
+        [sys.executable, *args], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise UserError(f"data=gold: making the embedded task failed: {' '.join(done.stdout.splitlines()[-3:])}")
+
+
+def make(folder: Path, settings: dict) -> None:
+    """Fills `folder`: tokenizer/, corpus files, sft/ (a run of train.py), pairs files."""
+    gold = Gold(**settings["gold"], samples=0)
+    tokenizer = models.word_tokenizer(["<user>", "<assistant>", *grammar.vocabulary()], TEMPLATE)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    corpus = grammar.sample_corpus(CORPUS + CORPUS_EVAL, np.random.default_rng(SFT["seed"]))
+    rows = [{"prompt": [{"role": "user", "content": prompt}], "chosen": answer} for prompt, answer in corpus]
+    _write(folder / "corpus.jsonl.gz", rows[:CORPUS])
+    _write(folder / "corpus_eval.jsonl.gz", rows[CORPUS:])
+
+    architecture = ",".join(f"{key}:{value}" for key, value in settings["architecture"].items())
+    given = {"loss": "sft", "model.tokenizer": folder / "tokenizer", "model.architecture": f"{{{architecture}}}"}
+    given |= {"data.train": folder / "corpus.jsonl.gz", "data.eval": folder / "corpus_eval.jsonl.gz"}
+    given |= {"run_dir": folder / "sft", "eval_every": 0, "wandb.mode": "disabled", "cache_dir": folder / "cache"} | SFT
+    _run("train.py", *(f"{key}={value}" for key, value in given.items()))
+    shutil.rmtree(folder / "cache")
+
+    device = dist.init()
+    lm = models.load(str(folder / "sft" / "model"), None, torch.float32)
+    fsdp = Fsdp(activation_checkpointing="none", reshard_after_forward=False, accumulate="unsharded", cpu_offload=False)
+    shard = {"mesh": dist.mesh(device), "fsdp": fsdp, "compute_dtype": torch.float32, "compile": False}
+    policy = models.prepare(lm, **shard, trainable=False)
+    for name, count, seed in (("pairs", gold.pairs, 2 * gold.seed), ("pairs_eval", gold.eval_pairs, 2 * gold.seed + 1)):
+        _write(folder / f"{name}.jsonl.gz", _label(policy, tokenizer, count, seed, gold, device))
+    dist.shutdown()
+
+
+def _label(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, gold: Gold, device: torch.device
+) -> list[dict]:
+    """`count` pairs: two answers of the model to one prompt, ordered by Bradley-Terry on the gold reward, then flips."""
+    rng = np.random.default_rng([seed, 7])
+    texts = grammar.prompts()
+    asked = [texts[i] for i in rng.integers(len(texts), size=count + count // 5 + 20)]  # some pairs come out identical
+    messages = [[{"role": "user", "content": text}] for text in asked]
+    prompts = [data.encode_prompt(tokenizer, m, "2024-01-01") for m in messages]
+    assert not any(tokenizer.unk_token_id in prompt for prompt in prompts), "a prompt has a word that is not known"
+    stop_ids = data.stop_ids(tokenizer, "2024-01-01")
+    generation = {"device": device, "batch_size": BATCH_SIZE, "reshard": False}
+    sides = [sample(policy, prompts, SAMPLING, stop_ids, seed=[seed, side], **generation) for side in range(2)]
+    rows = []
+    for text, prompt, *answers in zip(asked, messages, *sides, strict=True):
+        words = [answer_words(tokenizer, answer) for answer in answers]
+        if words[0] == words[1] or not all(words):
+            continue
+        first, second = (reward(text, w, a, gold) for w, a in zip(words, answers, strict=True))
+        first_wins = rng.random() < 1 / (1 + np.exp(second - first))
+        first_wins ^= rng.random() < gold.flip
+        chosen, rejected = words if first_wins else words[::-1]
+        rows.append({"prompt": prompt, "chosen": " ".join(chosen), "rejected": " ".join(rejected)})
+    assert len(rows) >= count, (len(rows), count)
+    return rows[:count]
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+# ---- evaluating on it
+
+
+def answer_words(tokenizer: PreTrainedTokenizerBase, answer: Completion) -> list[str]:
+    """The words of an answer, without its end-of-turn."""
+    return tokenizer.decode(answer.ids[:-1] if answer.ended else answer.ids).split()
+
+
+def reward(prompt: str, words: list[str], answer: Completion, gold: Gold) -> float:
+    """The exact gold reward of an answer to `prompt` (text that names the topic); see grammar.gold_reward."""
+    weights = {"hidden_weight": gold.hidden_weight, "length_weight": gold.length_weight}
+    return grammar.gold_reward(grammar.topic_of(prompt), words, answer.ended, **weights)
+
+
+def kl_to_reference(
+    policy: Policy, reference: Policy, prompts: list[list[int]], answers: list[Completion], device: torch.device
+) -> np.ndarray:
+    """Per answer, the Rao-Blackwellised KL(policy || reference) in nats, the same on every rank.
+
+    sum over t of sum over v of pi(v | y_<t) [log pi(v | y_<t) - log ref(v | y_<t)], with y sampled from the policy
+    at temperature 1: unbiased for the sequence KL and of lower variance than sum log pi(y)/ref(y) (arXiv 2504.10637).
+    Holds N x V logits of both models: for small vocabularies.
+    """
+    rows = _as_rows(prompts, [answer.ids for answer in answers])
+    plan = packing.plan_step(rows, np.arange(len(rows)), budget=16_384, rank=dist.rank(), world_size=dist.world_size())
+    kl_S = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for members, weight in plan.microbatches:
+            batch = packing.padded_batch(rows, members, weight=weight).to(device)
+            logp_NV, ref_NV = policy.logits(batch).log_softmax(-1), reference.logits(batch).log_softmax(-1)
+            kl_N = (logp_NV.exp() * (logp_NV - ref_NV)).sum(-1)
+            kl_S[torch.from_numpy(members).to(device)] += weight * packing.response_sums(kl_N, batch.length_S)
+    torch_dist.all_reduce(kl_S)
+    return kl_S.cpu().numpy()
+
+
+def _as_rows(prompts: list[list[int]], answers: list[list[int]]) -> data.Rows:
+    ids = np.array([token for pair in zip(prompts, answers, strict=True) for part in pair for token in part], np.int32)
+    lengths = [np.array([len(part) for part in side], np.int32) for side in (prompts, answers)]
+    none = np.zeros(len(prompts), np.int32)
+    return data.Rows(ids, *lengths, rejected=none, file=none, line=none, files=("samples",))
+
+
+def measure(
+    policy: Policy,
+    reference: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    answers: list[Completion],
+    gold: Gold,
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    """Per answer: gold reward, KL to the reference in nats, tokens, and whether it ended (the same on every rank)."""
+    asked = [_asked(text) for text in tokenizer.batch_decode(prompts)]
+    words = [answer_words(tokenizer, answer) for answer in answers]
+    return {
+        "gold": np.array([reward(*row, gold) for row in zip(asked, words, answers, strict=True)]),
+        "kl": kl_to_reference(policy, reference, prompts, answers, device),
+        "samples/length": np.array([len(answer.ids) for answer in answers]),
+        "samples/ended": np.array([answer.ended for answer in answers]),
+    }
+
+
+def evaluate(
+    policy: Policy,
+    reference: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    stop_ids: list[int],
+    gold: Gold,
+    *,
+    device: torch.device,
+    seed: int,
+    reshard: bool,
+) -> dict[str, float]:
+    """Means over one sampled answer per prompt, at temperature 1, of what `measure` gives."""
+    generation = {"device": device, "seed": [seed], "batch_size": BATCH_SIZE // 4, "reshard": reshard}
+    answers = sample(policy, prompts, SAMPLING, stop_ids, **generation)
+    table = measure(policy, reference, tokenizer, prompts, answers, gold, device)
+    return {name: float(values.mean()) for name, values in table.items()}
+
+
+def _asked(rendered: str) -> str:
+    """The user's text in a rendered prompt of this task's template."""
+    return rendered.split("<user>")[1].split("<assistant>")[0].strip()
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))

@@ -1,0 +1,190 @@
+"""What a run reports: sums kept on the device, one reduction per logging interval, JSON lines always, wandb if wanted.
+
+docs/METRICS.md explains every name. This is the only module that imports wandb, and only where a run wants it.
+Letters: P pairs.
+"""
+
+import json
+import netrc
+import os
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rpo.config import UserError, Wandb
+from rpo.losses import PairLogps
+
+# Means over pairs, and means over chosen tokens; the order is that of `_sums`.
+PER_PAIR_SUPERVISED = ("loss", "loss/preference", "loss/sft", "logps/chosen")
+PER_PAIR_PREFERENCE = (
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "shift/chosen",
+    "shift/rejected",
+    "displacement_rate",
+)
+PER_CHOSEN_TOKEN = ("nll/chosen", "shift_per_token/chosen")
+PERF = ("perf/pairs_per_second", "perf/tokens_per_second", "perf/mfu", "perf/memory_gib")
+TRAIN_ONLY = ("grad_norm", "lr", *PERF)
+GOLD = ("gold", "kl", "gold_length", "gold_ended")
+
+# Dense bf16 peaks in FLOP/s, without sparsity, by what CUDA calls the device.
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+class Meter:
+    """Running sums of one split, on the device. `add` never waits; `read` reduces over ranks and empties it."""
+
+    def __init__(self, device: torch.device, *, preference: bool, beta: float, noise_floor: float):
+        self.preference, self.beta, self.noise_floor = preference, beta, noise_floor
+        self.per_pair = PER_PAIR_SUPERVISED + (PER_PAIR_PREFERENCE if preference else ())
+        self.per_token = PER_CHOSEN_TOKEN if preference else PER_CHOSEN_TOKEN[:1]
+        self.sums = torch.zeros(3 + len(self.per_pair) + len(self.per_token), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, pairs: PairLogps, preference_P: Tensor, sft_P: Tensor, weight: float = 1.0) -> None:
+        chosen_P, tokens_P = pairs.chosen_P, pairs.tokens_chosen_P
+        per_pair = [preference_P + sft_P, preference_P, sft_P, chosen_P]
+        per_token = [-chosen_P]
+        if self.preference:
+            shift_P = chosen_P - pairs.ref_chosen_P
+            shift_rejected_P = pairs.rejected_P - pairs.ref_rejected_P
+            margin_P = shift_P - shift_rejected_P
+            per_pair += [pairs.rejected_P, self.beta * shift_P, self.beta * shift_rejected_P, self.beta * margin_P]
+            per_pair += [(margin_P > 0) + 0.5 * (margin_P == 0), shift_P, shift_rejected_P]
+            per_pair += [shift_P < -self.noise_floor * tokens_P]  # a fall within rounding is not a fall
+            per_token += [shift_P]
+        sums = [torch.zeros_like(chosen_P), torch.ones_like(chosen_P), tokens_P, *per_pair, *per_token]
+        self.sums += weight * torch.stack([x.to(torch.float64).sum() for x in sums])
+
+    def read(self, *, stop: bool = False) -> tuple[dict[str, float], bool]:
+        """Means since the last read over all ranks, by metric name, and whether any rank asked to `stop`.
+
+        The interval's one all-reduce and one wait for the device.
+        """
+        self.sums[0] = stop
+        dist.all_reduce(self.sums)
+        num_stop, num_pairs, num_tokens, *values = self.sums.tolist()
+        self.sums.zero_()
+        assert num_pairs > 0, "read() without a pair added"
+        counts = [num_pairs] * len(self.per_pair) + [num_tokens] * len(self.per_token)
+        means = {name: v / n for name, v, n in zip(self.per_pair + self.per_token, values, counts, strict=True)}
+        return means, num_stop > 0
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the FLOP count needs: parameters of the trunk (no embeddings) and of the head, layers, attention width."""
+
+    trunk: int
+    head: int
+    layers: int
+    attention_width: int
+
+    def step_flops(self, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> float:
+        """FLOPs that a step over these pairs needs at least, forward and backward, each prompt counted once.
+
+        6 (trunk x unique + head x scored) + 12 x layers x attention width x visible query-key pairs; recomputation
+        and the reference's pass are not counted (numpy arrays of token counts, one entry per pair).
+        """
+        unique, scored = (prompt + chosen + rejected).sum(), (chosen + rejected).sum()
+        context = prompt + chosen
+        visible = (context * (context + 1) // 2 + rejected * prompt + rejected * (rejected + 1) // 2).sum()
+        trunk_and_head = 6 * (self.trunk * int(unique) + self.head * int(scored))
+        return float(trunk_and_head + 12 * self.layers * self.attention_width * int(visible))
+
+
+def performance(rates: dict[str, float], device: torch.device, world_size: int) -> dict[str, float]:
+    """perf/ metrics from `rates` per second (pairs, unique tokens, needed FLOPs), and peak memory in GiB.
+
+    `mfu` is there only where the device's peak is known, which is no CPU's.
+    """
+    values = {f"perf/{name}": rate for name, rate in rates.items() if name != "mfu"}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if peak := next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None):
+        values["perf/mfu"] = rates["mfu"] / (peak * world_size)
+    if device.type == "cuda":
+        values["perf/memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    else:
+        values["perf/memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    return values
+
+
+def wandb_mode(cfg: Wandb) -> str:
+    """What `wandb.mode` comes to: disabled, offline or online. Looks for a key, asks nobody.
+
+    Raises UserError where `online` was asked for by name and no key is configured.
+    """
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    try:
+        in_netrc = netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        in_netrc = False
+    has_key = in_netrc or any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
+    if cfg.mode == "online" and not has_key:
+        raise UserError(
+            "wandb.mode=online: no API key is configured; run `wandb login`, set WANDB_API_KEY, or use wandb.mode=offline"
+        )
+    return ("online" if has_key else "offline") if cfg.mode == "auto" else cfg.mode
+
+
+class Writer:
+    """Rank 0's pen: `metrics.jsonl` and `samples.jsonl` in the run's folder, and the wandb run where there is one."""
+
+    def __init__(self, run_dir: Path, cfg: Wandb, settings: dict):
+        self.run_dir, self.start = run_dir, time.monotonic()
+        self.lines = (run_dir / "metrics.jsonl").open("a")
+        self.run = None
+        if (mode := wandb_mode(cfg)) != "disabled":
+            import wandb
+
+            self.run = wandb.init(
+                project=cfg.project,
+                group=cfg.group,
+                name=run_dir.name if cfg.group is None else f"{cfg.group}/{run_dir.name}",
+                dir=run_dir,
+                config=settings,
+                mode=mode,
+                reinit="create_new",  # a sweep makes several runs in one process
+                settings=wandb.Settings(silent=True),
+            )
+            self.run.define_metric("pairs")
+            self.run.define_metric("*", step_metric="pairs")
+
+    def log(self, split: str, step: int, pairs: int, values: dict[str, float]) -> None:
+        """One event: `step` updates and `pairs` pairs after the start."""
+        event = {"split": split, "step": step, "pairs": pairs, "time": round(time.monotonic() - self.start, 3)}
+        self.lines.write(json.dumps(event | values) + "\n")
+        self.lines.flush()
+        if self.run is not None:
+            self.run.log({"pairs": pairs, "step": step} | {f"{split}/{name}": v for name, v in values.items()})
+
+    def log_samples(self, step: int, pairs: int, samples: list[dict[str, str]]) -> None:
+        """Held-out prompts with the policy's and the reference's answers."""
+        with (self.run_dir / "samples.jsonl").open("a") as file:
+            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+        if self.run is not None:
+            import wandb
+
+            columns = ["step", *samples[0]]
+            table = wandb.Table(columns=columns, data=[[step, *sample.values()] for sample in samples])
+            self.run.log({"pairs": pairs, "samples": table})
+
+    def close(self, exit_code: int) -> None:
+        self.lines.close()
+        if self.run is not None:
+            self.run.finish(exit_code=exit_code)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The events of a run's `metrics.jsonl`, in order."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,275 @@
+"""Hugging Face causal LMs in, per-token log-probs out, and back to a Hugging Face folder.
+
+Letters: B rows, T tokens of a row, N scored tokens, D model width, V vocabulary.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from rpo import dist
+from rpo.config import Fsdp, Model, Reference, UserError
+from rpo.logprobs import full_logits, token_logps
+from rpo.packing import Batch
+
+
+class Head(NamedTuple):
+    """How a model turns hidden states into logits; `form` is bias_V, scale and softcap of `logprobs.full_logits`."""
+
+    weight_VD: Tensor
+    form: dict[str, Any]
+
+
+def head_of(lm: PreTrainedModel) -> Head:
+    """The head of `lm`, read off its output embedding and config; `probe` is what proves the reading right."""
+    linear = lm.get_output_embeddings()
+    config = lm.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(linear.weight, {"bias_V": getattr(linear, "bias", None), "scale": scale, "softcap": softcap})
+
+
+class Policy(nn.Module):
+    """The FSDP root: backbone and log-probs behind one `forward`, so nothing calls inside the root's back."""
+
+    def __init__(self, lm: PreTrainedModel, *, compile_tiles: bool):
+        super().__init__()
+        self.lm = lm
+        self.compile_tiles = compile_tiles
+        self.eval()  # for good: train mode would only switch dropout on, and a reference has none
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        hidden_BTD = self.lm.base_model(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
+        return hidden_BTD.flatten(0, 1)[batch.source_N]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """logps_N: natural-log probability of each scored token, fp32 (float64 for a float64 model)."""
+        head = head_of(self.lm)
+        return token_logps(self._hidden(batch), head.weight_VD, batch.target_N, **head.form, compile=self.compile_tiles)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """logits_NV at the positions that predict scored tokens, fp32; for small vocabularies (N x V is held)."""
+        head = head_of(self.lm)
+        return full_logits(self._hidden(batch), head.weight_VD, **head.form)
+
+    def generate(self, *, generation_config: GenerationConfig, **inputs: Any) -> Tensor:
+        """Token ids from the library's `generate`, by `generation_config` alone.
+
+        The library would fill what it leaves open from the model's own generation config, so that steps aside.
+        """
+        own, self.lm.generation_config = self.lm.generation_config, generation_config
+        try:
+            return self.lm.generate(generation_config=generation_config, **inputs)
+        finally:
+            self.lm.generation_config = own
+
+
+def layers_of(lm: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers: the outermost list of as many modules as the config says there are layers."""
+    num_layers = lm.config.get_text_config().num_hidden_layers
+    for module in lm.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise UserError(
+        f"model.path: {type(lm).__name__} has no list of {num_layers} decoder layers; it can not be sharded"
+    )
+
+
+def check(path: str, revision: str | None = None, *, key: str = "model.path") -> PreTrainedConfig:
+    """The config of the causal LM at `path` (folder or Hub name), without loading a weight.
+
+    Raises UserError: nothing there, or not a causal LM.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{key}={path}: no Hugging Face model could be read there ({_first_line(error)})") from None
+    names = config.architectures or []
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not all("LM" in name for name in names):
+        kind = ", ".join(names) or type(config).__name__
+        raise UserError(f"{key}={path}: holds {kind}, not a causal LM; give a model for AutoModelForCausalLM")
+    return config
+
+
+def check_paths(model: Model, reference: Reference) -> dict[str, PreTrainedConfig]:
+    """The configs of the models that a run names, by the key that names them. Raises UserError as `check` does."""
+    named = {"model.path": (model.path, model.revision), "reference.path": (reference.path, None)}
+    return {key: check(path, revision, key=key) for key, (path, revision) in named.items() if path is not None}
+
+
+def config_for(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The model config that `model.architecture` describes, sized to the tokenizer. Raises UserError."""
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    try:
+        return AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **architecture})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"model.architecture={architecture}: {_first_line(error)}") from None
+
+
+def check_fit(configs: dict[str, PreTrainedConfig], tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+    """Raises UserError where the models' vocabularies differ, or tokens or positions would not fit them."""
+    sizes = {key: config.get_text_config().vocab_size for key, config in configs.items()}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{key} has {size}" for key, size in sizes.items())
+        raise UserError(f"reference.path: policy and reference have different vocabularies ({listed} tokens)")
+    for key, config in configs.items():
+        if len(tokenizer) > sizes[key]:
+            raise UserError(
+                f"{key}: the tokenizer has {len(tokenizer)} tokens, the model {sizes[key]}; give its own tokenizer"
+            )
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and longest > positions:
+            raise UserError(
+                f"data.max_length: a row of {longest} tokens is left, {key} has {positions} positions; "
+                f"set data.max_length={positions} or less"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def load(path: str, revision: str | None, master: torch.dtype, *, key: str = "model.path") -> PreTrainedModel:
+    """The causal LM at `path` on the CPU with weights in `master` (float32 or float64), proven by `probe`.
+
+    Raises UserError: unreadable, weights missing (another kind of model), or a probe that disagrees.
+    """
+    try:
+        lm, info = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=master, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{key}={path}: the weights could not be loaded ({_first_line(error)})") from None
+    if info["missing_keys"]:
+        name = sorted(info["missing_keys"])[0]
+        raise UserError(f"{key}={path}: the checkpoint lacks {name}; it is incomplete or not a causal LM")
+    probe(lm, key=f"{key}={path}")
+    return lm
+
+
+def build(config: PreTrainedConfig, seed: int, master: torch.dtype) -> PreTrainedModel:
+    """A causal LM of that config with random weights, a function of `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    probe(lm, key=f"model.architecture={config.model_type}")
+    return lm.to(master)
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What `model.dtype` comes to on this device: auto is bfloat16 on CUDA and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def sizes(lm: PreTrainedModel) -> dict[str, int]:
+    """Parameters of the trunk (without embeddings) and of the head, number of layers, width of attention."""
+    config, head = lm.config.get_text_config(), lm.get_output_embeddings().weight
+    embeddings = {id(p): p.numel() for p in (lm.get_input_embeddings().weight, head)}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {
+        "trunk": sum(p.numel() for p in lm.parameters()) - sum(embeddings.values()),
+        "head": head.numel(),
+        "layers": config.num_hidden_layers,
+        "attention_width": config.num_attention_heads * head_dim,
+    }
+
+
+@torch.no_grad()
+def probe(lm: PreTrainedModel, *, key: str) -> None:
+    """Raises UserError unless our log-probs equal the model's own on a short input, and the model is causal.
+
+    A head with a scale, cap or projection that `head_of` does not know would otherwise train silently on other
+    numbers (a skipped soft-cap is off by 4e-5 on a tiny random Gemma 2; Cohere's scale by 1.2). The comparison is of
+    the same fp32 weights, so only rounding is allowed: 1e-5 of the largest logit.
+    """
+    lm.eval()
+    vocab_size = lm.get_output_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    input_ids_BT = torch.randint(vocab_size, (2, 16), generator=generator)
+    source_N = torch.cat([torch.arange(15), 16 + torch.arange(15)])
+    target_N = input_ids_BT[:, 1:].flatten()
+    batch = Batch(input_ids_BT, source_N, target_N, torch.tensor([15, 15]), num_pairs=1, weight=1.0)
+
+    logps_N = Policy(lm, compile_tiles=False)(batch)
+    logits_BTV = lm(input_ids=input_ids_BT, use_cache=False).logits
+    own_N = logits_BTV.log_softmax(-1)[:, :-1].gather(-1, input_ids_BT[:, 1:, None]).flatten()
+    error, tolerance = (logps_N - own_N).abs().max().item(), 1e-5 * max(1.0, logits_BTV.abs().max().item())
+    if not error <= tolerance:
+        raise UserError(
+            f"{key}: our log-probs differ from the model's own by {error:.1e} nats (allowed {tolerance:.0e}); "
+            f"{type(lm).__name__} has a head that rpo does not compute"
+        )
+    changed_BT = input_ids_BT.clone()
+    changed_BT[:, -1] = (changed_BT[:, -1] + 1) % vocab_size
+    changed_BTV = lm(input_ids=changed_BT, use_cache=False).logits
+    if not (changed_BTV - logits_BTV)[:, :-1].abs().max().item() <= tolerance:
+        raise UserError(f"{key}: {type(lm).__name__} is not causal: a later token changes earlier predictions")
+
+
+def prepare(
+    lm: PreTrainedModel,
+    mesh: DeviceMesh,
+    fsdp: Fsdp,
+    *,
+    compute_dtype: torch.dtype,
+    compile: bool,
+    trainable: bool,
+) -> Policy:
+    """`lm` as a sharded `Policy` on the mesh's device; frozen where it is a reference."""
+    lm.requires_grad_(trainable)
+    policy = Policy(lm, compile_tiles=compile)
+    dist.shard(policy, layers_of(lm), mesh, fsdp, compute_dtype=compute_dtype, compile=compile)
+    for method in ("logits", "generate"):  # FSDP gathers the root's weights around these as it does around forward
+        register_fsdp_forward_method(policy, method)
+    return policy
+
+
+def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes `folder` in Hugging Face format: config, generation config, tokenizer, chat template and fp32 weights.
+
+    A collective: every rank calls it, rank 0 writes. The weights are the masters, so nothing learned is rounded
+    away. The folder appears whole or not at all.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(policy, options=options)
+    if not dist.is_main():
+        return
+    lm = policy.lm
+    with torch.device("meta"):
+        whole = type(lm)(lm.config)
+    whole.load_state_dict({k.removeprefix("lm."): v for k, v in state.items()}, strict=False, assign=True)
+    whole.tie_weights()
+    whole.generation_config = lm.generation_config
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    whole.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(folder)
+
+
+def word_tokenizer(words: list[str], chat_template: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that knows exactly `words` (split at white space) and its four special tokens."""
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<end>"}
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate([*special.values(), *words])}, unk_token="<unk>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=chat_template, **special)

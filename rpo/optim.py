@@ -1,0 +1,56 @@
+"""AdamW, the learning-rate schedule, and an update that a non-finite number can not reach."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from rpo.config import Optim
+
+
+def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
+    """Fused AdamW over the sharded fp32 masters; vectors (norms, biases) take no weight decay."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=tuple(cfg.betas), fused=True)
+
+
+def lr_at(step: int, total_steps: int, cfg: Optim) -> float:
+    """The learning rate of update `step` (0-based) of `total_steps`.
+
+    Linear warm-up over `warmup_ratio` of the run, the first update at lr/warmup, then `schedule` down to
+    `min_lr_ratio` x lr, reached by the last update's successor (as Hugging Face's schedules do).
+    """
+    warmup = math.ceil(cfg.warmup_ratio * total_steps)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    match cfg.schedule:
+        case "constant":
+            return cfg.lr
+        case "linear":
+            shape = 1 - progress
+        case "cosine":
+            shape = 0.5 * (1 + math.cos(math.pi * progress))
+    return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * shape)
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
+    """The gradient's global L2 norm before clipping, fp32 or wider, as a device scalar (no synchronisation)."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def step_if_finite(optimizer: torch.optim.AdamW, bad: Tensor, lr: float) -> None:
+    """One update, unless the device flag `bad` (bool scalar) is set: then weights, moments and step count stay.
+
+    The fused kernel reads the flag on the device (the hook that GradScaler uses), so nothing waits for the host.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.found_inf = bad.to(torch.float32)
+    optimizer.step()

@@ -1,0 +1,53 @@
+"""Pairs scored by a policy and its reference, and how far two scorings of one text may differ by rounding alone.
+
+Letters: N scored tokens, S responses, P pairs.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rpo import packing
+from rpo.losses import PairLogps
+from rpo.models import Policy
+from rpo.packing import Batch
+
+
+def score(policy: Policy, reference: Policy | None, batch: Batch) -> PairLogps:
+    """The batch's pairs under both models; gradients flow to `policy` unless the caller has turned them off."""
+    logps_S = packing.response_sums(policy(batch), batch.length_S)
+    ref_S: list[Tensor | None] = [None, None]
+    if reference is not None:
+        with torch.no_grad():
+            ref_S = list(packing.response_sums(reference(batch), batch.length_S).split(batch.num_pairs))
+    sides_S, tokens_S = list(logps_S.split(batch.num_pairs)), list(batch.length_S.split(batch.num_pairs))
+    if len(sides_S) == 1:  # supervised rows have no rejected side
+        sides_S, tokens_S, ref_S = sides_S + [None], tokens_S + [None], [ref_S[0], None]
+    return PairLogps(*sides_S, *ref_S, *tokens_S)
+
+
+@torch.no_grad()
+def noise_floor(policy: Policy, rows: packing.RowsLike, indices: np.ndarray, device: torch.device) -> float:
+    """Nats per scored token by which one text's log-probs move with padding and batch make-up alone.
+
+    The mean |difference| over the scored tokens of `indices`, scored in one batch and again one pair at a time with
+    17 more columns of padding. What "equal" means on these weights, in this dtype, on this device.
+    """
+    together_S = _responses(policy, packing.padded_batch(rows, indices).to(device))
+    alone = [packing.padded_batch(rows, indices[i : i + 1], extra=17).to(device) for i in range(len(indices))]
+    apart = [_responses(policy, batch) for batch in alone]
+    apart_S = [pair[side] for side in range(len(apart[0])) for pair in apart]
+    return (torch.cat(together_S) - torch.cat(apart_S)).abs().mean().item()
+
+
+def _responses(policy: Policy, batch: Batch) -> list[Tensor]:
+    return list(policy(batch).split(batch.length_S.tolist()))
+
+
+@torch.no_grad()
+def mean_gap(
+    policy: Policy, reference: Policy, rows: packing.RowsLike, indices: np.ndarray, device: torch.device
+) -> float:
+    """Mean |logp_pi - logp_ref| in nats per scored token over the pairs of `indices`, in one batch; beta-free."""
+    batch = packing.padded_batch(rows, indices).to(device)
+    return (policy(batch) - reference(batch)).abs().mean().item()

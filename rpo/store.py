@@ -1,0 +1,48 @@
+"""A folder of named arrays and a report, written all or not at all."""
+
+import hashlib
+import json
+import shutil
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+
+def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
+    """The arrays (read-only memory maps) and the report of `write_arrays`; None where they are absent or damaged."""
+    try:
+        report = json.loads((folder / "report.json").read_text())
+        checksum, names = report.pop("checksum"), report.pop("arrays")
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+        return (arrays, report) if checksum == _checksum(arrays) else None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def write_arrays(folder: Path, arrays: dict[str, np.ndarray], report: dict) -> None:
+    """Writes beside `folder` and renames: a reader sees all or nothing, a damaged folder is replaced, and of two
+    writers (same content: the folder's name is its hash) the first stays."""
+    fresh = folder.with_name(f".new-{uuid.uuid4().hex}")
+    fresh.mkdir(parents=True)
+    try:
+        for name, array in arrays.items():
+            np.save(fresh / f"{name}.npy", array)
+        contents = {**report, "arrays": list(arrays), "checksum": _checksum(arrays)}
+        (fresh / "report.json").write_text(json.dumps(contents))
+        if folder.exists() and read_arrays(folder) is None:
+            folder.rename(fresh / "damaged")
+        fresh.rename(folder)
+        shutil.rmtree(folder / "damaged", ignore_errors=True)
+    except OSError:
+        if read_arrays(folder) is None:  # else the other writer was first
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _checksum(arrays: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays.values():
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()

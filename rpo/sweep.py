@@ -1,0 +1,162 @@
+"""Hydra's jobs: how one run ends for the shell, and how many runs become a table.
+
+A sweep's folder holds one numbered child per cell, `sweep.csv`, `sweep.json` and `sweep.png`.
+"""
+
+import csv
+import datetime
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as torch_dist
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+
+from rpo import dist, metrics, plots, rundir
+from rpo.config import Train, UserError, set_sweep_dir, train_config
+
+# Where a rank waits for the others to fail too; past it they are taken to hang in a collective.
+_PATIENCE = datetime.timedelta(seconds=60)
+_SHOWN = ("gold", "rewards/accuracies", "shift/chosen", "loss")
+
+
+def in_sweep() -> bool:
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def placed(cfg: Train) -> Train:
+    """`cfg` itself, or in a sweep with its numbered child of the sweep's folder and the sweep's wandb group."""
+    if not in_sweep():
+        return cfg
+    folder = Path(HydraConfig.get().sweep.dir)
+    wandb = replace(cfg.wandb, group=cfg.wandb.group or folder.name)
+    return replace(cfg, run_dir=str(folder / str(HydraConfig.get().job.num)), wandb=wandb)
+
+
+def run_job(job: Callable[[], str]) -> None:
+    """Runs one job to the end of its process, or as a cell of a sweep whose failure is a row of the table.
+
+    Exit codes of a single run: 0 finished, 2 something the user can mend (one line, no traceback), 130 interrupted,
+    1 anything else. An interrupted cell ends its sweep.
+    """
+    try:
+        code = 130 if job() == "interrupted" else 0
+    except UserError as error:
+        code, reason = 2, str(error)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    except FloatingPointError as error:
+        code, reason = 1, str(error)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:
+        code, reason = 1, " ".join(f"{type(error).__name__}: {error}".split())
+        traceback.print_exc()
+    if in_sweep() and code != 130:
+        if code:
+            _record_failure(reason)
+        return
+    if in_sweep() and dist.is_main():
+        write_table(Path(HydraConfig.get().sweep.dir))
+    dist.shutdown()
+    if code:
+        sys.exit(code)
+
+
+def _record_failure(reason: str) -> None:
+    """Notes the failed cell and goes on, if all ranks failed; a rank that failed alone leaves the others hanging."""
+    folder, number = Path(HydraConfig.get().sweep.dir), HydraConfig.get().job.num
+    cell = folder / str(number)
+    cell.mkdir(parents=True, exist_ok=True)
+    rundir.write_status(cell, "failed", reason, rundir.read_status(cell).get("step"))
+    if torch_dist.is_initialized() and dist.world_size() > 1:
+        store = torch_dist.distributed_c10d._get_default_store()
+        store.set(f"failed/{number}/{dist.rank()}", "yes")
+        try:
+            store.wait([f"failed/{number}/{rank}" for rank in range(dist.world_size())], _PATIENCE)
+        except torch_dist.DistStoreError:
+            write_table(folder)
+            print(f"error: cell {number} failed on rank {dist.rank()} alone; the sweep ends here", file=sys.stderr)
+            sys.exit(1)
+
+
+class Sweep(Callback):
+    """Hydra's hooks around a multirun: all cells are checked before the first starts, the table made after the last.
+
+    SystemExit is how they refuse, because Hydra turns a callback's exceptions into warnings.
+    """
+
+    def on_multirun_start(self, config: Any, **_: object) -> None:
+        try:
+            cells = _checked_cells(config)
+            dist.init()  # kept for all cells; also how ranks agree on the folder
+            stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+            folder = Path(dist.broadcast(config.run_dir or f"outputs/{stamp}_sweep")).expanduser()
+            if (folder / "sweep.json").exists():
+                raise UserError(f"run_dir={folder}: already holds a sweep; give another folder or remove it")
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            dist.shutdown()
+            sys.exit(2)
+        set_sweep_dir(config, folder)
+        torch_dist.barrier()  # the look above comes before rank 0's first file
+        if dist.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            rundir.write_json(folder / "sweep.json", [{"cell": i} | cell for i, cell in enumerate(cells)])
+            print(f"{folder}: {len(cells)} cells", flush=True)
+
+    def on_multirun_end(self, config: Any, **_: object) -> None:
+        num_failed = write_table(Path(config.hydra.sweep.dir)) if dist.is_main() else 0
+        num_failed = dist.broadcast(num_failed)
+        dist.shutdown()
+        if num_failed:
+            sys.exit(1)
+
+
+def _checked_cells(config: Any) -> list[dict[str, str]]:
+    """The overrides of every cell, each composed and checked as its run will be. Raises UserError."""
+    if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.BasicSweeper":
+        raise UserError(
+            f"hydra/sweeper={config.hydra.sweeper._target_}: only Hydra's basic sweeper lists its cells ahead"
+        )
+    loader = GlobalHydra.instance().config_loader()
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(config.hydra.overrides.task))
+    (cells,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    for cell in cells:
+        train_config(loader.load_sweep_config(config, list(cell)))
+    return [dict(override.split("=", 1) for override in cell) for cell in cells]
+
+
+def write_table(folder: Path) -> int:
+    """`sweep.csv`, `sweep.json` and `sweep.png` from what the cells have left so far; returns how many failed.
+
+    A row is a cell: its overrides, how it ended, and its last evaluation.
+    """
+    table = rundir.read_json(folder / "sweep.json")
+    for row in table:
+        cell = folder / str(row["cell"])
+        row |= rundir.read_status(cell)
+        events = metrics.read_jsonl(cell / "metrics.jsonl") if (cell / "metrics.jsonl").exists() else []
+        evals = [event for event in events if event["split"] == "eval"] or events
+        row |= {k: v for k, v in (evals[-1] if evals else {}).items() if k not in ("split", "time", "step")}
+    rundir.write_json(folder / "sweep.json", table)
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(table)
+    swept = [key for key in table[0] if key not in ("cell", "seed") and len({row.get(key) for row in table}) > 1]
+    swept = [key for key in swept if "." in key][:2]
+    if swept and any(value in row for row in table for value in _SHOWN):
+        plots.draw_heatmap(table, swept[0], swept[-1], _SHOWN, folder / "sweep.png")
+    num_failed = sum(row["state"] == "failed" for row in table)
+    print(f"{folder / 'sweep.csv'}: {len(table)} cells, {num_failed} failed", flush=True)
+    return num_failed

@@ -1,0 +1,53 @@
+"""Answers to the prompts of a file: JSON lines that other tools, and other tasks, read."""
+
+import numpy as np
+import torch
+
+from rpo import data
+from rpo.config import Task
+from rpo.data import Rows
+from rpo.generate import Sampling, sample
+from rpo.models import Policy, PreTrainedTokenizerBase
+from rpo.tasks.pairs import clustered_mean
+
+
+def evaluate(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    task: Task,
+    device: torch.device,
+    *,
+    template_date: str,
+    seed: int,
+) -> tuple[dict, list[dict]]:
+    """(length, ended and truncated shares with standard errors; one sample per answer).
+
+    `task.samples` answers per prompt; stop tokens and template are those of training. An answer is truncated where
+    max_new_tokens came before a stop token.
+    """
+    sampling = Sampling(task.temperature, task.top_p, task.top_k, task.max_new_tokens)
+    prompts = [rows.row(i)[0].tolist() for i in range(len(rows)) for _ in range(task.samples)]
+    stop_ids = data.stop_ids(tokenizer, template_date)
+    answers = sample(
+        policy, prompts, sampling, stop_ids, device=device, seed=[seed], batch_size=task.batch_size, reshard=True
+    )
+    texts = tokenizer.batch_decode([a.ids[:-1] if a.ended else a.ids for a in answers])
+    clusters = np.repeat(np.arange(len(rows)), task.samples)
+    result = {
+        "samples/length": clustered_mean([len(a.ids) for a in answers], clusters),
+        "samples/ended": clustered_mean([a.ended for a in answers], clusters),
+        "samples/truncated": clustered_mean([not a.ended for a in answers], clusters),
+    }
+    rendered = tokenizer.batch_decode(prompts)
+    samples = [
+        {
+            "row": rows.where(int(row)),
+            "prompt": prompt,
+            "response": text,
+            "tokens": len(answer.ids),
+            "ended": answer.ended,
+        }
+        for row, prompt, text, answer in zip(clusters, rendered, texts, answers, strict=True)
+    ]
+    return result, samples

@@ -1,0 +1,44 @@
+"""The embedded task's exact gold reward and KL to the reference, of samples."""
+
+import numpy as np
+import torch
+
+from rpo import data, gold
+from rpo.config import Gold, Task
+from rpo.data import Rows
+from rpo.generate import sample
+from rpo.models import Policy, PreTrainedTokenizerBase
+from rpo.tasks.pairs import clustered_mean
+
+
+def evaluate(
+    policy: Policy,
+    reference: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    task: Task,
+    weights: Gold,
+    device: torch.device,
+    *,
+    template_date: str,
+    seed: int,
+) -> tuple[dict, list[dict]]:
+    """(gold, kl, length and ended share with standard errors; one sample per answer), at temperature 1.
+
+    The KL is nats per response, Rao-Blackwellised; its estimator needs samples of the policy itself.
+    """
+    prompts = [rows.row(i)[0].tolist() for i in range(len(rows)) for _ in range(task.samples)]
+    stop_ids = data.stop_ids(tokenizer, template_date)
+    generation = {"device": device, "seed": [seed], "batch_size": task.batch_size, "reshard": True}
+    answers = sample(policy, prompts, gold.SAMPLING, stop_ids, **generation)
+    table = gold.measure(policy, reference, tokenizer, prompts, answers, weights, device)
+    # Prompts repeat in this task (a topic has few wordings), and answers to one prompt are not independent questions.
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    clusters = np.array([number[tuple(prompt)] for prompt in prompts])
+    result = {name: clustered_mean(values, clusters) for name, values in table.items()}
+    texts = tokenizer.batch_decode([a.ids[:-1] if a.ended else a.ids for a in answers])
+    samples = [
+        {"prompt": prompt, "response": text} | {name: float(values[i]) for name, values in table.items()}
+        for i, (prompt, text) in enumerate(zip(tokenizer.batch_decode(prompts), texts, strict=True))
+    ]
+    return result, samples

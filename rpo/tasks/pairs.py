@@ -1,0 +1,125 @@
+"""Held-out pairs: does the policy rank them as people did, how far has it moved, and is it calibrated?
+
+Letters: P pairs. All standard errors are clustered by prompt.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+
+from rpo import dist, packing
+from rpo.data import Rows
+from rpo.models import Policy
+from rpo.score import score
+
+BINS = 10  # of the calibration error
+
+
+def score_rows(
+    policy: Policy, reference: Policy, rows: Rows, device: torch.device, *, tokens_per_microbatch: int
+) -> dict[str, np.ndarray]:
+    """Summed log-probs in nats, one entry per row and side: chosen, rejected, ref_chosen, ref_rejected (all ranks)."""
+    plan = packing.plan_step(
+        rows, np.arange(len(rows)), budget=tokens_per_microbatch, rank=dist.rank(), world_size=dist.world_size()
+    )
+    sides = ("chosen", "rejected", "ref_chosen", "ref_rejected")
+    table_4P = torch.zeros(len(sides), len(rows), dtype=torch.float64, device=device)
+    with torch.no_grad():
+        for members, weight in plan.microbatches:
+            pairs = score(policy, reference, packing.padded_batch(rows, members, weight=weight).to(device))
+            values_4P = torch.stack([getattr(pairs, f"{side}_P").to(torch.float64) for side in sides])
+            table_4P[:, torch.from_numpy(members).to(device)] += weight * values_4P
+    torch_dist.all_reduce(table_4P)
+    return dict(zip(sides, table_4P.cpu().numpy(), strict=True))
+
+
+def clustered_mean(values: Sequence[float], clusters: Sequence[int]) -> dict[str, float]:
+    """Mean, its standard error clustered by prompt, and n.
+
+    SE^2 = G/(G-1) / n^2 * sum over clusters of (sum of deviations in the cluster)^2 (arXiv 2411.00640, with the
+    small-sample factor); with one row per cluster it is the ordinary standard error. One cluster has no error (null).
+    """
+    values = np.asarray(values, dtype=np.float64)
+    n, num_clusters = len(values), len(set(clusters))
+    if n == 0:
+        return {"value": None, "se": None, "n": 0}
+    sums = np.zeros(int(max(clusters)) + 1)
+    np.add.at(sums, np.asarray(clusters), values - values.mean())
+    se = np.sqrt(num_clusters / (num_clusters - 1) * (sums**2).sum()) / n if num_clusters > 1 else None
+    return {"value": float(values.mean()), "se": None if se is None else float(se), "n": n}
+
+
+def calibration_error(margin_P: np.ndarray, seed: int) -> float:
+    """Expected calibration error of sigmoid(margin) as the probability that the first response is the chosen one.
+
+    Each pair is put in random order first (else every label is 1); 10 equal bins of probability, weighted by size.
+    """
+    first_P = np.random.default_rng(seed).random(len(margin_P)) < 0.5
+    prob_P = _sigmoid(np.where(first_P, margin_P, -margin_P))
+    bin_P = np.minimum((prob_P * BINS).astype(int), BINS - 1)
+    gaps = [abs((prob_P - first_P)[bin_P == b].sum()) for b in range(BINS)]
+    return float(sum(gaps) / len(margin_P))
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return np.where(x >= 0, 1 / (1 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1 + np.exp(-np.abs(x))))
+
+
+def evaluate(
+    policy: Policy,
+    reference: Policy,
+    rows: Rows,
+    device: torch.device,
+    *,
+    beta: float,
+    noise_floor: float,
+    tokens_per_microbatch: int,
+    seed: int,
+) -> tuple[dict, list[dict]]:
+    """(metrics by name, one sample per row): each metric a value with its standard error and n.
+
+    Accuracy counts a tie as half. A pair is displaced where its chosen response fell by more than the noise floor.
+    nll is -log sigmoid(beta D), to be held against ln 2 = 0.693 (no information); lengths are in tokens.
+    """
+    logps = score_rows(policy, reference, rows, device, tokens_per_microbatch=tokens_per_microbatch)
+    prompts = [rows.row(i)[0].tobytes() for i in range(len(rows))]
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    clusters = np.array([number[prompt] for prompt in prompts])
+    shift_P, shift_rejected_P = logps["chosen"] - logps["ref_chosen"], logps["rejected"] - logps["ref_rejected"]
+    margin_P = shift_P - shift_rejected_P
+    correct_P = (margin_P > 0) + 0.5 * (margin_P == 0)
+    chosen_P, rejected_P = rows.chosen.astype(np.float64), rows.rejected.astype(np.float64)
+    ref_margin_P = logps["ref_chosen"] - logps["ref_rejected"]
+
+    columns = {
+        "rewards/accuracies": correct_P,
+        "rewards/chosen": beta * shift_P,
+        "rewards/rejected": beta * shift_rejected_P,
+        "rewards/margins": beta * margin_P,
+        "logps/chosen": logps["chosen"],
+        "logps/rejected": logps["rejected"],
+        "shift/chosen": shift_P,
+        "shift/rejected": shift_rejected_P,
+        "shift_per_token/chosen": shift_P / chosen_P,
+        "displacement_rate": shift_P < -noise_floor * chosen_P,
+        "nll/chosen": -logps["chosen"] / chosen_P,
+        "nll/preference": np.logaddexp(0, -beta * margin_P),
+        "brier": _sigmoid(-beta * margin_P) ** 2,
+        "reference/accuracies": (ref_margin_P > 0) + 0.5 * (ref_margin_P == 0),
+    }
+    result = {name: clustered_mean(values, clusters) for name, values in columns.items()}
+    for name, part_P in {
+        "chosen_longer": rows.chosen > rows.rejected,
+        "chosen_shorter": rows.chosen < rows.rejected,
+        "same_length": rows.chosen == rows.rejected,
+    }.items():
+        result[f"rewards/accuracies/{name}"] = clustered_mean(correct_P[part_P], clusters[part_P])
+    result["calibration_error"] = {"value": calibration_error(beta * margin_P, seed), "se": None, "n": len(rows)}
+    samples = [
+        {"row": rows.where(i), "tokens_chosen": int(rows.chosen[i]), "tokens_rejected": int(rows.rejected[i])}
+        | {side: float(values[i]) for side, values in logps.items()}
+        for i in range(len(rows))
+    ]
+    return result, samples

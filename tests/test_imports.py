@@ -1,0 +1,64 @@
+"""The one-way flow: each module imports only strictly lower layers, and heavy libraries have one door each."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LAYERS = [
+    {"config"},
+    {"losses", "packing", "dist", "optim", "logprobs", "grammar", "rows", "store"},
+    {"models", "data", "metrics", "plots", "rundir"},
+    {"score", "generate", "sweep"},
+    {"gold", "demo"},
+    {"tasks"},
+]
+LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
+DOORS = {
+    "omegaconf": {"config"},
+    "wandb": {"metrics"},
+    "transformers": {"models", "data", "generate"},
+    "tokenizers": {"models", "data"},
+    "datasets": {"rows"},
+    "hydra": {"sweep"},
+    "matplotlib": {"plots", "demo"},
+}
+
+
+def modules():
+    for path in sorted((ROOT / "rpo").rglob("*.py")):
+        if path.name != "__init__.py":
+            yield ("tasks" if path.parent.name == "tasks" else path.stem), path
+
+
+def imported(path):
+    """(top-level package, rpo module or None) of every import statement, lazy ones too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "rpo" else [node.module]
+        for name in names:
+            parts = name.split(".")
+            yield parts[0], parts[1] if parts[0] == "rpo" and len(parts) > 1 else None
+
+
+def test_every_module_has_a_layer():
+    """No module stands outside the plan."""
+    assert {name for name, _ in modules()} == set(LAYER_OF)
+
+
+def test_imports_point_down():
+    """A module imports only strictly lower layers; tasks may import each other's helpers; nothing imports a script."""
+    for name, path in modules():
+        for package, module in imported(path):
+            assert package not in ("train", "eval"), f"{path} imports a script"
+            if module is not None and not (name == module == "tasks"):
+                assert LAYER_OF[module] < LAYER_OF[name], f"{path} imports rpo.{module}"
+
+
+def test_heavy_libraries_have_one_door():
+    """Only the named modules import omegaconf, wandb, transformers, datasets, hydra and matplotlib."""
+    for name, path in modules():
+        for package, _ in imported(path):
+            assert name in DOORS.get(package, {name}), f"{path} imports {package}"
