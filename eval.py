@@ -14,7 +14,7 @@ import hydra
 import numpy as np
 import torch
 
-from rpo import config, data, dist, models, packing, rundir, score, sweep
+from rpo import config, data, dist, models, packing, rundir, score, sweep, tokens
 from rpo.config import Eval, Fsdp, Gold, UserError
 from rpo.tasks import generate, gold, pairs
 
@@ -37,19 +37,19 @@ def evaluate(cfg: Eval) -> str:
     hf = {
         key: models.check(path, cfg.model.revision if path in paths else None, key=key) for key, path in named.items()
     }
-    tokenizer = data.load_tokenizer(
+    tokenizer = tokens.load_tokenizer(
         cfg.model.tokenizer or paths[0], revision=cfg.model.revision, chat_template=cfg.data.chat_template
     )
-    cache_dir = Path(cfg.cache_dir).expanduser()
-    with dist.main_first():
-        if cfg.task.kind == "pairs":
-            rows, report = data.load(spec, cfg.data, tokenizer, pairs=True, cache_dir=cache_dir)
-        else:
-            rows, report = data.load_prompts(spec, cfg.data, tokenizer)
-    rows = rows.head(cfg.task.limit or len(rows))
-    models.check_fit(
-        hf, tokenizer, packing.longest(rows) + (cfg.task.max_new_tokens if cfg.task.kind != "pairs" else 0)
-    )
+    limit, on_pairs = cfg.task.limit, cfg.task.kind == "pairs"
+    if on_pairs:
+        with dist.main_first():
+            rows, report = data.load(spec, cfg.data, tokenizer, pairs=True, cache_dir=Path(cfg.cache_dir).expanduser())
+        rows = rows.head(limit or len(rows))
+        longest = packing.longest(rows)
+    else:
+        prompts, places = (found[:limit] for found in data.load_prompts(spec, cfg.data, tokenizer))
+        longest = max(map(len, prompts)) + cfg.task.max_new_tokens
+    models.check_fit(hf, tokenizer, longest)
 
     with rundir.recording(run_dir):
         compute = models.compute_dtype(cfg.model.dtype, device)
@@ -62,31 +62,21 @@ def evaluate(cfg: Eval) -> str:
             "trainable": False,
         }
         reference = models.prepare(models.load(reference_path, None, master), **shard) if compared else None
+        stop_ids = tokens.stop_ids(tokenizer, cfg.data.template_date)
         results, samples = {}, []
         for i, path in enumerate(paths):
             policy = models.prepare(models.load(path, cfg.model.revision, master), **shard)
-            common = {"device": device, "seed": cfg.seed}
+            where = {"device": device, "seed": cfg.seed}
             match cfg.task.kind:
                 case "pairs":
-                    floor = score.noise_floor(policy, rows, np.arange(min(8, len(rows))), device)
-                    budget = {"tokens_per_microbatch": cfg.tokens_per_microbatch}
-                    result, made = pairs.evaluate(
-                        policy, reference, rows, beta=betas[i], noise_floor=floor, **budget, **common
-                    )
+                    noise_floor = score.noise_floor(policy, rows, np.arange(min(8, len(rows))), device)
+                    scoring = {"noise_floor": noise_floor, "tokens_per_microbatch": cfg.tokens_per_microbatch}
+                    result, made = pairs.evaluate(policy, reference, rows, beta=betas[i], **scoring, **where)
                 case "generate":
-                    result, made = generate.evaluate(
-                        policy, tokenizer, rows, cfg.task, template_date=cfg.data.template_date, **common
-                    )
+                    result, made = generate.evaluate(policy, tokenizer, prompts, places, cfg.task, stop_ids, **where)
                 case "gold":
                     result, made = gold.evaluate(
-                        policy,
-                        reference,
-                        tokenizer,
-                        rows,
-                        cfg.task,
-                        weights,
-                        template_date=cfg.data.template_date,
-                        **common,
+                        policy, reference, tokenizer, prompts, cfg.task, weights, stop_ids, **where
                     )
             results[path] = result
             samples += [{"model": path} | sample for sample in made]
@@ -96,7 +86,8 @@ def evaluate(cfg: Eval) -> str:
             (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
             facts = {"reference": reference_path, "data": spec, "beta": dict(zip(paths, betas, strict=False))}
             rundir.write_json(run_dir / "environment.json", rundir.environment(device))
-            rundir.write_json(run_dir / "data_report.json", report)
+            if on_pairs:
+                rundir.write_json(run_dir / "data_report.json", report)
             rundir.write_json(run_dir / "results.json", {"task": cfg.task.kind, **facts, "models": results})
             with (run_dir / "samples.jsonl").open("w") as file:
                 file.writelines(json.dumps(sample) + "\n" for sample in samples)

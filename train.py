@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from rpo import config, data, dist, gold, losses, metrics, models, optim, packing, plots, rundir, score, sweep
+from rpo import config, data, dist, gold, losses, metrics, models, optim, packing, plots, rundir, score, sweep, tokens
 from rpo.config import Train, UserError
 from rpo.generate import Sampling, sample
 
@@ -46,7 +46,7 @@ def train(cfg: Train) -> str:
 
     preference = cfg.loss.preference != "none"
     hf = models.check_paths(cfg.model, cfg.reference)
-    tokenizer = data.load_tokenizer(
+    tokenizer = tokens.load_tokenizer(
         cfg.model.tokenizer or cfg.model.path, revision=cfg.model.revision, chat_template=cfg.data.chat_template
     )
     if cfg.model.path is None:
@@ -101,7 +101,7 @@ def train(cfg: Train) -> str:
         meter_args = {"preference": preference, "beta": cfg.loss.beta, "noise_floor": noise_floor}
         meter, eval_meter = metrics.Meter(device, **meter_args), metrics.Meter(device, **meter_args)
         bad_step = torch.full((), -1, device=device)  # the first step that was not finite; sticky
-        stop_ids = data.stop_ids(tokenizer, cfg.data.template_date)
+        stop_ids = tokens.stop_ids(tokenizer, cfg.data.template_date)
         num_prompts = min(len(eval_rows or []), cfg.data.gold.samples if embedded else NUM_SAMPLES)
         prompts = [eval_rows.row(i)[0].tolist() for i in range(num_prompts)]
 

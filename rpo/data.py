@@ -1,17 +1,14 @@
 """Tokenised rows, their order, and the report of what became of every row that was read.
 
 Letters: P, C, R token counts of a row's prompt, chosen and rejected response; max_length bounds P + max(C, R).
-A response's tokens end with exactly one end-of-turn, which is scored; what a template renders after it is dropped.
 """
 
 import hashlib
 import json
 import math
-import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from datetime import datetime
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -20,22 +17,22 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 import transformers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from rpo import tokens
 from rpo.config import Data, EvalData, UserError
 from rpo.rows import (
     UNINFORMATIVE,
     WELL_FORMED,
     Example,
-    Messages,
     RowError,
     Source,
     Tally,
     check_file,
     is_empty,
-    one_line,
     open_sources,
     parse,
+    parse_prompt,
 )
 from rpo.store import read_arrays, write_arrays
 
@@ -73,135 +70,13 @@ class Rows:
         """FILE:LINE that row `i` was read from."""
         return f"{self.files[self.file[i]]}:{self.line[i]}"
 
+    def head(self, count: int) -> "Rows":
+        """The first `count` rows (all, where there are fewer)."""
+        first = {name: getattr(self, name)[:count] for name in ARRAYS if name != "ids"}
+        return replace(self, ids=self.ids[: self.starts[: count + 1][-1]], **first)
+
 
 ARRAYS = tuple(field.name for field in fields(Rows) if field.name != "files")
-
-
-# ---- tokenizer
-
-
-def load_tokenizer(
-    path: str | Path, *, revision: str | None = None, chat_template: str | None = None
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local directory or Hub name, its chat template replaced where `chat_template` is given.
-
-    `chat_template` is jinja text or the path of a file that holds it. Raises UserError where the tokenizer cannot be
-    loaded or has no EOS token, or the template's file does not exist.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main")
-    except Exception as error:  # a missing folder, name, network, file or library: each its own type
-        raise UserError(f"tokenizer {path}: cannot be loaded ({one_line(error)}); give a folder or Hub name") from None
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"tokenizer {path}: has no EOS token to end a response; set eos_token in tokenizer_config.json")
-    if chat_template is not None:
-        tokenizer.chat_template = _template_text(chat_template)
-    return tokenizer
-
-
-def _template_text(chat_template: str) -> str:
-    if any(mark in chat_template for mark in ("{{", "{%", "\n")):
-        return chat_template
-    path = Path(chat_template).expanduser()
-    if not path.is_file():
-        raise UserError(f"data.chat_template={chat_template}: no such file; give jinja text or a file that holds it")
-    return path.read_text(encoding="utf-8")
-
-
-class _Tok(NamedTuple):
-    """A tokenizer and what is asked of it for every row."""
-
-    tokenizer: PreTrainedTokenizerBase
-    bos: int | None
-    adds_bos: bool  # whether the tokenizer itself begins a text with it
-    eos: int
-    special: frozenset[int]
-
-
-def _tok(tokenizer: PreTrainedTokenizerBase) -> _Tok:
-    bos = tokenizer.bos_token_id
-    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    return _Tok(tokenizer, bos, adds_bos, tokenizer.eos_token_id, frozenset(special | set(tokenizer.all_special_ids)))
-
-
-def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    if not texts:
-        return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-
-
-def _with_bos(ids: list[int], tok: _Tok) -> list[int]:
-    return [tok.bos, *ids] if tok.adds_bos and ids[:1] != [tok.bos] else ids
-
-
-@lru_cache
-def _fix_date(template: str, template_date: str) -> str:
-    """The template with `strftime_now` answering for `template_date` at midnight, as a macro that shadows the clock.
-
-    A macro, because apply_chat_template turns a function among its arguments into text.
-    """
-    if "strftime_now" not in template:
-        return template
-    day = datetime.fromisoformat(template_date)
-    directives = [f"%{c}" for c in "aAwdbBmyYHIMSfpjUWcxXGuVeFTDR"] + [f"%-{c}" for c in "dmyHIMSj"]
-    filters = "".join(f"|replace({d!r}, {day.strftime(d)!r})" for d in directives)
-    return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n" + template
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, template_date: str, *, prompt: bool) -> str:
-    if tokenizer.chat_template is None:
-        raise UserError(
-            "data.chat_template=null: the data has messages, the tokenizer no chat template; give jinja text or a file"
-        )
-    template = _fix_date(tokenizer.get_chat_template(), template_date)
-    try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=prompt, tokenize=False
-        )
-    except Exception as error:  # the template is a program of the user's and may raise anything
-        text = f"the chat template refuses the messages ({one_line(error)}); mend them or data.chat_template"
-        raise RowError("template_error", text) from None
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, template_date: str) -> list[int]:
-    """The ids that training uses as the prompt of a row with this `prompt`, before any truncation.
-
-    A message list is rendered with the generation prompt; a string is tokenised as it is. Raises UserError where the
-    template refuses the messages or there is none.
-    """
-    try:
-        text = prompt if isinstance(prompt, str) else _render(tokenizer, prompt, template_date, prompt=True)
-    except RowError as error:
-        raise UserError(str(error)) from None
-    return _with_bos(_tokenize(tokenizer, [text])[0], _tok(tokenizer))
-
-
-def stop_ids(tokenizer: PreTrainedTokenizerBase, template_date: str) -> list[int]:
-    """The ids that end a response: EOS, then the chat template's end-of-turn where that is another token."""
-    tok = _tok(tokenizer)
-    if tokenizer.chat_template is None:
-        return [tok.eos]
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        text = _render(tokenizer, messages, template_date, prompt=False)
-    except RowError as error:
-        raise UserError(str(error)) from None
-    return list(dict.fromkeys([tok.eos, _close(_tokenize(tokenizer, [text])[0], tok)[-1]]))
-
-
-def _close(ids: list[int], tok: _Tok) -> list[int]:
-    """The response up to its end-of-turn: the first special token of the trailing run of special and blank ones.
-
-    First, because Phi-3 renders <|end|> newline <|endoftext|>. Where the run has none, EOS is appended.
-    """
-    end = None
-    for i in range(len(ids) - 1, -1, -1):
-        if ids[i] in tok.special:
-            end = i
-        elif tok.tokenizer.decode([ids[i]]).strip():
-            break
-    return [*ids, tok.eos] if end is None else ids[: end + 1]
 
 
 # ---- one row
@@ -217,8 +92,8 @@ def _texts(tokenizer: PreTrainedTokenizerBase, example: Example, template_date: 
     """What has to be tokenised for a row: prompt and the whole of each side (chat), or the parts apart (strings)."""
     responses = [side for side in (example.chosen, example.rejected) if side is not None]
     if isinstance(example.prompt, list):
-        texts = [_render(tokenizer, example.prompt, template_date, prompt=True)]
-        texts += [_render(tokenizer, example.prompt + side, template_date, prompt=False) for side in responses]
+        texts = [tokens.render(tokenizer, example.prompt, template_date, prompt=True)]
+        texts += [tokens.render(tokenizer, example.prompt + side, template_date, prompt=False) for side in responses]
     else:
         texts = responses if example.prompt is None else [example.prompt, *responses]
     try:
@@ -229,21 +104,21 @@ def _texts(tokenizer: PreTrainedTokenizerBase, example: Example, template_date: 
     return texts
 
 
-def _encode(tok: _Tok, example: Example, texts: list[str], ids: list[list[int]]) -> _Encoded:
+def _encode(tok: tokens.Facts, example: Example, texts: list[str], ids: list[list[int]]) -> _Encoded:
     """Ids of a pair or a supervised row from the ids of its `_texts`. Raises RowError."""
-    prompt = _with_bos(ids[0], tok)
+    prompt = tokens.with_bos(ids[0], tok)
     if not prompt:
         raise RowError("no_prompt", "field prompt: expected at least one token before the response; add text")
     if isinstance(example.prompt, str):
         return _Encoded(prompt, *[[*side, tok.eos] for side in ids[1:]], *[[]] * (3 - len(ids)))
     responses = []
     for field, text, side in zip(("chosen", "rejected"), texts[1:], ids[1:], strict=False):
-        full = _with_bos(side, tok)
+        full = tokens.with_bos(side, tok)
         if full[: len(prompt)] != prompt:
             raise RowError(
                 "not_a_prefix", _why_not_a_prefix(tok.tokenizer, field, prompt, full, text.startswith(texts[0]))
             )
-        responses.append(_close(full[len(prompt) :], tok))
+        responses.append(tokens.close(full[len(prompt) :], tok))
     return _Encoded(prompt, *responses, *[[]] * (2 - len(responses)))
 
 
@@ -284,13 +159,13 @@ def _blocks(ids: list[int], max_length: int) -> Iterator[_Encoded]:
 
 
 def _settle(
-    tok: _Tok, cfg: Data | EvalData, example: Example, texts: list[str], ids: list[list[int]]
+    tok: tokens.Facts, cfg: Data | EvalData, example: Example, texts: list[str], ids: list[list[int]]
 ) -> tuple[list[_Encoded], dict[str, int]]:
     """What is kept of an example, and how often truncation changed it, by kind. Raises RowError where nothing is."""
     if any(is_empty(side) for side in (example.chosen, example.rejected) if side is not None):
         raise RowError("empty_response", "a response has no text")
     if example.prompt is None:
-        document = [*_with_bos(ids[0], tok), tok.eos]
+        document = [*tokens.with_bos(ids[0], tok), tok.eos]
         lonely_eos = len(document) % cfg.max_length == 1  # nothing is left to predict it from
         return list(_blocks(document, cfg.max_length)), {"lost_end_of_turn": 1} if lonely_eos else {}
     row = _encode(tok, example, texts, ids)
@@ -325,7 +200,7 @@ def _batches(
                 parsed.append((line, example, _texts(tokenizer, example, template_date)))
             except RowError as error:
                 parsed.append((line, error, []))
-        ids = iter(_tokenize(tokenizer, [text for _, _, texts in parsed for text in texts]))
+        ids = iter(tokens.tokenize(tokenizer, [text for _, _, texts in parsed for text in texts]))
         for line, example, texts in parsed:
             yield line, example, texts, list(islice(ids, len(texts)))
 
@@ -334,7 +209,7 @@ def _build(
     sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool
 ) -> tuple[dict[str, np.ndarray], dict]:
     """The arrays of `Rows` and the report, from the files. Raises UserError by the policies of `load`."""
-    tok = _tok(tokenizer)
+    tok = tokens.facts_of(tokenizer)
     pieces: list[np.ndarray] = []  # the ids of each row kept
     lengths: list[tuple[int, int, int]] = []
     places: list[tuple[int, int]] = []
@@ -424,34 +299,42 @@ def load(
     return Rows(**arrays, files=names), report
 
 
+def load_prompts(
+    spec: str | list[str], cfg: EvalData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[str]]:
+    """The prompts of `spec` as ids, each what training would make of it, and where each stands (FILE:LINE).
+
+    Reads every form that `load` reads, and rows without an answer: {prompt}, {messages}, {instruction, input}.
+    Raises UserError as `load` does, and for a prompt longer than data.max_length.
+    """
+    prompts, places = [], []
+    for source in open_sources(spec, cfg.revision):
+        for line, raw in source.rows():
+            place = f"{source.name}:{line}"
+            try:
+                if isinstance(raw, RowError):
+                    raise raw
+                ids = tokens.encode_prompt(tokenizer, parse_prompt(raw), cfg.template_date)
+                if not 1 <= len(ids) <= cfg.max_length:
+                    raise RowError("too_long", f"the prompt has {len(ids)} tokens, expected 1 to data.max_length")
+            except RowError as error:
+                if cfg.on_bad_row == "drop":
+                    continue
+                raise UserError(f"{place}: {error} (or data.on_bad_row=drop)") from None
+            prompts.append(ids)
+            places.append(place)
+    if not prompts:
+        raise UserError(f"data.eval={spec}: no prompt is left; give a file with prompts")
+    return prompts, places
+
+
 # ---- cache
 
 
 def _cache_key(sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> str:
-    parts = [CODE_VERSION, transformers.__version__, tokenizers.__version__, *_tokenizer_content(tokenizer)]
+    parts = [CODE_VERSION, transformers.__version__, tokenizers.__version__, *tokens.identity(tokenizer)]
     parts += [cfg.template_date, cfg.max_length, cfg.truncation, cfg.on_bad_row, pairs, *(s.digest for s in sources)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> list:
-    """All of a tokenizer that decides its ids, JSON-able and free of paths."""
-    if tokenizer.is_fast:
-        model = json.loads(tokenizer.backend_tokenizer.to_str())
-        model.pop("padding"), model.pop("truncation")  # state of the last call
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_vocabulary(folder)
-            model = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())]
-    added = {id: (token.content, token.special) for id, token in tokenizer.added_tokens_decoder.items()}
-    names = tokenizer.special_tokens_map
-    return [
-        type(tokenizer).__name__,
-        model,
-        sorted(added.items()),
-        sorted(names.items()),
-        tokenizer.chat_template,
-        _tok(tokenizer).adds_bos,
-    ]
 
 
 # ---- order

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,7 +19,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -265,11 +261,3 @@ def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> No
     whole.save_pretrained(part)
     tokenizer.save_pretrained(part)
     part.rename(folder)
-
-
-def word_tokenizer(words: list[str], chat_template: str) -> PreTrainedTokenizerBase:
-    """A tokenizer that knows exactly `words` (split at white space) and its four special tokens."""
-    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<end>"}
-    inner = Tokenizer(WordLevel({word: i for i, word in enumerate([*special.values(), *words])}, unk_token="<unk>"))
-    inner.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=chat_template, **special)

@@ -328,6 +328,23 @@ def parse(row: Any, pairs: bool) -> Example:
     return Example(_string(row, "prompt"), _string(row, "chosen"), _string(row, "rejected") if pairs else None)
 
 
+def parse_prompt(row: Any) -> str | Messages:
+    """The prompt of a row of any form that `parse` reads, or of one without an answer. Raises RowError."""
+    if isinstance(row, dict) and row.get("chosen") is None:
+        if isinstance(row.get("prompt"), list):
+            return _check_prompt(_messages(row, "prompt"), "prompt")
+        if row.get("prompt") is not None:
+            return _string(row, "prompt")
+        if row.get("messages") is not None:
+            messages = _messages(row, "messages")
+            return _check_prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages, "messages")
+        row = row | {"output": "-"} if row.get("instruction") is not None else row
+    prompt = parse(row, pairs=False).prompt
+    if prompt is None:
+        raise RowError("missing_field", "field prompt: expected a prompt, found a text to be continued; add one")
+    return prompt
+
+
 def is_empty(response: str | Messages) -> bool:
     """Whether nothing but white space would be learned: a blank text, or a last message that neither says nor calls."""
     if isinstance(response, str):

@@ -11,7 +11,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rpo import config, dist, models
+from rpo import config, dist, tokens
 
 ROOT = Path(__file__).parent.parent
 WORDS = tuple(f"{first}{second}" for first in "bcdfg" for second in ("a", "e", "i", "o", "u", "an", "en", "in"))
@@ -64,7 +64,7 @@ def group():
 
 
 def make_tokenizer():
-    return models.word_tokenizer(["[user]", "[assistant]", "[system]", *WORDS], TEMPLATE)
+    return tokens.word_tokenizer(["[user]", "[assistant]", "[system]", *WORDS], TEMPLATE)
 
 
 def make_lm(family="llama", vocab_size=None, seed=0, scale=1.0):

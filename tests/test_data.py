@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
-from rpo import data, rows
+from rpo import data, rows, tokens
 from rpo.config import EvalData, UserError
 from tests.templates import CHATML, FORMATS, LLAMA3, PLAIN, tokenizer_for
 
@@ -100,11 +100,11 @@ def test_templates(name: str, add_bos: bool, turns: int, tmp_path: Path) -> None
     assert tokenizer.decode(rejected) == "Go\naway" + newlines + form.end_of_turn
 
     end = tokenizer.convert_tokens_to_ids(form.end_of_turn)
-    stops = data.stop_ids(tokenizer, DATE)
+    stops = tokens.stop_ids(tokenizer, DATE)
     assert stops == list(dict.fromkeys([tokenizer.eos_token_id, end]))
     for response in (chosen, rejected):
         assert response[-1] == end and not set(response[:-1]) & set(stops)
-    assert data.encode_prompt(tokenizer, prompt, DATE) == prompt_ids
+    assert tokens.encode_prompt(tokenizer, prompt, DATE) == prompt_ids
     assert report["kept"] == 1
 
 
@@ -115,7 +115,7 @@ def test_template_date(tmp_path: Path) -> None:
         "{{ head() }}{% for m in messages %}<{{ m.content }}>{% endfor %}"
     )
     tokenizer = tokenizer_for(FORMATS["plain"]._replace(template=template))
-    ids = data.encode_prompt(tokenizer, USER, DATE)
+    ids = tokens.encode_prompt(tokenizer, USER, DATE)
     assert tokenizer.decode(ids) == "04 Mar 2021|2021-03-04|4 March|Thursday|00:00<Hi there>"
 
 
@@ -124,10 +124,10 @@ def test_template_from_file_or_text(tmp_path: Path) -> None:
     tokenizer_for(FORMATS["chatml"]).save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "mine.jinja").write_text(PLAIN)
     for template in (PLAIN, str(tmp_path / "mine.jinja")):
-        assert data.load_tokenizer(tmp_path / "tokenizer", chat_template=template).chat_template == PLAIN
-    assert data.load_tokenizer(tmp_path / "tokenizer").chat_template == CHATML
+        assert tokens.load_tokenizer(tmp_path / "tokenizer", chat_template=template).chat_template == PLAIN
+    assert tokens.load_tokenizer(tmp_path / "tokenizer").chat_template == CHATML
     with pytest.raises(UserError, match=r"data.chat_template=nowhere.jinja: no such file"):
-        data.load_tokenizer(tmp_path / "tokenizer", chat_template="nowhere.jinja")
+        tokens.load_tokenizer(tmp_path / "tokenizer", chat_template="nowhere.jinja")
 
 
 def test_tokenizers_refused(tmp_path: Path, plain) -> None:
@@ -137,7 +137,7 @@ def test_tokenizers_refused(tmp_path: Path, plain) -> None:
     (tmp_path / "whole/tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
     for path, message in ((tmp_path / "whole", "has no EOS token"), (tmp_path, "cannot be loaded")):
         with pytest.raises(UserError, match=message) as caught:
-            data.load_tokenizer(path)
+            tokens.load_tokenizer(path)
         assert "\n" not in str(caught.value)
 
 
@@ -179,7 +179,7 @@ def test_chat_forms(row: dict, tmp_path: Path, chatml) -> None:
     """Every way to write a chat pair gives the same three token lists."""
     found, _ = load_rows(tmp_path, chatml, row)
     assert texts(found, chatml) == [CHATML_PROMPT, "yes<|im_end|>", "no<|im_end|>"]
-    assert data.encode_prompt(chatml, USER, DATE) == found.row(0)[0].tolist()
+    assert tokens.encode_prompt(chatml, USER, DATE) == found.row(0)[0].tolist()
 
 
 def test_shared_prefix_and_transcripts(tmp_path: Path, chatml) -> None:
@@ -196,7 +196,7 @@ def test_shared_prefix_and_transcripts(tmp_path: Path, chatml) -> None:
         "c<|im_end|>",
     ]
     messages = [{"role": "user", "content": "Hi"}, assistant("Hello"), {"role": "user", "content": "More"}]
-    assert found.row(1)[0].tolist() == data.encode_prompt(chatml, messages, DATE)
+    assert found.row(1)[0].tolist() == tokens.encode_prompt(chatml, messages, DATE)
     assert texts(found, chatml, 1)[1:] == ["yes\n\nindeed<|im_end|>", "no<|im_end|>"]
     with pytest.warns(UserWarning, match="1 identical_responses"):
         load_rows(tmp_path, chatml, *[GOOD] * 30, {"chosen": chosen, "rejected": chosen})
@@ -208,7 +208,7 @@ def test_string_rows(tmp_path: Path) -> None:
         tokenizer = tokenizer_for(FORMATS["mistral"], add_bos=add_bos)
         found, _ = load_rows(tmp_path, tokenizer, GOOD | {"prompt": prompt})
         assert texts(found, tokenizer) == [expected, "good</s>", "bad</s>"]
-        assert data.encode_prompt(tokenizer, prompt, DATE) == found.row(0)[0].tolist()
+        assert tokens.encode_prompt(tokenizer, prompt, DATE) == found.row(0)[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_supervised_forms(row: dict, tmp_path: Path, chatml) -> None:
 def test_alpaca_input_and_plain_supervised(tmp_path: Path, chatml, plain) -> None:
     """An instruction's input follows after a blank line; {prompt, chosen} strings take no template."""
     found, _ = load_rows(tmp_path, chatml, {"instruction": "Add", "input": "1 2", "output": "3"}, pairs=False)
-    assert found.row(0)[0].tolist() == data.encode_prompt(chatml, [{"role": "user", "content": "Add\n\n1 2"}], DATE)
+    assert found.row(0)[0].tolist() == tokens.encode_prompt(chatml, [{"role": "user", "content": "Add\n\n1 2"}], DATE)
     found, _ = load_rows(tmp_path, plain, {"prompt": "ask", "chosen": "good"}, pairs=False)
     assert texts(found, plain) == ["ask", "good<|endoftext|>", ""]
 
@@ -448,7 +448,7 @@ def test_template_errors(tmp_path: Path, plain) -> None:
     with pytest.raises(UserError, match="rows.jsonl:1: the chat template refuses .*System role not supported"):
         load_rows(tmp_path, tokenizer, row)
     with pytest.raises(UserError, match="System role not supported"):
-        data.encode_prompt(tokenizer, row["prompt"], DATE)
+        tokens.encode_prompt(tokenizer, row["prompt"], DATE)
     for policy in ("error", "drop"):
         with pytest.raises(UserError, match="^data.chat_template=null"):
             load_rows(tmp_path, plain, {"prompt": USER, "chosen": "a", "rejected": "b"}, on_bad_row=policy)

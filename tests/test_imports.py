@@ -7,8 +7,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"config"},
     {"losses", "packing", "dist", "optim", "logprobs", "grammar", "rows", "store"},
-    {"models", "data", "metrics", "plots", "rundir"},
-    {"score", "generate", "sweep"},
+    {"models", "tokens", "metrics", "plots", "rundir"},
+    {"data", "score", "generate", "sweep"},
     {"gold", "demo"},
     {"tasks"},
 ]
@@ -16,8 +16,8 @@ LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
 DOORS = {
     "omegaconf": {"config"},
     "wandb": {"metrics"},
-    "transformers": {"models", "data", "generate"},
-    "tokenizers": {"models", "data"},
+    "transformers": {"models", "tokens", "data", "generate"},
+    "tokenizers": {"tokens", "data"},
     "datasets": {"rows"},
     "hydra": {"sweep"},
     "matplotlib": {"plots", "demo"},

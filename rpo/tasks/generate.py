@@ -3,9 +3,7 @@
 import numpy as np
 import torch
 
-from rpo import data
 from rpo.config import Task
-from rpo.data import Rows
 from rpo.generate import Sampling, sample
 from rpo.models import Policy, PreTrainedTokenizerBase
 from rpo.tasks.pairs import clustered_mean
@@ -14,11 +12,12 @@ from rpo.tasks.pairs import clustered_mean
 def evaluate(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
+    questions: list[list[int]],
+    places: list[str],
     task: Task,
-    device: torch.device,
+    stop_ids: list[int],
     *,
-    template_date: str,
+    device: torch.device,
     seed: int,
 ) -> tuple[dict, list[dict]]:
     """(length, ended and truncated shares with standard errors; one sample per answer).
@@ -27,13 +26,12 @@ def evaluate(
     max_new_tokens came before a stop token.
     """
     sampling = Sampling(task.temperature, task.top_p, task.top_k, task.max_new_tokens)
-    prompts = [rows.row(i)[0].tolist() for i in range(len(rows)) for _ in range(task.samples)]
-    stop_ids = data.stop_ids(tokenizer, template_date)
+    prompts = [question for question in questions for _ in range(task.samples)]
     answers = sample(
         policy, prompts, sampling, stop_ids, device=device, seed=[seed], batch_size=task.batch_size, reshard=True
     )
     texts = tokenizer.batch_decode([a.ids[:-1] if a.ended else a.ids for a in answers])
-    clusters = np.repeat(np.arange(len(rows)), task.samples)
+    clusters = np.repeat(np.arange(len(questions)), task.samples)
     result = {
         "samples/length": clustered_mean([len(a.ids) for a in answers], clusters),
         "samples/ended": clustered_mean([a.ended for a in answers], clusters),
@@ -42,7 +40,7 @@ def evaluate(
     rendered = tokenizer.batch_decode(prompts)
     samples = [
         {
-            "row": rows.where(int(row)),
+            "row": places[row],
             "prompt": prompt,
             "response": text,
             "tokens": len(answer.ids),

@@ -3,9 +3,8 @@
 import numpy as np
 import torch
 
-from rpo import data, gold
+from rpo import gold
 from rpo.config import Gold, Task
-from rpo.data import Rows
 from rpo.generate import sample
 from rpo.models import Policy, PreTrainedTokenizerBase
 from rpo.tasks.pairs import clustered_mean
@@ -15,20 +14,19 @@ def evaluate(
     policy: Policy,
     reference: Policy,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
+    questions: list[list[int]],
     task: Task,
     weights: Gold,
-    device: torch.device,
+    stop_ids: list[int],
     *,
-    template_date: str,
+    device: torch.device,
     seed: int,
 ) -> tuple[dict, list[dict]]:
     """(gold, kl, length and ended share with standard errors; one sample per answer), at temperature 1.
 
     The KL is nats per response, Rao-Blackwellised; its estimator needs samples of the policy itself.
     """
-    prompts = [rows.row(i)[0].tolist() for i in range(len(rows)) for _ in range(task.samples)]
-    stop_ids = data.stop_ids(tokenizer, template_date)
+    prompts = [question for question in questions for _ in range(task.samples)]
     generation = {"device": device, "seed": [seed], "batch_size": task.batch_size, "reshard": True}
     answers = sample(policy, prompts, gold.SAMPLING, stop_ids, **generation)
     table = gold.measure(policy, reference, tokenizer, prompts, answers, weights, device)

@@ -90,7 +90,7 @@ def evaluate(
     shift_P, shift_rejected_P = logps["chosen"] - logps["ref_chosen"], logps["rejected"] - logps["ref_rejected"]
     margin_P = shift_P - shift_rejected_P
     correct_P = (margin_P > 0) + 0.5 * (margin_P == 0)
-    chosen_P, rejected_P = rows.chosen.astype(np.float64), rows.rejected.astype(np.float64)
+    chosen_P = rows.chosen.astype(np.float64)
     ref_margin_P = logps["ref_chosen"] - logps["ref_rejected"]
 
     columns = {

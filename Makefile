@@ -1,0 +1,43 @@
+# One virtual environment does everything; torch comes first so that nothing else pulls in a CUDA build of it.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO ?= outputs/demo
+export PYTHONUNBUFFERED = 1
+
+.PHONY: help demo test test-slow check fix bench
+help: ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+$(VENV)/.ready: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+# Two sweeps side by side, one thread each: the model is too small for more. eta 0 is DPO, bit for bit.
+demo: $(VENV)/.ready ## train SFT, DPO and RPO on the embedded task; print the table, draw the picture
+	@rm -rf $(DEMO) && mkdir -p $(DEMO)
+	@OMP_NUM_THREADS=1 $(BIN)/python train.py recipe=demo max_steps=1 eval_every=0 data.gold.samples=8 run_dir=$(DEMO)/first
+	@trap 'kill 0' INT TERM; \
+	OMP_NUM_THREADS=1 $(BIN)/python train.py -m recipe=demo loss.eta=0,0.05 seed=0,1,2 run_dir=$(DEMO)/a 2> >(tail -3 >&2) & \
+	OMP_NUM_THREADS=1 $(BIN)/python train.py -m recipe=demo loss.eta=0.005,0.25 seed=0,1,2 run_dir=$(DEMO)/b && wait $$!
+	@$(BIN)/python -m rpo.demo $(DEMO)/a $(DEMO)/b
+
+test: $(VENV)/.ready ## the test suite
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.ready ## the tests that take more than a minute each
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.ready ## lint and format, reporting only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+fix: $(VENV)/.ready ## lint and format, mending
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.ready ## time the log-probs against the naive form
+	$(BIN)/python -m bench.logprobs

@@ -1,0 +1,173 @@
+"""Text to token ids and back to where a turn ends: tokenizers, chat templates, BOS and end-of-turn.
+
+A response's tokens end with exactly one end-of-turn, which is scored; what a template renders after it is dropped.
+"""
+
+import hashlib
+import json
+import tempfile
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rpo.config import UserError
+from rpo.rows import Messages, RowError, one_line
+
+
+def load_tokenizer(
+    path: str | Path, *, revision: str | None = None, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory or Hub name, its chat template replaced where `chat_template` is given.
+
+    `chat_template` is jinja text or the path of a file that holds it. Raises UserError where the tokenizer cannot be
+    loaded or has no EOS token, or the template's file does not exist.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main")
+    except Exception as error:  # a missing folder, name, network, file or library: each its own type
+        raise UserError(f"tokenizer {path}: cannot be loaded ({one_line(error)}); give a folder or Hub name") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"tokenizer {path}: has no EOS token to end a response; set eos_token in tokenizer_config.json")
+    if chat_template is not None:
+        tokenizer.chat_template = _template_text(chat_template)
+    return tokenizer
+
+
+def _template_text(chat_template: str) -> str:
+    if any(mark in chat_template for mark in ("{{", "{%", "\n")):
+        return chat_template
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
+        raise UserError(f"data.chat_template={chat_template}: no such file; give jinja text or a file that holds it")
+    return path.read_text(encoding="utf-8")
+
+
+class Facts(NamedTuple):
+    """A tokenizer and what is asked of it for every row."""
+
+    tokenizer: PreTrainedTokenizerBase
+    bos: int | None
+    adds_bos: bool  # whether the tokenizer itself begins a text with it
+    eos: int
+    special: frozenset[int]
+
+
+def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
+    bos = tokenizer.bos_token_id
+    special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    return Facts(tokenizer, bos, adds_bos, tokenizer.eos_token_id, frozenset(special | set(tokenizer.all_special_ids)))
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+
+
+def with_bos(ids: list[int], tok: Facts) -> list[int]:
+    return [tok.bos, *ids] if tok.adds_bos and ids[:1] != [tok.bos] else ids
+
+
+@lru_cache
+def _fix_date(template: str, template_date: str) -> str:
+    """The template with `strftime_now` answering for `template_date` at midnight, as a macro that shadows the clock.
+
+    A macro, because apply_chat_template turns a function among its arguments into text.
+    """
+    if "strftime_now" not in template:
+        return template
+    day = datetime.fromisoformat(template_date)
+    directives = [f"%{c}" for c in "aAwdbBmyYHIMSfpjUWcxXGuVeFTDR"] + [f"%-{c}" for c in "dmyHIMSj"]
+    filters = "".join(f"|replace({d!r}, {day.strftime(d)!r})" for d in directives)
+    return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n" + template
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, template_date: str, *, prompt: bool) -> str:
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "data.chat_template=null: the data has messages, the tokenizer no chat template; give jinja text or a file"
+        )
+    template = _fix_date(tokenizer.get_chat_template(), template_date)
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=prompt, tokenize=False
+        )
+    except Exception as error:  # the template is a program of the user's and may raise anything
+        text = f"the chat template refuses the messages ({one_line(error)}); mend them or data.chat_template"
+        raise RowError("template_error", text) from None
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, template_date: str) -> list[int]:
+    """The ids that training uses as the prompt of a row with this `prompt`, before any truncation.
+
+    A message list is rendered with the generation prompt; a string is tokenised as it is. Raises UserError where the
+    template refuses the messages or there is none.
+    """
+    try:
+        text = prompt if isinstance(prompt, str) else render(tokenizer, prompt, template_date, prompt=True)
+    except RowError as error:
+        raise UserError(str(error)) from None
+    return with_bos(tokenize(tokenizer, [text])[0], facts_of(tokenizer))
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, template_date: str) -> list[int]:
+    """The ids that end a response: EOS, then the chat template's end-of-turn where that is another token."""
+    tok = facts_of(tokenizer)
+    if tokenizer.chat_template is None:
+        return [tok.eos]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = render(tokenizer, messages, template_date, prompt=False)
+    except RowError as error:
+        raise UserError(str(error)) from None
+    return list(dict.fromkeys([tok.eos, close(tokenize(tokenizer, [text])[0], tok)[-1]]))
+
+
+def close(ids: list[int], tok: Facts) -> list[int]:
+    """The response up to its end-of-turn: the first special token of the trailing run of special and blank ones.
+
+    First, because Phi-3 renders <|end|> newline <|endoftext|>. Where the run has none, EOS is appended.
+    """
+    end = None
+    for i in range(len(ids) - 1, -1, -1):
+        if ids[i] in tok.special:
+            end = i
+        elif tok.tokenizer.decode([ids[i]]).strip():
+            break
+    return [*ids, tok.eos] if end is None else ids[: end + 1]
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> list:
+    """All of a tokenizer that decides its ids, JSON-able and free of paths."""
+    if tokenizer.is_fast:
+        model = json.loads(tokenizer.backend_tokenizer.to_str())
+        model.pop("padding"), model.pop("truncation")  # state of the last call
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_vocabulary(folder)
+            model = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())]
+    added = {id: (token.content, token.special) for id, token in tokenizer.added_tokens_decoder.items()}
+    names = tokenizer.special_tokens_map
+    return [
+        type(tokenizer).__name__,
+        model,
+        sorted(added.items()),
+        sorted(names.items()),
+        tokenizer.chat_template,
+        facts_of(tokenizer).adds_bos,
+    ]
+
+
+def word_tokenizer(words: list[str], chat_template: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that knows exactly `words` (split at white space) and its four special tokens."""
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<end>"}
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate([*special.values(), *words])}, unk_token="<unk>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=chat_template, **special)
