@@ -78,6 +78,7 @@ def train(cfg: Train) -> str:
         shard = {"mesh": dist.mesh(device), "fsdp": cfg.fsdp, "compute_dtype": compute, "compile": cfg.compile}
         policy = models.prepare(lm, **shard, trainable=True)
         reference = models.prepare(other, **shard, trainable=False) if preference else None
+        optimizer = optim.adamw(policy, cfg.optim)
 
         # ---- what rounding alone does to these weights, and whether the run starts where it should -----------------
         probe = packing.plan_step(rows, data.step_rows(0, len(rows), 8, cfg.seed), budget=cfg.tokens_per_microbatch)
@@ -95,8 +96,7 @@ def train(cfg: Train) -> str:
             rundir.write_json(run_dir / "environment.json", rundir.environment(device, noise_floor=noise_floor))
             writer = metrics.Writer(run_dir, cfg.wandb, config.to_dict(cfg))
 
-        # ---- optimizer, accumulators, and what the loop calls ------------------------------------------------------
-        optimizer = optim.adamw(policy, cfg.optim)
+        # ---- accumulators, and what the loop calls -----------------------------------------------------------------
         total_steps = cfg.max_steps or cfg.epochs * data.steps_per_epoch(len(rows), cfg.batch_size)
         meter_args = {"preference": preference, "beta": cfg.loss.beta, "noise_floor": noise_floor}
         meter, eval_meter = metrics.Meter(device, **meter_args), metrics.Meter(device, **meter_args)

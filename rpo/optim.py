@@ -10,8 +10,13 @@ from rpo.config import Optim
 
 
 def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
-    """Fused AdamW over the sharded fp32 masters; vectors (norms, biases) take no weight decay."""
+    """Fused AdamW over the sharded fp32 masters; vectors (norms, biases) take no weight decay.
+
+    To be made before the first forward pass: FSDP's root stays gathered after one without a backward, and what
+    `parameters()` then gives are copies that nobody reads again.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
+    assert all(isinstance(p, DTensor) for p in params), "a gathered parameter would be updated in vain"
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
