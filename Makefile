@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DEMO ?= outputs/demo
+DEMO := outputs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 export PYTHONUNBUFFERED = 1
 
 .PHONY: help demo test test-slow check fix bench
@@ -18,8 +18,7 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 
 # Two sweeps side by side, one thread each: the model is too small for more. eta 0 is DPO, bit for bit.
 demo: $(VENV)/.ready ## train SFT, DPO and RPO on the embedded task; print the table, draw the picture
-	@rm -rf $(DEMO) && mkdir -p $(DEMO)
-	@OMP_NUM_THREADS=1 $(BIN)/python train.py recipe=demo max_steps=1 eval_every=0 data.gold.samples=8 run_dir=$(DEMO)/first
+	@OMP_NUM_THREADS=1 $(BIN)/python train.py recipe=demo max_steps=1 eval_every=0 data.gold.samples=8 run_dir=$(DEMO)/first_use
 	@trap 'kill 0' INT TERM; \
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m recipe=demo loss.eta=0,0.05 seed=0,1,2 run_dir=$(DEMO)/a 2> >(tail -3 >&2) & \
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m recipe=demo loss.eta=0.005,0.25 seed=0,1,2 run_dir=$(DEMO)/b && wait $$!

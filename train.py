@@ -57,7 +57,11 @@ def train(cfg: Train) -> str:
         eval_rows, eval_report = data.load(cfg.data.eval, **read) if cfg.data.eval else (None, None)
     models.check_fit(hf, tokenizer, max(packing.longest(r) for r in (rows, eval_rows) if r))
 
-    with rundir.recording(run_dir) as status, rundir.Interrupt() as interrupt:
+    with (
+        rundir.recording(run_dir) as status,
+        rundir.Interrupt() as interrupt,
+        metrics.Writer(run_dir, cfg.wandb, config.to_dict(cfg), enabled=dist.is_main()) as writer,
+    ):
         if dist.is_main():
             (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
             rundir.write_json(run_dir / "data_report.json", {"train": report, "eval": eval_report})
@@ -91,10 +95,8 @@ def train(cfg: Train) -> str:
                     f"step 0: policy and reference are the same weights but differ by {gap:.1e} nats per token (rounding "
                     f"explains {noise_floor:.1e}); usual causes: another template, dtype or attention, dropout"
                 )
-        writer = None
         if dist.is_main():
             rundir.write_json(run_dir / "environment.json", rundir.environment(device, noise_floor=noise_floor))
-            writer = metrics.Writer(run_dir, cfg.wandb, config.to_dict(cfg))
 
         # ---- accumulators, and what the loop calls -----------------------------------------------------------------
         total_steps = cfg.max_steps or cfg.epochs * data.steps_per_epoch(len(rows), cfg.batch_size)
@@ -138,13 +140,9 @@ def train(cfg: Train) -> str:
         for step in range(total_steps + 1):
             last = step == total_steps
             if eval_rows is not None and (step == 0 or last or (cfg.eval_every and step % cfg.eval_every == 0)):
-                values = evaluate()
-                if writer:
-                    writer.log("eval", step, pairs_seen, values)
+                writer.log("eval", step, pairs_seen, evaluate())
             if prompts and cfg.sample_every and (last or step % cfg.sample_every == 0):
-                table = answers()
-                if writer:
-                    writer.log_samples(step, pairs_seen, table)
+                writer.log_samples(step, pairs_seen, answers())
             if last:
                 break
 
@@ -185,9 +183,8 @@ def train(cfg: Train) -> str:
                 rate = dict(zip(("pairs_per_second", "tokens_per_second", "mfu"), done / busy, strict=True))
                 values |= {"grad_norm": float(grad_norm), "lr": lr}
                 values |= metrics.performance(rate, device, dist.world_size())
-                if writer:
-                    writer.log("train", step + 1, pairs_seen, values)
-                    progress.set_postfix(loss=f"{values['loss']:.4f}", pairs_s=f"{rate['pairs_per_second']:.1f}")
+                writer.log("train", step + 1, pairs_seen, values)
+                progress.set_postfix(loss=f"{values['loss']:.4f}", pairs_s=f"{rate['pairs_per_second']:.1f}")
                 busy, done = 0.0, np.zeros(3)
                 if stop:
                     status.state = "interrupted"
@@ -201,8 +198,7 @@ def train(cfg: Train) -> str:
 
         # ---- what stays ------------------------------------------------------------------------------------------------
         models.save(policy, tokenizer, run_dir / "model")
-        if writer:
-            writer.close(exit_code=0)
+        if dist.is_main():
             plots.draw_run(metrics.read_jsonl(run_dir / "metrics.jsonl"), run_dir / "plots")
             print(
                 f"{run_dir}: {status.state} after {status.step} steps; the model is in {run_dir / 'model'}", flush=True

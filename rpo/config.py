@@ -134,7 +134,7 @@ class EvalModel:
 
 @dataclass(frozen=True)
 class EvalData:
-    eval: str | list[str]
+    eval: str | list[str] | None
     revision: str | None
     chat_template: str | None
     template_date: str
@@ -223,12 +223,12 @@ def _plain(cfg: "DictConfig") -> dict:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        node = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        # Hydra's own settings have holes of their own; a recipe only sets other keys, its node is empty.
+        ours = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in ("hydra", "recipe")])
+        node = OmegaConf.to_container(ours, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         message = str(error).splitlines()[0]
         raise UserError(f"{error.full_key or 'config'}: {message}; give it on the command line") from None
-    node.pop("hydra", None)
-    node.pop("recipe", None)  # a recipe only sets other keys; its own node is empty
     return node
 
 
@@ -328,10 +328,6 @@ def _check_eval(cfg: Eval) -> None:
     _require(task.top_k >= 0, f"task.top_k={task.top_k}: expected 0 (off) or more")
     for name in ("samples", "max_new_tokens", "batch_size"):
         _require(getattr(task, name) >= 1, f"task.{name}={getattr(task, name)}: expected at least 1")
-    _require(
-        task.kind != "pairs" or cfg.reference.path is not None,
-        "reference.path=null with task=pairs: rewards are policy minus reference; give reference.path=DIR",
-    )
     _require(cfg.tokens_per_microbatch >= 1, f"tokens_per_microbatch={cfg.tokens_per_microbatch}: expected at least 1")
     _check_date(cfg.data.template_date)
 

@@ -6,6 +6,7 @@ python -m rpo.demo SWEEP_FOLDER [SWEEP_FOLDER ...]      # folders of train.py -m
 import statistics
 import sys
 from collections import defaultdict
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -65,7 +66,9 @@ def table(curves: Curves) -> str:
 def draw(curves: Curves, path: Path) -> None:
     """Gold against sqrt(KL), and chosen shift against step: thin lines are seeds, thick ones their mean."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for color, (eta, runs) in zip(("C3", "C1", "C4", "C0", "C2", "C5"), curves.items(), strict=False):
+    for color, (eta, runs) in zip(
+        cycle(("C3", "C1", "C4", "C0", "C2", "C5", "C6", "C7", "C8")), curves.items(), strict=False
+    ):
         points = {
             left: [[(e["kl"] ** 0.5, e["gold"]) for e in run] for run in runs],
             right: [[(e["step"], e["shift/chosen"]) for e in run] for run in runs],

@@ -35,7 +35,7 @@ PER_PAIR_PREFERENCE = (
 PER_CHOSEN_TOKEN = ("nll/chosen", "shift_per_token/chosen")
 PERF = ("perf/pairs_per_second", "perf/tokens_per_second", "perf/mfu", "perf/memory_gib")
 TRAIN_ONLY = ("grad_norm", "lr", *PERF)
-GOLD = ("gold", "kl", "gold_length", "gold_ended")
+GOLD = ("gold", "kl", "samples/length", "samples/ended")
 
 # Dense bf16 peaks in FLOP/s, without sparsity, by what CUDA calls the device.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -138,12 +138,16 @@ def wandb_mode(cfg: Wandb) -> str:
 
 
 class Writer:
-    """Rank 0's pen: `metrics.jsonl` and `samples.jsonl` in the run's folder, and the wandb run where there is one."""
+    """The run's pen: `metrics.jsonl` and `samples.jsonl` in its folder, and the wandb run where there is one.
 
-    def __init__(self, run_dir: Path, cfg: Wandb, settings: dict):
-        self.run_dir, self.start = run_dir, time.monotonic()
+    Every rank calls it, the one with `enabled` writes. A context manager: what is open is closed however it is left.
+    """
+
+    def __init__(self, run_dir: Path, cfg: Wandb, settings: dict, *, enabled: bool):
+        self.run_dir, self.enabled, self.start, self.run = run_dir, enabled, time.monotonic(), None
+        if not enabled:
+            return
         self.lines = (run_dir / "metrics.jsonl").open("a")
-        self.run = None
         if (mode := wandb_mode(cfg)) != "disabled":
             import wandb
 
@@ -160,8 +164,19 @@ class Writer:
             self.run.define_metric("pairs")
             self.run.define_metric("*", step_metric="pairs")
 
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.enabled:
+            self.lines.close()
+        if self.run is not None:
+            self.run.finish(exit_code=0 if kind is None else 1)
+
     def log(self, split: str, step: int, pairs: int, values: dict[str, float]) -> None:
-        """One event: `step` updates and `pairs` pairs after the start."""
+        """One event, after `step` updates and `pairs` pairs."""
+        if not self.enabled:
+            return
         event = {"split": split, "step": step, "pairs": pairs, "time": round(time.monotonic() - self.start, 3)}
         self.lines.write(json.dumps(event | values) + "\n")
         self.lines.flush()
@@ -170,6 +185,8 @@ class Writer:
 
     def log_samples(self, step: int, pairs: int, samples: list[dict[str, str]]) -> None:
         """Held-out prompts with the policy's and the reference's answers."""
+        if not self.enabled:
+            return
         with (self.run_dir / "samples.jsonl").open("a") as file:
             file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
         if self.run is not None:
@@ -178,11 +195,6 @@ class Writer:
             columns = ["step", *samples[0]]
             table = wandb.Table(columns=columns, data=[[step, *sample.values()] for sample in samples])
             self.run.log({"pairs": pairs, "samples": table})
-
-    def close(self, exit_code: int) -> None:
-        self.lines.close()
-        if self.run is not None:
-            self.run.finish(exit_code=exit_code)
 
 
 def read_jsonl(path: Path) -> list[dict]:

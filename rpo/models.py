@@ -101,7 +101,8 @@ def check(path: str, revision: str | None = None, *, key: str = "model.path") ->
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{key}={path}: no Hugging Face model could be read there ({_first_line(error)})") from None
     names = config.architectures or []
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not all("LM" in name for name in names):
+    causal = all(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)  # BertForMaskedLM is none
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
         kind = ", ".join(names) or type(config).__name__
         raise UserError(f"{key}={path}: holds {kind}, not a causal LM; give a model for AutoModelForCausalLM")
     return config
@@ -254,7 +255,6 @@ def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> No
     with torch.device("meta"):
         whole = type(lm)(lm.config)
     whole.load_state_dict({k.removeprefix("lm."): v for k, v in state.items()}, strict=False, assign=True)
-    whole.tie_weights()
     whole.generation_config = lm.generation_config
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

@@ -18,7 +18,7 @@ import torch
 from rpo import dist
 from rpo.config import UserError
 
-_MARKS = ("config.yaml", "status.json", "metrics.jsonl", "results.json")
+_MARKS = ("config.yaml", "status.json", "metrics.jsonl", "results.json", "sweep.json")
 
 
 def choose(given: str | None, label: str) -> Path:

@@ -25,7 +25,9 @@ from rpo.config import Train, UserError, set_sweep_dir, train_config
 
 # Where a rank waits for the others to fail too; past it they are taken to hang in a collective.
 _PATIENCE = datetime.timedelta(seconds=60)
-_SHOWN = ("gold", "rewards/accuracies", "shift/chosen", "loss")
+_SHOWN = tuple(
+    f"{split}/{name}" for split in ("eval", "train") for name in ("gold", "rewards/accuracies", "shift/chosen", "loss")
+)
 
 
 def in_sweep() -> bool:
@@ -98,14 +100,11 @@ class Sweep(Callback):
         try:
             cells = _checked_cells(config)
             dist.init()  # kept for all cells; also how ranks agree on the folder
-            stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-            folder = Path(dist.broadcast(config.run_dir or f"outputs/{stamp}_sweep")).expanduser()
-            if (folder / "sweep.json").exists():
-                raise UserError(f"run_dir={folder}: already holds a sweep; give another folder or remove it")
-        except UserError as error:
+            folder = rundir.choose(config.run_dir, "sweep")
+        except Exception as error:  # Hydra would warn of it and start the sweep unchecked
             print(f"error: {error}", file=sys.stderr, flush=True)
             dist.shutdown()
-            sys.exit(2)
+            sys.exit(2 if isinstance(error, UserError) else 1)
         set_sweep_dir(config, folder)
         torch_dist.barrier()  # the look above comes before rank 0's first file
         if dist.is_main():
@@ -138,7 +137,7 @@ def _checked_cells(config: Any) -> list[dict[str, str]]:
 def write_table(folder: Path) -> int:
     """`sweep.csv`, `sweep.json` and `sweep.png` from what the cells have left so far; returns how many failed.
 
-    A row is a cell: its overrides, how it ended, and its last evaluation.
+    A row is a cell: its overrides, how it ended, and its last evaluation (its last training line where it has none).
     """
     table = rundir.read_json(folder / "sweep.json")
     for row in table:
@@ -146,7 +145,9 @@ def write_table(folder: Path) -> int:
         row |= rundir.read_status(cell)
         events = metrics.read_jsonl(cell / "metrics.jsonl") if (cell / "metrics.jsonl").exists() else []
         evals = [event for event in events if event["split"] == "eval"] or events
-        row |= {k: v for k, v in (evals[-1] if evals else {}).items() if k not in ("split", "time", "step")}
+        last = evals[-1] if evals else {}
+        # Prefixed, because `loss` is also the name of a group that a sweep sets.
+        row |= {f"{last['split']}/{k}": v for k, v in last.items() if k not in ("split", "time", "step", "pairs")}
     rundir.write_json(folder / "sweep.json", table)
     columns = list(dict.fromkeys(key for row in table for key in row))
     with (folder / "sweep.csv").open("w", newline="") as file:

@@ -3,11 +3,10 @@
 Letters: P pairs. All standard errors are clustered by prompt.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.distributed as torch_dist
+from numpy.typing import ArrayLike
 
 from rpo import dist, packing
 from rpo.data import Rows
@@ -35,20 +34,21 @@ def score_rows(
     return dict(zip(sides, table_4P.cpu().numpy(), strict=True))
 
 
-def clustered_mean(values: Sequence[float], clusters: Sequence[int]) -> dict[str, float]:
-    """Mean, its standard error clustered by prompt, and n.
+def clustered_mean(values: ArrayLike, clusters: ArrayLike, sizes: ArrayLike | None = None) -> dict[str, float | None]:
+    """Sum of `values` over sum of `sizes` (default 1 each: the mean), its standard error clustered by prompt, and n.
 
-    SE^2 = G/(G-1) / n^2 * sum over clusters of (sum of deviations in the cluster)^2 (arXiv 2411.00640, with the
-    small-sample factor); with one row per cluster it is the ordinary standard error. One cluster has no error (null).
+    SE^2 = G/(G-1) * sum over the G clusters of (sum of values - mean x sizes in the cluster)^2 / (sum of sizes)^2
+    (arXiv 2411.00640, with the small-sample factor; the linearised ratio where sizes differ). With one row per cluster
+    it is the ordinary standard error. One cluster has no error, no row no value (null).
     """
-    values = np.asarray(values, dtype=np.float64)
-    n, num_clusters = len(values), len(set(clusters))
-    if n == 0:
+    values, clusters = np.asarray(values, dtype=np.float64), np.asarray(clusters)
+    sizes = np.ones(len(values)) if sizes is None else np.asarray(sizes, dtype=np.float64)
+    if not len(values):
         return {"value": None, "se": None, "n": 0}
-    sums = np.zeros(int(max(clusters)) + 1)
-    np.add.at(sums, np.asarray(clusters), values - values.mean())
-    se = np.sqrt(num_clusters / (num_clusters - 1) * (sums**2).sum()) / n if num_clusters > 1 else None
-    return {"value": float(values.mean()), "se": None if se is None else float(se), "n": n}
+    mean, num_clusters = values.sum() / sizes.sum(), len(np.unique(clusters))
+    sums = np.bincount(clusters, weights=values - mean * sizes)
+    se = np.sqrt(num_clusters / (num_clusters - 1) * (sums**2).sum()) / sizes.sum() if num_clusters > 1 else None
+    return {"value": float(mean), "se": None if se is None else float(se), "n": len(values)}
 
 
 def calibration_error(margin_P: np.ndarray, seed: int) -> float:
@@ -102,14 +102,14 @@ def evaluate(
         "logps/rejected": logps["rejected"],
         "shift/chosen": shift_P,
         "shift/rejected": shift_rejected_P,
-        "shift_per_token/chosen": shift_P / chosen_P,
         "displacement_rate": shift_P < -noise_floor * chosen_P,
-        "nll/chosen": -logps["chosen"] / chosen_P,
         "nll/preference": np.logaddexp(0, -beta * margin_P),
         "brier": _sigmoid(-beta * margin_P) ** 2,
         "reference/accuracies": (ref_margin_P > 0) + 0.5 * (ref_margin_P == 0),
     }
     result = {name: clustered_mean(values, clusters) for name, values in columns.items()}
+    for name, values in {"nll/chosen": -logps["chosen"], "shift_per_token/chosen": shift_P}.items():
+        result[name] = clustered_mean(values, clusters, chosen_P)
     for name, part_P in {
         "chosen_longer": rows.chosen > rows.rejected,
         "chosen_shorter": rows.chosen < rows.rejected,

@@ -1,0 +1,259 @@
+"""Whatever a user can get wrong is one line that names the place and the fix, before a run folder exists."""
+
+import gzip
+import json
+import subprocess
+
+import pytest
+from hydra.errors import HydraException
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+import train
+from rpo import dist
+from rpo.config import UserError
+from tests.conftest import (
+    command,
+    make_lm,
+    make_rows_json,
+    make_tokenizer,
+    script_env,
+    settings,
+    tiny_args,
+    write_jsonl,
+)
+
+GOOD = {"prompt": [{"role": "user", "content": "ba be"}], "chosen": "bi bo", "rejected": "bu"}
+
+
+def refusal(tiny, tmp_path, *more):
+    """The one line with which train.py's `train` refuses; no run folder is left."""
+    run_dir = tmp_path / "run"
+    try:
+        with pytest.raises(UserError) as caught:
+            train.train(settings(*tiny_args(tiny, "batch_size=8", "max_steps=1", f"run_dir={run_dir}", *more)))
+    finally:
+        dist.shutdown()
+    assert not run_dir.exists(), "something was written"
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("loss.beta=0", "loss.beta=0.0: expected > 0"),
+        ("loss.beta=-0.1", "loss.beta=-0.1: expected > 0"),
+        ("loss.beta=nan", "loss.beta=nan: expected a finite number"),
+        ("loss.beta=abc", "loss.beta='abc': expected a number"),
+        ("loss.beta=true", "loss.beta=True: expected a number"),
+        ("loss.eta=-0.1", "loss.eta=-0.1: expected >= 0"),
+        ("loss.sft=none", "loss.eta=0.2 with loss.sft=none: eta would do nothing; set loss.sft="),
+        ("loss.preference=kto", "loss.preference='kto': expected sigmoid|ipo|hinge|none"),
+        ("loss.label_smoothing=0.5", "loss.label_smoothing=0.5: expected 0 <= e < 0.5"),
+        ("batch_size=0", "batch_size=0: expected at least 1"),
+        ("batch_size=8.5", "batch_size=8.5: expected an integer"),
+        ("max_steps=0", "max_steps=0: expected null or at least 1"),
+        ("optim.lr=fast", "optim.lr='fast': expected a number or auto"),
+        ("optim.betas=[0.9]", "optim.betas=[0.9]: expected two numbers"),
+        ("model.dtype=float16", "model.dtype='float16': expected auto|bfloat16|float32|float64"),
+        ("data.max_length=1", "data.max_length=1: expected at least 2"),
+        ("data.truncation=left", "data.truncation='left': expected drop|prompt_left|response_right"),
+        ("data.template_date=today", "data.template_date='today': expected a date as YYYY-MM-DD"),
+        ("fsdp.reshard_after_forward=2", "fsdp.reshard_after_forward=2: expected true or false"),
+        ("+loss.gamma=1", "loss.gamma: no such key; the keys here are beta"),
+        ("data.eval=gold", "data.eval=gold with data.train="),
+        ("data.train=???", "data.train: Missing mandatory value"),
+        ("model.path=null", "model.path=null with data.train="),
+    ],
+)
+def test_settings(override, message, tiny):
+    """Each value out of its range, of another type or at odds with another key names the key and what was expected."""
+    with pytest.raises(UserError) as caught:
+        settings(*tiny_args(tiny, override))
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["loss=nosuch", "nosuch=1", "loss.nosuch=1", "recipe=nosuch"])
+def test_unknown_names_are_hydras_to_refuse(override, tiny):
+    """An unknown group choice or key never reaches us."""
+    with pytest.raises(HydraException):
+        settings(*tiny_args(tiny, override))
+
+
+FILES = {
+    "empty.jsonl": (b"", "has no rows"),
+    "list.jsonl": (json.dumps([GOOD]).encode(), ":1: expected a JSON object with named fields, found a list"),
+    "prose.jsonl": (b"Once upon a time\n", ":1: expected one JSON object a line"),
+    "prose.json": (b"Once upon a time\n", "expected one JSON list of rows"),
+    "object.json": (json.dumps(GOOD).encode(), "expected a JSON list of rows, found an object"),
+    "cut.jsonl.gz": (gzip.compress(json.dumps(GOOD).encode() * 50)[:60], "cannot be read"),
+    "plain.jsonl.gz": (json.dumps(GOOD).encode(), "cannot be read"),
+    "fields.jsonl": (b'{"question": "a", "answer": "b"}\n', ":1: field chosen: expected in every pair"),
+    "latin.jsonl": (json.dumps(GOOD).encode() + b'\n{"prompt": "\xe9"}\n', ":2: byte 13 of the line: expected UTF-8"),
+    "table.csv": (b"prompt,chosen,rejected\n", "expected a .jsonl, .json"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("key", ["data.train", "data.eval"])
+def test_files(key, name, tiny, tmp_path):
+    """A file that can not be read as rows is named, with the line where there is one."""
+    content, message = FILES[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    found = refusal(tiny, tmp_path, f"{key}={path}")
+    assert found.startswith(str(path)) and message in found, found
+
+
+def test_missing_file(tiny, tmp_path):
+    """A path that does not exist is named with what may stand there; a folder needs its split."""
+    assert "MISSING.jsonl: no such file; give a" in refusal(tiny, tmp_path, f"data.train={tmp_path}/MISSING.jsonl")
+    assert "a directory is read as a dataset and needs a split" in refusal(tiny, tmp_path, f"data.train={tmp_path}")
+
+
+ROWS = {
+    "missing field": ({"prompt": "ba", "chosen": "be"}, "field rejected: expected in every pair"),
+    "wrong type": (GOOD | {"chosen": 7}, "field chosen: expected a non-empty list"),
+    "string prompt, number": ({"prompt": "ba", "chosen": "be", "rejected": 7}, "field rejected: expected a string"),
+    "wrong roles": (
+        GOOD | {"prompt": [{"role": "assistant", "content": "ba"}]},
+        "field prompt: expected a prompt that",
+    ),
+    "no prompt": ({"chosen": "be", "rejected": "bi"}, "field prompt: expected a string or a list of messages"),
+    "half a character": (GOOD | {"chosen": "\ud800"}, "an escape like"),
+}
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_malformed_rows(kind, tiny, tmp_path):
+    """A malformed row is named by file and line under on_bad_row=error, and counted and left out under drop."""
+    row, message = ROWS[kind]
+    path = write_jsonl(tmp_path / "rows.jsonl", [GOOD, row, GOOD])
+    found = refusal(tiny, tmp_path, f"data.train={path}")
+    assert found.startswith(f"{path}:2: {message}") and "data.on_bad_row=drop" in found, found
+    run_dir = tmp_path / "dropped"
+    args = tiny_args(tiny, "max_steps=1", f"data.train={path}", "data.on_bad_row=drop", "data.eval=null")
+    try:
+        train.train(settings(*args, f"run_dir={run_dir}"))
+    finally:
+        dist.shutdown()
+    report = json.loads((run_dir / "data_report.json").read_text())["train"]
+    assert (report["read"], report["kept"]) == (3, 2)
+    (entry,) = report["dropped"].values()
+    assert entry["count"] == 1 and entry["examples"][0].startswith(f"{path}:2: {message}")
+
+
+def test_uninformative_rows(tiny, tmp_path):
+    """More than 5% of rows that teach nothing stop the run, whatever on_bad_row says."""
+    useless = [GOOD | {"chosen": "", "rejected": "ba"}, GOOD | {"chosen": "ba", "rejected": "ba"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", make_rows_json(30) + useless)
+    for policy in ("error", "drop"):
+        found = refusal(tiny, tmp_path, f"data.train={path}", f"data.on_bad_row={policy}")
+        assert found.startswith(f"{path}: 2 of 32 rows have an empty response or two equal ones"), found
+
+
+def test_nothing_fits(tiny, tmp_path):
+    """A max_length that keeps no pair is an error that says what dropped them."""
+    found = refusal(tiny, tmp_path, "data.max_length=3")
+    assert "none of 40 rows is left (40 too_long; data.max_length=3, data.truncation=drop)" in found
+
+
+def tokenizer_folder(folder, change):
+    """make_tokenizer() after `change`, saved."""
+    tokenizer = make_tokenizer()
+    change(tokenizer)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_tokenizers(tiny, tmp_path):
+    """A tokenizer that is absent, without template, without EOS, or whose prompt is no prefix is refused by name."""
+    found = refusal(tiny, tmp_path, f"model.tokenizer={tmp_path / 'nowhere'}")
+    assert found.startswith(f"tokenizer {tmp_path / 'nowhere'}: cannot be loaded")
+
+    bare = tokenizer_folder(tmp_path / "bare", lambda tok: setattr(tok, "chat_template", None))
+    assert AutoTokenizer.from_pretrained(bare).chat_template is None
+    found = refusal(tiny, tmp_path, f"model.tokenizer={bare}")
+    assert found.startswith("data.chat_template=null: the data has messages, the tokenizer no chat template")
+
+    endless = tokenizer_folder(tmp_path / "endless", lambda tok: setattr(tok, "eos_token", None))
+    found = refusal(tiny, tmp_path, f"model.tokenizer={endless}")
+    assert found.startswith(f"tokenizer {endless}: has no EOS token to end a response")
+
+    shifting = "{{ 'ba' if messages | length == 1 else 'be' }} {% for m in messages %}{{ m['content'] }} {% endfor %}"
+    (tmp_path / "shifting.jinja").write_text(shifting)
+    found = refusal(tiny, tmp_path, f"data.chat_template={tmp_path / 'shifting.jinja'}")
+    assert f"{tiny / 'train.jsonl.gz'}:1: field chosen: expected the prompt's tokens at the beginning" in found
+    found = refusal(tiny, tmp_path, "data.chat_template=nowhere.jinja")
+    assert found.startswith("data.chat_template=nowhere.jinja: no such file")
+
+
+@pytest.mark.parametrize("key", ["model.path", "reference.path"])
+def test_models(key, tiny, tmp_path):
+    """A model that is not there, not a causal LM, or of another vocabulary is refused by the key that names it."""
+    tokenizer = f"model.tokenizer={tiny / 'model'}"
+    found = refusal(tiny, tmp_path, tokenizer, f"{key}={tmp_path / 'nowhere'}")
+    assert found.startswith(f"{key}={tmp_path / 'nowhere'}: no Hugging Face model could be read there"), found
+
+    sizes = {"vocab_size": 44, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    BertForSequenceClassification(BertConfig(**sizes, intermediate_size=8)).save_pretrained(tmp_path / "bert")
+    found = refusal(tiny, tmp_path, tokenizer, f"{key}={tmp_path / 'bert'}")
+    assert found.startswith(f"{key}={tmp_path / 'bert'}: holds BertForSequenceClassification, not a causal LM"), found
+
+    make_lm(vocab_size=77).save_pretrained(tmp_path / "wide")
+    both = {"model.path": tiny / "model", "reference.path": tiny / "model"} | {key: tmp_path / "wide"}
+    found = refusal(tiny, tmp_path, tokenizer, *(f"{name}={path}" for name, path in both.items()))
+    assert found.startswith("reference.path: policy and reference have different vocabularies (model.path has ")
+    make_lm(vocab_size=10).save_pretrained(tmp_path / "narrow")
+    found = refusal(tiny, tmp_path, tokenizer, f"model.path={tmp_path / 'narrow'}")
+    assert found.startswith("model.path: the tokenizer has ")
+
+
+def test_rows_longer_than_the_model(tiny, tmp_path):
+    """A row with more tokens than the model has positions names max_length and its limit."""
+    path = write_jsonl(tmp_path / "long.jsonl", [GOOD | {"chosen": "ba " * 200}])
+    found = refusal(tiny, tmp_path, f"data.train={path}")
+    assert found.startswith("data.max_length: a row of ") and found.endswith("set data.max_length=128 or less")
+
+
+def test_where_it_runs(tiny, tmp_path, monkeypatch):
+    """More ranks than pairs in a batch, and wandb online without a key, stop before the data is read."""
+    found = refusal(tiny, tmp_path, "wandb.mode=online", "data.train=MISSING.jsonl")
+    assert found.startswith("wandb.mode=online: no API key is configured")
+    monkeypatch.setattr(dist, "world_size", lambda: 16)
+    found = refusal(tiny, tmp_path, "data.train=MISSING.jsonl")
+    assert found == "batch_size=8: fewer pairs than the 16 ranks; raise it"
+
+
+@pytest.mark.parametrize("mark", ["config.yaml", "status.json", "metrics.jsonl", "results.json", "sweep.json"])
+def test_a_folder_with_another_run_is_left_alone(mark, tiny, tmp_path):
+    """A run folder that holds a run, an evaluation or a sweep is refused and not touched."""
+    folder = tmp_path / "taken"
+    folder.mkdir()
+    (folder / mark).write_text("{}")
+    try:
+        with pytest.raises(UserError, match=f"run_dir={folder}: already holds a run"):
+            train.train(settings(*tiny_args(tiny, f"run_dir={folder}")))
+    finally:
+        dist.shutdown()
+    assert [path.name for path in folder.iterdir()] == [mark] and (folder / mark).read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "code", "message"),
+    [
+        ("train.py", ["data.train=MISSING.jsonl"], 2, "error: MISSING.jsonl: no such file"),
+        ("train.py", ["loss=nosuch"], 1, "In 'train': Could not find 'loss/nosuch'"),
+        ("eval.py", ["model.path=nowhere", "reference.path=nowhere", "data.eval=f", "task.beta=1"], 2, "error: model."),
+    ],
+    ids=["file", "group", "eval"],
+)
+def test_exit_codes(script, more, code, message, tiny, tmp_path):
+    """A user's error is one line on stderr and exit code 2; Hydra's own refusals keep Hydra's 1; nothing is written."""
+    args = [*(tiny_args(tiny) if script == "train.py" else []), f"run_dir={tmp_path / 'run'}", *more]
+    done = subprocess.run(command(script, *args), env=script_env(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code
+    assert done.stderr.startswith(message), done.stderr
+    assert code == 1 or done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())

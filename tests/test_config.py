@@ -1,0 +1,216 @@
+"""Every YAML composes and teaches, presets and recipes hold the published values, and README's commands are accepted."""
+
+import re
+import shlex
+
+import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from rpo import config
+from tests.conftest import ROOT, settings
+
+CONF = ROOT / "conf"
+# loss= : preference, sft, beta, eta
+PRESETS = {
+    "dpo": ("sigmoid", "none", 0.1, 0.0),
+    "rpo_sum": ("sigmoid", "sum", 0.01, 0.005),
+    "rpo_avg": ("sigmoid", "avg", 0.5, 0.2),
+    "rpo_token": ("sigmoid", "token", 0.1, 1.0),
+    "ipo": ("ipo", "none", 0.1, 0.0),
+    "hinge": ("hinge", "none", 0.1, 0.0),
+    "sft": ("none", "token", None, 1.0),
+}
+# The published hyper-parameters: what the three runs share, and what sets each apart.
+PAPER = {
+    "batch_size": 128,
+    "seed": 42,
+    "optim.lr": 5e-7,
+    "optim.schedule": "cosine",
+    "optim.weight_decay": 0.0,
+    "optim.max_grad_norm": 1.0,
+    "loss.preference": "sigmoid",
+    "loss.label_smoothing": 0.0,
+    "reference.path": None,
+    "max_steps": None,
+}
+GEMMA = {
+    "model.path": "HuggingFaceH4/zephyr-7b-gemma-sft-v0.1",
+    "data.train": "argilla/dpo-mix-7k:train",
+    "data.eval": "argilla/dpo-mix-7k:test",
+    "epochs": 2,
+}
+ADAM = {"optim.betas": [0.9, 0.999], "optim.min_lr_ratio": 0.0, "optim.warmup_ratio": 0.1, "eval_every": 100}
+SUM = {"loss.sft": "sum", "loss.eta": 0.005}
+RECIPES = {
+    "paper_beta": PAPER
+    | ADAM
+    | SUM
+    | {
+        "loss.beta": 0.01,
+        "model.path": "HuggingFaceH4/mistral-7b-sft-beta",
+        "data.train": "HuggingFaceH4/ultrafeedback_binarized:train_prefs",
+        "data.eval": "HuggingFaceH4/ultrafeedback_binarized:test_prefs",
+        "epochs": 1,
+    },
+    "paper_gemma": PAPER | ADAM | SUM | GEMMA | {"loss.beta": 0.05},
+    "paper_gemma_avg": PAPER
+    | GEMMA
+    | {
+        "loss.sft": "avg",
+        "loss.beta": 0.5,
+        "loss.eta": 0.2,
+        "optim.betas": [0.9, 0.95],
+        "optim.warmup_ratio": 0.03,
+        "optim.min_lr_ratio": 0.1,
+    },
+}
+
+
+def flat(node, prefix=""):
+    """{"a.b": value} of nested dicts, but for free-form ones."""
+    items = {}
+    for key, value in node.items():
+        nested = isinstance(value, dict) and key != "architecture"
+        items |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return items
+
+
+def names(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+# What a file of a group needs before it composes: a path where there is no default.
+NEEDS = {
+    ("model", "hub"): ["model.path=DIR"],
+    ("data", "files"): ["data.train=FILE", "model.path=DIR"],
+    ("loss", "sft"): [],
+}
+TRAIN_FILES = [
+    (group, name) for group in ("loss", "model", "data", "reference", "layout", "recipe") for name in names(group)
+]
+
+
+@pytest.mark.parametrize(("group", "name"), TRAIN_FILES, ids=lambda value: value)
+def test_every_choice_is_accepted(group, name):
+    """Each file of each group composes into settings that pass the checks, and config.yaml holds them all."""
+    cfg = settings(f"{group}={name}", *NEEDS.get((group, name), []))
+    again = config.train_config(OmegaConf.create(config.to_yaml(cfg)))
+    assert again == cfg
+
+
+@pytest.mark.parametrize("name", names("task"))
+def test_every_task_is_accepted(name):
+    """eval.py's tasks compose with nothing but a model: reference, data and beta may come from its run."""
+    cfg = settings(f"task={name}", "model.path=RUN/model", name="eval")
+    assert cfg.task.kind == name and cfg.data.eval is None
+    assert config.eval_config(OmegaConf.create(config.to_yaml(cfg))) == cfg
+
+
+def test_groups_are_those_of_the_tests():
+    """No group of conf/ escapes the two tests above."""
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert groups == {group for group, _ in TRAIN_FILES} | {"task"}
+
+
+@pytest.mark.parametrize("name", names("loss"))
+def test_loss_presets(name):
+    """Each preset is the documented mix of preference form, SFT form, beta and eta."""
+    loss = settings(f"loss={name}").loss
+    preference, sft, beta, eta = PRESETS[name]
+    assert (loss.preference, loss.sft, loss.eta) == (preference, sft, eta)
+    assert beta is None or loss.beta == beta
+    assert loss.label_smoothing == 0 and loss.normalize
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_paper_recipes(name):
+    """The paper's recipes have every published hyper-parameter."""
+    found = flat(config.to_dict(settings(f"recipe={name}")))
+    assert {key: found[key] for key in RECIPES[name]} == RECIPES[name]
+
+
+@pytest.mark.parametrize("name", [name for name in names("recipe") if not name.endswith("_dpo")])
+def test_controls_differ_in_the_sft_term_alone(name):
+    """Every recipe has a control that equals it, beta included, but for the SFT term: plain DPO."""
+    ours, control = (flat(config.to_dict(settings(f"recipe={r}"))) for r in (name, f"{name}_dpo"))
+    differing = {key for key in ours if ours[key] != control[key]}
+    assert differing == {"loss.sft", "loss.eta"}
+    assert (control["loss.preference"], control["loss.sft"], control["loss.eta"]) == ("sigmoid", "none", 0.0)
+
+
+def test_auto_learning_rate():
+    """optim.lr=auto becomes a number that config.yaml records; a number given stays."""
+    files = ["data=files", "model=hub", "model.path=DIR", "data.train=FILE"]
+    assert settings().optim.lr == 5e-4
+    assert settings(*files).optim.lr == 5e-7
+    assert settings(*files, "loss=sft").optim.lr == 2e-5
+    assert settings("loss=sft").optim.lr == 3e-3
+    assert settings("optim.lr=1e-6").optim.lr == 1e-6
+
+
+KEY = re.compile(r"(\s*)(?:- )?(?:override )?/?(\w+):(.*)")
+
+
+def undocumented(text, strict):
+    """The lines with a value but no comment: beside it if `strict`, else there or above it since the last blank line.
+
+    A comment beside a group's first key speaks for the group where it is Hydra's own or a model's architecture.
+    """
+    bad, above, whole_block = [], False, None
+    for line in text.replace("# @package", "").splitlines():
+        above = bool(line.strip()) and (above or "#" in line)
+        if key := KEY.match(line):
+            indent, name, value = key.groups()
+            if whole_block is not None and len(indent) <= whole_block:
+                whole_block = None
+            if name in ("hydra", "architecture", "kind"):
+                whole_block = len(indent)
+            has_value = bool(value.split("#")[0].strip())
+            if has_value and not ("#" in value or (above and (whole_block is not None or not strict))):
+                bad.append(line)
+    return bad
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONF)))
+def test_every_key_has_a_comment(path):
+    """Each key is explained where it stands; a recipe, which sets keys explained elsewhere, gives its sources."""
+    assert undocumented(path.read_text(), strict=path.parent.name != "recipe") == []
+
+
+def readme_commands():
+    """Every train.py or eval.py command of README's code blocks, continuation lines joined."""
+    readme = ROOT / "README.md"
+    text = readme.read_text() if readme.exists() else ""
+    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)).replace("\\\n", " ")
+    for line in blocks.splitlines():
+        line = line.split(" #")[0].strip().removeprefix("$ ")
+        if re.search(r"\b(train|eval)\.py\b", line) and re.search(r"\b(python3?|torchrun)\b", line):
+            yield line
+
+
+def overrides_of(command):
+    """(train or eval, the lists of overrides that its cells have)."""
+    words = shlex.split(command)
+    at = next(i for i, word in enumerate(words) if word.endswith((".py",)))
+    args = [word for word in words[at + 1 :] if word not in ("-m", "--multirun", "&")]
+    script = words[at].split("/")[-1].removesuffix(".py")
+    if not {"-m", "--multirun"} & set(words[at + 1 :]):
+        return script, [args]
+    (cells,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(args), max_batch_size=None)
+    return script, [list(cell) for cell in cells]
+
+
+def test_readme_commands_are_accepted():
+    """Every command of README composes and passes the checks, a sweep in each of its cells."""
+    commands = list(readme_commands())
+    if not commands:
+        pytest.skip("there is no README.md with commands yet")
+    for command in commands:
+        script, cells = overrides_of(command)
+        for overrides in cells:
+            try:
+                settings(*overrides, name=script)
+            except Exception as error:
+                raise AssertionError(f"README: {command}") from error

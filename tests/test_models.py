@@ -1,0 +1,227 @@
+"""rpo.models: our log-probs are the model's own, in every proven family, sharded or not; what is not so is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
+
+from rpo import dist, logprobs, models, packing
+from rpo.config import Fsdp, UserError
+from rpo.models import Policy
+from tests.conftest import FAMILIES, SIZES, make_lm, make_tokenizer
+from tests.test_packing import LENGTHS, make_rows
+
+FSDP = Fsdp(activation_checkpointing="none", reshard_after_forward=True, accumulate="unsharded", cpu_offload=False)
+VOCABULARY = len(make_tokenizer())
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles so small that even a toy's log-probs are cut into many along both sides."""
+    monkeypatch.setitem(logprobs.TILES, "cpu", (8, 17))
+
+
+def ragged(vocab_size=VOCABULARY):
+    """Ragged right-padded pairs, and each response by itself as (ids, prompt's length) in the batch's order."""
+    rows = make_rows(LENGTHS, vocab_size=vocab_size)
+    texts = [(rows.row(i)[0], rows.row(i)[side]) for side in (1, 2) for i in range(len(LENGTHS))]
+    alone = [(torch.from_numpy(np.concatenate(text).astype(np.int64)), len(text[0])) for text in texts]
+    return packing.padded_batch(rows, np.arange(len(LENGTHS))), alone
+
+
+def own_logps(lm, alone):
+    """The same log-probs by the library's logits, one unpadded response at a time."""
+    logps = []
+    for ids_T, start in alone:
+        logits_TV = lm(input_ids=ids_T[None], use_cache=False).logits[0, start - 1 : -1]
+        logps.append(logits_TV.log_softmax(-1).gather(-1, ids_T[start:, None]).squeeze(-1))
+    return torch.cat(logps)
+
+
+def gradients(model, logps_N):
+    """Gradients of a signed sum of log-probs, by parameter name without what wraps it."""
+    sign_N = torch.randn(len(logps_N), generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    (sign_N * logps_N).sum().backward()
+    grads = {name.removeprefix("lm."): param.grad for name, param in model.named_parameters()}
+    return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad.clone() for name, grad in grads.items()}
+
+
+def assert_same_gradients(ours, own):
+    gap = sum(((ours[name] - grad).double() ** 2).sum() for name, grad in own.items()).sqrt()
+    assert ours.keys() == own.keys()
+    assert gap <= 1e-5 * sum((grad.double() ** 2).sum() for grad in own.values()).sqrt()
+
+
+def prepared(lm, device, **fsdp):
+    options = {"compute_dtype": torch.float32, "compile": False, "trainable": True}
+    return models.prepare(lm, dist.mesh(device), dataclasses.replace(FSDP, **fsdp), **options)
+
+
+def make_phi():
+    """A model whose head has a bias."""
+    return models.build(AutoConfig.for_model("phi", vocab_size=VOCABULARY, pad_token_id=0, **SIZES), 0, torch.float32)
+
+
+def make(family):
+    if family != "phi":
+        return make_lm(family)
+    lm = make_phi()
+    with torch.no_grad():
+        lm.lm_head.bias.normal_(generator=torch.Generator().manual_seed(0))
+    return lm
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "phi"])
+def test_logps_are_the_models_own(family, small_tiles):
+    """Values (to 1e-6 of the logits' size) and gradients (1e-5) of a padded batch equal the library's logits row by row."""
+    lm = make(family)
+    models.probe(lm, key="model.path")
+    batch, alone = ragged()
+    logps_N = Policy(lm, compile_tiles=False)(batch)
+    assert "_TokenLogps" in type(logps_N.grad_fn).__name__, "the tiled path was not reached"
+    own_N = own_logps(lm, alone)
+    assert (logps_N - own_N).abs().max() <= 1e-6 * max(1, lm(batch.input_ids_BT).logits.abs().max())
+    ours, own = gradients(lm, logps_N), gradients(lm, own_N)
+    assert_same_gradients(ours, own)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_sharded_logps_are_the_models_own(family, group, small_tiles):
+    """The same through FSDP2 at degree 1, with a head of its own, a tied one and one with a bias."""
+    lm = make(family)
+    batch, alone = ragged()
+    own_N = own_logps(lm, alone)
+    own = gradients(lm, own_N)
+    policy = prepared(lm, group)
+    logps_N = policy(batch)
+    torch.testing.assert_close(logps_N, own_N, rtol=1e-6, atol=1e-6)
+    assert_same_gradients(gradients(policy, logps_N), own)
+    torch.testing.assert_close(policy.logits(batch).log_softmax(-1).gather(-1, batch.target_N[:, None])[:, 0], logps_N)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "phi"])
+def test_saved_model_is_the_model(family, group, tmp_path):
+    """from_pretrained gives back bit-equal logits, the tie, the tokenizer with its template and the generation config."""
+    lm = make(family)
+    lm.generation_config.max_new_tokens = 77
+    tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+    batch, _ = ragged()
+    with torch.no_grad():
+        expected_BTV = lm(batch.input_ids_BT).logits
+    models.save(prepared(lm, group, activation_checkpointing="full"), make_tokenizer(), tmp_path / "model")
+
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(batch.input_ids_BT).logits, expected_BTV)
+    assert (loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight) == tied
+    assert loaded.generation_config.max_new_tokens == 77
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.chat_template == make_tokenizer().chat_template and len(tokenizer) == VOCABULARY
+    assert [path.name for path in tmp_path.iterdir()] == ["model"], "something half-written stayed"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "phi"])
+def test_probe_catches_a_head_read_wrong(family, monkeypatch):
+    """Were a soft-cap, a scale or a bias skipped, loading would stop and name the model's class."""
+    lm = make(family)
+    monkeypatch.setattr(models, "head_of", lambda lm: models.Head(lm.get_output_embeddings().weight, {}))
+    with pytest.raises(UserError, match=f"model.path=DIR: .*{type(lm).__name__} has a head that rpo does not compute"):
+        models.probe(lm, key="model.path=DIR")
+
+
+def test_probe_catches_a_head_of_another_kind():
+    """A model that does something of its own to its logits is refused, though the difference is one part in 1000."""
+    lm = make_lm()
+    lm.lm_head.register_forward_hook(lambda _module, _args, logits: logits * 1.001)
+    with pytest.raises(UserError, match="differ from the model's own by"):
+        models.probe(lm, key="model.path")
+
+
+def test_probe_refuses_what_is_not_causal():
+    """A model that sees later tokens is refused by name: a Llama with the mask off, and BERT as a 'causal LM'."""
+    lm = make_lm()
+    for layer in lm.model.layers:
+        layer.self_attn.is_causal = False
+    with pytest.raises(UserError, match="LlamaForCausalLM is not causal"):
+        models.probe(lm, key="model.path")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    with pytest.raises(UserError, match="BertLMHeadModel"):
+        models.probe(BertLMHeadModel(BertConfig(vocab_size=50, is_decoder=False, **sizes)), key="model.path")
+
+
+@pytest.mark.parametrize(
+    "model_type,architecture",
+    [
+        ("llama", "LlamaForSequenceClassification"),
+        ("llama", "LlamaModel"),
+        ("bert", "BertForMaskedLM"),
+        ("t5", "T5ForConditionalGeneration"),
+        ("t5", None),
+    ],
+)
+def test_check_refuses_other_kinds_of_model(model_type, architecture, tmp_path):
+    """A checkpoint that is no causal LM is refused by its config alone, by the key and its own name."""
+    config = AutoConfig.for_model(model_type)
+    config.architectures = architecture and [architecture]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=rf"reference.path={tmp_path}: holds {architecture or 'T5Config'}, not a causal"
+    ):
+        models.check(str(tmp_path), key="reference.path")
+
+
+def test_check_refuses_a_missing_path(tmp_path):
+    """A folder that is not there and one without a model are one-line errors."""
+    for path in (tmp_path / "absent", tmp_path):
+        with pytest.raises(UserError, match=f"model.path={path}: no Hugging Face model") as caught:
+            models.check(str(path))
+        assert "\n" not in str(caught.value)
+
+
+def test_load_refuses_missing_weights(tmp_path):
+    """A checkpoint that lacks a weight is refused by that weight's name, not filled with random numbers."""
+    make_lm().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks model.layers.1.mlp.up_proj.weight"):
+        models.load(str(tmp_path), None, torch.float32)
+
+
+def test_check_fit():
+    """Different vocabularies, a tokenizer too large and rows too long are each refused with the fix; a match passes."""
+    tokenizer = make_tokenizer()
+    configs = {"model.path": make_lm().config, "reference.path": make_lm(seed=1).config}
+    models.check_fit(configs, tokenizer, 128)
+    with pytest.raises(UserError, match="a row of 129 tokens is left, model.path has 128 .*data.max_length=128"):
+        models.check_fit(configs, tokenizer, 129)
+    small = {"model.path": make_lm(vocab_size=VOCABULARY - 1).config}
+    with pytest.raises(UserError, match=f"tokenizer has {VOCABULARY} tokens, the model {VOCABULARY - 1}"):
+        models.check_fit(small, tokenizer, 8)
+    with pytest.raises(UserError, match="different vocabularies"):
+        models.check_fit({**configs, **small}, tokenizer, 8)
+
+
+def test_build_is_a_function_of_the_seed():
+    """Equal seeds give equal weights, others do not, and the caller's random state is untouched."""
+    before = torch.get_rng_state()
+    config = make_lm().config
+    first, again, other = (models.build(config, seed, torch.float64).lm_head.weight for seed in (0, 0, 1))
+    assert first.dtype == torch.float64 and torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("family,embeddings", [("llama", 2), ("gemma2", 1)])
+def test_sizes(family, embeddings):
+    """Trunk, head and (untied) input embedding are all the parameters; attention's width is heads x head_dim."""
+    lm = make_lm(family)
+    size = models.sizes(lm)
+    assert size["head"] == VOCABULARY * 32
+    assert size["trunk"] + embeddings * size["head"] == sum(p.numel() for p in lm.parameters())
+    assert (size["layers"], size["attention_width"]) == (2, 32)

@@ -1,0 +1,100 @@
+"""A multirun: cells checked first, one folder, a table of all cells, failures as rows; in one process and under torchrun."""
+
+import csv
+import json
+import subprocess
+
+import pytest
+
+from rpo import metrics
+from tests.conftest import command, script_env, tiny_args
+
+SHORT = ("batch_size=8", "max_steps=3", "log_every=1", "eval_every=0")
+
+
+def sweep(tiny, tmp_path, *more, ranks=1):
+    """The finished process of a multirun into tmp_path/sweep, started in a folder of its own."""
+    cwd = tmp_path / "cwd"
+    cwd.mkdir(exist_ok=True)
+    args = command("train.py", "-m", *tiny_args(tiny, *SHORT, f"run_dir={tmp_path / 'sweep'}", *more), ranks=ranks)
+    done = subprocess.run(args, env=script_env(), cwd=cwd, capture_output=True, text=True, timeout=200)
+    assert not list(cwd.iterdir()), "a run litters the folder that it is started in"
+    return done
+
+
+def rows(folder):
+    """The table, read back from both files, which agree."""
+    table = json.loads((folder / "sweep.json").read_text())
+    with (folder / "sweep.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    text = [{k: "" if v is None else str(v) for k, v in row.items()} for row in table]
+    assert [{k: v for k, v in line.items() if k in row} for line, row in zip(lines, text, strict=True)] == text
+    return table
+
+
+def test_a_grid_becomes_a_table(tiny, tmp_path):
+    """beta x eta makes four numbered runs, a row each with its overrides and last evaluation, and a heat map."""
+    done = sweep(tiny, tmp_path, "loss=rpo_sum", "loss.beta=0.02,0.1", "loss.eta=0,0.005")
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = tmp_path / "sweep"
+    table = rows(folder)
+    cells = [(row["cell"], row["loss"], row["loss.beta"], row["loss.eta"], row["state"], row["step"]) for row in table]
+    grid = [("0.02", "0"), ("0.02", "0.005"), ("0.1", "0"), ("0.1", "0.005")]
+    assert cells == [(i, "rpo_sum", *grid[i], "finished", 3) for i in range(4)]
+    for row in table:
+        run = folder / str(row["cell"])
+        last = metrics.read_jsonl(run / "metrics.jsonl")[-1]
+        assert last["split"] == "eval" and row["eval/loss"] == last["loss"]
+        assert row["eval/shift/chosen"] == last["shift/chosen"]
+        assert (run / "model/model.safetensors").exists()
+        assert f"beta: {row['loss.beta']}" in (run / "config.yaml").read_text()
+    assert len({row["eval/loss"] for row in table}) == 4
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+    again = sweep(tiny, tmp_path, "loss.beta=0.02,0.1")
+    assert again.returncode == 2
+    assert (
+        again.stderr == f"error: run_dir={folder}: already holds a run (sweep.json); give another folder or remove it\n"
+    )
+    assert rows(folder) == table
+
+
+def test_a_failed_cell_is_a_row(tiny, tmp_path):
+    """A cell whose data is missing is a row with its reason; the others finish; the exit code is 1."""
+    done = sweep(tiny, tmp_path, f"data.train={tmp_path / 'MISSING.jsonl'},{tiny / 'train.jsonl.gz'}", "data.eval=null")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    failed, finished = rows(tmp_path / "sweep")
+    assert (failed["state"], finished["state"]) == ("failed", "finished")
+    assert "MISSING.jsonl: no such file" in failed["reason"]
+    assert finished["train/loss"] > 0  # without held-out data, the last training line
+    status = json.loads((tmp_path / "sweep/0/status.json").read_text())
+    assert status["state"] == "failed" and status["reason"] == failed["reason"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "code", "message"),
+    [
+        ("loss.beta=0.02,-1", 2, r"error: loss.beta=-1.0: expected > 0"),
+        ("loss=dpo,nosuch", 1, r"error: In 'train': Could not find 'loss/nosuch'"),
+    ],
+)
+def test_a_bad_later_cell_stops_the_sweep_before_the_first(bad, code, message, tiny, tmp_path):
+    """All cells are checked first: a bad value (ours: 2) or group (Hydra's: 1) in a later one leaves nothing behind."""
+    done = sweep(tiny, tmp_path, bad)
+    assert done.returncode == code
+    assert done.stderr.startswith(message) and "Warning" not in done.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_under_torchrun(tiny, tmp_path):
+    """Two ranks agree on one folder, keep their process group from cell to cell, and finish every cell."""
+    done = sweep(tiny, tmp_path, "loss=rpo_avg", "loss.eta=0,0.2", ranks=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = rows(tmp_path / "sweep")
+    assert [(row["cell"], row["state"], row["step"]) for row in table] == [(i, "finished", 3) for i in range(2)]
+    for row in table:
+        run = tmp_path / "sweep" / str(row["cell"])
+        assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+        assert len(metrics.read_jsonl(run / "metrics.jsonl")) == 2 + 3
+    assert (tmp_path / "sweep/sweep.png").exists()

@@ -1,0 +1,302 @@
+"""The script as a whole: what a run leaves, where it starts, that it learns, repeats, and stops on bad numbers."""
+
+import json
+import math
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from rpo import data, dist, losses, metrics, models
+from rpo.config import UserError
+from tests.conftest import (
+    command,
+    make_lm,
+    make_rows_json,
+    make_tokenizer,
+    script_env,
+    settings,
+    tiny_args,
+    write_jsonl,
+)
+
+SHORT = ("batch_size=8", "max_steps=4", "log_every=1", "eval_every=0")
+
+
+def run(tiny, run_dir, *more):
+    """The events of a run made in this process."""
+    try:
+        assert train.train(settings(*tiny_args(tiny, *SHORT, *more, f"run_dir={run_dir}"))) == "finished"
+    finally:
+        dist.shutdown()
+    return metrics.read_jsonl(run_dir / "metrics.jsonl")
+
+
+def split(events, name):
+    return [event for event in events if event["split"] == name]
+
+
+def timeless(events):
+    """The events without what the clock and the machine decide."""
+    return [{k: v for k, v in e.items() if k != "time" and not k.startswith("perf/")} for e in events]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """The folder of 20 DPO steps with samples."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(tiny, folder, "loss=dpo", "max_steps=20", "eval_every=10", "sample_every=10")
+    return folder
+
+
+def test_a_run_leaves_its_folder(finished):
+    """A finished run's folder holds exactly the documented files, and each says what it should."""
+    assert {path.name for path in finished.iterdir()} == {
+        *("config.yaml", "status.json", "environment.json", "data_report.json", "metrics.jsonl", "samples.jsonl"),
+        *("model", "plots"),
+    }
+    assert json.loads((finished / "status.json").read_text()) == {"state": "finished", "reason": "", "step": 20}
+    environment = json.loads((finished / "environment.json").read_text())
+    assert 0 <= environment["noise_floor"] < 1e-5
+    assert environment["versions"]["torch"] == torch.__version__ and environment["command"]
+    assert {"git_revision", "git_dirty", "device", "world_size"} <= environment.keys()
+    report = json.loads((finished / "data_report.json").read_text())
+    assert (report["train"]["kept"], report["eval"]["kept"]) == (40, 12)
+    pictures = list((finished / "plots").iterdir())
+    assert {path.name for path in pictures} == {"loss.png", "rewards.png", "shift.png", "accuracy.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+
+
+def test_the_model_folder_loads_with_transformers(finished, tiny):
+    """model/ loads with from_pretrained: moved fp32 weights, the tokenizer, its template, a generation config."""
+    lm, start = (AutoModelForCausalLM.from_pretrained(f / "model", dtype="auto") for f in (finished, tiny))
+    moved = {k: (v - start.state_dict()[k]).abs().max() for k, v in lm.state_dict().items()}
+    assert all(v.dtype == torch.float32 for v in lm.state_dict().values())
+    assert all(0 < gap < 0.1 for gap in moved.values()), moved
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
+    assert tokenizer.chat_template == make_tokenizer().chat_template
+    assert (finished / "model" / "generation_config.json").exists()
+
+
+def test_samples_are_answers_of_both_models(finished):
+    """samples.jsonl has the same held-out prompts at each interval, answered by policy and reference; equal at 0."""
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in samples] == [0] * 4 + [10] * 4 + [20] * 4
+    assert all(set(s) == {"step", "prompt", "policy", "reference"} for s in samples)
+    assert [s["prompt"] for s in samples[:4]] == [s["prompt"] for s in samples[8:]]
+    assert all(s["policy"] == s["reference"] for s in samples[:4])
+    assert any(s["policy"] != s["reference"] for s in samples[8:])
+
+
+def test_step_zero_and_names(finished):
+    """Before any update DPO's loss is ln 2 to 1e-5 and nothing is shifted; events carry exactly the documented names."""
+    events = metrics.read_jsonl(finished / "metrics.jsonl")
+    assert [e["step"] for e in split(events, "eval")] == [0, 10, 20]
+    assert [(e["step"], e["pairs"]) for e in split(events, "train")] == [(i, 8 * i) for i in range(1, 21)]
+    for first in (split(events, "eval")[0], split(events, "train")[0]):
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert all(abs(first[name]) < 1e-5 for name in ("shift/chosen", "shift/rejected", "rewards/margins"))
+        assert first["displacement_rate"] == 0
+    both = {"split", "step", "pairs", "time", *metrics.PER_PAIR_SUPERVISED, *metrics.PER_PAIR_PREFERENCE}
+    both |= set(metrics.PER_CHOSEN_TOKEN)
+    for event in events:
+        more = set(metrics.TRAIN_ONLY) - {"perf/mfu"} if event["split"] == "train" else set()
+        assert set(event) == both | more
+        assert all(math.isfinite(value) for value in event.values() if not isinstance(value, str))
+
+
+def test_one_seed_makes_one_run(finished, tiny, tmp_path):
+    """The same settings write the same metrics and weights, bit for bit; another seed reads other pairs."""
+    expected = timeless(metrics.read_jsonl(finished / "metrics.jsonl"))
+    again = ("loss=dpo", "max_steps=20", "eval_every=10", "sample_every=10")
+    assert timeless(run(tiny, tmp_path / "same", *again)) == expected
+    assert (tmp_path / "same/samples.jsonl").read_bytes() == (finished / "samples.jsonl").read_bytes()
+    theirs, ours = weights(tmp_path / "same/model"), weights(finished / "model")
+    assert all(torch.equal(theirs[k], ours[k]) for k in ours)
+    other = timeless(run(tiny, tmp_path / "other", *again, "seed=1"))
+    assert other[1]["logps/chosen"] != expected[1]["logps/chosen"]
+    assert other[0]["loss"] == expected[0]["loss"]  # the held-out pairs are the same
+
+
+@pytest.mark.parametrize("loss", ["dpo", "rpo_sum", "rpo_avg", "rpo_token", "ipo", "hinge"])
+def test_every_preference_loss_learns_eight_pairs(loss, tiny, tmp_path):
+    """Each loss falls on 8 pairs seen again and again, and every margin ends positive."""
+    path = write_jsonl(tmp_path / "eight.jsonl", make_rows_json(8, seed=3))
+    more = (f"loss={loss}", f"data.train={path}", "data.eval=null", "max_steps=25", "loss.beta=0.1", "optim.lr=5e-3")
+    events = run(tiny, tmp_path / "run", *more)
+    first, last = events[0], events[-1]
+    assert last["loss"] < 0.7 * first["loss"]
+    assert last["rewards/accuracies"] == 1
+    assert last["loss"] == pytest.approx(last["loss/preference"] + last["loss/sft"], rel=1e-6)
+    assert (last["loss/sft"] > 0) == loss.startswith("rpo")
+
+
+def test_supervised_training_from_random_weights(tiny, tmp_path):
+    """loss=sft cuts {text} rows into blocks and trains a model built from its architecture; no reference is read."""
+    texts = [{"text": f"{row['chosen']} {row['rejected']}"} for row in make_rows_json(12)]
+    path = write_jsonl(tmp_path / "text.jsonl", texts)
+    args = [f"data.train={path}", "data.eval=null", "loss=sft", "model=tiny", f"model.tokenizer={tiny / 'model'}"]
+    args += [
+        "wandb.mode=disabled",
+        "data.max_length=16",
+        "max_steps=20",
+        "batch_size=8",
+        "optim.lr=1e-2",
+        "log_every=1",
+    ]
+    for name in ("a", "b"):
+        assert train.train(settings(*args, f"run_dir={tmp_path / name}")) == "finished"
+        dist.shutdown()
+    events = metrics.read_jsonl(tmp_path / "a" / "metrics.jsonl")
+    documented = {*metrics.PER_PAIR_SUPERVISED, "nll/chosen", *metrics.TRAIN_ONLY, "split", "step", "pairs", "time"}
+    assert set(events[0]) == documented - {"perf/mfu"}
+    vocabulary = len(make_tokenizer())
+    assert events[0]["nll/chosen"] == pytest.approx(math.log(vocabulary), abs=0.1)  # a new model knows nothing
+    assert events[-1]["loss"] == pytest.approx(events[-1]["nll/chosen"], rel=1e-6) and events[-1]["loss"] < 3
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "a/model").config.vocab_size == vocabulary
+    assert timeless(events) == timeless(metrics.read_jsonl(tmp_path / "b" / "metrics.jsonl"))
+
+
+def test_how_a_step_is_cut_does_not_matter(tiny, tmp_path):
+    """One pair per micro-batch, or all pairs in one: losses and gradient norms agree to 1e-5."""
+    runs = [
+        run(tiny, tmp_path / budget, "loss=rpo_token", f"tokens_per_microbatch={budget}") for budget in ("1", "9999")
+    ]
+    for a, b in zip(*runs, strict=True):
+        for name in ("loss", "loss/preference", "loss/sft", "nll/chosen"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
+
+
+def test_epochs_keep_their_last_short_step(tiny, tmp_path):
+    """40 pairs in batches of 16 are 16, 16 and 8 an epoch; two epochs see each pair twice."""
+    events = run(tiny, tmp_path / "run", "loss=dpo", "batch_size=16", "epochs=2", "max_steps=null", "data.eval=null")
+    assert [e["pairs"] for e in events] == [16, 32, 40, 56, 72, 80]
+
+
+def test_reference_by_path(tiny, tmp_path):
+    """reference.path naming the policy's weights is reference.path=null; other weights give another start."""
+    null = run(tiny, tmp_path / "null", "loss=dpo")
+    same = run(tiny, tmp_path / "same", "loss=dpo", f"reference.path={tiny / 'model'}")
+    assert timeless(same) == timeless(null)
+    make_lm(seed=5).save_pretrained(tmp_path / "other")
+    other = run(tiny, tmp_path / "elsewhere", "loss=dpo", f"reference.path={tmp_path / 'other'}")
+    assert abs(other[0]["shift/chosen"]) > 0.1 and other[0]["logps/chosen"] == null[0]["logps/chosen"]
+
+
+def test_a_start_away_from_the_reference_is_refused(tiny, tmp_path, monkeypatch):
+    """A policy that is not its reference at step 0, by 1e-4 per weight, stops the run before the first update."""
+    prepare = models.prepare
+
+    def perturbed(lm, *args, trainable, **kwargs):
+        if trainable:
+            with torch.no_grad():
+                for param in lm.parameters():
+                    param += 1e-4
+        return prepare(lm, *args, trainable=trainable, **kwargs)
+
+    monkeypatch.setattr(models, "prepare", perturbed)
+    with pytest.raises(UserError, match="step 0: policy and reference are the same weights but differ by .* nats"):
+        run(tiny, tmp_path / "run", "loss=dpo")
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "failed" and "step 0" in status["reason"] and status["step"] == 0
+
+
+def infinite_loss(preference_P, pairs):
+    return preference_P * torch.inf
+
+
+def finite_loss_without_gradient(preference_P, pairs):
+    return preference_P + (0 * pairs.chosen_P).abs().sqrt()  # 0, with slope 0 * inf
+
+
+@pytest.mark.parametrize("spoil", [infinite_loss, finite_loss_without_gradient])
+def test_what_is_not_finite_never_reaches_the_weights(spoil, tiny, tmp_path, monkeypatch):
+    """A bad micro-batch in step 3 stops the run at its next log line, naming the step's rows; model/ is that of step 2."""
+    constant = ("loss=dpo", "optim.schedule=constant", "optim.warmup_ratio=0", "data.eval=null")
+    constant += ("tokens_per_microbatch=150",)
+    run(tiny, tmp_path / "before", *constant, "max_steps=3")
+    objective, steps = losses.objective, []
+
+    def spoiled(loss, pairs, **counts):
+        preference_P, sft_P = objective(loss, pairs, **counts)
+        steps.append(len(pairs.chosen_P))
+        in_step_3 = 3 * 8 < sum(steps) <= 3 * 8 + steps[-1]  # its first micro-batch
+        return spoil(preference_P, pairs) if in_step_3 else preference_P, sft_P
+
+    monkeypatch.setattr(losses, "objective", spoiled)
+    lines = sorted(i + 1 for i in data.step_rows(3, 40, 8, seed=0))
+    with pytest.raises(FloatingPointError, match=f"^step 3: .*train.jsonl.gz:{','.join(map(str, lines))}$"):
+        run(tiny, tmp_path / "run", *constant, "max_steps=20", "log_every=3")
+    assert sum(steps) == 6 * 8  # it ran on, on the old weights, to the next line
+    assert [e["step"] for e in metrics.read_jsonl(tmp_path / "run/metrics.jsonl")] == [3]
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 3) and "not finite" in status["reason"]
+    kept, expected = weights(tmp_path / "run/model"), weights(tmp_path / "before/model")
+    assert all(torch.equal(kept[k], expected[k]) for k in expected)
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(tiny, tmp_path):
+    """A model with a NaN weight is refused when it is loaded."""
+    lm = make_lm()
+    with torch.no_grad():
+        lm.model.norm.weight[0] = torch.nan
+    lm.save_pretrained(tmp_path / "nan")
+    make_tokenizer().save_pretrained(tmp_path / "nan")
+    with pytest.raises(UserError, match="model.path=.*differ from the model's own by nan"):
+        run(tiny, tmp_path / "run", f"model.path={tmp_path / 'nan'}")
+
+
+@pytest.mark.parametrize(("dtype", "saved"), [("bfloat16", torch.float32), ("float64", torch.float64)])
+def test_compute_dtypes(dtype, saved, tiny, tmp_path):
+    """bfloat16 computes on fp32 masters and starts at ln 2 within its noise floor; float64 is float64 throughout."""
+    events = run(tiny, tmp_path / "run", "loss=dpo", f"model.dtype={dtype}")
+    floor = json.loads((tmp_path / "run/environment.json").read_text())["noise_floor"]
+    assert events[0]["loss"] == pytest.approx(math.log(2), abs=1e-12 if dtype == "float64" else 1e-5 + 2 * floor)
+    assert floor < 1e-14 if dtype == "float64" else 0 <= floor < 0.1
+    exact = run(tiny, tmp_path / "fp32", "loss=dpo")
+    tolerance = 1e-6 if dtype == "float64" else 0.02
+    assert events[-1]["nll/chosen"] == pytest.approx(exact[-1]["nll/chosen"], rel=tolerance)
+    assert {v.dtype for v in weights(tmp_path / "run/model").values()} == {saved}
+
+
+def test_sigint_ends_cleanly(tiny, tmp_path):
+    """SIGINT ends a run after the step in hand: exit code 130, state interrupted, model/ and plots written."""
+    args = tiny_args(
+        tiny, "loss=dpo", "batch_size=8", "max_steps=1000000", "log_every=5", f"run_dir={tmp_path / 'run'}"
+    )
+    process = subprocess.Popen(command("train.py", *args), env=script_env(), stderr=subprocess.PIPE, text=True)
+    path = tmp_path / "run/metrics.jsonl"
+    for _ in range(600):
+        if process.poll() is not None or (path.exists() and '"train"' in path.read_text()):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr[-2000:]
+    assert "Traceback" not in stderr
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    events = metrics.read_jsonl(path)
+    assert status == {"state": "interrupted", "reason": "", "step": events[-1]["step"]}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/model") and (tmp_path / "run/plots/loss.png").exists()
+
+
+@pytest.mark.slow
+def test_compiled_run(tiny, tmp_path):
+    """compile=true trains the same run to 1e-4."""
+    args = tiny_args(tiny, "loss=rpo_avg", *SHORT)
+    for compile in ("false", "true"):
+        more = [f"compile={compile}", f"run_dir={tmp_path / compile}"]
+        subprocess.run(command("train.py", *args, *more), env=script_env(), check=True, capture_output=True)
+    plain, compiled = (metrics.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("false", "true"))
+    for a, b in zip(plain, compiled, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
