@@ -35,7 +35,8 @@ def evaluate(cfg: Eval) -> str:
 
     named = {f"model.path={path}": path for path in paths} | ({"reference.path": reference_path} if compared else {})
     hf = {
-        key: models.check(path, cfg.model.revision if path in paths else None, key=key) for key, path in named.items()
+        key: models.check(path, cfg.model.revision if path in paths else None, key=key.partition("=")[0])
+        for key, path in named.items()
     }
     tokenizer = tokens.load_tokenizer(
         cfg.model.tokenizer or paths[0], revision=cfg.model.revision, chat_template=cfg.data.chat_template
@@ -61,7 +62,11 @@ def evaluate(cfg: Eval) -> str:
             "compile": False,
             "trainable": False,
         }
-        reference = models.prepare(models.load(reference_path, None, master), **shard) if compared else None
+        reference = (
+            models.prepare(models.load(reference_path, None, master, key="reference.path"), **shard)
+            if compared
+            else None
+        )
         stop_ids = tokens.stop_ids(tokenizer, cfg.data.template_date)
         results, samples = {}, []
         for i, path in enumerate(paths):

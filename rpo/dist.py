@@ -72,12 +72,17 @@ def broadcast(value: object) -> object:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Rank 0 runs the block, then the others do: for work whose result rank 0 leaves in a cache on disk."""
+    """Rank 0 runs the block, then the others do: for work whose result rank 0 leaves in a cache on disk.
+
+    Where rank 0 fails the others follow all the same, and fail alike instead of waiting for it.
+    """
     if not is_main():
         dist.barrier()
-    yield
-    if is_main():
-        dist.barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            dist.barrier()
 
 
 def mesh(device: torch.device) -> DeviceMesh:

@@ -21,11 +21,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
 
 from rpo import dist
 from rpo.config import Fsdp, Model, Reference, UserError
 from rpo.logprobs import full_logits, token_logps
 from rpo.packing import Batch
+
+transformers_logging.disable_progress_bar()  # one bar per rank and model says nothing that the run does not
 
 
 class Head(NamedTuple):

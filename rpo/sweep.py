@@ -5,6 +5,7 @@ A sweep's folder holds one numbered child per cell, `sweep.csv`, `sweep.json` an
 
 import csv
 import datetime
+import gc
 import sys
 import traceback
 from collections.abc import Callable
@@ -65,6 +66,7 @@ def run_job(job: Callable[[], str]) -> None:
     if in_sweep() and code != 130:
         if code:
             _record_failure(reason)
+        gc.collect()  # a sharded model is full of cycles; the next cell needs its memory
         return
     if in_sweep() and dist.is_main():
         write_table(Path(HydraConfig.get().sweep.dir))

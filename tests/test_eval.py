@@ -95,9 +95,7 @@ def test_pairs_against_plain_logits(result, folder, tiny):
         "logps/rejected": rejected,
         "shift/chosen": chosen - ref_chosen,
         "shift/rejected": rejected - ref_rejected,
-        "shift_per_token/chosen": (chosen - ref_chosen) / n_chosen,
         "displacement_rate": chosen < ref_chosen,
-        "nll/chosen": -chosen / n_chosen,
         "nll/preference": np.log1p(np.exp(-BETA * margin)),
         "brier": (1 - 1 / (1 + np.exp(-BETA * margin))) ** 2,
         "reference/accuracies": ref_chosen > ref_rejected,
@@ -108,13 +106,23 @@ def test_pairs_against_plain_logits(result, folder, tiny):
         assert found[name]["value"] == pytest.approx(values.mean(), rel=1e-4, abs=1e-6), name
         assert found[name]["se"] == pytest.approx(clustered(values, prompts), rel=1e-4, abs=1e-6), name
         assert found[name]["n"] == 14
+    per_token = {"nll/chosen": -chosen, "shift_per_token/chosen": chosen - ref_chosen}  # means over all chosen tokens
+    for name, sums in per_token.items():
+        ratio = sums.sum() / n_chosen.sum()
+        residuals = (sums - ratio * n_chosen) / n_chosen.mean()  # the delta method
+        assert found[name]["value"] == pytest.approx(ratio, rel=1e-4), name
+        assert found[name]["se"] == pytest.approx(clustered(residuals, prompts), rel=1e-4), name
     parts = {"longer": n_chosen > n_rejected, "shorter": n_chosen < n_rejected}
     for name, part in {f"chosen_{k}": v for k, v in parts.items()}.items():
         cell = found[f"rewards/accuracies/{name}"]
         assert (cell["value"], cell["n"]) == (pytest.approx((margin > 0)[part].mean()), part.sum()), name
     same = found["rewards/accuracies/same_length"]
     assert same["n"] == (n_chosen == n_rejected).sum()
-    assert set(found) == {*expected, *(f"rewards/accuracies/{k}" for k in ("chosen_longer", "chosen_shorter"))} | {
+    assert set(found) == {
+        *expected,
+        *per_token,
+        *(f"rewards/accuracies/{k}" for k in ("chosen_longer", "chosen_shorter")),
+    } | {
         "rewards/accuracies/same_length",
         "calibration_error",
     }
@@ -200,7 +208,7 @@ def test_a_run_says_what_it_was_compared_with(tiny, tmp_path):
     (found,) = result["models"].values()
     last = lines(tmp_path / "run/metrics.jsonl")[-1]
     assert last["split"] == "eval"
-    for name in ("rewards/margins", "shift/chosen", "logps/chosen", "logps/rejected", "rewards/accuracies"):
+    for name in ("rewards/margins", "shift/chosen", "nll/chosen", "logps/rejected", "rewards/accuracies"):
         assert found[name]["value"] == pytest.approx(last[name], rel=1e-5, abs=1e-6)
     assert result["beta"] == {str(tmp_path / "run/model"): 0.07}
 
