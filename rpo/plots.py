@@ -41,7 +41,7 @@ def draw_run(events: list[dict], folder: Path) -> list[Path]:
 
 def draw_heatmap(table: list[dict], x: str, y: str, values: tuple[str, ...], path: Path) -> None:
     """A sweep's final values over two swept keys, one panel per metric; repeated cells (seeds) are averaged."""
-    xs, ys = sorted({row[x] for row in table}), sorted({row[y] for row in table})
+    xs, ys = (sorted({row[key] for row in table}, key=_as_number) for key in (x, y))
     shown = [value for value in values if any(row.get(value) is not None for row in table)]
     figure, panels = plt.subplots(1, len(shown), figsize=(4.4 * len(shown), 3.6), layout="constrained", squeeze=False)
     for axes, value in zip(panels[0], shown, strict=True):
@@ -60,3 +60,11 @@ def draw_heatmap(table: list[dict], x: str, y: str, values: tuple[str, ...], pat
         figure.colorbar(image, ax=axes)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _as_number(value: str) -> tuple[float, str]:
+    """Orders 2 before 10, and words after numbers."""
+    try:
+        return float(value), ""
+    except ValueError:
+        return float("inf"), value

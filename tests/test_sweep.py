@@ -88,13 +88,13 @@ def test_a_bad_later_cell_stops_the_sweep_before_the_first(bad, code, message, t
 
 
 def test_a_sweep_under_torchrun(tiny, tmp_path):
-    """Two ranks agree on one folder, keep their process group from cell to cell, and finish every cell."""
-    done = sweep(tiny, tmp_path, "loss=rpo_avg", "loss.eta=0,0.2", ranks=2)
-    assert done.returncode == 0, done.stderr[-2000:]
-    table = rows(tmp_path / "sweep")
-    assert [(row["cell"], row["state"], row["step"]) for row in table] == [(i, "finished", 3) for i in range(2)]
-    for row in table:
-        run = tmp_path / "sweep" / str(row["cell"])
-        assert json.loads((run / "environment.json").read_text())["world_size"] == 2
-        assert len(metrics.read_jsonl(run / "metrics.jsonl")) == 2 + 3
+    """Two ranks agree on one folder and keep their group from cell to cell, past a cell whose data rank 0 refuses."""
+    done = sweep(tiny, tmp_path, "loss=rpo_avg", "data.max_length=3,128", ranks=2)
+    assert done.returncode == 1, done.stderr[-2000:]
+    failed, finished = rows(tmp_path / "sweep")
+    assert failed["state"] == "failed" and "data.max_length=3" in failed["reason"]
+    assert (finished["state"], finished["step"]) == ("finished", 3)
+    run = tmp_path / "sweep/1"
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    assert len(metrics.read_jsonl(run / "metrics.jsonl")) == 2 + 3
     assert (tmp_path / "sweep/sweep.png").exists()
