@@ -8,6 +8,7 @@
 """
 
 import copy
+import sys
 import time
 from pathlib import Path
 
@@ -136,7 +137,8 @@ def train(cfg: Train) -> str:
 
         # ---- the loop: evaluate, sample, stop?, one update, log ------------------------------------------------------
         pairs_seen, busy, done = 0, 0.0, np.zeros(3)  # pairs, tokens, FLOPs since the last line
-        progress = tqdm(total=total_steps, unit="step", disable=not dist.is_main(), dynamic_ncols=True)
+        interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file gets few lines
+        progress = tqdm(total=total_steps, unit="step", disable=not dist.is_main(), mininterval=interval)
         for step in range(total_steps + 1):
             last = step == total_steps
             if eval_rows is not None and (step == 0 or last or (cfg.eval_every and step % cfg.eval_every == 0)):
