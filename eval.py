@@ -7,6 +7,7 @@
 Where a model is a run's `model/`, what is not given (reference, data, beta) comes from that run's config.yaml.
 """
 
+import gc
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from rpo import config, data, dist, models, packing, rundir, score, sweep, tokens
+from rpo import gold as embedded
 from rpo.config import Eval, Fsdp, Gold, UserError
 from rpo.tasks import generate, gold, pairs
 
@@ -27,28 +29,27 @@ def evaluate(cfg: Eval) -> str:
     run_dir = rundir.choose(cfg.run_dir, f"eval_{cfg.task.kind}")
     paths = [cfg.model.path] if isinstance(cfg.model.path, str) else cfg.model.path
     runs = [_run_of(path) for path in paths]
-    compared = cfg.task.kind != "generate"
-    reference_path = cfg.reference.path or _from_runs(runs, "reference.path") if compared else None
+    on_pairs, on_gold = cfg.task.kind == "pairs", cfg.task.kind == "gold"
+    reference_path = cfg.reference.path or _from_runs(runs, "reference.path") if on_pairs or on_gold else None
     spec = cfg.data.eval or _from_runs(runs, "data.eval")
-    betas = [_beta(cfg, run, path) for run, path in zip(runs, paths, strict=True)] if cfg.task.kind == "pairs" else []
-    weights = _gold_weights(runs) if cfg.task.kind == "gold" else None
+    betas = {path: _beta(cfg, run, path) for run, path in zip(runs, paths, strict=True) if on_pairs}
+    weights = _gold_weights(runs) if on_gold else None
+    _note_other_settings(cfg, paths, runs)
 
-    named = {f"model.path={path}": path for path in paths} | ({"reference.path": reference_path} if compared else {})
-    hf = {
-        key: models.check(path, cfg.model.revision if path in paths else None, key=key.partition("=")[0])
-        for key, path in named.items()
-    }
+    hf = {f"model.path={path}": models.check(path, cfg.model.revision) for path in paths}
+    if reference_path is not None:
+        hf[f"reference.path={reference_path}"] = models.check(reference_path, key="reference.path")
     tokenizer = tokens.load_tokenizer(
         cfg.model.tokenizer or paths[0], revision=cfg.model.revision, chat_template=cfg.data.chat_template
     )
-    limit, on_pairs = cfg.task.limit, cfg.task.kind == "pairs"
     if on_pairs:
-        with dist.main_first():
+        with dist.main_first():  # rank 0 tokenises into the cache, the others read it
             rows, report = data.load(spec, cfg.data, tokenizer, pairs=True, cache_dir=Path(cfg.cache_dir).expanduser())
-        rows = rows.head(limit or len(rows))
+        rows = rows.head(cfg.task.limit or len(rows))
         longest = packing.longest(rows)
     else:
-        prompts, places = (found[:limit] for found in data.load_prompts(spec, cfg.data, tokenizer))
+        prompts, places, report = data.load_prompts(spec, cfg.data, tokenizer)
+        prompts, places = prompts[: cfg.task.limit], places[: cfg.task.limit]
         longest = max(map(len, prompts)) + cfg.task.max_new_tokens
     models.check_fit(hf, tokenizer, longest)
 
@@ -62,21 +63,25 @@ def evaluate(cfg: Eval) -> str:
             "compile": False,
             "trainable": False,
         }
-        reference = (
-            models.prepare(models.load(reference_path, None, master, key="reference.path"), **shard)
-            if compared
-            else None
-        )
+        reference = None
+        if reference_path is not None:
+            reference = models.prepare(models.load(reference_path, None, master, key="reference.path"), **shard)
         stop_ids = tokens.stop_ids(tokenizer, cfg.data.template_date)
-        results, samples = {}, []
-        for i, path in enumerate(paths):
+        where = {"device": device, "seed": cfg.seed}
+        results, samples, noise_floors = {}, [], {}
+        for path in paths:
             policy = models.prepare(models.load(path, cfg.model.revision, master), **shard)
-            where = {"device": device, "seed": cfg.seed}
             match cfg.task.kind:
                 case "pairs":
-                    noise_floor = score.noise_floor(policy, rows, np.arange(min(8, len(rows))), device)
-                    scoring = {"noise_floor": noise_floor, "tokens_per_microbatch": cfg.tokens_per_microbatch}
-                    result, made = pairs.evaluate(policy, reference, rows, beta=betas[i], **scoring, **where)
+                    budget = {"tokens_per_microbatch": cfg.tokens_per_microbatch}
+                    probe = packing.plan_step(rows, np.arange(min(8, len(rows))), budget=cfg.tokens_per_microbatch)
+                    floor = score.noise_floor(
+                        policy, rows, probe.microbatches[0][0], device, positions=models.positions_of(hf)
+                    )
+                    noise_floors[path] = floor
+                    result, made = pairs.evaluate(
+                        policy, reference, rows, beta=betas[path], noise_floor=floor, **budget, **where
+                    )
                 case "generate":
                     result, made = generate.evaluate(policy, tokenizer, prompts, places, cfg.task, stop_ids, **where)
                 case "gold":
@@ -86,13 +91,13 @@ def evaluate(cfg: Eval) -> str:
             results[path] = result
             samples += [{"model": path} | sample for sample in made]
             del policy
+            gc.collect()  # a sharded model is full of cycles; the next one needs its memory
 
         if dist.is_main():
             (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
-            facts = {"reference": reference_path, "data": spec, "beta": dict(zip(paths, betas, strict=False))}
+            facts = {"reference": reference_path, "data": spec, "beta": betas, "noise_floor": noise_floors}
             rundir.write_json(run_dir / "environment.json", rundir.environment(device))
-            if on_pairs:
-                rundir.write_json(run_dir / "data_report.json", report)
+            rundir.write_json(run_dir / "data_report.json", report)
             rundir.write_json(run_dir / "results.json", {"task": cfg.task.kind, **facts, "models": results})
             with (run_dir / "samples.jsonl").open("w") as file:
                 file.writelines(json.dumps(sample) + "\n" for sample in samples)
@@ -107,32 +112,42 @@ def _run_of(path: str) -> dict | None:
 
 
 def _from_runs(runs: list[dict | None], key: str) -> str | list[str]:
-    """What all the models' runs used for `key`; UserError where a model has no run or they differ."""
+    """What all the models' runs used for `key`; UserError where one has no run, or used nothing or something else."""
     group, name = key.split(".")
-    found = []
-    for run in runs:
-        value = run and run[group][name]
-        # A run without reference.path was compared with its own starting weights.
-        found.append(run["model"]["path"] if run and value is None and key == "reference.path" else value)
+    if None in runs:
+        raise UserError(f"{key}=null: a model is not the model/ of a run, so there is none to take; give {key}=...")
+    found = [run[group][name] for run in runs]
+    if key == "reference.path":  # a run without one was compared with its own starting weights
+        found = [value or run["model"]["path"] for value, run in zip(found, runs, strict=True)]
     if found[0] is None or any(value != found[0] for value in found):
-        why = "the models' runs used different ones" if all(found) else "a model has no run to take it from"
-        raise UserError(f"{key}=null: {why}; give {key}=...")
+        raise UserError(
+            f"{key}=null: the models' runs used {' and '.join(sorted(set(map(str, found))))}; give {key}=..."
+        )
     return found[0]
 
 
 def _beta(cfg: Eval, run: dict | None, path: str) -> float:
     if cfg.task.beta != "auto":
         return cfg.task.beta
-    if run is None:
-        raise UserError(f"task.beta=auto: {path} has no run whose beta it could take; give task.beta=NUMBER")
+    if run is None or run["loss"]["preference"] == "none":
+        raise UserError(f"task.beta=auto: {path} has no preference run whose beta it could take; give task.beta=NUMBER")
     return run["loss"]["beta"]
 
 
 def _gold_weights(runs: list[dict | None]) -> Gold:
     for run in runs:
-        if run is not None and "/gold/" in str(run["data"]["train"]):
-            return Gold(**run["data"]["gold"])
+        if run is not None and (weights := embedded.weights_of(run["data"]["train"])) is not None:
+            return weights
     raise UserError("task=gold: no model.path is the model/ of a run with data=gold, so there is no reward to compute")
+
+
+def _note_other_settings(cfg: Eval, paths: list[str], runs: list[dict | None]) -> None:
+    """Says where rows are read otherwise than in a model's own run, so that the numbers may differ from its own."""
+    for path, run in zip(paths, runs, strict=True):
+        for name in ("max_length", "truncation", "template_date", "chat_template", "on_bad_row"):
+            ours, theirs = getattr(cfg.data, name), run["data"][name] if run else None
+            if run is not None and ours != theirs and dist.is_main():
+                print(f"note: data.{name}={ours}, but the run of {path} had {theirs}", flush=True)
 
 
 def _table(results: dict[str, dict]) -> str:

@@ -7,7 +7,6 @@
 `train` builds in order (processes, data, models, optimizer) and then loops: evaluate, sample, stop?, one update, log.
 """
 
-import copy
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from rpo.config import Train, UserError
 from rpo.generate import Sampling, sample
 
 NUM_SAMPLES = 4  # held-out prompts answered every `sample_every` steps
-SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=128)
+MAX_NEW_TOKENS = 128  # of those answers, where the model has positions for them
 
 
 def train(cfg: Train) -> str:
@@ -76,25 +75,26 @@ def train(cfg: Train) -> str:
         else:
             lm = models.load(cfg.model.path, cfg.model.revision, master)
         size = metrics.ModelSize(**models.sizes(lm))
-        other = None
-        if preference:
-            path = cfg.reference.path
-            other = models.load(path, None, master, key="reference.path") if path else copy.deepcopy(lm)
         shard = {"mesh": dist.mesh(device), "fsdp": cfg.fsdp, "compute_dtype": compute, "compile": cfg.compile}
         policy = models.prepare(lm, **shard, trainable=True)
-        reference = models.prepare(other, **shard, trainable=False) if preference else None
         optimizer = optim.adamw(policy, cfg.optim)
+        reference = None
+        if preference:  # read anew, not copied: a rank's host memory never holds two whole models
+            path, revision = (cfg.reference.path, None) if cfg.reference.path else (cfg.model.path, cfg.model.revision)
+            other = models.load(path, revision, master, key="reference.path")
+            reference = models.prepare(other, **shard, trainable=False)
 
         # ---- what rounding alone does to these weights, and whether the run starts where it should -----------------
         probe = packing.plan_step(rows, data.step_rows(0, len(rows), 8, cfg.seed), budget=cfg.tokens_per_microbatch)
         probe_rows = probe.microbatches[0][0]
-        noise_floor = score.noise_floor(policy, rows, probe_rows, device)
-        if preference and cfg.reference.path in (None, cfg.model.path):
-            gap = score.mean_gap(policy, reference, rows, probe_rows, device)
+        positions = models.positions_of(hf)
+        noise_floor = dist.broadcast(score.noise_floor(policy, rows, probe_rows, device, positions=positions))
+        if preference and (path, revision) == (cfg.model.path, cfg.model.revision):
+            gap = dist.broadcast(score.mean_gap(policy, reference, rows, probe_rows, device))
             if not gap <= 3 * noise_floor + 1e-6:
                 raise UserError(
                     f"step 0: policy and reference are the same weights but differ by {gap:.1e} nats per token (rounding "
-                    f"explains {noise_floor:.1e}); usual causes: another template, dtype or attention, dropout"
+                    f"explains {noise_floor:.1e}); usual causes: dropout, or two ways of computing one model"
                 )
         if dist.is_main():
             rundir.write_json(run_dir / "environment.json", rundir.environment(device, noise_floor=noise_floor))
@@ -116,7 +116,7 @@ def train(cfg: Train) -> str:
                 batch = packing.padded_batch(eval_rows, members, weight=weight).to(device)
                 pairs = score.score(policy, reference, batch)
                 eval_meter.add(pairs, *losses.objective(cfg.loss, pairs, **counts), weight)
-            values, _ = eval_meter.read()
+            values = eval_meter.read()
             if embedded and preference:
                 generation = {"device": device, "seed": cfg.seed, "reshard": cfg.fsdp.reshard_after_forward}
                 values |= gold.evaluate(policy, reference, tokenizer, prompts, stop_ids, cfg.data.gold, **generation)
@@ -126,24 +126,35 @@ def train(cfg: Train) -> str:
             generation = {"device": device, "seed": [cfg.seed], "reshard": cfg.fsdp.reshard_after_forward}
             generation |= {"batch_size": NUM_SAMPLES}
             asked = prompts[:NUM_SAMPLES]
+            room = min(MAX_NEW_TOKENS, positions - max(map(len, asked)))
+            sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=room)
             columns = {
                 "prompt": asked,
-                "policy": [c.ids for c in sample(policy, asked, SAMPLING, stop_ids, **generation)],
+                "policy": [c.ids for c in sample(policy, asked, sampling, stop_ids, **generation)],
             }
             if preference:
-                columns["reference"] = [c.ids for c in sample(reference, asked, SAMPLING, stop_ids, **generation)]
+                columns["reference"] = [c.ids for c in sample(reference, asked, sampling, stop_ids, **generation)]
             texts = {name: tokenizer.batch_decode(ids) for name, ids in columns.items()}
             return [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
 
         # ---- the loop: evaluate, sample, stop?, one update, log ------------------------------------------------------
-        pairs_seen, busy, done = 0, 0.0, np.zeros(3)  # pairs, tokens, FLOPs since the last line
+        pairs_seen, busy, done, vote = (
+            0,
+            0.0,
+            np.zeros(3),
+            dist.Vote(),
+        )  # done: pairs, tokens, FLOPs since the last line
         interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file gets few lines
         progress = tqdm(total=total_steps, unit="step", disable=not dist.is_main(), mininterval=interval)
         for step in range(total_steps + 1):
             last = step == total_steps
-            if eval_rows is not None and (step == 0 or last or (cfg.eval_every and step % cfg.eval_every == 0)):
+            eval_now = step == 0 or last or (cfg.eval_every and step % cfg.eval_every == 0)
+            sample_now = cfg.sample_every and (last or step % cfg.sample_every == 0)
+            if done.any() and (eval_now or sample_now):  # updates still under way on the device belong to `busy`
+                busy += metrics.wait(device)
+            if eval_rows is not None and eval_now:
                 writer.log("eval", step, pairs_seen, evaluate())
-            if prompts and cfg.sample_every and (last or step % cfg.sample_every == 0):
+            if prompts and sample_now:
                 writer.log_samples(step, pairs_seen, answers())
             if last:
                 break
@@ -174,9 +185,9 @@ def train(cfg: Train) -> str:
             pairs_seen += plan.pairs
             lengths = rows.prompt[indices], rows.chosen[indices], rows.rejected[indices]
             done += plan.pairs, plan.unique_tokens, size.step_flops(*lengths)
-            alone = interrupt.received and dist.world_size() == 1  # several ranks agree at the next line
-            if alone or (step + 1) % cfg.log_every == 0 or step + 1 == total_steps:
-                values, stop = meter.read(stop=interrupt.received)  # the loop's only wait for the device
+            status.state = "interrupted" if vote.cast(interrupt.received) else "finished"
+            if status.state == "interrupted" or (step + 1) % cfg.log_every == 0 or step + 1 == total_steps:
+                values = meter.read()  # the loop's only wait for the device
                 if (bad := int(bad_step)) >= 0:
                     status.step = bad
                     models.save(policy, tokenizer, run_dir / "model")
@@ -188,8 +199,6 @@ def train(cfg: Train) -> str:
                 writer.log("train", step + 1, pairs_seen, values)
                 progress.set_postfix(loss=f"{values['loss']:.4f}", pairs_s=f"{rate['pairs_per_second']:.1f}")
                 busy, done = 0.0, np.zeros(3)
-                if stop:
-                    status.state = "interrupted"
             else:
                 busy += time.perf_counter() - start
             progress.update()

@@ -267,6 +267,10 @@ def check_loss(loss: Loss) -> None:
     )
 
 
+def _check_seed(key: str, value: int) -> None:
+    _require(0 <= value < 2**31, f"{key}={value}: expected 0 or more, below 2^31")
+
+
 def _check_date(value: str) -> None:
     try:
         datetime.date.fromisoformat(value)
@@ -283,7 +287,10 @@ def _check_train(cfg: Train) -> None:
         value = getattr(cfg, name)
         _require(value >= 0, f"{name}={value}: expected 0 (never) or a number of steps")
     _require(cfg.max_steps is None or cfg.max_steps >= 1, f"max_steps={cfg.max_steps}: expected null or at least 1")
-    _require(cfg.seed >= 0, f"seed={cfg.seed}: expected 0 or more")
+    _check_seed("seed", cfg.seed)
+    _check_seed("data.gold.seed", cfg.data.gold.seed)
+    _require(cfg.data.train != [], "data.train=[]: expected a file, a list of files, or NAME:SPLIT")
+    _require(cfg.data.eval != [], "data.eval=[]: expected a file, a list of files, or NAME:SPLIT; null: no evaluation")
     optim = cfg.optim
     _require(optim.lr == "auto" or optim.lr > 0, f"optim.lr={optim.lr}: expected auto or > 0")
     for name in ("warmup_ratio", "min_lr_ratio"):
@@ -301,6 +308,12 @@ def _check_train(cfg: Train) -> None:
     _require(
         gold.pairs >= 1 and gold.eval_pairs >= 1,
         f"data.gold.pairs={gold.pairs}, eval_pairs={gold.eval_pairs}: expected at least 1",
+    )
+    _require(gold.samples >= 1, f"data.gold.samples={gold.samples}: expected at least 1")
+    _require(
+        cfg.data.train != "gold" or cfg.model.architecture is not None,
+        "model.architecture=null with data.train=gold: the embedded task makes a model of that architecture; use "
+        "model=tiny, or give data.train=FILE",
     )
     _require(0 <= gold.flip < 0.5, f"data.gold.flip={gold.flip}: expected 0 <= share < 0.5")
     _require(
@@ -330,6 +343,8 @@ def _check_eval(cfg: Eval) -> None:
         _require(getattr(task, name) >= 1, f"task.{name}={getattr(task, name)}: expected at least 1")
     _require(cfg.tokens_per_microbatch >= 1, f"tokens_per_microbatch={cfg.tokens_per_microbatch}: expected at least 1")
     _check_date(cfg.data.template_date)
+    _check_seed("seed", cfg.seed)
+    _require(cfg.model.path != [], "model.path=[]: expected a model or a list of models")
 
 
 def _auto_lr(cfg: Train) -> float:
@@ -339,12 +354,27 @@ def _auto_lr(cfg: Train) -> float:
     return 3e-3 if cfg.loss.preference == "none" else 5e-4
 
 
+def _resolved(spec: Any) -> Any:
+    """Local paths made absolute, so that a run's config.yaml means the same from any folder; names stay as they are."""
+    if isinstance(spec, list):
+        return [_resolved(item) for item in spec]
+    return (
+        str(Path(spec).expanduser().resolve()) if spec and spec != "gold" and Path(spec).expanduser().exists() else spec
+    )
+
+
 def train_config(cfg: "DictConfig") -> Train:
     """Checked settings of one training run.
 
     Raises UserError: a missing, unknown, mistyped or contradictory key, in one line with its value and the fix.
     """
     typed = _typed(Train, _plain(cfg))
+    typed = replace(
+        typed,
+        model=replace(typed.model, path=_resolved(typed.model.path), tokenizer=_resolved(typed.model.tokenizer)),
+        reference=replace(typed.reference, path=_resolved(typed.reference.path)),
+        data=replace(typed.data, train=_resolved(typed.data.train), eval=_resolved(typed.data.eval)),
+    )
     _check_train(typed)
     if typed.optim.lr == "auto":
         typed = replace(typed, optim=replace(typed.optim, lr=_auto_lr(typed)))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -291,8 +291,7 @@ def load(
     arrays, report = cached
     names = tuple(source.name for source in sources)
     report = {"files": list(names), **report, "cache_key": key}
-    for entry in (*report["dropped"].values(), *report["changed"].values()):
-        entry["examples"] = [f"{names[file]}:{line}: {why}" for file, line, why in entry["examples"]]
+    report |= {part: _named(report[part], names) for part in ("dropped", "changed")}
     if useless := {kind: report["dropped"][kind] for kind in UNINFORMATIVE if kind in report["dropped"]}:
         counts = ", ".join(f"{entry['count']} {kind} (first {entry['examples'][0]})" for kind, entry in useless.items())
         warnings.warn(f"dropped of {report['read']} rows: {counts}", stacklevel=2)
@@ -301,16 +300,17 @@ def load(
 
 def load_prompts(
     spec: str | list[str], cfg: EvalData, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[str]]:
-    """The prompts of `spec` as ids, each what training would make of it, and where each stands (FILE:LINE).
+) -> tuple[list[list[int]], list[str], dict]:
+    """The prompts of `spec` as ids, each what training would make of it; where each stands (FILE:LINE); and a report.
 
     Reads every form that `load` reads, and rows without an answer: {prompt}, {messages}, {instruction, input}.
-    Raises UserError as `load` does, and for a prompt longer than data.max_length.
+    Raises UserError as `load` does; a prompt longer than data.max_length is a bad row.
     """
-    prompts, places = [], []
-    for source in open_sources(spec, cfg.revision):
+    prompts, places, dropped, read = [], [], Tally(), 0
+    sources = open_sources(spec, cfg.revision)
+    for file, source in enumerate(sources):
         for line, raw in source.rows():
-            place = f"{source.name}:{line}"
+            read += 1
             try:
                 if isinstance(raw, RowError):
                     raise raw
@@ -318,14 +318,28 @@ def load_prompts(
                 if not 1 <= len(ids) <= cfg.max_length:
                     raise RowError("too_long", f"the prompt has {len(ids)} tokens, expected 1 to data.max_length")
             except RowError as error:
-                if cfg.on_bad_row == "drop":
-                    continue
-                raise UserError(f"{place}: {error} (or data.on_bad_row=drop)") from None
+                if cfg.on_bad_row == "error":
+                    raise UserError(f"{source.name}:{line}: {error} (or data.on_bad_row=drop)") from None
+                dropped.add(error.kind, (file, line), str(error))
+                continue
             prompts.append(ids)
-            places.append(place)
+            places.append(f"{source.name}:{line}")
     if not prompts:
-        raise UserError(f"data.eval={spec}: no prompt is left; give a file with prompts")
-    return prompts, places
+        raise UserError(f"data.eval={spec}: none of {read} rows has a prompt that is kept; change what drops them")
+    names = [source.name for source in sources]
+    return (
+        prompts,
+        places,
+        {"files": names, "read": read, "kept": len(prompts), "dropped": _named(dropped.kinds, names)},
+    )
+
+
+def _named(kinds: dict[str, dict], names: Sequence[str]) -> dict[str, dict]:
+    """A tally's kinds with each example as one line of text."""
+    return {
+        kind: entry | {"examples": [f"{names[file]}:{line}: {why}" for file, line, why in entry["examples"]]}
+        for kind, entry in kinds.items()
+    }
 
 
 # ---- cache

@@ -70,6 +70,29 @@ def broadcast(value: object) -> object:
     return box[0]
 
 
+def barrier() -> None:
+    dist.barrier()
+
+
+class Vote:
+    """Whether any rank wants to stop, agreed once per step without a wait: the answer is a step old.
+
+    A tiny all-reduce between hosts that runs beside the step; the device knows nothing of it.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.work = torch.zeros(1), None
+
+    def cast(self, stop: bool) -> bool:
+        """Casts this step's vote; True, on all ranks alike, once any rank voted so in the step before."""
+        if world_size() == 1:
+            return stop
+        agreed = self.work is not None and self.work.wait() and self.count.item() > 0
+        self.count = torch.tensor([float(stop)])
+        self.work = dist.all_reduce(self.count, async_op=True)
+        return agreed
+
+
 @contextmanager
 def main_first() -> Iterator[None]:
     """Rank 0 runs the block, then the others do: for work whose result rank 0 leaves in a cache on disk.

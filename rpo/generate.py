@@ -29,6 +29,11 @@ class Completion:
     ids: list[int]
     ended: bool
 
+    @property
+    def text_ids(self) -> list[int]:
+        """The ids without the stop token."""
+        return self.ids[:-1] if self.ended else self.ids
+
 
 def _config(sampling: Sampling, stop_ids: list[int]) -> GenerationConfig:
     # The library's defaults are top-50 and whatever the model's generation config says; nothing here is left to them.

@@ -37,6 +37,11 @@ SFT = {  # what the supervised model is trained with; about 99.5% of its word pa
     "optim.lr": 8e-3,
     "optim.warmup_ratio": 0.05,
     "optim.schedule": "linear",
+    "optim.betas": [0.9, 0.999],
+    "optim.max_grad_norm": 1.0,
+    "optim.weight_decay": 0.0,
+    "model.dtype": "float32",
+    "tokens_per_microbatch": 16_384,
     "seed": 0,
 }
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=48)
@@ -59,7 +64,14 @@ def prepare(cfg: Train) -> Train:
     settings = {"version": VERSION, "architecture": cfg.model.architecture, "gold": asdict(cfg.data.gold), "sft": SFT}
     settings["gold"].pop("samples")  # an evaluation's size, no property of the files
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cfg.cache_dir).expanduser() / "gold" / key
+    if cfg.model.path is not None:
+        known = tokens.load_tokenizer(cfg.model.tokenizer or cfg.model.path, revision=cfg.model.revision).get_vocab()
+        if missing := [word for word in grammar.vocabulary() if word not in known]:
+            raise UserError(
+                f"model.path={cfg.model.path} with data.train=gold: its tokenizer does not know the embedded task's "
+                f"words ({missing[0]}); give data.train=FILE of your own"
+            )
+    folder = Path(cfg.cache_dir).expanduser().resolve() / "gold" / key
     if not folder.exists():
         _make_in_subprocess(folder, settings)
     supervised = cfg.loss.preference == "none"
@@ -111,7 +123,7 @@ def _run(*args: str) -> None:
 
 def make(folder: Path, settings: dict) -> None:
     """Fills `folder`: tokenizer/, corpus files, sft/ (a run of train.py), pairs files."""
-    gold = Gold(**settings["gold"], samples=0)
+    gold = Gold(**settings["gold"], samples=1)
     tokenizer = tokens.word_tokenizer(["<user>", "<assistant>", *grammar.vocabulary()], TEMPLATE)
     tokenizer.save_pretrained(folder / "tokenizer")
     corpus = grammar.sample_corpus(CORPUS + CORPUS_EVAL, np.random.default_rng(SFT["seed"]))
@@ -168,12 +180,20 @@ def _write(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
+def weights_of(train: str | list[str]) -> Gold | None:
+    """The reward's settings of the task whose file `train` is; None for any other data."""
+    settings = Path(train).parent / "settings.json" if isinstance(train, str) else Path()
+    if not settings.is_file() or "gold" not in (found := json.loads(settings.read_text())):
+        return None
+    return Gold(**found["gold"], samples=1)
+
+
 # ---- evaluating on it
 
 
 def answer_words(tokenizer: PreTrainedTokenizerBase, answer: Completion) -> list[str]:
     """The words of an answer, without its end-of-turn."""
-    return tokenizer.decode(answer.ids[:-1] if answer.ended else answer.ids).split()
+    return tokenizer.decode(answer.text_ids).split()
 
 
 def reward(prompt: str, words: list[str], answer: Completion, gold: Gold) -> float:

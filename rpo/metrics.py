@@ -11,6 +11,7 @@ import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,9 @@ GOLD = ("gold", "kl", "samples/length", "samples/ended")
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
+INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run goes on offline
+
+
 class Meter:
     """Running sums of one split, on the device. `add` never waits; `read` reduces over ranks and empties it."""
 
@@ -48,7 +52,7 @@ class Meter:
         self.preference, self.beta, self.noise_floor = preference, beta, noise_floor
         self.per_pair = PER_PAIR_SUPERVISED + (PER_PAIR_PREFERENCE if preference else ())
         self.per_token = PER_CHOSEN_TOKEN if preference else PER_CHOSEN_TOKEN[:1]
-        self.sums = torch.zeros(3 + len(self.per_pair) + len(self.per_token), dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2 + len(self.per_pair) + len(self.per_token), dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, pairs: PairLogps, preference_P: Tensor, sft_P: Tensor, weight: float = 1.0) -> None:
@@ -63,22 +67,17 @@ class Meter:
             per_pair += [(margin_P > 0) + 0.5 * (margin_P == 0), shift_P, shift_rejected_P]
             per_pair += [shift_P < -self.noise_floor * tokens_P]  # a fall within rounding is not a fall
             per_token += [shift_P]
-        sums = [torch.zeros_like(chosen_P), torch.ones_like(chosen_P), tokens_P, *per_pair, *per_token]
+        sums = [torch.ones_like(chosen_P), tokens_P, *per_pair, *per_token]
         self.sums += weight * torch.stack([x.to(torch.float64).sum() for x in sums])
 
-    def read(self, *, stop: bool = False) -> tuple[dict[str, float], bool]:
-        """Means since the last read over all ranks, by metric name, and whether any rank asked to `stop`.
-
-        The interval's one all-reduce and one wait for the device.
-        """
-        self.sums[0] = stop
+    def read(self) -> dict[str, float]:
+        """Means since the last read over all ranks, by metric name: the interval's one all-reduce and one wait."""
         dist.all_reduce(self.sums)
-        num_stop, num_pairs, num_tokens, *values = self.sums.tolist()
+        num_pairs, num_tokens, *values = self.sums.tolist()
         self.sums.zero_()
         assert num_pairs > 0, "read() without a pair added"
         counts = [num_pairs] * len(self.per_pair) + [num_tokens] * len(self.per_token)
-        means = {name: v / n for name, v, n in zip(self.per_pair + self.per_token, values, counts, strict=True)}
-        return means, num_stop > 0
+        return {name: v / n for name, v, n in zip(self.per_pair + self.per_token, values, counts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,19 @@ class ModelSize:
         and the reference's pass are not counted (numpy arrays of token counts, one entry per pair).
         """
         unique, scored = (prompt + chosen + rejected).sum(), (chosen + rejected).sum()
+        prompt, chosen, rejected = (x.astype(np.int64) for x in (prompt, chosen, rejected))
         context = prompt + chosen
         visible = (context * (context + 1) // 2 + rejected * prompt + rejected * (rejected + 1) // 2).sum()
         trunk_and_head = 6 * (self.trunk * int(unique) + self.head * int(scored))
         return float(trunk_and_head + 12 * self.layers * self.attention_width * int(visible))
+
+
+def wait(device: torch.device) -> float:
+    """Waits until the device has done what it was given; returns the seconds that took."""
+    start = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
 
 
 def performance(rates: dict[str, float], device: torch.device, world_size: int) -> dict[str, float]:
@@ -134,7 +142,8 @@ def wandb_mode(cfg: Wandb) -> str:
         raise UserError(
             "wandb.mode=online: no API key is configured; run `wandb login`, set WANDB_API_KEY, or use wandb.mode=offline"
         )
-    return ("online" if has_key else "offline") if cfg.mode == "auto" else cfg.mode
+    wanted = os.environ.get("WANDB_MODE", "auto") if cfg.mode == "auto" else cfg.mode
+    return ("online" if has_key else "offline") if wanted not in ("disabled", "offline", "online") else wanted
 
 
 class Writer:
@@ -149,20 +158,24 @@ class Writer:
             return
         self.lines = (run_dir / "metrics.jsonl").open("a")
         if (mode := wandb_mode(cfg)) != "disabled":
-            import wandb
-
-            self.run = wandb.init(
-                project=cfg.project,
-                group=cfg.group,
-                name=run_dir.name if cfg.group is None else f"{cfg.group}/{run_dir.name}",
-                dir=run_dir,
-                config=settings,
-                mode=mode,
-                reinit="create_new",  # a sweep makes several runs in one process
-                settings=wandb.Settings(silent=True),
-            )
+            self.run = self._start(cfg, settings, mode)
             self.run.define_metric("pairs")
             self.run.define_metric("*", step_metric="pairs")
+
+    def _start(self, cfg: Wandb, settings: dict, mode: str) -> Any:
+        import wandb
+
+        name = self.run_dir.name if cfg.group is None else f"{cfg.group}/{self.run_dir.name}"
+        where = {"project": cfg.project, "group": cfg.group, "name": name, "dir": self.run_dir, "config": settings}
+        quiet = wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT)
+        try:  # create_new, because a sweep makes several runs in one process
+            return wandb.init(**where, mode=mode, reinit="create_new", settings=quiet)
+        except wandb.errors.CommError as error:
+            reason = str(error).splitlines()[0]
+            if cfg.mode == "online":
+                raise UserError(f"wandb.mode=online: {reason}; use wandb.mode=offline and `wandb sync` later") from None
+            print(f"wandb: {reason}; this run is offline, `wandb sync` uploads it later", flush=True)
+            return wandb.init(**where, mode="offline", reinit="create_new", settings=quiet)
 
     def __enter__(self) -> "Writer":
         return self

@@ -4,6 +4,7 @@ Letters: B rows, T tokens of a row, N scored tokens, D model width, V vocabulary
 """
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +109,9 @@ def check(path: str, revision: str | None = None, *, key: str = "model.path") ->
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
         kind = ", ".join(names) or type(config).__name__
         raise UserError(f"{key}={path}: holds {kind}, not a causal LM; give a model for AutoModelForCausalLM")
+    weights = ("*.safetensors", "*.bin", "*.index.json")
+    if Path(path).is_dir() and not any(any(Path(path).glob(pattern)) for pattern in weights):
+        raise UserError(f"{key}={path}: has a config but no weights (*.safetensors or *.bin); give a complete model")
     return config
 
 
@@ -122,8 +126,14 @@ def config_for(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         return AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **architecture})
-    except (ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # each config class checks itself in its own way
         raise UserError(f"model.architecture={architecture}: {_first_line(error)}") from None
+
+
+def positions_of(configs: dict[str, PreTrainedConfig]) -> int:
+    """The longest text, in tokens, that all of the models have positions for."""
+    found = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs.values()]
+    return min((positions for positions in found if positions), default=sys.maxsize)
 
 
 def check_fit(configs: dict[str, PreTrainedConfig], tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
@@ -137,8 +147,7 @@ def check_fit(configs: dict[str, PreTrainedConfig], tokenizer: PreTrainedTokeniz
             raise UserError(
                 f"{key}: the tokenizer has {len(tokenizer)} tokens, the model {sizes[key]}; give its own tokenizer"
             )
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and longest > positions:
+        if longest > (positions := positions_of({key: config})):
             raise UserError(
                 f"data.max_length: a row of {longest} tokens is left, {key} has {positions} positions; "
                 f"set data.max_length={positions} or less"
@@ -252,12 +261,16 @@ def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> No
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(policy, options=options)
-    if not dist.is_main():
-        return
-    lm = policy.lm
+    if dist.is_main():
+        _write(policy.lm, state, tokenizer, folder)
+    dist.barrier()  # or a rank that exits now would have torchrun end rank 0 in the middle of its files
+
+
+def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     with torch.device("meta"):
         whole = type(lm)(lm.config)
     whole.load_state_dict({k.removeprefix("lm."): v for k, v in state.items()}, strict=False, assign=True)
+    whole.tie_weights()  # with several ranks the gathered state names a tied head too
     whole.generation_config = lm.generation_config
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)

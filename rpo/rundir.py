@@ -8,8 +8,9 @@ import platform
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,12 @@ _MARKS = ("config.yaml", "status.json", "metrics.jsonl", "results.json", "sweep.
 def choose(given: str | None, label: str) -> Path:
     """The folder of this run, the same on every rank and not yet made.
 
-    `given`, or outputs/ID under torchrun with a rendezvous id, or outputs/TIME_label by rank 0's clock.
+    `given`, or outputs/ID under torchrun with a rendezvous id, or outputs/TIME_label_XXXX by rank 0's clock.
     Raises UserError where the folder holds another run already.
     """
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's word for "no --rdzv-id"
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    default = f"outputs/{launch}" if launch != "none" else f"outputs/{stamp}_{label}"
+    default = f"outputs/{launch}" if launch != "none" else f"outputs/{stamp}_{label}_{uuid.uuid4().hex[:4]}"
     folder = Path(dist.broadcast(given or default)).expanduser()
     if held := [name for name in _MARKS if (folder / name).exists()]:
         raise UserError(f"run_dir={folder}: already holds a run ({held[0]}); give another folder or remove it")
@@ -38,7 +39,7 @@ def choose(given: str | None, label: str) -> Path:
 
 def write_json(path: Path, value: object) -> None:
     """Written aside and renamed, so that a reader never sees half of it."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several failing ranks may write the same file
     part.write_text(json.dumps(value, indent=2) + "\n")
     part.rename(path)
 
@@ -101,6 +102,7 @@ def recording(folder: Path) -> Iterator[Status]:
     if dist.is_main():
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / "status.json").open("x").close()  # of two runs that chose the folder at once, one gets it
             write_status(folder, "running", step=0)
         except OSError as error:
             raise UserError(f"run_dir={folder}: can not be written ({error.strerror}); give another folder") from None
@@ -108,7 +110,8 @@ def recording(folder: Path) -> Iterator[Status]:
         yield status
     except BaseException as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        write_status(folder, "failed", reason, status.step)  # by whichever rank it happened on
+        with suppress(OSError):  # a full disk, or another node's folder, must not hide the error itself
+            write_status(folder, "failed", reason, status.step)  # by whichever rank it happened on
         raise
     if dist.is_main():
         write_status(folder, status.state, step=status.step)

@@ -27,14 +27,17 @@ def score(policy: Policy, reference: Policy | None, batch: Batch) -> PairLogps:
 
 
 @torch.no_grad()
-def noise_floor(policy: Policy, rows: packing.RowsLike, indices: np.ndarray, device: torch.device) -> float:
+def noise_floor(
+    policy: Policy, rows: packing.RowsLike, indices: np.ndarray, device: torch.device, *, positions: int
+) -> float:
     """Nats per scored token by which one text's log-probs move with padding and batch make-up alone.
 
     The mean |difference| over the scored tokens of `indices`, scored in one batch and again one pair at a time with
-    17 more columns of padding. What "equal" means on these weights, in this dtype, on this device.
+    17 more columns of padding (fewer where the model's `positions` end). What "equal" means on these weights, in this dtype, on this device.
     """
     together_S = _responses(policy, packing.padded_batch(rows, indices).to(device))
-    alone = [packing.padded_batch(rows, indices[i : i + 1], extra=17).to(device) for i in range(len(indices))]
+    extra = min(17, positions - packing.longest(rows))
+    alone = [packing.padded_batch(rows, indices[i : i + 1], extra=extra).to(device) for i in range(len(indices))]
     apart = [_responses(policy, batch) for batch in alone]
     apart_S = [pair[side] for side in range(len(apart[0])) for pair in apart]
     return (torch.cat(together_S) - torch.cat(apart_S)).abs().mean().item()

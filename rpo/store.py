@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rpo.config import UserError
+
 
 def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
     """The arrays (read-only memory maps) and the report of `write_arrays`; None where they are absent or damaged."""
@@ -24,7 +26,12 @@ def write_arrays(folder: Path, arrays: dict[str, np.ndarray], report: dict) -> N
     """Writes beside `folder` and renames: a reader sees all or nothing, a damaged folder is replaced, and of two
     writers (same content: the folder's name is its hash) the first stays."""
     fresh = folder.with_name(f".new-{uuid.uuid4().hex}")
-    fresh.mkdir(parents=True)
+    try:
+        fresh.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"cache_dir={folder.parent}: can not be written ({error.strerror}); give another folder"
+        ) from None
     try:
         for name, array in arrays.items():
             np.save(fresh / f"{name}.npy", array)

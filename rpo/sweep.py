@@ -122,6 +122,14 @@ class Sweep(Callback):
             sys.exit(1)
 
 
+class NoSweep(Callback):
+    """Refuses -m for eval.py, whose several models belong into one table."""
+
+    def on_multirun_start(self, config: Any, **_: object) -> None:
+        print("error: -m: eval.py makes one table of several models: use model.path=[A,B] instead", file=sys.stderr)
+        sys.exit(2)
+
+
 def _checked_cells(config: Any) -> list[dict[str, str]]:
     """The overrides of every cell, each composed and checked as its run will be. Raises UserError."""
     if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.BasicSweeper":
@@ -157,7 +165,7 @@ def write_table(folder: Path) -> int:
         writer.writeheader()
         writer.writerows(table)
     swept = [key for key in table[0] if key not in ("cell", "seed") and len({row.get(key) for row in table}) > 1]
-    swept = [key for key in swept if "." in key][:2]
+    swept = sorted((key for key in swept if "." in key), key=lambda key: key not in ("loss.beta", "loss.eta"))[:2]
     if swept and any(value in row for row in table for value in _SHOWN):
         plots.draw_heatmap(table, swept[0], swept[-1], _SHOWN, folder / "sweep.png")
     num_failed = sum(row["state"] == "failed" for row in table)

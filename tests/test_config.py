@@ -83,7 +83,7 @@ def names(group):
 
 # What a file of a group needs before it composes: a path where there is no default.
 NEEDS = {
-    ("model", "hub"): ["model.path=DIR"],
+    ("model", "hub"): ["model.path=DIR", "data=files", "data.train=FILE"],
     ("data", "files"): ["data.train=FILE", "model.path=DIR"],
     ("loss", "sft"): [],
 }

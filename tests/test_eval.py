@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 import train
-from rpo import dist
+from rpo import dist, stats
 from rpo.config import UserError
 from rpo.tasks import pairs
 from tests.conftest import make_lm, make_rows_json, make_tokenizer, settings, tiny_args, write_jsonl
@@ -163,14 +163,14 @@ def test_what_an_evaluation_leaves(result, folder, tiny, capsys):
 def test_clustered_errors_by_hand():
     """One row a cluster is the ordinary standard error; duplicated rows do not shrink it; one cluster has none."""
     values = np.random.default_rng(0).normal(size=30)
-    plain = pairs.clustered_mean(values, np.arange(30))
+    plain = stats.clustered_mean(values, np.arange(30))
     assert plain == {"value": pytest.approx(values.mean()), "se": pytest.approx(values.std(ddof=1) / 30**0.5), "n": 30}
-    double = pairs.clustered_mean(np.repeat(values, 2), np.repeat(np.arange(30), 2))
+    double = stats.clustered_mean(np.repeat(values, 2), np.repeat(np.arange(30), 2))
     assert double["se"] == pytest.approx(plain["se"]) and double["n"] == 60
     # Clusters {1, 2}, {6}: mean 3, deviations (-2 - 1), 3: sqrt(2/1 (9 + 9)) / 3.
-    assert pairs.clustered_mean([1, 2, 6], [0, 0, 1])["se"] == pytest.approx(2.0)
-    assert pairs.clustered_mean([1, 2], [0, 0])["se"] is None
-    assert pairs.clustered_mean([], []) == {"value": None, "se": None, "n": 0}
+    assert stats.clustered_mean([1, 2, 6], [0, 0, 1])["se"] == pytest.approx(2.0)
+    assert stats.clustered_mean([1, 2], [0, 0])["se"] is None
+    assert stats.clustered_mean([], []) == {"value": None, "se": None, "n": 0}
 
 
 def test_calibration_by_hand():
@@ -214,10 +214,12 @@ def test_a_run_says_what_it_was_compared_with(tiny, tmp_path):
 
     other = [f"model.path={tiny / 'model'}"]
     for more, key in (([], "reference.path"), ([f"reference.path={tiny / 'model'}"], "data.eval")):
-        with pytest.raises(UserError, match=f"^{key}=null: a model has no run to take it from; give {key}="):
+        with pytest.raises(
+            UserError, match=f"^{key}=null: a model is not the model/ of a run, so there is none to take; give {key}="
+        ):
             evaluate(tmp_path / "no", "task=pairs", *other, *more)
         other += more
-    with pytest.raises(UserError, match="^task.beta=auto: .* has no run whose beta it could take"):
+    with pytest.raises(UserError, match="^task.beta=auto: .* has no preference run whose beta it could take"):
         evaluate(tmp_path / "no", "task=pairs", *other, f"data.eval={tiny / 'eval.jsonl.gz'}")
     with pytest.raises(UserError, match="^task=gold: no model.path is the model/ of a run with data=gold"):
         evaluate(tmp_path / "no", "task=gold", *other, f"data.eval={tiny / 'eval.jsonl.gz'}")

@@ -1,15 +1,18 @@
 """One gradient, whatever the micro-batches, the ranks, the sharding; and one run, whatever the ranks."""
 
 import json
+import signal
 import subprocess
+import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from rpo import dist
-from tests.conftest import command, make_lm, script_env, tiny_args
+from tests.conftest import command, make_lm, make_tokenizer, script_env, tiny_args
 from tests.step_gradient import LOSS, VOCABULARY, moved_copy, rows, step_gradient
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -55,22 +58,32 @@ def test_one_gradient_under_any_cut(group, dtype):
         assert relative(step_gradient(dtype, **case), expected) <= TOLERANCE[dtype], case
 
 
-@pytest.mark.parametrize("accumulate", ["unsharded", "sharded"])
-def test_two_ranks_have_the_gradient_of_one(group, tmp_path, accumulate):
-    """Two gloo ranks, several micro-batches each, one with a filler: the naive loop's gradient to 1e-12."""
+@pytest.mark.parametrize(("accumulate", "dtype"), [("unsharded", torch.float64), ("sharded", torch.float32)])
+def test_two_ranks_have_the_gradient_of_one(group, tmp_path, accumulate, dtype):
+    """Two gloo ranks, several micro-batches each, one with a filler: the naive loop's gradient to the dtype's bound."""
     out = tmp_path / "gradients.pt"
-    args = command("tests/step_gradient.py", out, "float64", 110, accumulate, ranks=2)
+    args = command("tests/step_gradient.py", out, str(dtype).removeprefix("torch."), 110, accumulate, ranks=2)
     subprocess.run(args, env=script_env(), check=True, capture_output=True, timeout=120)
-    assert relative(torch.load(out), naive_gradient()) <= 1e-12
+    assert relative(torch.load(out), naive_gradient()) <= TOLERANCE[dtype]
 
 
 def test_two_ranks_make_the_run_of_one(tiny, tmp_path):
-    """torchrun with two ranks and the live reference logs one process's losses to 1e-4 relative over 20 steps."""
-    runs = []
-    for ranks in (1, 2):
-        run_dir = tmp_path / str(ranks)
-        args = tiny_args(tiny, "loss=rpo_avg", "batch_size=8", "max_steps=20", "log_every=1", "eval_every=10")
-        args += ["tokens_per_microbatch=150", f"run_dir={run_dir}"]
+    """torchrun with two ranks and the live reference logs one process's losses to 1e-4 relative over 20 steps.
+
+    A tied model, an epoch whose last step has fewer pairs (1) than ranks, and sampling on the way; the saved folder
+    has the same tensors and the same answers.
+    """
+    make_lm("gemma").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    runs, folders = [], [tmp_path / "1", tmp_path / "2"]
+    for ranks, run_dir in enumerate(folders, start=1):
+        args = tiny_args(tiny, "loss=rpo_avg", "batch_size=13", "max_steps=20", "log_every=1", "eval_every=10")
+        args += [
+            f"model.path={tmp_path / 'model'}",
+            "tokens_per_microbatch=150",
+            "sample_every=20",
+            f"run_dir={run_dir}",
+        ]
         done = subprocess.run(command("train.py", *args, ranks=ranks), env=script_env(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         runs.append([json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()])
@@ -80,6 +93,36 @@ def test_two_ranks_make_the_run_of_one(tiny, tmp_path):
         for name in ("loss", "loss/preference", "loss/sft", "logps/chosen", "nll/chosen"):
             assert b[name] == pytest.approx(a[name], rel=1e-4), (a["split"], a["step"], name)
     assert one[0]["loss/preference"] == pytest.approx(np.log(2), abs=1e-5)
+    weights = [load_file(folder / "model/model.safetensors") for folder in folders]
+    assert weights[0].keys() == weights[1].keys() and not any("lm_head" in name for name in weights[0])
+    assert relative(weights[1], weights[0]) < 1e-3
+    first = [(folder / "samples.jsonl").read_text().splitlines()[:4] for folder in folders]
+    assert first[0] == first[1] and len(first[0]) == 4
+
+
+def test_two_ranks_stop_alike(tiny, tmp_path):
+    """Ctrl-C under torchrun ends both ranks after one step, and a loss that is not finite saves the model before it."""
+    args = tiny_args(tiny, "loss=dpo", "batch_size=4", "log_every=100000", "eval_every=0")
+    stopped, broken = tmp_path / "stopped", tmp_path / "broken"
+    process = subprocess.Popen(
+        command("train.py", *args, "epochs=100000", f"run_dir={stopped}", ranks=2),
+        env=script_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    for _ in range(600):
+        if (stopped / "metrics.jsonl").exists() and (stopped / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    status = json.loads((stopped / "status.json").read_text())
+    assert status["state"] == "interrupted" and status["step"] > 0, status
+    assert (stopped / "model/model.safetensors").exists()
+
+    args = [*args, "optim.lr=1e30", "optim.warmup_ratio=0", "max_steps=6", "log_every=3", f"run_dir={broken}"]
+    done = subprocess.run(command("train.py", *args, ranks=2), env=script_env(), capture_output=True, text=True)
+    assert done.returncode == 1 and "not finite" in done.stderr
+    assert all(tensor.isfinite().all() for tensor in load_file(broken / "model/model.safetensors").values())
 
 
 def test_a_group_of_one_is_left_alone_between_jobs(group):

@@ -13,7 +13,7 @@ import torch
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-from rpo import config, gold, grammar, metrics, tokens
+from rpo import config, gold, grammar, metrics, stats, tokens
 from rpo.config import Gold, Task, UserError, Wandb
 from rpo.losses import PairLogps
 from rpo.tasks import generate, pairs
@@ -49,7 +49,7 @@ def test_preference_means(group):
     batches = [random_pairs(count, seed) for seed, count in enumerate((5, 20, 11))]
     for (batch, terms), weight in zip(batches, (1.0, 0.0, 1.0), strict=True):
         meter.add(batch, *map(torch.from_numpy, terms), weight)
-    values, stop = meter.read()
+    values = meter.read()
 
     counted = [batches[0], batches[2]]
     preference, sft = np.concatenate([terms for _, terms in counted], axis=1)
@@ -76,7 +76,7 @@ def test_preference_means(group):
         "nll/chosen": -chosen.sum() / num_tokens.sum(),
         "shift_per_token/chosen": shift.sum() / num_tokens.sum(),
     }
-    assert values == pytest.approx(expected, rel=1e-12) and not stop
+    assert values == pytest.approx(expected, rel=1e-12)
     with pytest.raises(AssertionError, match="without a pair"):
         meter.read()
 
@@ -89,7 +89,7 @@ def test_a_fall_within_rounding_is_no_displacement(group):
     for floor, share in ((0.0, 1 / 3), (0.04, 1 / 3), (0.06, 0.0)):
         meter = metrics.Meter(group, preference=True, beta=1.0, noise_floor=floor)
         meter.add(batch, torch.zeros(3), torch.zeros(3))
-        assert meter.read()[0]["displacement_rate"] == pytest.approx(share)
+        assert meter.read()["displacement_rate"] == pytest.approx(share)
 
 
 def test_supervised_means(group):
@@ -100,7 +100,7 @@ def test_supervised_means(group):
     meter.add(alone, torch.zeros(9, dtype=torch.float64), torch.from_numpy(sft))
     chosen, num_tokens = batch.chosen_P.numpy(), batch.tokens_chosen_P.numpy()
     expected = {"loss": sft.mean(), "loss/preference": 0, "loss/sft": sft.mean(), "logps/chosen": chosen.mean()}
-    assert meter.read(stop=True) == (pytest.approx(expected | {"nll/chosen": -chosen.sum() / num_tokens.sum()}), True)
+    assert meter.read() == pytest.approx(expected | {"nll/chosen": -chosen.sum() / num_tokens.sum()})
 
 
 # ---- speed
@@ -284,12 +284,12 @@ def test_gold_names(group):
 
 def test_clustered_standard_error():
     """By hand: four rows in two clusters; one row per cluster is the ordinary error; one cluster has none."""
-    result = pairs.clustered_mean([1, 2, 4, 5], [0, 0, 1, 1])  # sums of deviations -3 and 3, times 2/1, over 4
+    result = stats.clustered_mean([1, 2, 4, 5], [0, 0, 1, 1])  # sums of deviations -3 and 3, times 2/1, over 4
     assert result == {"value": 3.0, "se": pytest.approx(math.sqrt(2 * 18) / 4), "n": 4}
     values = np.random.default_rng(0).normal(size=50)
-    plain = pairs.clustered_mean(values, range(50))["se"]
+    plain = stats.clustered_mean(values, range(50))["se"]
     assert plain == pytest.approx(values.std(ddof=1) / math.sqrt(50))
-    assert pairs.clustered_mean([1, 2], [0, 0])["se"] is None and pairs.clustered_mean([], [])["value"] is None
+    assert stats.clustered_mean([1, 2], [0, 0])["se"] is None and stats.clustered_mean([], [])["value"] is None
 
 
 def test_a_model_against_itself(group):
@@ -333,3 +333,24 @@ def test_read_jsonl_keeps_order(tmp_path):
         ("train", 2, 16, 1 / 3),
     ]
     assert all(a["time"] <= b["time"] for a, b in pairwise(events))
+
+
+def test_an_unreachable_server_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    """auto goes on offline with one line where the server does not answer; online, asked for by name, is refused."""
+    started, init = [], wandb.init
+
+    def no_server(*args, mode, **kwargs):
+        started.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("Timed out after 20.0s")
+        return init(*args, mode="disabled", **kwargs)
+
+    monkeypatch.setattr(wandb, "init", no_server)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with metrics.Writer(tmp_path, wandb_of("auto"), {}, enabled=True) as writer:
+        writer.log("train", 1, 8, {"loss": 1.0})
+    assert started == ["online", "offline"] and "this run is offline" in capsys.readouterr().out
+    with pytest.raises(UserError, match="wandb.mode=online: Timed out"):
+        metrics.Writer(tmp_path, wandb_of("online"), {}, enabled=True)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert metrics.wandb_mode(wandb_of("auto")) == "disabled"

@@ -48,16 +48,16 @@ def test_score_of_supervised_rows():
 def test_noise_floor_is_rounding():
     """Positive, of fp32's size in fp32, and far larger where the weights are bfloat16's."""
     rows, policy = make_rows(LENGTHS, vocab_size=VOCABULARY), make_policy()
-    floor = score.noise_floor(policy, rows, ALL, CPU)
+    floor = score.noise_floor(policy, rows, ALL, CPU, positions=128)
     assert 0 < floor < 1e-5
-    half = score.noise_floor(Policy(make_lm().bfloat16(), compile_tiles=False), rows, ALL, CPU)
+    half = score.noise_floor(Policy(make_lm().bfloat16(), compile_tiles=False), rows, ALL, CPU, positions=128)
     assert half > 100 * floor
 
 
 def test_noise_floor_of_supervised_rows():
     """Rows without a rejected response have a floor too."""
     rows = make_rows([(p, c, 0) for p, c, _ in LENGTHS], vocab_size=VOCABULARY)
-    assert 0 < score.noise_floor(make_policy(), rows, ALL, CPU) < 1e-5
+    assert 0 < score.noise_floor(make_policy(), rows, ALL, CPU, positions=128) < 1e-5
 
 
 def test_mean_gap():

@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
-from rpo import data, dist, losses, metrics, models
+from rpo import data, dist, losses, metrics, models, packing
 from rpo.config import UserError
 from tests.conftest import (
     command,
@@ -300,3 +300,26 @@ def test_compiled_run(tiny, tmp_path):
     plain, compiled = (metrics.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("false", "true"))
     for a, b in zip(plain, compiled, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+
+
+def test_positions_end_where_the_data_does(group, tmp_path):
+    """A model with learned positions for just the longest row trains and answers: no probe or sample runs past them."""
+    tokenizer = make_tokenizer()
+    rows = make_rows_json(8)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    paths = [f"data.train={tmp_path / 'rows.jsonl'}", f"data.eval={tmp_path / 'rows.jsonl'}", "wandb.mode=disabled"]
+    tokenizer.save_pretrained(tmp_path / "model")
+    cfg = settings(*paths, f"model.path={tmp_path / 'model'}")
+    read = {"cfg": cfg.data, "pairs": True, "cache_dir": tmp_path}
+    longest = packing.longest(data.load(cfg.data.train, tokenizer=tokenizer, **read)[0])
+    for positions in (longest, longest - 1):
+        lm_config = AutoConfig.for_model(
+            "gpt2", vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=positions, bos_token_id=2, eos_token_id=3
+        )  # fmt: skip
+        AutoModelForCausalLM.from_config(lm_config).save_pretrained(tmp_path / "model")
+        args = [*paths, f"model.path={tmp_path / 'model'}", f"run_dir={tmp_path / str(positions)}", "max_steps=1"]
+        if positions == longest:
+            assert train.train(settings(*args, "sample_every=1")) == "finished"
+        else:
+            with pytest.raises(UserError, match=f"{positions} positions; set data.max_length={positions} or less"):
+                train.train(settings(*args))

@@ -6,7 +6,7 @@ import torch
 from rpo.config import Task
 from rpo.generate import Sampling, sample
 from rpo.models import Policy, PreTrainedTokenizerBase
-from rpo.tasks.pairs import clustered_mean
+from rpo.stats import clustered_mean
 
 
 def evaluate(
@@ -30,7 +30,7 @@ def evaluate(
     answers = sample(
         policy, prompts, sampling, stop_ids, device=device, seed=[seed], batch_size=task.batch_size, reshard=True
     )
-    texts = tokenizer.batch_decode([a.ids[:-1] if a.ended else a.ids for a in answers])
+    texts = tokenizer.batch_decode([answer.text_ids for answer in answers])
     clusters = np.repeat(np.arange(len(questions)), task.samples)
     result = {
         "samples/length": clustered_mean([len(a.ids) for a in answers], clusters),

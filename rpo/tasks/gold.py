@@ -7,7 +7,7 @@ from rpo import gold
 from rpo.config import Gold, Task
 from rpo.generate import sample
 from rpo.models import Policy, PreTrainedTokenizerBase
-from rpo.tasks.pairs import clustered_mean
+from rpo.stats import clustered_mean
 
 
 def evaluate(
@@ -34,7 +34,7 @@ def evaluate(
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     clusters = np.array([number[tuple(prompt)] for prompt in prompts])
     result = {name: clustered_mean(values, clusters) for name, values in table.items()}
-    texts = tokenizer.batch_decode([a.ids[:-1] if a.ended else a.ids for a in answers])
+    texts = tokenizer.batch_decode([answer.text_ids for answer in answers])
     samples = [
         {"prompt": prompt, "response": text} | {name: float(values[i]) for name, values in table.items()}
         for i, (prompt, text) in enumerate(zip(tokenizer.batch_decode(prompts), texts, strict=True))

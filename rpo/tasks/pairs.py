@@ -6,12 +6,12 @@ Letters: P pairs. All standard errors are clustered by prompt.
 import numpy as np
 import torch
 import torch.distributed as torch_dist
-from numpy.typing import ArrayLike
 
 from rpo import dist, packing
 from rpo.data import Rows
 from rpo.models import Policy
 from rpo.score import score
+from rpo.stats import clustered_mean
 
 BINS = 10  # of the calibration error
 
@@ -32,23 +32,6 @@ def score_rows(
             table_4P[:, torch.from_numpy(members).to(device)] += weight * values_4P
     torch_dist.all_reduce(table_4P)
     return dict(zip(sides, table_4P.cpu().numpy(), strict=True))
-
-
-def clustered_mean(values: ArrayLike, clusters: ArrayLike, sizes: ArrayLike | None = None) -> dict[str, float | None]:
-    """Sum of `values` over sum of `sizes` (default 1 each: the mean), its standard error clustered by prompt, and n.
-
-    SE^2 = G/(G-1) * sum over the G clusters of (sum of values - mean x sizes in the cluster)^2 / (sum of sizes)^2
-    (arXiv 2411.00640, with the small-sample factor; the linearised ratio where sizes differ). With one row per cluster
-    it is the ordinary standard error. One cluster has no error, no row no value (null).
-    """
-    values, clusters = np.asarray(values, dtype=np.float64), np.asarray(clusters)
-    sizes = np.ones(len(values)) if sizes is None else np.asarray(sizes, dtype=np.float64)
-    if not len(values):
-        return {"value": None, "se": None, "n": 0}
-    mean, num_clusters = values.sum() / sizes.sum(), len(np.unique(clusters))
-    sums = np.bincount(clusters, weights=values - mean * sizes)
-    se = np.sqrt(num_clusters / (num_clusters - 1) * (sums**2).sum()) / sizes.sum() if num_clusters > 1 else None
-    return {"value": float(mean), "se": None if se is None else float(se), "n": len(values)}
 
 
 def calibration_error(margin_P: np.ndarray, seed: int) -> float:
