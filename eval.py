@@ -164,7 +164,7 @@ def _table(results: dict[str, dict]) -> str:
 def _cell(cell: dict) -> str:
     if cell["value"] is None:
         return "-"
-    return f"{cell['value']:.4f}" + ("" if cell["se"] is None else f" +- {cell['se']:.4f}")
+    return f"{cell['value']:.4g}" + ("" if cell["se"] is None else f" +- {cell['se']:.2g}")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")

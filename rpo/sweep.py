@@ -27,7 +27,9 @@ from rpo.config import Train, UserError, set_sweep_dir, train_config
 # Where a rank waits for the others to fail too; past it they are taken to hang in a collective.
 _PATIENCE = datetime.timedelta(seconds=60)
 _SHOWN = tuple(
-    f"{split}/{name}" for split in ("eval", "train") for name in ("gold", "rewards/accuracies", "shift/chosen", "loss")
+    f"{split}/{name}"
+    for split in ("eval", "train")
+    for name in ("gold", "rewards/accuracies", "shift/chosen", "nll/chosen")
 )
 
 
