@@ -28,6 +28,7 @@ def evaluate(cfg: Eval) -> str:
     device = dist.init()
     run_dir = rundir.choose(cfg.run_dir, f"eval_{cfg.task.kind}")
     paths = [cfg.model.path] if isinstance(cfg.model.path, str) else cfg.model.path
+    hf = {f"model.path={path}": models.check(path, cfg.model.revision) for path in paths}
     runs = [_run_of(path) for path in paths]
     on_pairs, on_gold = cfg.task.kind == "pairs", cfg.task.kind == "gold"
     reference_path = cfg.reference.path or _from_runs(runs, "reference.path") if on_pairs or on_gold else None
@@ -36,7 +37,6 @@ def evaluate(cfg: Eval) -> str:
     weights = _gold_weights(runs) if on_gold else None
     _note_other_settings(cfg, paths, runs)
 
-    hf = {f"model.path={path}": models.check(path, cfg.model.revision) for path in paths}
     if reference_path is not None:
         hf[f"reference.path={reference_path}"] = models.check(reference_path, key="reference.path")
     tokenizer = tokens.load_tokenizer(
@@ -50,7 +50,13 @@ def evaluate(cfg: Eval) -> str:
     else:
         prompts, places, report = data.load_prompts(spec, cfg.data, tokenizer)
         prompts, places = prompts[: cfg.task.limit], places[: cfg.task.limit]
-        longest = max(map(len, prompts)) + cfg.task.max_new_tokens
+        longest = max(map(len, prompts))
+        room = models.positions_of(hf) - longest
+        if cfg.task.max_new_tokens > room:
+            raise UserError(
+                f"task.max_new_tokens={cfg.task.max_new_tokens}: beside a prompt of {longest} tokens the model has "
+                f"positions for {room}; set task.max_new_tokens={room} or less"
+            )
     models.check_fit(hf, tokenizer, longest)
 
     with rundir.recording(run_dir):
@@ -101,7 +107,7 @@ def evaluate(cfg: Eval) -> str:
             rundir.write_json(run_dir / "results.json", {"task": cfg.task.kind, **facts, "models": results})
             with (run_dir / "samples.jsonl").open("w") as file:
                 file.writelines(json.dumps(sample) + "\n" for sample in samples)
-            print(_table(results), f"{run_dir / 'results.json'}", sep="\n", flush=True)
+            print(_table(results), f"{run_dir / 'results.json'}", f"{run_dir / 'samples.jsonl'}", sep="\n", flush=True)
     return "finished"
 
 

@@ -20,6 +20,7 @@ from rpo import config, data, dist, gold, losses, metrics, models, optim, packin
 from rpo.config import Train, UserError
 from rpo.generate import Sampling, sample
 
+SHOWN = ("rewards/accuracies", "loss/preference", "shift/chosen", "nll/chosen", "gold", "kl")  # in the last line
 NUM_SAMPLES = 4  # held-out prompts answered every `sample_every` steps
 MAX_NEW_TOKENS = 128  # of those answers, where the model has positions for them
 
@@ -65,7 +66,10 @@ def train(cfg: Train) -> str:
         if dist.is_main():
             (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
             rundir.write_json(run_dir / "data_report.json", {"train": report, "eval": eval_report})
-            print(f"{run_dir}: {len(rows)} rows to train on, {len(eval_rows or [])} held out", flush=True)
+            read = [
+                f"{name} {data.describe(made)}" for name, made in (("train", report), ("eval", eval_report)) if made
+            ]
+            print(f"{run_dir}: {', '.join(read)}", flush=True)
 
         # ---- models: load, then checkpoint, compile, shard ---------------------------------------------------------
         compute = models.compute_dtype(cfg.model.dtype, device)
@@ -138,12 +142,8 @@ def train(cfg: Train) -> str:
             return [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
 
         # ---- the loop: evaluate, sample, stop?, one update, log ------------------------------------------------------
-        pairs_seen, busy, done, vote = (
-            0,
-            0.0,
-            np.zeros(3),
-            dist.Vote(),
-        )  # done: pairs, tokens, FLOPs since the last line
+        vote, held_out = dist.Vote(), {}
+        pairs_seen, busy, done = 0, 0.0, np.zeros(3)  # seconds in updates; pairs, tokens, FLOPs since the last line
         interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file gets few lines
         progress = tqdm(total=total_steps, unit="step", disable=not dist.is_main(), mininterval=interval)
         for step in range(total_steps + 1):
@@ -153,7 +153,8 @@ def train(cfg: Train) -> str:
             if done.any() and (eval_now or sample_now):  # updates still under way on the device belong to `busy`
                 busy += metrics.wait(device)
             if eval_rows is not None and eval_now:
-                writer.log("eval", step, pairs_seen, evaluate())
+                held_out = evaluate()
+                writer.log("eval", step, pairs_seen, held_out)
             if prompts and sample_now:
                 writer.log_samples(step, pairs_seen, answers())
             if last:
@@ -211,9 +212,8 @@ def train(cfg: Train) -> str:
         models.save(policy, tokenizer, run_dir / "model")
         if dist.is_main():
             plots.draw_run(metrics.read_jsonl(run_dir / "metrics.jsonl"), run_dir / "plots")
-            print(
-                f"{run_dir}: {status.state} after {status.step} steps; the model is in {run_dir / 'model'}", flush=True
-            )
+            shown = ", ".join(f"{name} {held_out[name]:.4g}" for name in SHOWN if name in held_out)
+            print(f"{run_dir}: {status.state} after {status.step} steps; model/ is written. {shown}", flush=True)
         return status.state
 
 

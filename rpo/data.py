@@ -334,6 +334,12 @@ def load_prompts(
     )
 
 
+def describe(report: dict) -> str:
+    """A report in a few words: rows kept, and what became of the rest."""
+    dropped = ", ".join(f"{entry['count']} {kind}" for kind, entry in report["dropped"].items())
+    return f"{report['rows']} rows" + (f" ({report['read']} read, dropped: {dropped})" if dropped else "")
+
+
 def _named(kinds: dict[str, dict], names: Sequence[str]) -> dict[str, dict]:
     """A tally's kinds with each example as one line of text."""
     return {

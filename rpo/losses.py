@@ -5,7 +5,8 @@ those tokens. Everything returned is per pair and unreduced: the caller divides 
 step's global number of pairs, which is what makes the gradient independent of micro-batches and world size.
 Half types are computed in fp32; float64 stays float64.
 
-A new loss is one function here, one name in `config.Loss`, one YAML in `conf/loss/` and one test.
+A new loss is one function and its `case` in `preference_loss` (or `sft_loss`), one name in `config.Loss`, one YAML in
+`conf/loss/` and one test.
 """
 
 from dataclasses import dataclass

@@ -167,15 +167,19 @@ class Writer:
 
         name = self.run_dir.name if cfg.group is None else f"{cfg.group}/{self.run_dir.name}"
         where = {"project": cfg.project, "group": cfg.group, "name": name, "dir": self.run_dir, "config": settings}
-        quiet = wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT)
-        try:  # create_new, because a sweep makes several runs in one process
-            return wandb.init(**where, mode=mode, reinit="create_new", settings=quiet)
-        except wandb.errors.CommError as error:
-            reason = str(error).splitlines()[0]
-            if cfg.mode == "online":
-                raise UserError(f"wandb.mode=online: {reason}; use wandb.mode=offline and `wandb sync` later") from None
-            print(f"wandb: {reason}; this run is offline, `wandb sync` uploads it later", flush=True)
-            return wandb.init(**where, mode="offline", reinit="create_new", settings=quiet)
+        for attempt in dict.fromkeys([mode, "offline"]):
+            try:  # create_new, because a sweep makes several runs in one process
+                quiet = wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT)
+                return wandb.init(**where, mode=attempt, reinit="create_new", settings=quiet)
+            except Exception as error:  # no server, a broken environment: a run is worth more than its dashboard
+                reason = " ".join(str(error).split())[:200]
+                if cfg.mode == "online":
+                    raise UserError(
+                        f"wandb.mode=online: {reason}; use wandb.mode=offline, `wandb sync` later"
+                    ) from None
+                instead = "this run is offline" if attempt == "online" else "this run goes without"
+                print(f"wandb: {reason}; {instead}", flush=True)
+        return None
 
     def __enter__(self) -> "Writer":
         return self

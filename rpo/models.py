@@ -100,6 +100,9 @@ def check(path: str, revision: str | None = None, *, key: str = "model.path") ->
 
     Raises UserError: nothing there, or not a causal LM.
     """
+    if path.startswith(("/", "./", "../", "~")) and not (Path(path).expanduser() / "config.json").is_file():
+        hint = f"; did you mean {path}/model?" if (Path(path).expanduser() / "model").is_dir() else ""
+        raise UserError(f"{key}={path}: no Hugging Face model there (no config.json){hint}")
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
     except (OSError, ValueError, KeyError) as error:

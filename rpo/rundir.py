@@ -111,7 +111,8 @@ def recording(folder: Path) -> Iterator[Status]:
     except BaseException as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         with suppress(OSError):  # a full disk, or another node's folder, must not hide the error itself
-            write_status(folder, "failed", reason, status.step)  # by whichever rank it happened on
+            if read_status(folder)["state"] != "failed":  # the first rank to fail knows why, the others only that
+                write_status(folder, "failed", reason, status.step)
         raise
     if dist.is_main():
         write_status(folder, status.state, step=status.step)

@@ -194,7 +194,7 @@ def test_models(key, tiny, tmp_path):
     """A model that is not there, not a causal LM, or of another vocabulary is refused by the key that names it."""
     tokenizer = f"model.tokenizer={tiny / 'model'}"
     found = refusal(tiny, tmp_path, tokenizer, f"{key}={tmp_path / 'nowhere'}")
-    assert found.startswith(f"{key}={tmp_path / 'nowhere'}: no Hugging Face model could be read there"), found
+    assert found.startswith(f"{key}={tmp_path / 'nowhere'}: no Hugging Face model there"), found
 
     sizes = {"vocab_size": 44, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     BertForSequenceClassification(BertConfig(**sizes, intermediate_size=8)).save_pretrained(tmp_path / "bert")
