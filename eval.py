@@ -100,15 +100,19 @@ def evaluate(cfg: Eval) -> str:
             gc.collect()  # a sharded model is full of cycles; the next one needs its memory
 
         if dist.is_main():
-            (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
             facts = {"reference": reference_path, "data": spec, "beta": betas, "noise_floor": noise_floors}
+            _write(run_dir, cfg, {"task": cfg.task.kind, **facts, "models": results}, samples)
             rundir.write_json(run_dir / "environment.json", rundir.environment(device))
             rundir.write_json(run_dir / "data_report.json", report)
-            rundir.write_json(run_dir / "results.json", {"task": cfg.task.kind, **facts, "models": results})
-            with (run_dir / "samples.jsonl").open("w") as file:
-                file.writelines(json.dumps(sample) + "\n" for sample in samples)
-            print(_table(results), f"{run_dir / 'results.json'}", f"{run_dir / 'samples.jsonl'}", sep="\n", flush=True)
     return "finished"
+
+
+def _write(run_dir: Path, cfg: Eval, results: dict, samples: list[dict]) -> None:
+    (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
+    rundir.write_json(run_dir / "results.json", results)
+    with (run_dir / "samples.jsonl").open("w") as file:
+        file.writelines(json.dumps(sample) + "\n" for sample in samples)
+    print(_table(results["models"]), run_dir / "results.json", run_dir / "samples.jsonl", sep="\n", flush=True)
 
 
 def _run_of(path: str) -> dict | None:

@@ -28,8 +28,9 @@ MAX_NEW_TOKENS = 128  # of those answers, where the model has positions for them
 def train(cfg: Train) -> str:
     """Trains one model into its run folder; returns how it ended: finished, or interrupted by SIGINT.
 
-    Raises UserError for what the user can mend (before any model is loaded), FloatingPointError where a loss or
-    gradient was not finite (no update was made from it on).
+    Raises UserError for what the user can mend: before a model is loaded, save for what only the weights can tell
+    (damaged ones, a head that `probe` refuses, step 0). FloatingPointError where a loss or gradient was not finite;
+    no update was made from it on.
     """
     # ---- all that can be refused before a model is loaded ----------------------------------------------------------
     device = dist.init()

@@ -311,6 +311,15 @@ def _check_train(cfg: Train) -> None:
     )
     _require(gold.samples >= 1, f"data.gold.samples={gold.samples}: expected at least 1")
     _require(
+        cfg.data.train != "gold" or cfg.data.eval in ("gold", None),
+        f"data.eval={cfg.data.eval} with data.train=gold: the embedded task is evaluated on its own prompts; "
+        "use data.eval=gold or null, or give data.train=FILE",
+    )
+    _require(
+        cfg.data.train != "gold" or cfg.data.chat_template is None,
+        "data.chat_template with data.train=gold: the embedded task has its own template; set it to null",
+    )
+    _require(
         cfg.data.train != "gold" or cfg.model.architecture is not None,
         "model.architecture=null with data.train=gold: the embedded task makes a model of that architecture; use "
         "model=tiny, or give data.train=FILE",
