@@ -29,7 +29,7 @@ def evaluate(cfg: Eval) -> str:
     run_dir = rundir.choose(cfg.run_dir, f"eval_{cfg.task.kind}")
     paths = [cfg.model.path] if isinstance(cfg.model.path, str) else cfg.model.path
     hf = {f"model.path={path}": models.check(path, cfg.model.revision) for path in paths}
-    runs = [_run_of(path) for path in paths]
+    runs = [rundir.settings_of(path) for path in paths]
     on_pairs, on_gold = cfg.task.kind == "pairs", cfg.task.kind == "gold"
     reference_path = cfg.reference.path or _from_runs(runs, "reference.path") if on_pairs or on_gold else None
     spec = cfg.data.eval or _from_runs(runs, "data.eval")
@@ -80,7 +80,9 @@ def evaluate(cfg: Eval) -> str:
             match cfg.task.kind:
                 case "pairs":
                     budget = {"tokens_per_microbatch": cfg.tokens_per_microbatch}
-                    probe = packing.plan_step(rows, np.arange(min(8, len(rows))), budget=cfg.tokens_per_microbatch)
+                    probe = packing.plan_step(
+                        rows, np.arange(min(8, len(rows))), layout="padded", budget=cfg.tokens_per_microbatch
+                    )
                     floor = score.noise_floor(
                         policy, rows, probe.microbatches[0][0], device, positions=models.positions_of(hf)
                     )
@@ -113,12 +115,6 @@ def _write(run_dir: Path, cfg: Eval, results: dict, samples: list[dict]) -> None
     with (run_dir / "samples.jsonl").open("w") as file:
         file.writelines(json.dumps(sample) + "\n" for sample in samples)
     print(_table(results["models"]), run_dir / "results.json", run_dir / "samples.jsonl", sep="\n", flush=True)
-
-
-def _run_of(path: str) -> dict | None:
-    """The settings of the run whose model/ this is; None for any other model."""
-    file = Path(path).parent / "config.yaml"
-    return config.read_yaml(file) if file.exists() and Path(path).name == "model" else None
 
 
 def _from_runs(runs: list[dict | None], key: str) -> str | list[str]:

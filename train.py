@@ -9,6 +9,9 @@
 
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -16,7 +19,23 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from rpo import config, data, dist, gold, losses, metrics, models, optim, packing, plots, rundir, score, sweep, tokens
+from rpo import (
+    config,
+    data,
+    dist,
+    gold,
+    losses,
+    metrics,
+    models,
+    optim,
+    packing,
+    plots,
+    rundir,
+    score,
+    start,
+    sweep,
+    tokens,
+)
 from rpo.config import Train, UserError
 from rpo.generate import Sampling, sample
 
@@ -47,62 +66,67 @@ def train(cfg: Train) -> str:
             cfg = gold.prepare(cfg)
 
     preference = cfg.loss.preference != "none"
-    hf = models.check_paths(cfg.model, cfg.reference)
-    tokenizer = tokens.load_tokenizer(
-        cfg.model.tokenizer or cfg.model.path, revision=cfg.model.revision, chat_template=cfg.data.chat_template
-    )
+    cached = preference and cfg.reference.kind == "cached"
+    configs = models.check_paths(cfg.model, cfg.reference)
+    if preference and cfg.reference.path is None:
+        rundir.check_starting_model(cfg.model.path)
+    data_key = [cfg.data, cfg.model.tokenizer or cfg.model.path, cfg.model.revision, preference, cfg.cache_dir]
+    loaded = sweep.once("data", data_key, lambda: _load_data(cfg, preference))
+    tokenizer, (rows, report), (eval_rows, eval_report) = loaded
     if cfg.model.path is None:
-        hf["model.architecture"] = models.config_for(cfg.model.architecture, tokenizer)
-    read = {"cfg": cfg.data, "tokenizer": tokenizer, "pairs": preference, "cache_dir": Path(cfg.cache_dir).expanduser()}
-    with dist.main_first():  # rank 0 tokenises into the cache, the others read it
-        rows, report = data.load(cfg.data.train, **read)
-        eval_rows, eval_report = data.load(cfg.data.eval, **read) if cfg.data.eval else (None, None)
-    models.check_fit(hf, tokenizer, max(packing.longest(r) for r in (rows, eval_rows) if r))
+        configs["model.architecture"] = models.config_for(cfg.model.architecture, tokenizer)
+    splits = {name: split for name, split in (("train", rows), ("eval", eval_rows)) if split is not None}
+    longest = max(map(packing.longest, splits.values()))
+    models.check_fit(configs, tokenizer, longest)
+    for split in splits.values():
+        packing.check_budget(split, cfg.layout.kind, cfg.tokens_per_microbatch)
 
     with (
         rundir.recording(run_dir) as status,
         rundir.Interrupt() as interrupt,
         metrics.Writer(run_dir, cfg.wandb, config.to_dict(cfg), enabled=dist.is_main()) as writer,
+        ThreadPoolExecutor(1) as worker,
     ):
         if dist.is_main():
             (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
             rundir.write_json(run_dir / "data_report.json", {"train": report, "eval": eval_report})
-            read = [
-                f"{name} {data.describe(made)}" for name, made in (("train", report), ("eval", eval_report)) if made
-            ]
-            print(f"{run_dir}: {', '.join(read)}", flush=True)
+            made = [f"{name} {data.describe(r)}" for name, r in (("train", report), ("eval", eval_report)) if r]
+            print(f"{run_dir}: {', '.join(made)}", flush=True)
 
-        # ---- models: load, then checkpoint, compile, shard ---------------------------------------------------------
-        compute = models.compute_dtype(cfg.model.dtype, device)
-        master = torch.promote_types(compute, torch.float32)
-        if cfg.model.path is None:
-            lm = models.build(hf["model.architecture"], cfg.seed, master)
-        else:
-            lm = models.load(cfg.model.path, cfg.model.revision, master)
-        size = metrics.ModelSize(**models.sizes(lm))
-        shard = {"mesh": dist.mesh(device), "fsdp": cfg.fsdp, "compute_dtype": compute, "compile": cfg.compile}
-        policy = models.prepare(lm, **shard, trainable=True)
+        # ---- models, and what the reference says of the rows: before the optimizer takes its memory ----------------------
+        model_key = [data_key, cfg.model, cfg.fsdp, cfg.layout, cfg.compile, cfg.tokens_per_microbatch, cfg.seed]
+        starts_as_reference = cfg.reference.path in (None, cfg.model.path)
+        load = partial(start.ready, cfg, configs, rows, device, longest=longest)
+        how = {"trainable": True, "identify": cached and starts_as_reference, "keep_state": sweep.in_sweep()}
+        beginning = sweep.once("policy", [model_key, how], lambda: load("model.path", cfg.model.path, **how))
+        if sweep.in_sweep():
+            start.restore(beginning)
+
+        def load_reference() -> start.Ready:
+            path = cfg.reference.path or cfg.model.path
+            return load("reference.path", path, trainable=False, identify=cached, keep_state=False)
+
+        def look_up() -> dict[str, tuple[np.ndarray, dict]]:
+            model = beginning if starts_as_reference else load_reference()
+            return {name: start.reference_logps(cfg, model, split, name, device) for name, split in splits.items()}
+
+        frozen, looked_up = None, {}
+        if cached:
+            looked_up = sweep.once("reference", [model_key, cfg.reference], look_up)
+            splits = {name: replace(split, ref_logps=looked_up[name][0]) for name, split in splits.items()}
+            rows, eval_rows = splits["train"], splits.get("eval")
+        if preference and (embedded or not cached):  # the embedded task's KL needs more than log-probs of rows
+            frozen = sweep.once("frozen", [model_key, cfg.reference], load_reference)
+        policy, noise_floor = beginning.policy, beginning.noise_floor
+        live = frozen.policy if frozen and not cached else None
+        layout = "padded" if live and frozen.layout == "padded" else beginning.layout
+        if live and starts_as_reference:  # with a cache, reading it has shown the same
+            start.check_step_0(policy, live, rows, noise_floor, device, layout=layout, budget=cfg.tokens_per_microbatch)
         optimizer = optim.adamw(policy, cfg.optim)
-        reference = None
-        if preference:  # read anew, not copied: a rank's host memory never holds two whole models
-            path, revision = (cfg.reference.path, None) if cfg.reference.path else (cfg.model.path, cfg.model.revision)
-            other = models.load(path, revision, master, key="reference.path")
-            reference = models.prepare(other, **shard, trainable=False)
-
-        # ---- what rounding alone does to these weights, and whether the run starts where it should -----------------
-        probe = packing.plan_step(rows, data.step_rows(0, len(rows), 8, cfg.seed), budget=cfg.tokens_per_microbatch)
-        probe_rows = probe.microbatches[0][0]
-        positions = models.positions_of(hf)
-        noise_floor = dist.broadcast(score.noise_floor(policy, rows, probe_rows, device, positions=positions))
-        if preference and (path, revision) == (cfg.model.path, cfg.model.revision):
-            gap = dist.broadcast(score.mean_gap(policy, reference, rows, probe_rows, device))
-            if not gap <= 3 * noise_floor + 1e-6:
-                raise UserError(
-                    f"step 0: policy and reference are the same weights but differ by {gap:.1e} nats per token (rounding "
-                    f"explains {noise_floor:.1e}); usual causes: dropout, or two ways of computing one model"
-                )
         if dist.is_main():
-            rundir.write_json(run_dir / "environment.json", rundir.environment(device, noise_floor=noise_floor))
+            facts = {"noise_floor": noise_floor, "layout": layout, "attention": policy.attention}
+            facts |= {"reference": {name: found[1] for name, found in looked_up.items()}}
+            rundir.write_json(run_dir / "environment.json", rundir.environment(device, **facts))
 
         # ---- accumulators, and what the loop calls -----------------------------------------------------------------
         total_steps = cfg.max_steps or cfg.epochs * data.steps_per_epoch(len(rows), cfg.batch_size)
@@ -112,41 +136,49 @@ def train(cfg: Train) -> str:
         stop_ids = tokens.stop_ids(tokenizer, cfg.data.template_date)
         num_prompts = min(len(eval_rows or []), cfg.data.gold.samples if embedded else NUM_SAMPLES)
         prompts = [eval_rows.row(i)[0].tolist() for i in range(num_prompts)]
+        generation = {"device": device, "reshard": cfg.fsdp.reshard_after_forward}
+        divide = partial(packing.plan_step, layout=layout, budget=cfg.tokens_per_microbatch, **ranks)
+        plan_key = [data_key, cfg.batch_size, cfg.seed, layout, cfg.tokens_per_microbatch]
+        plans: dict[int, packing.StepPlan] = sweep.once("plans", plan_key, dict)
+
+        def prepare(step: int) -> tuple[packing.StepPlan, list[packing.Batch]]:
+            """A step's plan and this rank's batches; called off the main thread, one step ahead."""
+            if step not in plans:
+                plans[step] = divide(rows, data.step_rows(step, len(rows), cfg.batch_size, cfg.seed))
+            batches = [packing.make_batch(rows, part, layout, weight=w) for part, w in plans[step].microbatches]
+            return plans[step], [batch.pin() if device.type == "cuda" else batch for batch in batches]
 
         @torch.no_grad()
         def evaluate() -> dict[str, float]:
-            plan = packing.plan_step(eval_rows, np.arange(len(eval_rows)), budget=cfg.tokens_per_microbatch, **ranks)
+            plan = divide(eval_rows, np.arange(len(eval_rows)))
             counts = {"step_pairs": plan.pairs, "step_chosen_tokens": plan.chosen_tokens}
             for members, weight in plan.microbatches:
-                batch = packing.padded_batch(eval_rows, members, weight=weight).to(device)
-                pairs = score.score(policy, reference, batch)
+                batch = packing.make_batch(eval_rows, members, layout, weight=weight).to(device)
+                pairs = score.score(policy, live, batch)
                 eval_meter.add(pairs, *losses.objective(cfg.loss, pairs, **counts), weight)
             values = eval_meter.read()
             if embedded and preference:
-                generation = {"device": device, "seed": cfg.seed, "reshard": cfg.fsdp.reshard_after_forward}
-                values |= gold.evaluate(policy, reference, tokenizer, prompts, stop_ids, cfg.data.gold, **generation)
+                asked = prompts, stop_ids, cfg.data.gold
+                values |= gold.evaluate(policy, frozen.policy, tokenizer, *asked, seed=cfg.seed, **generation)
             return values
 
-        def answers() -> list[dict[str, str]]:
-            generation = {"device": device, "seed": [cfg.seed], "reshard": cfg.fsdp.reshard_after_forward}
-            generation |= {"batch_size": NUM_SAMPLES}
+        def answers(model: models.Policy) -> list[str]:
             asked = prompts[:NUM_SAMPLES]
-            room = min(MAX_NEW_TOKENS, positions - max(map(len, asked)))
+            room = min(MAX_NEW_TOKENS, models.positions_of(configs) - max(map(len, asked)))
             sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=room)
-            columns = {
-                "prompt": asked,
-                "policy": [c.ids for c in sample(policy, asked, sampling, stop_ids, **generation)],
-            }
-            if preference:
-                columns["reference"] = [c.ids for c in sample(reference, asked, sampling, stop_ids, **generation)]
-            texts = {name: tokenizer.batch_decode(ids) for name, ids in columns.items()}
-            return [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
+            where = {"seed": [cfg.seed], "batch_size": NUM_SAMPLES, **generation}
+            return tokenizer.batch_decode([c.ids for c in sample(model, asked, sampling, stop_ids, **where)])
 
         # ---- the loop: evaluate, sample, stop?, one update, log ------------------------------------------------------
-        vote, held_out = dist.Vote(), {}
+        vote, held_out, samples = dist.Vote(), {}, {}
+        if cfg.sample_every and prompts:
+            samples["prompt"] = tokenizer.batch_decode(prompts[:NUM_SAMPLES])
+            if frozen or (preference and starts_as_reference):
+                samples["reference"] = answers(frozen.policy if frozen else policy)
         pairs_seen, busy, done = 0, 0.0, np.zeros(3)  # seconds in updates; pairs, tokens, FLOPs since the last line
         interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file gets few lines
         progress = tqdm(total=total_steps, unit="step", disable=not dist.is_main(), mininterval=interval)
+        upcoming = worker.submit(prepare, 0)
         for step in range(total_steps + 1):
             last = step == total_steps
             eval_now = step == 0 or last or (cfg.eval_every and step % cfg.eval_every == 0)
@@ -157,26 +189,28 @@ def train(cfg: Train) -> str:
                 held_out = evaluate()
                 writer.log("eval", step, pairs_seen, held_out)
             if prompts and sample_now:
-                writer.log_samples(step, pairs_seen, answers())
+                columns = samples | {"policy": answers(policy)}
+                by_prompt = zip(*columns.values(), strict=True)
+                writer.log_samples(step, pairs_seen, [dict(zip(columns, row, strict=True)) for row in by_prompt])
             if last:
                 break
 
             # =============================================== one update ===============================================
-            start = time.perf_counter()
-            indices = data.step_rows(step, len(rows), cfg.batch_size, cfg.seed)
-            plan = packing.plan_step(rows, indices, budget=cfg.tokens_per_microbatch, **ranks)
+            began = time.perf_counter()
+            plan, batches = upcoming.result()
+            if step + 1 < total_steps:
+                upcoming = worker.submit(prepare, step + 1)
             counts = {"step_pairs": plan.pairs, "step_chosen_tokens": plan.chosen_tokens}
-            for i, (members, weight) in enumerate(plan.microbatches, start=1):
-                policy.set_requires_gradient_sync(i == len(plan.microbatches) or cfg.fsdp.accumulate == "sharded")
-                batch = packing.padded_batch(rows, members, weight=weight).to(device)
-                pairs = score.score(policy, reference, batch)
+            for i, batch in enumerate(batches, start=1):
+                policy.set_requires_gradient_sync(i == len(batches) or cfg.fsdp.accumulate == "sharded")
+                pairs = score.score(policy, live, batch.to(device))
                 preference_P, sft_P = losses.objective(cfg.loss, pairs, **counts)
                 # Count first, then divide: by the global number of pairs, known before any backward pass.
-                loss = (preference_P + sft_P).sum() * (weight / plan.pairs)
+                loss = (preference_P + sft_P).sum() * (batch.weight / plan.pairs)
                 # A loss that is not finite makes its gradients so, and the clipped norm tells all ranks at once.
                 loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
                 loss.backward()
-                meter.add(pairs, preference_P.detach(), sft_P.detach(), weight)
+                meter.add(pairs, preference_P.detach(), sft_P.detach(), batch.weight)
             grad_norm = optim.clip_grad_norm(policy, cfg.optim.max_grad_norm)
             bad_step = torch.where((bad_step < 0) & ~grad_norm.isfinite(), step, bad_step)
             lr = optim.lr_at(step, total_steps, cfg.optim)
@@ -185,8 +219,7 @@ def train(cfg: Train) -> str:
             # ==========================================================================================================
 
             pairs_seen += plan.pairs
-            lengths = rows.prompt[indices], rows.chosen[indices], rows.rejected[indices]
-            done += plan.pairs, plan.unique_tokens, size.step_flops(*lengths)
+            done += plan.pairs, plan.unique_tokens, beginning.size.step_flops(*plan.lengths)
             status.state = "interrupted" if vote.cast(interrupt.received) else "finished"
             if status.state == "interrupted" or (step + 1) % cfg.log_every == 0 or step + 1 == total_steps:
                 values = meter.read()  # the loop's only wait for the device
@@ -194,7 +227,7 @@ def train(cfg: Train) -> str:
                     status.step = bad
                     models.save(policy, tokenizer, run_dir / "model")
                     raise FloatingPointError(_not_finite(bad, rows, cfg))
-                busy += time.perf_counter() - start
+                busy += time.perf_counter() - began
                 rate = dict(zip(("pairs_per_second", "tokens_per_second", "mfu"), done / busy, strict=True))
                 values |= {"grad_norm": float(grad_norm), "lr": lr}
                 values |= metrics.performance(rate, device, dist.world_size())
@@ -202,7 +235,7 @@ def train(cfg: Train) -> str:
                 progress.set_postfix(loss=f"{values['loss']:.4f}", pairs_s=f"{rate['pairs_per_second']:.1f}")
                 busy, done = 0.0, np.zeros(3)
             else:
-                busy += time.perf_counter() - start
+                busy += time.perf_counter() - began
             progress.update()
             status.step = step + 1
             if status.state == "interrupted":
@@ -216,6 +249,18 @@ def train(cfg: Train) -> str:
             shown = ", ".join(f"{name} {held_out[name]:.4g}" for name in SHOWN if name in held_out)
             print(f"{run_dir}: {status.state} after {status.step} steps; model/ is written. {shown}", flush=True)
         return status.state
+
+
+def _load_data(cfg: Train, preference: bool) -> tuple:
+    """The tokenizer, and rows and report of data.train and of data.eval (None, None without)."""
+    tokenizer = tokens.load_tokenizer(
+        cfg.model.tokenizer or cfg.model.path, revision=cfg.model.revision, chat_template=cfg.data.chat_template
+    )
+    how = {"cfg": cfg.data, "tokenizer": tokenizer, "pairs": preference, "cache_dir": Path(cfg.cache_dir).expanduser()}
+    with dist.main_first():  # rank 0 tokenises into the cache, the others read it
+        train = data.load(cfg.data.train, **how)
+        held_out = data.load(cfg.data.eval, **how) if cfg.data.eval else (None, None)
+    return tokenizer, train, held_out
 
 
 def _not_finite(step: int, rows: data.Rows, cfg: Train) -> str:

@@ -66,13 +66,15 @@ class Data:
 
 @dataclass(frozen=True)
 class Reference:
-    kind: Literal["live"]
+    kind: Literal["cached", "live"]
     path: str | None
+    cache_dir: str
 
 
 @dataclass(frozen=True)
 class Layout:
-    kind: Literal["padded"]
+    kind: Literal["auto", "packed", "padded"]
+    attention: Literal["auto", "varlen", "flex", "sdpa"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Optim:
     betas: list[float]
     weight_decay: float
     max_grad_norm: float
+    state_dtype: Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,11 @@ class EvalData:
 
 
 @dataclass(frozen=True)
+class EvalReference:
+    path: str | None
+
+
+@dataclass(frozen=True)
 class Task:
     kind: Literal["pairs", "generate", "gold"]
     beta: float | Literal["auto"]
@@ -160,7 +168,7 @@ class Task:
 class Eval:
     task: Task
     model: EvalModel
-    reference: Reference
+    reference: EvalReference
     data: EvalData
     seed: int
     tokens_per_microbatch: int

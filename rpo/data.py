@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import islice
 from pathlib import Path
@@ -51,6 +51,7 @@ class Rows:
     file: np.ndarray  # int32, index into files
     line: np.ndarray  # int32, 1-based line (jsonl) or row number
     files: tuple[str, ...]
+    ref_logps: np.ndarray | None = None  # float64 (rows, 2): the reference's log-probs of chosen and rejected, in nats
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -76,7 +77,7 @@ class Rows:
         return replace(self, ids=self.ids[: self.starts[: count + 1][-1]], **first)
 
 
-ARRAYS = tuple(field.name for field in fields(Rows) if field.name != "files")
+ARRAYS = ("ids", "prompt", "chosen", "rejected", "file", "line")
 
 
 # ---- one row

@@ -1,7 +1,9 @@
 """Processes and sharding: one path for one process, one GPU, and many nodes."""
 
+import atexit
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -48,6 +50,22 @@ def shutdown() -> None:
     """Destroys the process group if there is one; safe to call twice."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """Ends the process with this exit code, the group destroyed; in plain python a code of 0 just returns.
+
+    Under torchrun Python's finalisation is left out: gloo's threads outlive the group (DTensor's caches keep it), and one
+    that comes late to free a tensor then aborts the process, which torchrun takes for a failure of the whole run.
+    """
+    shutdown()
+    if "WORLD_SIZE" in os.environ:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
 
 
 def rank() -> int:
@@ -165,6 +183,13 @@ def shard(
             module.set_gradient_divide_factor(1.0)
             # Gloo has no PREMUL_SUM, which the divide factor would otherwise be sent as.
             module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(root: nn.Module) -> None:
+    """Frees what a forward pass without a backward left gathered: the root always stays so, and its layers may."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextmanager

@@ -212,7 +212,8 @@ def kl_to_reference(
     Holds N x V logits of both models: for small vocabularies.
     """
     rows = _as_rows(prompts, [answer.ids for answer in answers])
-    plan = packing.plan_step(rows, np.arange(len(rows)), budget=16_384, rank=dist.rank(), world_size=dist.world_size())
+    ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
+    plan = packing.plan_step(rows, np.arange(len(rows)), layout="padded", budget=16_384, **ranks)
     kl_S = torch.zeros(len(rows), dtype=torch.float64, device=device)
     with torch.no_grad():
         for members, weight in plan.microbatches:

@@ -5,15 +5,19 @@ Letters: B rows, T tokens of a row, N scored tokens, D model width, V vocabulary
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
@@ -24,12 +28,15 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from rpo import dist
+from rpo import dist, packing
+from rpo.attention import PACKED, attend
+from rpo.attention import choose as choose_attention
 from rpo.config import Fsdp, Model, Reference, UserError
 from rpo.logprobs import full_logits, token_logps
 from rpo.packing import Batch
 
 transformers_logging.disable_progress_bar()  # one bar per rank and model says nothing that the run does not
+AttentionInterface.register(PACKED, attend)
 
 
 class Head(NamedTuple):
@@ -52,15 +59,27 @@ def head_of(lm: PreTrainedModel) -> Head:
 class Policy(nn.Module):
     """The FSDP root: backbone and log-probs behind one `forward`, so nothing calls inside the root's back."""
 
-    def __init__(self, lm: PreTrainedModel, *, compile_tiles: bool):
+    def __init__(self, lm: PreTrainedModel, *, compile_tiles: bool, attention: str = "sdpa"):
         super().__init__()
         self.lm = lm
         self.compile_tiles = compile_tiles
+        self.attention = attention  # of packed rows; all else goes the model's own way
+        self._own_attention = lm.config._attn_implementation
         self.eval()  # for good: train mode would only switch dropout on, and a reference has none
 
     def _hidden(self, batch: Batch) -> Tensor:
-        hidden_BTD = self.lm.base_model(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state
-        return hidden_BTD.flatten(0, 1)[batch.source_N]
+        packed = {}
+        if batch.segments is not None:
+            # Packed positions without a mask of their own would pass for documents: transformers would cut the rejected
+            # branch off its prompt. Under a name it has no mask for, it makes none.
+            packed = {"position_ids": batch.position_BT, "segments": batch.segments, "backend": self.attention}
+        self._attend_by(PACKED if packed else self._own_attention)
+        hidden_BTD = self.lm.base_model(input_ids=batch.input_ids_BT, use_cache=False, **packed).last_hidden_state
+        return hidden_BTD.flatten(0, 1).index_select(0, batch.source_N)
+
+    def _attend_by(self, name: str) -> None:
+        # It stays until the next forward pass: a checkpointed layer runs again in backward, and must do the same again.
+        self.lm.config._attn_implementation = name
 
     def forward(self, batch: Batch) -> Tensor:
         """logps_N: natural-log probability of each scored token, fp32 (float64 for a float64 model)."""
@@ -78,6 +97,7 @@ class Policy(nn.Module):
         The library would fill what it leaves open from the model's own generation config, so that steps aside.
         """
         own, self.lm.generation_config = self.lm.generation_config, generation_config
+        self._attend_by(self._own_attention)
         try:
             return self.lm.generate(generation_config=generation_config, **inputs)
         finally:
@@ -238,6 +258,42 @@ def probe(lm: PreTrainedModel, *, key: str) -> None:
         raise UserError(f"{key}: {type(lm).__name__} is not causal: a later token changes earlier predictions")
 
 
+@torch.no_grad()
+def why_not_packed(lm: PreTrainedModel, longest: int) -> str | None:
+    """Why `lm` can not be trained on packed rows; None where two pairs, packed, score as they do padded.
+
+    A probe and not a list: Falcon ignores the attention interface with only a log line (off by .09 nats), StableLM
+    drops what it is told about the pairs, recurrent layers carry chosen into rejected. `longest` is the longest text of
+    the run (P + max(C, R)): the model's sliding window must not be shorter.
+    """
+    config = lm.config.get_text_config()
+    if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        return f"it has {', '.join(sorted(other))} layers"
+    ids = torch.randint(config.vocab_size, (40,), generator=torch.Generator().manual_seed(0)).numpy()
+    triples = [tuple(np.split(ids[:23], [6, 15])), tuple(np.split(ids[23:], [9, 11]))]
+    lengths = (np.array(column) for column in zip(*(map(len, triple) for triple in triples), strict=True))
+    rows = SimpleNamespace(
+        row=triples.__getitem__, ref_logps=None, **dict(zip(("prompt", "chosen", "rejected"), lengths, strict=True))
+    )
+    policy, both = Policy(lm, compile_tiles=False), np.arange(2)
+    padded_N = policy(packing.padded_batch(rows, both))
+    batch = packing.packed_batch(rows, both)
+    try:
+        packed_N = policy(replace(batch, segments=replace(batch.segments, reach=longest)))
+    except (
+        Exception
+    ) as error:  # a model that can not take the positions, the pairs or the length says so in its own way
+        return _first_line(error)
+    finally:
+        policy._attend_by(policy._own_attention)
+    error = (packed_N - padded_N).abs().max().item()
+    return (
+        None
+        if error <= 1e-5 * max(1.0, padded_N.abs().max().item())
+        else f"packed and padded differ by {error:.0e} nats"
+    )
+
+
 def prepare(
     lm: PreTrainedModel,
     mesh: DeviceMesh,
@@ -246,10 +302,16 @@ def prepare(
     compute_dtype: torch.dtype,
     compile: bool,
     trainable: bool,
+    attention: str = "auto",
 ) -> Policy:
-    """`lm` as a sharded `Policy` on the mesh's device; frozen where it is a reference."""
+    """`lm` as a sharded `Policy` on the mesh's device; frozen where it is a reference.
+
+    `attention` is layout.attention. Raises UserError where this device lacks it.
+    """
     lm.requires_grad_(trainable)
-    policy = Policy(lm, compile_tiles=compile)
+    softcap = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
+    backend = choose_attention(attention, torch.device(mesh.device_type), compute_dtype, softcap)
+    policy = Policy(lm, compile_tiles=compile, attention=backend)
     dist.shard(policy, layers_of(lm), mesh, fsdp, compute_dtype=compute_dtype, compile=compile)
     for method in ("logits", "generate"):  # FSDP gathers the root's weights around these as it does around forward
         register_fsdp_forward_method(policy, method)

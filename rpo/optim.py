@@ -12,8 +12,8 @@ from rpo.config import Optim
 def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
     """Fused AdamW over the sharded fp32 masters; vectors (norms, biases) take no weight decay.
 
-    To be made before the first forward pass: FSDP's root stays gathered after one without a backward, and what
-    `parameters()` then gives are copies that nobody reads again.
+    Moments are in cfg.state_dtype; bfloat16 halves them (CUDA only). To be made while nothing is gathered: FSDP's root
+    stays so after a forward without a backward, and what `parameters()` then gives are copies that nobody reads again.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     assert all(isinstance(p, DTensor) for p in params), "a gathered parameter would be updated in vain"
@@ -21,7 +21,12 @@ def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=tuple(cfg.betas), fused=True)
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=tuple(cfg.betas), fused=True)
+    if cfg.state_dtype == "bfloat16":  # the fused kernel keeps the dtype that it finds
+        for p in params:
+            moments = {name: torch.zeros_like(p, dtype=torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    return optimizer
 
 
 def lr_at(step: int, total_steps: int, cfg: Optim) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from rpo import dist
-from rpo.config import UserError
+from rpo.config import UserError, read_yaml
 
 _MARKS = ("config.yaml", "status.json", "metrics.jsonl", "results.json", "sweep.json")
 
@@ -35,6 +35,22 @@ def choose(given: str | None, label: str) -> Path:
     if held := [name for name in _MARKS if (folder / name).exists()]:
         raise UserError(f"run_dir={folder}: already holds a run ({held[0]}); give another folder or remove it")
     return folder
+
+
+def settings_of(model: str | None) -> dict | None:
+    """The settings of the run whose model/ this is; None for any other model."""
+    file = Path(model or "").parent / "config.yaml"
+    return read_yaml(file) if model and Path(model).name == "model" and file.exists() else None
+
+
+def check_starting_model(model: str | None) -> None:
+    """Raises UserError where the weights at model.path can not silently become the reference: a preference run's own."""
+    made_by = settings_of(model)
+    if made_by is not None and made_by["loss"]["preference"] != "none":
+        raise UserError(
+            f"reference.path=null with model.path={model}: a preference run made it, and its weights are not that run's "
+            "reference; give reference.path, the run's own to go on with it, or model.path again for a new round"
+        )
 
 
 def write_json(path: Path, value: object) -> None:

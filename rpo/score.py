@@ -14,16 +14,23 @@ from rpo.packing import Batch
 
 
 def score(policy: Policy, reference: Policy | None, batch: Batch) -> PairLogps:
-    """The batch's pairs under both models; gradients flow to `policy` unless the caller has turned them off."""
+    """The batch's pairs under both models; gradients flow to `policy` unless the caller has turned them off.
+
+    Without a `reference` its log-probs are those that the batch carries, if any.
+    """
     logps_S = packing.response_sums(policy(batch), batch.length_S)
-    ref_S: list[Tensor | None] = [None, None]
+    ref_S = batch.ref_S
     if reference is not None:
         with torch.no_grad():
-            ref_S = list(packing.response_sums(reference(batch), batch.length_S).split(batch.num_pairs))
-    sides_S, tokens_S = list(logps_S.split(batch.num_pairs)), list(batch.length_S.split(batch.num_pairs))
-    if len(sides_S) == 1:  # supervised rows have no rejected side
-        sides_S, tokens_S, ref_S = sides_S + [None], tokens_S + [None], [ref_S[0], None]
-    return PairLogps(*sides_S, *ref_S, *tokens_S)
+            ref_S = packing.response_sums(reference(batch), batch.length_S)
+
+    def sides(x_S: Tensor | None) -> list[Tensor | None]:
+        parts = [] if x_S is None else list(x_S.split(batch.num_pairs))
+        return parts + [None] * (2 - len(parts))  # supervised rows have no rejected side
+
+    return PairLogps(
+        *sides(logps_S), *sides(None if ref_S is None else ref_S.to(logps_S.dtype)), *sides(batch.length_S)
+    )
 
 
 @torch.no_grad()
@@ -49,8 +56,15 @@ def _responses(policy: Policy, batch: Batch) -> list[Tensor]:
 
 @torch.no_grad()
 def mean_gap(
-    policy: Policy, reference: Policy, rows: packing.RowsLike, indices: np.ndarray, device: torch.device
+    policy: Policy, reference: Policy, rows: packing.RowsLike, indices: np.ndarray, device: torch.device, *, layout: str
 ) -> float:
     """Mean |logp_pi - logp_ref| in nats per scored token over the pairs of `indices`, in one batch; beta-free."""
-    batch = packing.padded_batch(rows, indices).to(device)
+    batch = packing.make_batch(rows, indices, layout).to(device)
     return (policy(batch) - reference(batch)).abs().mean().item()
+
+
+@torch.no_grad()
+def packed_gap(policy: Policy, rows: packing.RowsLike, indices: np.ndarray, device: torch.device) -> float:
+    """Mean |packed - padded| in nats per scored token over the pairs of `indices`, by the same weights."""
+    padded, packed = (packing.make_batch(rows, indices, layout).to(device) for layout in ("padded", "packed"))
+    return (policy(packed) - policy(padded)).abs().mean().item()

@@ -18,7 +18,7 @@ def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
         checksum, names = report.pop("checksum"), report.pop("arrays")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
         return (arrays, report) if checksum == _checksum(arrays) else None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError):
         return None
 
 

@@ -34,7 +34,24 @@ _SHOWN = tuple(
 
 
 def in_sweep() -> bool:
-    return HydraConfig.get().mode == RunMode.MULTIRUN
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+_KEPT: dict[str, tuple[object, Any]] = {}
+
+
+def once(what: str, key: object, make: Callable[[], Any]) -> Any:
+    """`make()`; in a sweep what an earlier cell made, where its `key` was equal. One value is kept of each `what`.
+
+    Whoever uses it sees to it that a cell can not tell: what a cell changes is put back (`start.restore`).
+    """
+    if not in_sweep():
+        return make()
+    if what not in _KEPT or _KEPT[what][0] != key:
+        _KEPT.pop(what, None)
+        gc.collect()  # before the next is made: a sharded model is full of cycles
+        _KEPT[what] = key, make()
+    return _KEPT[what][1]
 
 
 def placed(cfg: Train) -> Train:
@@ -72,9 +89,7 @@ def run_job(job: Callable[[], str]) -> None:
         return
     if in_sweep() and dist.is_main():
         write_table(Path(HydraConfig.get().sweep.dir))
-    dist.shutdown()
-    if code:
-        sys.exit(code)
+    dist.leave(code)
 
 
 def _record_failure(reason: str) -> None:
@@ -118,10 +133,7 @@ class Sweep(Callback):
 
     def on_multirun_end(self, config: Any, **_: object) -> None:
         num_failed = write_table(Path(config.hydra.sweep.dir)) if dist.is_main() else 0
-        num_failed = dist.broadcast(num_failed)
-        dist.shutdown()
-        if num_failed:
-            sys.exit(1)
+        dist.leave(int(dist.broadcast(num_failed) > 0))
 
 
 class NoSweep(Callback):

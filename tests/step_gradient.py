@@ -69,4 +69,4 @@ if __name__ == "__main__":
     gradients = step_gradient(getattr(torch, dtype), int(budget), accumulate=accumulate)
     if dist.is_main():
         torch.save(gradients, out)
-    dist.shutdown()
+    dist.leave(0)

@@ -6,17 +6,19 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"config"},
-    {"losses", "packing", "dist", "optim", "logprobs", "grammar", "rows", "store", "stats"},
+    {"attention", "losses", "dist", "optim", "logprobs", "grammar", "rows", "store", "stats"},
+    {"packing"},
     {"models", "tokens", "metrics", "plots", "rundir"},
     {"data", "score", "generate", "sweep"},
-    {"gold", "demo"},
+    {"reference"},
+    {"gold", "demo", "start"},
     {"tasks"},
 ]
 LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
 DOORS = {
     "omegaconf": {"config"},
     "wandb": {"metrics"},
-    "transformers": {"models", "tokens", "data", "generate"},
+    "transformers": {"models", "tokens", "data", "generate", "start"},
     "tokenizers": {"tokens", "data"},
     "datasets": {"rows"},
     "hydra": {"sweep"},

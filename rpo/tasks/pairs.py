@@ -20,9 +20,8 @@ def score_rows(
     policy: Policy, reference: Policy, rows: Rows, device: torch.device, *, tokens_per_microbatch: int
 ) -> dict[str, np.ndarray]:
     """Summed log-probs in nats, one entry per row and side: chosen, rejected, ref_chosen, ref_rejected (all ranks)."""
-    plan = packing.plan_step(
-        rows, np.arange(len(rows)), budget=tokens_per_microbatch, rank=dist.rank(), world_size=dist.world_size()
-    )
+    ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
+    plan = packing.plan_step(rows, np.arange(len(rows)), layout="padded", budget=tokens_per_microbatch, **ranks)
     sides = ("chosen", "rejected", "ref_chosen", "ref_rejected")
     table_4P = torch.zeros(len(sides), len(rows), dtype=torch.float64, device=device)
     with torch.no_grad():

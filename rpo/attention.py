@@ -1,0 +1,218 @@
+"""Attention over packed rows: several pairs in one row, each laid out once as [prompt | chosen | rejected].
+
+A pair is two segments: prompt + chosen, causal; and rejected, whose queries see the prompt and themselves but nothing of
+chosen. `sdpa` computes that segment by segment on any device: it is the twin that the two CUDA forms are held to.
+
+Letters: H heads, T tokens of the row, D width of a head, S segments, K keys (a prompt's stand there twice), Q queries.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import varlen
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from rpo.config import UserError
+
+PACKED = "rpo_packed"  # under which transformers knows `attend`
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Who sees whom in one packed row: `lengths` is what `sdpa` reads, starts and keys `varlen`, pair and branch `flex`."""
+
+    lengths: tuple[tuple[int, int, int], ...]  # P, C, R of each pair, on the host
+    reach: int  # the longest text in the row, max over pairs of P + max(C, R)
+    key_K: Tensor  # the row's column of each key: segments [P|C], [P|R] of all pairs, end to end
+    query_starts_S: Tensor  # int32, where each segment's queries begin, and the end of the last
+    key_starts_S: Tensor  # int32, the same for its keys
+    pair_T: Tensor  # which pair a column belongs to
+    branch_T: Tensor  # 0 prompt, 1 chosen, 2 rejected
+
+    @functools.cached_property
+    def block_mask(self) -> BlockMask:
+        pair_T, branch_T = self.pair_T, self.branch_T
+
+        def visible(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (pair_T[q] == pair_T[k]) & (q >= k) & ((branch_T[q] != 2) | (branch_T[k] != 1))
+
+        return create_block_mask(visible, None, None, len(pair_T), len(pair_T), device=pair_T.device)
+
+
+def segments_of(lengths: np.ndarray) -> Segments:
+    """The segments of a row that holds pairs of these `lengths`, (P, C, R) per pair; R may be 0."""
+    keys, queries, num_keys = [], [], []
+    start = 0
+    for p, c, r in lengths.tolist():
+        columns = np.arange(start, start + p + c + r)
+        keys += [columns[: p + c]] + ([columns[:p], columns[p + c :]] if r else [])
+        queries += [p + c] + ([r] if r else [])
+        num_keys += [p + c] + ([p + r] if r else [])
+        start += p + c + r
+    return Segments(
+        lengths=tuple(map(tuple, lengths.tolist())),
+        reach=int((lengths[:, 0] + lengths[:, 1:].max(1)).max()),
+        key_K=torch.from_numpy(np.concatenate(keys)),
+        query_starts_S=torch.tensor(np.cumsum([0, *queries]), dtype=torch.int32),
+        key_starts_S=torch.tensor(np.cumsum([0, *num_keys]), dtype=torch.int32),
+        pair_T=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths.sum(1))),
+        branch_T=torch.from_numpy(np.repeat(np.tile([0, 1, 2], len(lengths)), lengths.ravel())),
+    )
+
+
+# ---- three ways to compute it: query_1HTD, key_1HTD, value_1HTD -> out_1HTD; key and value may have fewer heads
+
+
+@torch.compiler.disable  # it is a loop over the pairs: a graph of it would fit one row only
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, softcap: float | None
+) -> Tensor:
+    """Segment by segment, by torch's scaled_dot_product_attention (written out where there is a soft-cap)."""
+    sizes = [size for p, c, r in segments.lengths for size in (p + c, r)]
+    query_S, key_S, value_S = (x.split(sizes, dim=2) for x in (query, key, value))
+    out = []
+    for i, (prompt, _, rejected) in enumerate(segments.lengths):
+        first, second = 2 * i, 2 * i + 1
+        out.append(_one(query_S[first], key_S[first], value_S[first], None, scale, softcap))
+        if rejected:
+            key_1HKD, value_1HKD = (torch.cat([x[first][:, :, :prompt], x[second]], dim=2) for x in (key_S, value_S))
+            mask_QK = torch.ones(rejected, prompt + rejected, dtype=torch.bool, device=query.device).tril(prompt)
+            out.append(_one(query_S[second], key_1HKD, value_1HKD, mask_QK, scale, softcap))
+    return torch.cat(out, dim=2)
+
+
+def _one(
+    query: Tensor, key: Tensor, value: Tensor, mask_QK: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """One segment; a mask of None is causal."""
+    grouped = query.shape[1] != key.shape[1]
+    if softcap is None:
+        causal = {"attn_mask": mask_QK, "is_causal": mask_QK is None}
+        return F.scaled_dot_product_attention(query, key, value, **causal, scale=scale, enable_gqa=grouped)
+    if grouped:
+        key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
+    if mask_QK is None:
+        mask_QK = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    scores_1HQK = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+    scores_1HQK = scores_1HQK.masked_fill(~mask_QK, -torch.inf)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return scores_1HQK.softmax(-1, dtype=wide).to(query.dtype) @ value
+
+
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, softcap: float | None
+) -> Tensor:
+    """All segments in one call of FlashAttention: the queries as they stand, the keys of each prompt gathered twice.
+
+    Causal with fewer queries than keys means aligned at the end, which torch leaves undocumented: `choose` measures it.
+    """
+    assert softcap is None, softcap
+    query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query, key, value))
+    options = {"window_size": (-1, 0), "enable_gqa": True}
+    if "enable_gqa" not in _VARLEN_OPTIONS:  # torch 2.10
+        options = {"is_causal": True}
+        key_THD, value_THD = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key_THD, value_THD))
+    key_KHD, value_KHD = (x.index_select(0, segments.key_K) for x in (key_THD, value_THD))
+    most_queries = max(max(p + c, r) for p, c, r in segments.lengths)
+    starts = (segments.query_starts_S, segments.key_starts_S, most_queries, segments.reach)
+    return varlen.varlen_attn(query_THD, key_KHD, value_KHD, *starts, scale=scale, **options).transpose(0, 1)[None]
+
+
+_VARLEN_OPTIONS = inspect.signature(varlen.varlen_attn).parameters
+
+
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, softcap: float | None
+) -> Tensor:
+    """The whole row by FlexAttention, with a block mask made once per row."""
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    options = {"scale": scale, "block_mask": segments.block_mask, "enable_gqa": query.shape[1] != key.shape[1]}
+    return _compiled_flex()(query, key, value, score_mod=None if softcap is None else capped, **options)
+
+
+@functools.cache
+def _compiled_flex() -> Callable:
+    return torch.compile(flex_attention, dynamic=True)  # or every new length would cost 15 s
+
+
+BACKENDS = {"varlen": flash, "flex": flex, "sdpa": sdpa}  # the order in which `auto` tries them on CUDA
+
+
+def attend(
+    _module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    _attention_mask: None,
+    *,
+    segments: Segments,
+    backend: str,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer of a packed forward pass: (1, T, H, D), as its attention interface wants."""
+    if sliding_window is not None and sliding_window < segments.reach:
+        raise ValueError(f"a layer sees {sliding_window} tokens back, the longest text has {segments.reach}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out_1HTD = BACKENDS[backend](query, key, value, segments, scale=scale, softcap=softcap)
+    return out_1HTD.transpose(1, 2).contiguous(), None
+
+
+# ---- which one
+
+
+def choose(wanted: str, device: torch.device, dtype: torch.dtype, softcap: float | None = None) -> str:
+    """The backend for packed rows on this device: `wanted`, or for "auto" the fastest that computes the right thing here.
+
+    Raises UserError where `wanted` can not run here, or differs from `sdpa` on a ragged example.
+    """
+    if wanted != "auto":
+        if reason := _refusal(wanted, device, dtype, softcap):
+            raise UserError(f"layout.attention={wanted}: {reason}; use layout.attention=auto")
+        return wanted
+    return next(name for name in BACKENDS if not _refusal(name, device, dtype, softcap))
+
+
+@functools.cache
+def _refusal(name: str, device: torch.device, dtype: torch.dtype, softcap: float | None) -> str | None:
+    """Why a backend is not to be used here; None where it is right."""
+    if name == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"needs a CUDA device, this one is {device.type}"
+    if name == "varlen" and softcap is not None:
+        return f"has no soft-cap, and the model's attention caps its scores at {softcap}"
+    if name == "varlen" and dtype.itemsize != 2:
+        return f"computes in half types only, this run in {dtype}"
+    try:
+        error = deviation(name, device, dtype, softcap)
+    except Exception as failure:  # a kernel that is not built for this card says so in its own way
+        return f"fails on this device ({str(failure).strip().splitlines()[0]})"
+    allowed = 1e-2 if dtype.itemsize == 2 else 1e-4
+    return None if error <= allowed else f"differs from plain attention by {error:.0e} on this device"
+
+
+def deviation(name: str, device: torch.device, dtype: torch.dtype, softcap: float | None) -> float:
+    """Largest relative L2 distance of a backend's output and three gradients from `sdpa`'s in fp32 or wider."""
+    segments = segments_of(np.array([(37, 61, 5), (1, 1, 1), (130, 3, 200), (16, 128, 0)])).to(device)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, heads, len(segments.pair_T), 64) for heads in (4, 2, 2, 4)]
+    *inputs, upstream = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    results = []
+    for function, wide in ((BACKENDS[name], dtype), (sdpa, torch.promote_types(dtype, torch.float32))):
+        leaves = [x.detach().to(wide).requires_grad_() for x in inputs]
+        out = function(*leaves, segments, scale=0.125, softcap=softcap)
+        results.append([out, *torch.autograd.grad(out, leaves, upstream.to(wide))])
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))

@@ -1,0 +1,143 @@
+"""What a run starts from: a model loaded, proven, sharded and measured; in a sweep made once and put back for each cell."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
+
+from rpo import data, dist, models, packing, reference, score
+from rpo.config import Train, UserError
+from rpo.data import Rows
+from rpo.metrics import ModelSize
+from rpo.models import Policy
+
+NUM_PROBE_PAIRS = 8
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A sharded model and what was found out about it."""
+
+    policy: Policy
+    size: ModelSize
+    layout: str  # packed or padded: how this model's rows are laid out
+    noise_floor: float  # nats per token by which rounding alone moves a log-prob
+    identity: dict | None  # what its log-probs depend on beside the tokens; None if not wanted
+    state: list[Tensor] = field(repr=False)  # this rank's starting weights and buffers, copied; empty if not to be kept
+
+
+def ready(
+    cfg: Train,
+    configs: dict[str, PreTrainedConfig],
+    rows: Rows,
+    device: torch.device,
+    key: str,
+    path: str | None,
+    *,
+    longest: int,
+    trainable: bool,
+    identify: bool,
+    keep_state: bool,
+) -> Ready:
+    """The model at `path`, which `key` names (None: random weights by cfg.seed), ready to score `rows` and be trained.
+
+    No weight is left gathered, so an optimizer may be made. Prints one line where layout=auto comes to padded. Raises
+    UserError: what `models.load` refuses; a model that can not be packed where layout=packed was asked for.
+    """
+    compute = models.compute_dtype(cfg.model.dtype, device)
+    master = torch.promote_types(compute, torch.float32)
+    if path is None:
+        lm = models.build(configs["model.architecture"], cfg.seed, master)
+    else:
+        lm = models.load(path, cfg.model.revision if key == "model.path" else None, master, key=key)
+    size = ModelSize(**models.sizes(lm))
+    layout = "padded"
+    if cfg.layout.kind != "padded":
+        layout = _packed_unless(models.why_not_packed(lm, longest), cfg.layout.kind, key, path)
+    weights = reference.weights_digest(lm) if identify else None
+    policy = models.prepare(
+        lm,
+        dist.mesh(device),
+        cfg.fsdp,
+        compute_dtype=compute,
+        compile=cfg.compile,
+        trainable=trainable,
+        attention=cfg.layout.attention,
+    )
+    indices = data.step_rows(0, len(rows), NUM_PROBE_PAIRS, cfg.seed)
+    probe = packing.plan_step(rows, indices, layout="padded", budget=cfg.tokens_per_microbatch).microbatches[0][0]
+    noise_floor = dist.broadcast(score.noise_floor(policy, rows, probe, device, positions=models.positions_of(configs)))
+    if layout == "packed":  # again on these weights, this device, this backend, these rows
+        gap = dist.broadcast(score.packed_gap(policy, rows, probe, device))
+        differ = f"packed and padded differ by {gap:.1e} nats per token, rounding explains {noise_floor:.1e}"
+        layout = _packed_unless(differ if not gap <= 3 * noise_floor + 1e-6 else None, cfg.layout.kind, key, path)
+    dist.reshard(policy)
+    identity = (
+        reference.identity(weights, policy, compute_dtype=compute, device=device, layout=layout) if identify else None
+    )
+    state = [tensor.clone() for tensor in _tensors(policy)] if keep_state else []
+    return Ready(policy, size, layout, noise_floor, identity, state)
+
+
+def reference_logps(
+    cfg: Train, model: Ready, rows: Rows, name: str, device: torch.device
+) -> tuple[np.ndarray, dict[str, object]]:
+    """Rows' log-probs under `model`, float64 (rows, 2), from the cache or scored into it; and where they came from."""
+    found = reference.score_rows(
+        model.policy,
+        rows,
+        model.identity,
+        cache_dir=Path(cfg.reference.cache_dir).expanduser(),
+        layout=model.layout,
+        budget=cfg.tokens_per_microbatch,
+        device=device,
+        noise_floor=model.noise_floor,
+        name=name,
+    )
+    dist.reshard(model.policy)
+    return found
+
+
+def check_step_0(
+    policy: Policy, live: Policy, rows: Rows, noise_floor: float, device: torch.device, *, layout: str, budget: int
+) -> None:
+    """Raises UserError unless two copies of the same weights agree on some pairs within rounding."""
+    plan = packing.plan_step(rows, np.arange(min(NUM_PROBE_PAIRS, len(rows))), layout=layout, budget=budget)
+    gap = dist.broadcast(score.mean_gap(policy, live, rows, plan.microbatches[0][0], device, layout=layout))
+    dist.reshard(policy)
+    if not gap <= 3 * noise_floor + 1e-6:
+        raise UserError(
+            f"step 0: policy and reference are the same weights but differ by {gap:.1e} nats per token (rounding "
+            f"explains {noise_floor:.1e}); usual causes: dropout, or two ways of computing one model"
+        )
+
+
+def _packed_unless(reason: str | None, asked: str, key: str, path: str | None) -> str:
+    """The layout: packed where there is no reason against it. Raises UserError where it was asked for by name."""
+    if reason is None:
+        return "packed"
+    if asked == "packed":
+        raise UserError(f"layout=packed: {key}={path} can not be packed ({reason}); use layout=padded or auto")
+    if dist.is_main():
+        print(f"layout=padded, because {key}={path} can not be packed: {reason}", flush=True)
+    return "padded"
+
+
+@torch.no_grad()
+def restore(ready: Ready) -> None:
+    """Puts the weights back to what they were, bit for bit, and drops what an earlier cell left on them."""
+    dist.reshard(ready.policy)
+    for param in ready.policy.parameters():
+        param.grad = None
+    for tensor, start in zip(_tensors(ready.policy), ready.state, strict=True):
+        tensor.copy_(start)
+
+
+def _tensors(policy: Policy) -> list[Tensor]:
+    """This rank's share of each parameter, and the buffers (some rotary embeddings write theirs)."""
+    params = [p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters()]
+    return [tensor.detach() for tensor in params] + list(policy.buffers())

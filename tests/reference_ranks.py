@@ -1,0 +1,39 @@
+"""Reference log-probs of a few rows, scored and then read back; run under torchrun by test_reference.
+
+torchrun --nproc-per-node 2 tests/reference_ranks.py OUT.pt CACHE_DIR
+"""
+
+import sys
+
+import torch
+
+from rpo import dist, models, reference
+from rpo.config import Fsdp
+from tests.conftest import make_lm
+from tests.test_packing import make_rows
+
+LENGTHS = [(5, 9, 4), (2, 3, 17), (8, 1, 2), (3, 12, 12), (6, 2, 7), (1, 8, 3), (4, 4, 20)]
+
+
+def score(cache_dir):
+    """Sums and reports of two calls: chunks of 3, 3 and 1 rows, so that the last has a filler on the second rank."""
+    reference.CHUNK = 3
+    device, lm = dist.init(), make_lm().double()
+    weights = reference.weights_digest(lm)
+    fsdp = Fsdp(activation_checkpointing="none", reshard_after_forward=True, accumulate="unsharded", cpu_offload=False)
+    options = {"compute_dtype": torch.float64, "compile": False, "trainable": True}
+    policy = models.prepare(lm, dist.mesh(device), fsdp, **options)
+    how = {"device": device, "layout": "packed"}
+    facts = reference.identity(weights, policy, compute_dtype=torch.float64, **how)
+    how |= {"name": "train", "cache_dir": cache_dir, "budget": 40, "noise_floor": 0.0}
+    rows = make_rows(LENGTHS, vocab_size=lm.config.vocab_size)
+    return [reference.score_rows(policy, rows, facts, **how) for _ in range(2)]
+
+
+if __name__ == "__main__":
+    out, cache_dir = sys.argv[1:]
+    dist.init()
+    results = score(f"{cache_dir}/{dist.rank()}")
+    torch.save(results, f"{out}.{dist.rank()}")
+    dist.barrier()
+    dist.leave(0)
