@@ -164,7 +164,7 @@ def _on_main(work: Callable[..., T], *args: object) -> T:
 
 
 def _sums(rows: RowsLike, found: Logps) -> np.ndarray:
-    sides = (np.split(found[i], [rows.chosen[i]]) for i in range(len(rows)))
+    sides = ((found[i][:c], found[i][c:]) for i, c in enumerate(rows.chosen.tolist()))
     return np.array([[side.sum(dtype=np.float64) for side in pair] for pair in sides])
 
 
@@ -277,7 +277,7 @@ def _fill(
             mine = scored(holes[start : start + CHUNK], progress, **ranks)
             shares = [{}] * dist.world_size()
             gather_object(mine, shares if dist.is_main() else None)
-            fresh = {i: logps for share in shares for i, logps in share.items()}
+            fresh = {i: logps for share in shares for i, logps in share.items()}  # a filler's pair, scored twice, once
             _on_main(_write_shard, folder, rows, fresh)
             found |= fresh
 
@@ -296,13 +296,13 @@ def _score(
 ) -> Logps:
     """This rank's share of the rows `indices`."""
     plan = packing.plan_step(rows, indices, layout=layout, budget=budget, rank=rank, world_size=world_size)
-    scored, ends = [], np.linspace(0, len(indices), len(plan.microbatches) + 1, dtype=int)
-    for (members, weight), before, after in zip(plan.microbatches, ends, ends[1:], strict=False):
+    ticks = np.diff(np.linspace(0, len(indices), len(plan.microbatches) + 1, dtype=int)).tolist()
+    scored = []
+    for (members, weight), tick in zip(plan.microbatches, ticks, strict=True):
         batch = packing.make_batch(rows, members, layout, weight=weight)
         logps_N = policy((batch.pin() if device.type == "cuda" else batch).to(device))
-        if weight:  # a filler's pair is another micro-batch's
-            scored.append((members, logps_N))
-        progress.update(int(after - before))
+        scored.append((members, logps_N))
+        progress.update(tick)
     # Only now off the device: the host stays ahead of it.
     return {i: logps for members, logps_N in scored for i, logps in _by_row(rows, members, logps_N.cpu().numpy())}
 
@@ -323,11 +323,9 @@ def _rescore(
     some = cached if len(cached) else holes
     some = dist.broadcast(np.random.default_rng().choice(some, min(RESCORED, len(some)), replace=False))
     again = scored(some, tqdm(disable=True))
-
-    def gap() -> float:
-        return float(np.abs(np.concatenate([again[i] - found[i] for i in again])).mean())
-
-    gap, bound = _on_main(gap), 3 * noise_floor + 1e-6
+    errors = [np.abs(again[i] - found[i]) for i in again if dist.is_main()]
+    gap = dist.broadcast(float(np.concatenate(errors).mean()) if errors else None)
+    bound = 3 * noise_floor + 1e-6
     if gap <= bound:
         return
     figure = f"differ by {gap:.1e} nats per token (allowed {bound:.1e})"

@@ -4,11 +4,12 @@ torchrun --nproc-per-node 2 tests/reference_ranks.py OUT.pt CACHE_DIR
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
 from rpo import dist, models, reference
-from rpo.config import Fsdp
+from rpo.config import Fsdp, UserError
 from tests.conftest import make_lm
 from tests.test_packing import make_rows
 
@@ -16,7 +17,9 @@ LENGTHS = [(5, 9, 4), (2, 3, 17), (8, 1, 2), (3, 12, 12), (6, 2, 7), (1, 8, 3), 
 
 
 def score(cache_dir):
-    """Sums and reports of two calls: chunks of 3, 3 and 1 rows, so that the last has a filler on the second rank."""
+    """Sums and reports of two calls (chunks of 3, 3 and 1 rows: the last has a filler on the second rank), and the error
+    of one whose cache can not be written, which only rank 0 sees.
+    """
     reference.CHUNK = 3
     device, lm = dist.init(), make_lm().double()
     weights = reference.weights_digest(lm)
@@ -25,15 +28,18 @@ def score(cache_dir):
     policy = models.prepare(lm, dist.mesh(device), fsdp, **options)
     how = {"device": device, "layout": "packed"}
     facts = reference.identity(weights, policy, compute_dtype=torch.float64, **how)
-    how |= {"name": "train", "cache_dir": cache_dir, "budget": 40, "noise_floor": 0.0}
+    how |= {"name": "train", "budget": 40, "noise_floor": 0.0}
     rows = make_rows(LENGTHS, vocab_size=lm.config.vocab_size)
-    return [reference.score_rows(policy, rows, facts, **how) for _ in range(2)]
+    results = [reference.score_rows(policy, rows, facts, cache_dir=cache_dir, **how) for _ in range(2)]
+    try:
+        reference.score_rows(policy, rows, facts, cache_dir=__file__ if dist.is_main() else cache_dir, **how)
+    except UserError as error:
+        return results, str(error)
 
 
 if __name__ == "__main__":
     out, cache_dir = sys.argv[1:]
     dist.init()
-    results = score(f"{cache_dir}/{dist.rank()}")
-    torch.save(results, f"{out}.{dist.rank()}")
+    torch.save(score(Path(cache_dir) / str(dist.rank())), f"{out}.{dist.rank()}")
     dist.barrier()
     dist.leave(0)

@@ -429,13 +429,18 @@ def test_writers_and_readers_at_once(tmp_path):
 
 
 def test_two_ranks_have_the_sums_of_one(tmp_path):
-    """Two gloo ranks, FSDP, fillers: one process's sums in float64; every pair stored once; rank 1 touches no disk."""
+    """Two gloo ranks, FSDP, fillers: one process's sums in float64; every pair stored once; rank 1 touches no disk.
+
+    Where rank 0 can not write, both raise its error.
+    """
     out = tmp_path / "sums.pt"
     args = command("tests/reference_ranks.py", out, tmp_path / "cache", ranks=2)
     subprocess.run(args, env=script_env(), check=True, capture_output=True, timeout=120)
-    one = reference_ranks.score(tmp_path / "one")[0][0]
+    ((one, _), _), error = reference_ranks.score(tmp_path / "one")
     for rank in range(2):
-        for (sums, report), scored in zip(torch.load(f"{out}.{rank}", weights_only=False), (7, 0), strict=True):
+        results, same_error = torch.load(f"{out}.{rank}", weights_only=False)
+        assert same_error == error and "can not be written" in error
+        for (sums, report), scored in zip(results, (7, 0), strict=True):
             np.testing.assert_allclose(sums, one, rtol=1e-12)
             assert report["scored"] == scored
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["0"]
