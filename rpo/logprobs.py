@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Up to so many logits are kept for the backward pass instead of being recomputed: 128 MiB on a CPU, 512 MiB on CUDA.
+KEPT = {"cuda": 2**27, "cpu": 2**25}
 # (tile_N, tile_V). CUDA: the fp32 accumulators cross memory once per tile, which from 4096 on is a few per cent of the
 # tile's GEMM. CPU: the fastest of eight at N=1024, D=512, V=32000, one thread.
 TILES = {"cuda": (4096, 8192), "cpu": (1024, 1024)}
@@ -54,14 +56,16 @@ def token_logps(
     softcap: float | None = None,
     tile_N: int | None = None,
     tile_V: int | None = None,
+    keep: int | None = None,
     compile: bool = False,
 ) -> Tensor:
     """Log-probabilities (N,) in nats of `target_N`; fp32, or float64 for float64 inputs.
 
     Same function as `token_logps_naive` (and that very code where N x V is under a quarter of a tile), by an online
-    log-sum-exp over tiles of N x V that the backward pass recomputes: 8NDV FLOPs instead of 6NDV. Beyond inputs and
-    gradients at most two tile_N x tile_V fp32 tiles are alive; half inputs add fp32 accumulators (N x D and
-    tile_V x D) and, on CPU, which has no half GEMM with an fp32 result, upcast operands of the same sizes.
+    log-sum-exp over tiles of N x V. The backward pass recomputes the tiles, 8NDV FLOPs instead of 6NDV, unless all of
+    them together have at most `keep` logits. Otherwise, beyond inputs and gradients at most two tile_N x tile_V fp32
+    tiles are alive; half inputs add fp32 accumulators (N x D and tile_V x D) and, on CPU, which has no half GEMM with an
+    fp32 result, upcast operands of the same sizes.
 
     hidden_ND and head_VD share dtype and device; target_N is int64, bias_V any float. Every token may have its own
     upstream gradient of either sign; hidden, head and bias get gradients in their own dtype, summed in fp32, and only
@@ -77,28 +81,32 @@ def token_logps(
     if 4 * len(target_N) * len(head_VD) <= tile_N * tile_V and not _is_half(hidden_ND):
         # A toy's few N x V matrices fit in our tiles, and without the recompute it takes half the time.
         return token_logps_naive(hidden_ND, head_VD, target_N, bias_V=bias_V, scale=scale, softcap=softcap)
-    return _TokenLogps.apply(hidden_ND, head_VD, bias_V, target_N, scale, softcap, tile_N, tile_V, compile)
+    keep = KEPT[hidden_ND.device.type] if keep is None else keep
+    kept = torch.is_grad_enabled() and len(target_N) * len(head_VD) <= keep
+    return _TokenLogps.apply(hidden_ND, head_VD, bias_V, target_N, scale, softcap, tile_N, tile_V, kept, compile)
 
 
 class _TokenLogps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, bias_V, target_N, scale, softcap, tile_N, tile_V, compile):
+    def forward(ctx, hidden_ND, head_VD, bias_V, target_N, scale, softcap, tile_N, tile_V, keep, compile):
         fold = _compiled(_fold) if compile else _fold
         hidden = _operand(hidden_ND)
         target_logit_N = hidden_ND.new_zeros(len(target_N), dtype=_wide_dtype(hidden_ND))
         # The running maximum starts finite: -inf - -inf would turn a tile that a bias masks out (-inf) into NaN.
         max_N = torch.full_like(target_logit_N, torch.finfo(target_logit_N.dtype).min)
         sum_N = torch.zeros_like(target_logit_N)
+        kept: list[Tensor] = []
 
         for v in _slices(len(head_VD), tile_V):
             head, bias = _operand(head_VD[v]), None if bias_V is None else bias_V[v]
             for n in _slices(len(target_N), tile_N):
                 index_N, before = target_N[n] - v.start, (max_N[n], sum_N[n], target_logit_N[n])
+                kept += [_matmul_fp32(hidden[n], head.T)] if keep else []
                 max_N[n], sum_N[n], target_logit_N[n] = fold(
-                    _matmul_fp32(hidden[n], head.T), bias, index_N, before, scale, softcap
+                    kept[-1] if keep else _matmul_fp32(hidden[n], head.T), bias, index_N, before, scale, softcap
                 )
 
-        ctx.save_for_backward(hidden_ND, head_VD, bias_V, target_N, max_N, sum_N)
+        ctx.save_for_backward(hidden_ND, head_VD, bias_V, target_N, max_N, sum_N, *kept)
         ctx.settings = scale, softcap, tile_N, tile_V, compile
         # In this order: max + log(sum) would round at the size of the largest logit.
         return (target_logit_N - max_N) - sum_N.log()
@@ -106,7 +114,7 @@ class _TokenLogps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream_N):
-        hidden_ND, head_VD, bias_V, target_N, max_N, sum_N = ctx.saved_tensors
+        hidden_ND, head_VD, bias_V, target_N, max_N, sum_N, *kept = ctx.saved_tensors
         scale, softcap, tile_N, tile_V, compile = ctx.settings
         need_hidden, need_head, need_bias = ctx.needs_input_grad[:3]
         tile_grad = _compiled(_tile_grad) if compile else _tile_grad
@@ -122,7 +130,15 @@ class _TokenLogps(torch.autograd.Function):
             sum_VD = grad_head_VD[v].to(wide) if need_head else None  # a view of grad_head_VD where that is wide
             for n in _slices(len(target_N), tile_N):
                 index_N, rows = target_N[n] - v.start, (max_N[n], sum_N[n], upstream_N[n])
-                grad_NV = tile_grad(_matmul_fp32(hidden[n], head.T), bias, index_N, rows, scale, softcap, head.dtype)
+                grad_NV = tile_grad(
+                    kept.pop(0) if kept else _matmul_fp32(hidden[n], head.T),
+                    bias,
+                    index_N,
+                    rows,
+                    scale,
+                    softcap,
+                    head.dtype,
+                )
                 if need_hidden:
                     _add_matmul_fp32(grad_hidden_ND[n], grad_NV, head)
                 if need_head:
@@ -134,7 +150,7 @@ class _TokenLogps(torch.autograd.Function):
                 grad_head_VD[v] = sum_VD
 
         grads = (grad_hidden_ND, hidden_ND), (grad_head_VD, head_VD), (grad_bias_V, bias_V)
-        return *(None if grad is None else grad.to(like.dtype) for grad, like in grads), *[None] * 6
+        return *(None if grad is None else grad.to(like.dtype) for grad, like in grads), *[None] * 7
 
 
 # The tile arithmetic. Pure: a tile is never changed in place, only temporaries are, because compiled code would have to

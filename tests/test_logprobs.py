@@ -60,12 +60,17 @@ def assert_three_way(fused, naive, exact, tolerance):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("tile_N,tile_V", [(64, 100), (300, 600), (1, 507), (251, 13)])
 def test_fp32_is_as_accurate_as_naive(head, tile_N, tile_V):
-    """fp32 values and gradients are as near to float64 as the plain form's, + 1e-6, whatever the tiles."""
+    """fp32 values and gradients are as near to float64 as the plain form's, + 1e-6, whatever the tiles.
+
+    A tile that was kept is the tile that would be recomputed: the same bits.
+    """
     problem = make_inputs(SINGLE, **HEADS[head])
-    fused = value_and_grads(token_logps, *problem, tile_N=tile_N, tile_V=tile_V)
+    fused = value_and_grads(token_logps, *problem, tile_N=tile_N, tile_V=tile_V, keep=0)
     assert_three_way(
         fused, value_and_grads(token_logps_naive, *problem), value_and_grads(token_logps_naive, *problem, DOUBLE), 1e-6
     )
+    kept = value_and_grads(token_logps, *problem, tile_N=tile_N, tile_V=tile_V, keep=10**9)
+    assert all(torch.equal(kept[name], value) for name, value in fused.items())
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -215,7 +220,7 @@ def peak_allocated(function):
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
 def test_memory(dtype, head):
     """Forward and backward allocate at most two tiles beyond outputs and gradients (here 1/8 of the N x V matrix each),
-    and with half inputs on CPU the documented fp32 sums and operands."""
+    and with half inputs on CPU the documented fp32 sums and operands; where logits are kept, those and two tiles."""
     N, D, V, tile_N, tile_V = 1024, 16, 4096, 512, 1024
     leaves, target_N, upstream_N, settings = make_inputs(dtype, **HEADS[head], sizes=(N, D, V))
     upstream_N = upstream_N.float()
@@ -227,11 +232,13 @@ def test_memory(dtype, head):
     def step(function, **options):
         function(*leaves[:2], target_N, bias_V=leaves[2], **settings, **options).backward(upstream_N)
 
-    extra = peak_allocated(lambda: step(token_logps, tile_N=tile_N, tile_V=tile_V)) - gradients - operands_and_sums
-    assert extra <= 2 * tile + token_vectors, extra / tile
-    for x in leaves:
-        if x is not None:
-            x.grad = None
+    for keep, matrix in ((0, 0), (N * V, 4 * N * V)):
+        peak = peak_allocated(lambda keep=keep: step(token_logps, tile_N=tile_N, tile_V=tile_V, keep=keep))
+        extra = peak - gradients - operands_and_sums - matrix
+        assert extra <= 2 * tile + token_vectors, (keep, extra / tile)
+        for x in leaves:
+            if x is not None:
+                x.grad = None
     assert peak_allocated(lambda: step(token_logps_naive)) > 2 * 4 * N * V  # the counter does see N x V matrices
 
 
