@@ -9,15 +9,17 @@ import pytest
 from rpo import metrics
 from tests.conftest import command, script_env, tiny_args
 
+GRID = ("loss=rpo_sum", "sample_every=2", "data.max_length=512")
 SHORT = ("batch_size=8", "max_steps=3", "log_every=1", "eval_every=0")
 
 
-def sweep(tiny, tmp_path, *more, ranks=1):
+def sweep(tiny, tmp_path, *more, ranks=1, cache=None):
     """The finished process of a multirun into tmp_path/sweep, started in a folder of its own."""
     cwd = tmp_path / "cwd"
     cwd.mkdir(exist_ok=True)
     args = command("train.py", "-m", *tiny_args(tiny, *SHORT, f"run_dir={tmp_path / 'sweep'}", *more), ranks=ranks)
-    done = subprocess.run(args, env=script_env(), cwd=cwd, capture_output=True, text=True, timeout=200)
+    env = script_env(**({"RPO_CACHE": str(cache)} if cache else {}))
+    done = subprocess.run(args, env=env, cwd=cwd, capture_output=True, text=True, timeout=200)
     assert not list(cwd.iterdir()), "a run litters the folder that it is started in"
     return done
 
@@ -32,15 +34,22 @@ def rows(folder):
     return table
 
 
-def test_a_grid_becomes_a_table(tiny, tmp_path):
-    """beta x eta makes four numbered runs, a row each with its overrides and last evaluation, and a heat map."""
-    done = sweep(tiny, tmp_path, "loss=rpo_sum", "loss.beta=0.02,0.1", "loss.eta=0,0.005")
+@pytest.fixture(scope="module")
+def grid(tiny, tmp_path_factory):
+    """A 3 x 4 sweep over beta and eta from an empty cache: its folder's parent, and the finished process."""
+    base = tmp_path_factory.mktemp("grid")
+    return base, sweep(tiny, base, *GRID, "loss.beta=0.02,0.1,0.5", "loss.eta=0,0.02,0.1,0.5", cache=base / "cache")
+
+
+def test_a_grid_becomes_a_table(grid):
+    """beta x eta makes twelve numbered runs, a row each with its overrides and last evaluation, and a heat map."""
+    base, done = grid
     assert done.returncode == 0, done.stderr[-2000:]
-    folder = tmp_path / "sweep"
+    folder = base / "sweep"
     table = rows(folder)
     cells = [(row["cell"], row["loss"], row["loss.beta"], row["loss.eta"], row["state"], row["step"]) for row in table]
-    grid = [("0.02", "0"), ("0.02", "0.005"), ("0.1", "0"), ("0.1", "0.005")]
-    assert cells == [(i, "rpo_sum", *grid[i], "finished", 3) for i in range(4)]
+    expected = [(beta, eta) for beta in ("0.02", "0.1", "0.5") for eta in ("0", "0.02", "0.1", "0.5")]
+    assert cells == [(i, "rpo_sum", *expected[i], "finished", 3) for i in range(12)]
     for row in table:
         run = folder / str(row["cell"])
         last = metrics.read_jsonl(run / "metrics.jsonl")[-1]
@@ -48,10 +57,40 @@ def test_a_grid_becomes_a_table(tiny, tmp_path):
         assert row["eval/shift/chosen"] == last["shift/chosen"]
         assert (run / "model/model.safetensors").exists()
         assert f"beta: {row['loss.beta']}" in (run / "config.yaml").read_text()
-    assert len({row["eval/loss"] for row in table}) == 4
+    assert len({row["eval/loss"] for row in table}) == 12
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
-    again = sweep(tiny, tmp_path, "loss.beta=0.02,0.1")
+
+def test_cells_share_one_reference_pass_and_nothing_else(tiny, grid, tmp_path):
+    """Twelve cells score the reference once; the last logs, samples and saves, bit for bit, what a process of its own does."""
+    base, done = grid
+    assert [line for line in done.stdout.splitlines() if line.startswith("reference:")] == [
+        "reference: scored 40 of 40 train pairs, 0 from the cache",
+        "reference: scored 12 of 12 eval pairs, 0 from the cache",
+    ]
+    alone = [*tiny_args(tiny, *SHORT, *GRID), "loss.beta=0.5", "loss.eta=0.5", f"run_dir={tmp_path / 'alone'}"]
+    env = script_env(RPO_CACHE=str(base / "cache"))
+    done = subprocess.run(command("train.py", *alone), env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "reference: all 40 train pairs from the cache" in done.stdout
+    folders = base / "sweep/11", tmp_path / "alone"
+    cell, fresh = ([facts(event) for event in metrics.read_jsonl(folder / "metrics.jsonl")] for folder in folders)
+    assert cell == fresh and len(cell) == 5
+    for name in ("samples.jsonl", "model/model.safetensors"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def facts(event):
+    """An event without what the clock says."""
+    return {name: value for name, value in event.items() if name != "time" and not name.startswith("perf/")}
+
+
+def test_a_folder_with_a_sweep_is_refused(tiny, grid):
+    """A second sweep into the same folder ends before its first cell, and the first's table stays."""
+    base, _ = grid
+    folder = base / "sweep"
+    table = rows(folder)
+    again = sweep(tiny, base, "loss.beta=0.02,0.1")
     assert again.returncode == 2
     assert (
         again.stderr == f"error: run_dir={folder}: already holds a run (sweep.json); give another folder or remove it\n"
