@@ -83,9 +83,8 @@ def evaluate(cfg: Eval) -> str:
                     probe = packing.plan_step(
                         rows, np.arange(min(8, len(rows))), layout="padded", budget=cfg.tokens_per_microbatch
                     )
-                    floor = score.noise_floor(
-                        policy, rows, probe.microbatches[0][0], device, positions=models.positions_of(hf)
-                    )
+                    how = {"positions": models.positions_of(hf), "compute_dtype": compute}
+                    floor = score.noise_floor(policy, rows, probe.microbatches[0][0], device, **how)
                     noise_floors[path] = floor
                     result, made = pairs.evaluate(
                         policy, reference, rows, beta=betas[path], noise_floor=floor, **budget, **where

@@ -59,6 +59,8 @@ def train(cfg: Train) -> str:
         raise UserError(f"batch_size={cfg.batch_size}: fewer pairs than the {dist.world_size()} ranks; raise it")
     if cfg.fsdp.cpu_offload and device.type == "cpu":
         raise UserError("fsdp.cpu_offload=true: there is no GPU to offload from; set it to false")
+    if cfg.optim.state_dtype == "bfloat16" and device.type == "cpu":
+        raise UserError("optim.state_dtype=bfloat16: the CPU's fused AdamW has no such moments; use float32")
     run_dir = rundir.choose(cfg.run_dir, f"{cfg.loss.preference}_{cfg.loss.sft}")
     embedded = cfg.data.train == "gold"
     if embedded:

@@ -12,6 +12,10 @@ from rpo.losses import PairLogps
 from rpo.models import Policy
 from rpo.packing import Batch
 
+# Nats per token that rounding may always explain, however few bits moved in a measurement: 8 ulps of the log-probs; in
+# bfloat16 1/16 ulp of what enters the head.
+LEAST_NOISE = {torch.float64: 2**-49, torch.float32: 2**-20, torch.bfloat16: 2**-11}
+
 
 def score(policy: Policy, reference: Policy | None, batch: Batch) -> PairLogps:
     """The batch's pairs under both models; gradients flow to `policy` unless the caller has turned them off.
@@ -35,19 +39,26 @@ def score(policy: Policy, reference: Policy | None, batch: Batch) -> PairLogps:
 
 @torch.no_grad()
 def noise_floor(
-    policy: Policy, rows: packing.RowsLike, indices: np.ndarray, device: torch.device, *, positions: int
+    policy: Policy,
+    rows: packing.RowsLike,
+    indices: np.ndarray,
+    device: torch.device,
+    *,
+    positions: int,
+    compute_dtype: torch.dtype,
 ) -> float:
     """Nats per scored token by which one text's log-probs move with padding and batch make-up alone.
 
     The mean |difference| over the scored tokens of `indices`, scored in one batch and again one pair at a time with
-    17 more columns of padding (fewer where the model's `positions` end). What "equal" means on these weights, in this dtype, on this device.
+    17 more columns of padding (fewer where the model's `positions` end), and at least LEAST_NOISE. What "equal" means on
+    these weights, in this dtype, on this device.
     """
     together_S = _responses(policy, packing.padded_batch(rows, indices).to(device))
     extra = min(17, positions - packing.longest(rows))
     alone = [packing.padded_batch(rows, indices[i : i + 1], extra=extra).to(device) for i in range(len(indices))]
     apart = [_responses(policy, batch) for batch in alone]
     apart_S = [pair[side] for side in range(len(apart[0])) for pair in apart]
-    return (torch.cat(together_S) - torch.cat(apart_S)).abs().mean().item()
+    return max((torch.cat(together_S) - torch.cat(apart_S)).abs().mean().item(), LEAST_NOISE[compute_dtype])
 
 
 def _responses(policy: Policy, batch: Batch) -> list[Tensor]:

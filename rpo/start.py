@@ -70,7 +70,8 @@ def ready(
     )
     indices = data.step_rows(0, len(rows), NUM_PROBE_PAIRS, cfg.seed)
     probe = packing.plan_step(rows, indices, layout="padded", budget=cfg.tokens_per_microbatch).microbatches[0][0]
-    noise_floor = dist.broadcast(score.noise_floor(policy, rows, probe, device, positions=models.positions_of(configs)))
+    how = {"positions": models.positions_of(configs), "compute_dtype": compute}
+    noise_floor = dist.broadcast(score.noise_floor(policy, rows, probe, device, **how))
     if layout == "packed":  # again on these weights, this device, this backend, these rows
         gap = dist.broadcast(score.packed_gap(policy, rows, probe, device))
         differ = f"packed and padded differ by {gap:.1e} nats per token, rounding explains {noise_floor:.1e}"
