@@ -7,6 +7,7 @@
 `train` builds in order (processes, data, models, optimizer) and then loops: evaluate, sample, stop?, one update, log.
 """
 
+import gc
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +82,7 @@ def train(cfg: Train) -> str:
     longest = max(map(packing.longest, splits.values()))
     models.check_fit(configs, tokenizer, longest)
     for split in splits.values():
-        packing.check_budget(split, cfg.layout.kind, cfg.tokens_per_microbatch)
+        packing.check_budget(split, "padded" if cfg.layout.kind == "padded" else "packed", cfg.tokens_per_microbatch)
 
     with (
         rundir.recording(run_dir) as status,
@@ -97,12 +98,15 @@ def train(cfg: Train) -> str:
 
         # ---- models, and what the reference says of the rows: before the optimizer takes its memory ----------------------
         model_key = [data_key, cfg.model, cfg.fsdp, cfg.layout, cfg.compile, cfg.tokens_per_microbatch, cfg.seed]
+        model_key += [cfg.reference.path]  # its positions bound the probe's
         starts_as_reference = cfg.reference.path in (None, cfg.model.path)
         load = partial(start.ready, cfg, configs, rows, device, longest=longest)
         how = {"trainable": True, "identify": cached and starts_as_reference, "keep_state": sweep.in_sweep()}
         beginning = sweep.once("policy", [model_key, how], lambda: load("model.path", cfg.model.path, **how))
         if sweep.in_sweep():
             start.restore(beginning)
+        for split in splits.values():  # again, because layout=auto may have come to padded
+            packing.check_budget(split, beginning.layout, cfg.tokens_per_microbatch)
 
         def load_reference() -> start.Ready:
             path = cfg.reference.path or cfg.model.path
@@ -117,6 +121,7 @@ def train(cfg: Train) -> str:
             looked_up = sweep.once("reference", [model_key, cfg.reference], look_up)
             splits = {name: replace(split, ref_logps=looked_up[name][0]) for name, split in splits.items()}
             rows, eval_rows = splits["train"], splits.get("eval")
+            gc.collect()  # a reference with a path of its own was resident until here, and is full of cycles
         if preference and (embedded or not cached):  # the embedded task's KL needs more than log-probs of rows
             frozen = sweep.once("frozen", [model_key, cfg.reference], load_reference)
         policy, noise_floor = beginning.policy, beginning.noise_floor
@@ -181,6 +186,7 @@ def train(cfg: Train) -> str:
         interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file gets few lines
         progress = tqdm(total=total_steps, unit="step", disable=not dist.is_main(), mininterval=interval)
         upcoming = worker.submit(prepare, 0)
+        interrupt.defer()
         for step in range(total_steps + 1):
             last = step == total_steps
             eval_now = step == 0 or last or (cfg.eval_every and step % cfg.eval_every == 0)

@@ -9,7 +9,7 @@ Letters: H heads, T tokens of the row, D width of a head, S segments, K keys (a 
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,9 @@ class Segments:
     key_starts_S: Tensor  # int32, the same for its keys
     pair_T: Tensor  # which pair a column belongs to
     branch_T: Tensor  # 0 prompt, 1 chosen, 2 rejected
+
+    def to(self, device: torch.device) -> "Segments":
+        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
 
     @functools.cached_property
     def block_mask(self) -> BlockMask:
@@ -132,12 +135,12 @@ def flex(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, softcap: float | None
 ) -> Tensor:
     """The whole row by FlexAttention, with a block mask made once per row."""
-
-    def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
     options = {"scale": scale, "block_mask": segments.block_mask, "enable_gqa": query.shape[1] != key.shape[1]}
-    return _compiled_flex()(query, key, value, score_mod=None if softcap is None else capped, **options)
+    if softcap is not None:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        cap = torch.full((), softcap, dtype=wide, device=query.device)  # a plain number breaks its lowering
+        options["score_mod"] = lambda score, *_: cap * torch.tanh(score / cap)
+    return _compiled_flex()(query, key, value, **options)
 
 
 @functools.cache
@@ -153,7 +156,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    _attention_mask: None,
+    attention_mask: None,  # always: who sees whom is in `segments`
     *,
     segments: Segments,
     backend: str,

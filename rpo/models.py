@@ -235,6 +235,8 @@ def probe(lm: PreTrainedModel, *, key: str) -> None:
     the same fp32 weights, so only rounding is allowed: 1e-5 of the largest logit.
     """
     lm.eval()
+    if lm.base_model is lm:  # Llama 4
+        raise UserError(f"{key}: {type(lm).__name__} names no backbone to take hidden states from")
     vocab_size = lm.get_output_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     input_ids_BT = torch.randint(vocab_size, (2, 16), generator=generator)
@@ -267,8 +269,12 @@ def why_not_packed(lm: PreTrainedModel, longest: int) -> str | None:
     the run (P + max(C, R)): the model's sliding window must not be shorter.
     """
     config = lm.config.get_text_config()
-    if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])  # Mistral's window is in every layer
+    if other := kinds - {"full_attention", "sliding_attention"}:
         return f"it has {', '.join(sorted(other))} layers"
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in kinds and window is not None and window < longest:  # PhiMoE does not tell `attend`
+        return f"a layer sees {window} tokens back, the longest text has {longest}"
     ids = torch.randint(config.vocab_size, (40,), generator=torch.Generator().manual_seed(0)).numpy()
     triples = [tuple(np.split(ids[:23], [6, 15])), tuple(np.split(ids[23:], [9, 11]))]
     lengths = (np.array(column) for column in zip(*(map(len, triple) for triple in triples), strict=True))

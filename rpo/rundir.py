@@ -135,13 +135,19 @@ def recording(folder: Path) -> Iterator[Status]:
 
 
 class Interrupt:
-    """SIGINT once sets `received`, for the loop to end after the step in hand; twice raises KeyboardInterrupt."""
+    """From `defer` on SIGINT once sets `received`, for the loop to end after the step in hand; twice raises KeyboardInterrupt.
+
+    Before, it raises at once: while models load and the reference is scored nothing is there to be saved.
+    """
 
     received = False
 
     def __enter__(self) -> "Interrupt":
-        self.before = signal.signal(signal.SIGINT, self._receive)
+        self.before = signal.getsignal(signal.SIGINT)
         return self
+
+    def defer(self) -> None:
+        signal.signal(signal.SIGINT, self._receive)
 
     def _receive(self, _signum: int, _frame: object) -> None:
         self.received = True
