@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import data, report, step, systems
+from bench import data, logprobs, report, step, systems
 from rpo.config import UserError
+from rpo.logprobs import token_logps_naive
 from rpo.metrics import ModelSize
 
 TINY = {"model_type": "llama", "vocab_size": data.VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
@@ -74,3 +75,65 @@ def test_all_forms_run_and_agree(group, monkeypatch):
     unique = sum(map(np.sum, work.lengths(1)))
     tokens = sum(batch_BT.numel() for batch_BT in systems.dense_rows(work, 1))
     assert rates["pairs_per_second"] is None and tokens <= unique < tokens + 2
+
+
+# (300, 16, 4000): large enough for our tiles, a million logits.
+HEAD_SHAPE = (300, 16, 4000)
+
+
+def test_exact_log_probs_in_blocks():
+    """The truth that heads are held to, made block by block, is one float64 pass of log_softmax."""
+    problem = logprobs.make_problem(HEAD_SHAPE, torch.bfloat16, torch.device("cpu"))
+    hidden_ND, head_VD = (x.detach().double().requires_grad_() for x in problem[:2])
+    logps_N = (hidden_ND @ head_VD.T).log_softmax(1)[range(300), problem.target_N]
+    whole = logps_N, *torch.autograd.grad(logps_N, (hidden_ND, head_VD), problem.upstream_N.double())
+    for block, truth in zip(logprobs.exact(problem, rows=77), whole, strict=True):
+        torch.testing.assert_close(block, truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_head_is_the_same_function(dtype):
+    """Ours and peers' log-probs and both gradients are float64's, up to what their products' dtype rounds."""
+    found, absent = logprobs.heads(torch.device("cpu"), dtype, HEAD_SHAPE)
+    del found["ours, compiled"]  # takes long; tests/test_logprobs.py compiles
+    problem = logprobs.make_problem(HEAD_SHAPE, dtype, torch.device("cpu"))
+    results, failed = logprobs.measure(found, problem, rounds=1)
+    assert not failed and results.keys() == found.keys() and any(line.startswith("Liger") for line in absent)
+    logp, grad = (1e-4, 1e-5) if dtype == torch.float32 else (0.2, 2**-6)
+    for name, r in results.items():
+        assert r.logp_error_mean <= r.logp_error_max <= logp, name
+        assert r.hidden_grad_error <= grad and r.head_grad_error <= grad, name
+        assert r.seconds and r.cpu_seconds, name
+    matrix = 4 * HEAD_SHAPE[0] * HEAD_SHAPE[2]
+    assert results["naive"].peak_bytes > 2 * matrix > results["ours, keeping logits"].peak_bytes >= matrix
+
+
+def test_wrong_and_broken_heads_show():
+    """A gradient of twice the size is an error of 1, a shifted log-prob its shift, and one that raises is named."""
+
+    def twice(*inputs):
+        logps_N = token_logps_naive(*inputs)
+        return 2 * logps_N - logps_N.detach() - 0.5
+
+    def broken(*inputs):
+        raise ValueError("no kernel for this device")
+
+    problem = logprobs.make_problem(HEAD_SHAPE, torch.float32, torch.device("cpu"))
+    found = {"naive": token_logps_naive, "twice": twice, "broken": broken}
+    results, failed = logprobs.measure(found, problem, rounds=1)
+    assert failed == ["broken: ValueError: no kernel for this device"] and list(results) == ["naive", "twice"]
+    r = results["twice"]
+    assert [r.hidden_grad_error, r.head_grad_error] == pytest.approx([1, 1], abs=1e-4)
+    assert [r.logp_error_max, r.logp_error_mean] == pytest.approx([0.5, 0.5], abs=1e-4)
+
+
+def test_peak_of_memory_by_hand():
+    """Two MiB at once and then one: a peak of two."""
+
+    def function():
+        a = torch.empty(2**18)
+        b = torch.empty(2**18)
+        del a, b
+        return torch.empty(2**18)
+
+    assert logprobs.peak_bytes(torch.device("cpu"), function) == 2 * 2**20
