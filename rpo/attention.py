@@ -8,6 +8,7 @@ Letters: H heads, T tokens of the row, D width of a head, S segments, K keys (a 
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -185,7 +186,12 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, softcap: float
         if reason := _refusal(wanted, device, dtype, softcap):
             raise UserError(f"layout.attention={wanted}: {reason}; use layout.attention=auto")
         return wanted
-    return next(name for name in BACKENDS if not _refusal(name, device, dtype, softcap))
+    for name in BACKENDS:
+        if not (reason := _refusal(name, device, dtype, softcap)):
+            return name
+        if device.type == "cuda":  # on a CPU there is nothing to be missed
+            warnings.warn(f"packed rows do without {name} attention: it {reason}", stacklevel=2)
+    raise AssertionError("sdpa is never refused")
 
 
 @functools.cache

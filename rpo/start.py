@@ -66,7 +66,7 @@ def ready(
         compute_dtype=compute,
         compile=cfg.compile,
         trainable=trainable,
-        attention=cfg.layout.attention,
+        attention=cfg.layout.attention if layout == "packed" else "sdpa",
     )
     indices = data.step_rows(0, len(rows), NUM_PROBE_PAIRS, cfg.seed)
     probe = packing.plan_step(rows, indices, layout="padded", budget=cfg.tokens_per_microbatch).microbatches[0][0]

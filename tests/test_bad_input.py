@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import re
+import shutil
 import subprocess
 
 import pytest
+import torch
 from hydra.errors import HydraException
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
 import train
-from rpo import dist
+from rpo import dist, reference, rundir
 from rpo.config import UserError
 from tests.conftest import (
     command,
@@ -60,6 +63,9 @@ def refusal(tiny, tmp_path, *more):
         ("data.max_length=1", "data.max_length=1: expected at least 2"),
         ("data.truncation=left", "data.truncation='left': expected drop|prompt_left|response_right"),
         ("data.template_date=today", "data.template_date='today': expected a date as YYYY-MM-DD"),
+        ("layout.kind=ragged", "layout.kind='ragged': expected auto|packed|padded"),
+        ("layout.attention=flash", "layout.attention='flash': expected auto|varlen|flex|sdpa"),
+        ("optim.state_dtype=float16", "optim.state_dtype='float16': expected float32|bfloat16"),
         ("fsdp.reshard_after_forward=2", "fsdp.reshard_after_forward=2: expected true or false"),
         ("+loss.gamma=1", "loss.gamma: no such key; the keys here are beta"),
         ("data.eval=gold", "data.eval=gold with data.train="),
@@ -220,6 +226,83 @@ def test_rows_longer_than_the_model(tiny, tmp_path):
     path = write_jsonl(tmp_path / "long.jsonl", [GOOD | {"chosen": "ba " * 200}])
     found = refusal(tiny, tmp_path, f"data.train={path}")
     assert found.startswith("data.max_length: a row of ") and found.endswith("set data.max_length=128 or less")
+
+
+@pytest.mark.parametrize(("layout", "least"), [("auto", 46), ("packed", 46), ("padded", 64)])
+def test_a_budget_below_the_largest_pair(layout, least, tiny, tmp_path):
+    """tokens_per_microbatch names the pair that is largest in this layout, and its size."""
+    found = refusal(tiny, tmp_path, f"layout={layout}", "data.eval=null", f"tokens_per_microbatch={least - 1}")
+    line = re.fullmatch(
+        rf"tokens_per_microbatch={least - 1}: the pair at {tiny / 'train.jsonl.gz'}:(\d+) has {least} tokens in "
+        rf"layout={layout.replace('auto', 'packed')}; set it to {least} or more, or lower data.max_length", found,
+    )  # fmt: skip
+    assert line is not None, found
+    row = make_rows_json(40)[int(line[1]) - 1]
+    prompt, *responses = (len(text.split()) for text in (row["prompt"][0]["content"], row["chosen"], row["rejected"]))
+    prompt, responses = prompt + 3, [words + 1 for words in responses]  # <bos> [user] ... [assistant], and <end>
+    assert least == (2 * (prompt + max(responses)) if layout == "padded" else prompt + sum(responses))
+
+
+def test_a_budget_of_the_largest_pair(tiny, tmp_path):
+    """The least value for packed rows runs; where layout=auto comes to padded the same line comes with its value."""
+    make_lm("stablelm").save_pretrained(tmp_path / "model")
+    for name, path in (("packed", tiny / "model"), ("padded", tmp_path / "model")):
+        more = (f"model.path={path}", f"model.tokenizer={tiny / 'model'}", f"run_dir={tmp_path / name}")
+        cfg = settings(*tiny_args(tiny, "tokens_per_microbatch=46", "max_steps=1", "data.eval=null", *more))
+        try:
+            if name == "packed":
+                assert train.train(cfg) == "finished"
+            else:
+                with pytest.raises(UserError, match="46: .* has 64 tokens in layout=padded; set it to 64 or more"):
+                    train.train(cfg)
+        finally:
+            dist.shutdown()
+
+
+def test_what_this_device_lacks(tiny, tmp_path, monkeypatch):
+    """On a CPU CUDA's attention and bf16 moments are refused before the data is read; padded rows ask for neither."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("varlen", "flex"):
+        found = refusal(tiny, tmp_path, f"layout.attention={name}", "data.train=MISSING.jsonl")
+        needs = "needs a CUDA device, this one is cpu"
+        assert found == f"layout.attention={name}: {needs}; use layout.attention=auto"
+    found = refusal(tiny, tmp_path, "optim.state_dtype=bfloat16", "data.train=MISSING.jsonl")
+    assert found == "optim.state_dtype=bfloat16: the CPU's fused AdamW has no such moments; use float32"
+    found = refusal(tiny, tmp_path, "layout=padded", "layout.attention=varlen", "data.train=MISSING.jsonl")
+    assert found.startswith("MISSING.jsonl: no such file")
+
+
+def test_a_model_that_a_preference_run_made(tiny, tmp_path):
+    """It is not silently its own reference: refused without reference.path, and trained with one, were it itself."""
+    made, file = tmp_path / "first/model", tmp_path / "first/config.yaml"
+    shutil.copytree(tiny / "model", made)
+    file.write_text("loss: {preference: sigmoid}\n")
+    found = refusal(tiny, tmp_path, f"model.path={made}")
+    assert found.startswith(f"reference.path=null with model.path={made}: a preference run made it"), found
+    assert "give reference.path, the run's own to go on with it, or model.path again for a new round" in found
+    for name, path in (("on", tiny / "model"), ("round", made)):
+        more = (f"model.path={made}", f"reference.path={path}", "max_steps=1", f"run_dir={tmp_path / name}")
+        try:
+            assert train.train(settings(*tiny_args(tiny, *more))) == "finished"
+        finally:
+            dist.shutdown()
+    file.write_text("loss: {preference: none}\n")
+    rundir.check_starting_model(str(made))  # what supervised training made is a start like any other
+
+
+def test_a_reference_cache_that_can_not_be_written(tiny, tmp_path, monkeypatch):
+    """reference.cache_dir is refused before the pass, with the room that is needed; the run's status says why."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(reference, "_fill", lambda *_: pytest.fail("the pass began"))
+    key = f"reference.cache_dir={tmp_path / 'file'}"
+    message = rf"{key}: can not be written \(.*\), 0.1 MiB are needed; give another folder"
+    try:
+        with pytest.raises(UserError, match=f"^{message}$"):
+            train.train(settings(*tiny_args(tiny, key, f"run_dir={tmp_path / 'run'}")))
+    finally:
+        dist.shutdown()
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 0) and re.search(message, status["reason"])
 
 
 def test_where_it_runs(tiny, tmp_path, monkeypatch):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from rpo import dist
-from tests.conftest import command, make_lm, make_tokenizer, script_env, tiny_args
-from tests.step_gradient import LOSS, VOCABULARY, moved_copy, rows, step_gradient
+from rpo import dist, packing
+from tests.conftest import command, float64_throughout, make_lm, make_tokenizer, script_env, tiny_args
+from tests.step_gradient import LOSS, VOCABULARY, logp, moved_copy, reference_logps, rows, step_gradient
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -28,47 +28,54 @@ def relative(a, b):
 def naive_gradient():
     """The same step by one plain loop: one response at a time, full logits, the formulas written out; float64."""
     lm = make_lm(vocab_size=VOCABULARY).double()
-    reference = moved_copy(lm)
-
-    def logp(model, prompt, response):
-        ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
-        logps = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-        return logps[len(prompt) - 1 :].sum()
-
-    dpo = nll = 0
-    for i in range(8):
-        prompt, chosen, rejected = rows().row(i)
-        with torch.no_grad():
-            ref_margin = logp(reference, prompt, chosen) - logp(reference, prompt, rejected)
-        chosen_logp = logp(lm, prompt, chosen)
-        dpo = dpo - F.logsigmoid(LOSS.beta * (chosen_logp - logp(lm, prompt, rejected) - ref_margin))
-        nll = nll - chosen_logp
-    (dpo / 8 + LOSS.eta * nll / int(rows().chosen.sum())).backward()
+    with float64_throughout():
+        ref_logps = reference_logps(moved_copy(lm))
+        dpo = nll = 0
+        for i in range(8):
+            prompt, chosen, rejected = rows().row(i)
+            chosen_logp = logp(lm, prompt, chosen)
+            margin = chosen_logp - logp(lm, prompt, rejected) - (ref_logps[i, 0] - ref_logps[i, 1])
+            dpo = dpo - F.logsigmoid(LOSS.beta * margin)
+            nll = nll - chosen_logp
+        (dpo / 8 + LOSS.eta * nll / int(rows().chosen.sum())).backward()
     return {f"lm.{name}": param.grad for name, param in lm.named_parameters()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_one_gradient_under_any_cut(group, dtype):
-    """1x8, 8x1, 3+5 by hand, a token budget, sharded accumulation and checkpointing all equal the naive loop."""
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_one_gradient_under_any_cut(group, layout, dtype):
+    """1x8, 8x1, 3+5 by hand, token budgets, sharded accumulation, checkpointing, a cached reference: the naive loop's.
+
+    28 tokens are the longest pair's, which fills its packed row; others stand alone or together.
+    """
     expected = naive_gradient()
     one_by_one, three_five = [[i] for i in range(8)], [[0, 3, 6], [1, 2, 4, 5, 7]]
-    cases = [{}, {"cuts": one_by_one}, {"cuts": three_five}, {"budget": 70}]
+    cases = [{}, {"cuts": one_by_one}, {"cuts": three_five}, {"budget": 70}, {"budget": 28}, {"cached": True}]
     cases += [{"budget": 70, "accumulate": "sharded"}, {"checkpointing": "full"}, {"checkpointing": "selective"}]
+    cases += [{"budget": 28, "accumulate": "sharded", "checkpointing": "full", "cached": True}]
     for case in cases:
-        assert relative(step_gradient(dtype, **case), expected) <= TOLERANCE[dtype], case
+        assert relative(step_gradient(dtype, layout=layout, **case), expected) <= TOLERANCE[dtype], case
 
 
-@pytest.mark.parametrize(("accumulate", "dtype"), [("unsharded", torch.float64), ("sharded", torch.float32)])
-def test_two_ranks_have_the_gradient_of_one(group, tmp_path, accumulate, dtype):
+@pytest.mark.parametrize(
+    ("accumulate", "dtype", "layout", "budget"),
+    [("unsharded", torch.float64, "packed", 40), ("sharded", torch.float32, "padded", 54)],
+)
+def test_two_ranks_have_the_gradient_of_one(group, tmp_path, accumulate, dtype, layout, budget):
     """Two gloo ranks, several micro-batches each, one with a filler: the naive loop's gradient to the dtype's bound."""
+    how = {"layout": layout, "budget": budget, "world_size": 2}
+    plans = [packing.plan_step(rows(), np.arange(8), rank=rank, **how) for rank in range(2)]
+    weights = [[weight for _, weight in plan.microbatches] for plan in plans]
+    assert len(weights[0]) > 1 and 0 in weights[0] + weights[1], weights
     out = tmp_path / "gradients.pt"
-    args = command("tests/step_gradient.py", out, str(dtype).removeprefix("torch."), 110, accumulate, ranks=2)
+    what = (str(dtype).removeprefix("torch."), budget, accumulate, layout)
+    args = command("tests/step_gradient.py", out, *what, ranks=2)
     subprocess.run(args, env=script_env(), check=True, capture_output=True, timeout=120)
     assert relative(torch.load(out), naive_gradient()) <= TOLERANCE[dtype]
 
 
 def test_two_ranks_make_the_run_of_one(tiny, tmp_path):
-    """torchrun with two ranks and the live reference logs one process's losses to 1e-4 relative over 20 steps.
+    """torchrun with two ranks logs one process's losses to 1e-4 relative over 20 steps; packed, and each scores its cache.
 
     A tied model, an epoch whose last step has fewer pairs (1) than ranks, and sampling on the way; the saved folder
     has the same tensors and the same answers.
@@ -83,10 +90,14 @@ def test_two_ranks_make_the_run_of_one(tiny, tmp_path):
             "tokens_per_microbatch=150",
             "sample_every=20",
             f"run_dir={run_dir}",
+            f"reference.cache_dir={tmp_path / f'cache{ranks}'}",
         ]
         done = subprocess.run(command("train.py", *args, ranks=ranks), env=script_env(), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         runs.append([json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()])
+        environment = json.loads((run_dir / "environment.json").read_text())
+        assert (environment["layout"], environment["world_size"]) == ("packed", ranks)
+        assert {name: found["scored"] for name, found in environment["reference"].items()} == {"train": 40, "eval": 12}
     one, two = runs
     assert [(e["split"], e["step"], e["pairs"]) for e in one] == [(e["split"], e["step"], e["pairs"]) for e in two]
     for a, b in zip(one, two, strict=True):

@@ -1,6 +1,12 @@
 """rpo.models: our log-probs are the model's own, in every proven family, sharded or not; what is not so is refused."""
 
 import dataclasses
+import gzip
+import json
+import os
+import re
+from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,14 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
-from rpo import dist, logprobs, models, packing
+from rpo import data, dist, logprobs, models, packing
 from rpo.config import Fsdp, UserError
 from rpo.models import Policy
-from tests.conftest import FAMILIES, SIZES, make_lm, make_tokenizer
+from tests.conftest import FAMILIES, float64_throughout, make_lm, make_tokenizer, settings
+from tests.templates import FORMATS, tokenizer_for
 from tests.test_packing import LENGTHS, make_rows
 
 FSDP = Fsdp(activation_checkpointing="none", reshard_after_forward=True, accumulate="unsharded", cpu_offload=False)
 VOCABULARY = len(make_tokenizer())
+OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
+LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
 
 
 @pytest.fixture
@@ -51,10 +60,10 @@ def gradients(model, logps_N):
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad.clone() for name, grad in grads.items()}
 
 
-def assert_same_gradients(ours, own):
+def assert_same_gradients(ours, own, tolerance=1e-5):
     gap = sum(((ours[name] - grad).double() ** 2).sum() for name, grad in own.items()).sqrt()
     assert ours.keys() == own.keys()
-    assert gap <= 1e-5 * sum((grad.double() ** 2).sum() for grad in own.values()).sqrt()
+    assert gap <= tolerance * sum((grad.double() ** 2).sum() for grad in own.values()).sqrt()
 
 
 def prepared(lm, device, **fsdp):
@@ -62,24 +71,10 @@ def prepared(lm, device, **fsdp):
     return models.prepare(lm, dist.mesh(device), dataclasses.replace(FSDP, **fsdp), **options)
 
 
-def make_phi():
-    """A model whose head has a bias."""
-    return models.build(AutoConfig.for_model("phi", vocab_size=VOCABULARY, pad_token_id=0, **SIZES), 0, torch.float32)
-
-
-def make(family):
-    if family != "phi":
-        return make_lm(family)
-    lm = make_phi()
-    with torch.no_grad():
-        lm.lm_head.bias.normal_(generator=torch.Generator().manual_seed(0))
-    return lm
-
-
 @pytest.mark.parametrize("family", [*FAMILIES, "phi"])
 def test_logps_are_the_models_own(family, small_tiles):
     """Values (to 1e-6 of the logits' size) and gradients (1e-5) of a padded batch equal the library's logits row by row."""
-    lm = make(family)
+    lm = make_lm(family)
     models.probe(lm, key="model.path")
     batch, alone = ragged()
     logps_N = Policy(lm, compile_tiles=False)(batch)
@@ -90,10 +85,117 @@ def test_logps_are_the_models_own(family, small_tiles):
     assert_same_gradients(ours, own)
 
 
+# P, C, R: a one-token prompt, one-token responses, and in rows of 15 tokens one that the longest pair fills by itself.
+PACKED = [(3, 2, 5), (5, 5, 5), (1, 4, 3), (2, 4, 1), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("family", [*FAMILIES, "phi", "starcoder2", "opt"])
+def test_packed_logps_are_the_models_own(family, dtype):
+    """Three packed rows have the values and gradients of each response by itself: float64 to 1e-12, fp32 to 1e-5."""
+    lm = make_lm(family, **OPT if family == "opt" else {})
+    assert models.why_not_packed(lm, longest=128) is None
+    rows, policy = make_rows(PACKED, vocab_size=VOCABULARY), Policy(lm.to(dtype), compile_tiles=False)
+    parts = [members for members, _ in packing.plan_step(rows, np.arange(5), layout="packed", budget=15).microbatches]
+    assert [part.tolist() for part in parts] == [[1], [0, 4], [2, 3]]
+    with float64_throughout() if dtype == torch.float64 else nullcontext():
+        texts = [(rows.row(i)[0], rows.row(i)[side]) for part in parts for side in (1, 2) for i in part]
+        alone = [(torch.from_numpy(np.concatenate(text).astype(np.int64)), len(text[0])) for text in texts]
+        own_N = own_logps(lm, alone)
+        own = gradients(lm, own_N)
+        packed_N = torch.cat([policy(packing.packed_batch(rows, part)) for part in parts])
+        ours = gradients(lm, packed_N)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert packed_N.dtype == dtype and (packed_N - own_N).norm() <= tolerance * own_N.norm()
+    assert_same_gradients(ours, own, tolerance)
+
+
+@pytest.mark.skipif("RPO_TEST_DATA" not in os.environ, reason="RPO_TEST_DATA names no folder with real data")
+def test_real_pairs_packed_are_padded(tmp_path):
+    """32 real pairs of HH's lengths: packed and padded micro-batches have one value and one gradient, float64 to 1e-12."""
+    path = Path(os.environ["RPO_TEST_DATA"], "hh_rlhf_helpful_test", "pairs.jsonl.gz")
+    with gzip.open(path, "rt") as stream:
+        texts = [json.loads(line)["chosen"] for line, _ in zip(stream, range(200), strict=False)]
+    tokenizer = tokenizer_for(FORMATS["llama3"], texts=texts, vocab_size=600)
+    cfg = settings(f"data.train={path}", "data.eval=null", "model.path=any").data
+    rows, _ = data.load(str(path), cfg, tokenizer, pairs=True, cache_dir=tmp_path)
+    longest = packing.longest(rows)
+    lm = make_lm(vocab_size=len(tokenizer), max_position_embeddings=longest).double()
+    assert models.why_not_packed(lm, longest) is None
+    policy, some = Policy(lm, compile_tiles=False), np.random.default_rng(0).choice(len(rows), 32, replace=False)
+    budget = int(2 * max(rows.prompt[i] + max(rows.chosen[i], rows.rejected[i]) for i in some))
+    found = {}
+    with float64_throughout():
+        for layout in ("padded", "packed"):
+            lm.zero_grad()
+            plan = packing.plan_step(rows, some, layout=layout, budget=budget)
+            sums = np.zeros((len(rows), 2))
+            for members, _ in plan.microbatches:
+                batch = packing.make_batch(rows, members, layout)
+                sums_S = packing.response_sums(policy(batch), batch.length_S)
+                sign_S = torch.tensor([(-1) ** i for i in members] + [1] * len(members))  # by pair, not by place
+                (sign_S * sums_S).sum().backward()
+                sums[members] = sums_S.detach().reshape(2, -1).T.numpy()
+            found[layout] = sums, {name: param.grad.clone() for name, param in lm.named_parameters()}
+    (padded, own), (packed, ours) = found["padded"], found["packed"]
+    assert np.linalg.norm(packed - padded) <= 1e-12 * np.linalg.norm(padded)
+    assert_same_gradients(ours, own, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "reason"),
+    [
+        ("stablelm", {}, "missing 2 required keyword-only arguments: 'segments' and 'backend'"),  # drops arguments
+        ("falcon", {}, "NoneType"),  # does without the interface, and not without positions of its own
+        ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "differ by .* nats"),  # does without it
+        ("bloom", {}, "differ by .* nats"),  # counts distances by column
+        ("mamba", {"state_size": 4}, "it has linear_attention layers"),
+        ("gpt_oss", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, "differ by .* nats"),  # sinks
+        ("llama4_text", LLAMA4, "it has chunked_attention layers"),
+    ],
+)
+def test_why_not_packed(family, sizes, reason):
+    """A model that would be silently wrong on packed rows is found out, in one line, and scores padded rows as before."""
+    lm = make_lm(family, **sizes)
+    ids_BT = torch.arange(40).reshape(2, 20)
+    with torch.no_grad():
+        before_BTV = lm(input_ids=ids_BT, use_cache=False).logits
+        found = models.why_not_packed(lm, longest=40)
+        assert re.search(reason, found) and "\n" not in found, found
+        assert torch.equal(lm(input_ids=ids_BT, use_cache=False).logits, before_BTV)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("mistral", {}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
+        ("gemma2", {}),
+        ("phimoe", {"num_local_experts": 2}),  # does not tell the attention function
+    ],
+)
+def test_a_window_must_not_be_shorter_than_the_longest_text(family, sizes):
+    """A sliding window of 20 tokens admits texts of 20, where packed rows score as padded ones do, and refuses 21."""
+    lm = make_lm(family, sliding_window=20, **sizes)
+    assert models.why_not_packed(lm, longest=20) is None
+    assert models.why_not_packed(lm, longest=21) == "a layer sees 20 tokens back, the longest text has 21"
+    rows, policy = make_rows([(10, 10, 10), (12, 3, 8)], vocab_size=VOCABULARY), Policy(lm, compile_tiles=False)
+    padded_N, packed_N = (policy(packing.make_batch(rows, np.arange(2), layout)) for layout in ("padded", "packed"))
+    torch.testing.assert_close(packed_N, padded_N, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_that_the_config_does_not_tell():
+    """One that only a layer knows of is found when the layer asks for attention, though the probe's texts are shorter."""
+    lm = make_lm("qwen2")
+    lm.model.layers[1].self_attn.sliding_window = 20
+    assert models.why_not_packed(lm, longest=20) is None
+    assert models.why_not_packed(lm, longest=21) == "a layer sees 20 tokens back, the longest text has 21"
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
 def test_sharded_logps_are_the_models_own(family, group, small_tiles):
     """The same through FSDP2 at degree 1, with a head of its own, a tied one and one with a bias."""
-    lm = make(family)
+    lm = make_lm(family)
     batch, alone = ragged()
     own_N = own_logps(lm, alone)
     own = gradients(lm, own_N)
@@ -107,7 +209,7 @@ def test_sharded_logps_are_the_models_own(family, group, small_tiles):
 @pytest.mark.parametrize("family", [*FAMILIES, "phi"])
 def test_saved_model_is_the_model(family, group, tmp_path):
     """from_pretrained gives back bit-equal logits, the tie, the tokenizer with its template and the generation config."""
-    lm = make(family)
+    lm = make_lm(family)
     lm.generation_config.max_new_tokens = 77
     tied = lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
     batch, _ = ragged()
@@ -129,7 +231,7 @@ def test_saved_model_is_the_model(family, group, tmp_path):
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "phi"])
 def test_probe_catches_a_head_read_wrong(family, monkeypatch):
     """Were a soft-cap, a scale or a bias skipped, loading would stop and name the model's class."""
-    lm = make(family)
+    lm = make_lm(family)
     monkeypatch.setattr(models, "head_of", lambda lm: models.Head(lm.get_output_embeddings().weight, {}))
     with pytest.raises(UserError, match=f"model.path=DIR: .*{type(lm).__name__} has a head that rpo does not compute"):
         models.probe(lm, key="model.path=DIR")
@@ -140,6 +242,13 @@ def test_probe_catches_a_head_of_another_kind():
     lm = make_lm()
     lm.lm_head.register_forward_hook(lambda _module, _args, logits: logits * 1.001)
     with pytest.raises(UserError, match="differ from the model's own by"):
+        models.probe(lm, key="model.path")
+
+
+def test_probe_refuses_a_model_without_a_backbone():
+    """Llama 4, whose class names no module that gives hidden states, is refused by name."""
+    lm = make_lm("llama4_text", **LLAMA4)
+    with pytest.raises(UserError, match="^model.path: Llama4ForCausalLM names no backbone to take hidden states from$"):
         models.probe(lm, key="model.path")
 
 

@@ -23,20 +23,22 @@ CFG = Optim(
     betas=[0.9, 0.99],
     weight_decay=0.1,
     max_grad_norm=1.0,
+    state_dtype="float32",
 )
+CPU = torch.device("cpu")
 
 
-def make_model(*, shard=True):
+def make_model(*, shard=True, device=CPU):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7), torch.nn.Linear(7, 3))
-    return fully_shard(model, mesh=dist.mesh(torch.device("cpu"))) if shard else model
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7), torch.nn.Linear(7, 3)).to(device)
+    return fully_shard(model, mesh=dist.mesh(device)) if shard else model
 
 
 def set_gradients(model, seed, poison=0.0):
     generator = torch.Generator().manual_seed(seed)
     for param in model.parameters():
-        grad = torch.randn(param.shape, generator=generator) + poison
+        grad = torch.randn(param.shape, generator=generator).to(param.device) + poison
         is_sharded = isinstance(param, DTensor)
         param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if is_sharded else grad
 
@@ -121,6 +123,42 @@ def test_a_flagged_step_changes_nothing(group):
         assert optimizer.state[ours]["step"] == other.state[theirs]["step"] == 3
         for moment in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(whole(optimizer.state[ours][moment]), whole(other.state[theirs][moment]))
+
+
+def test_bfloat16_moments_begin_at_zero(group):
+    """state_dtype=bfloat16 gives each parameter moments of half the bytes, and a step count of 0, sharded as it is."""
+    model = make_model()
+    optimizer = optim.adamw(model, replace(CFG, state_dtype="bfloat16"))
+    for param in model.parameters():
+        state = optimizer.state[param]
+        assert state["step"] == 0
+        for name in ("exp_avg", "exp_avg_sq"):
+            assert state[name].dtype == torch.bfloat16 and state[name].placements == param.placements
+            assert state[name].shape == param.shape and not whole(state[name]).any()
+    assert not optim.adamw(model, CFG).state
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_bfloat16_moments(group):
+    """Updates by moments that stay bfloat16 leave fp32 weights within 2% of the way that fp32 moments take them.
+
+    A flagged step leaves weights, moments and step count alone, NaN gradients or not.
+    """
+    models = [make_model(device=group) for _ in range(2)]
+    ours, theirs = optim.adamw(models[0], replace(CFG, state_dtype="bfloat16")), optim.adamw(models[1], CFG)
+    start = [whole(param).clone() for param in models[0].parameters()]
+    for step in range(6):
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            set_gradients(model, step)
+            optim.step_if_finite(optimizer, torch.tensor(False, device=group), 1e-2)
+            set_gradients(model, 99, math.nan)
+            optim.step_if_finite(optimizer, torch.tensor(True, device=group), 1e-2)
+    for half, full, begun in zip(*(model.parameters() for model in models), start, strict=True):
+        assert {ours.state[half][name].dtype for name in ("exp_avg", "exp_avg_sq")} == {torch.bfloat16}
+        assert half.dtype == torch.float32 and ours.state[half]["step"] == 6
+        gap, way = (whole(half) - whole(full)).norm(), (whole(full) - begun).norm()
+        assert 0 < gap <= 0.02 * way, (gap / way).item()
 
 
 def test_clip_grad_norm(group):

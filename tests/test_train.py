@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import time
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
-from rpo import data, dist, losses, metrics, models, packing
+from rpo import data, dist, losses, metrics, models, optim, packing
 from rpo.config import UserError
 from tests.conftest import (
     command,
@@ -69,6 +70,8 @@ def test_a_run_leaves_its_folder(finished):
     assert 0 <= environment["noise_floor"] < 1e-5
     assert environment["versions"]["torch"] == torch.__version__ and environment["command"]
     assert {"git_revision", "git_dirty", "device", "world_size"} <= environment.keys()
+    assert (environment["layout"], environment["attention"]) == ("packed", "sdpa")
+    assert {name: found["pairs"] for name, found in environment["reference"].items()} == {"train": 40, "eval": 12}
     report = json.loads((finished / "data_report.json").read_text())
     assert (report["train"]["kept"], report["eval"]["kept"]) == (40, 12)
     pictures = list((finished / "plots").iterdir())
@@ -86,6 +89,7 @@ def test_the_model_folder_loads_with_transformers(finished, tiny):
     assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
     assert tokenizer.chat_template == make_tokenizer().chat_template
     assert (finished / "model" / "generation_config.json").exists()
+    assert "rpo" not in (finished / "model" / "config.json").read_text(), "packed attention was saved with the model"
 
 
 def test_samples_are_answers_of_both_models(finished):
@@ -167,14 +171,44 @@ def test_supervised_training_from_random_weights(tiny, tmp_path):
     assert timeless(events) == timeless(metrics.read_jsonl(tmp_path / "b" / "metrics.jsonl"))
 
 
-def test_how_a_step_is_cut_does_not_matter(tiny, tmp_path):
-    """One pair per micro-batch, or all pairs in one: losses and gradient norms agree to 1e-5."""
-    runs = [
-        run(tiny, tmp_path / budget, "loss=rpo_token", f"tokens_per_microbatch={budget}") for budget in ("1", "9999")
-    ]
-    for a, b in zip(*runs, strict=True):
-        for name in ("loss", "loss/preference", "loss/sft", "nll/chosen"):
-            assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
+def test_how_a_step_is_laid_out_and_cut_does_not_matter(tiny, tmp_path):
+    """Packed and cached, in one row or in rows of 64 tokens, is padded and live, the specification, to 1e-5."""
+    specification = ("layout=padded", "reference=live")
+    cases = [specification, (*specification, "tokens_per_microbatch=64"), ("tokens_per_microbatch=64",), ()]
+    cases += [("layout=packed", "reference=live")]
+    runs = [run(tiny, tmp_path / str(i), "loss=rpo_token", *case) for i, case in enumerate(cases)]
+    for case, events in zip(cases, runs, strict=True):
+        for a, b in zip(events, runs[0], strict=True):
+            for name in a.keys() & {"loss", "loss/preference", "loss/sft", "nll/chosen", "grad_norm"}:
+                assert a[name] == pytest.approx(b[name], rel=1e-5), (case, a["step"], name)
+
+
+@pytest.mark.parametrize(("key", "reference"), [("model.path", "cached"), ("reference.path", "live")])
+def test_a_model_that_can_not_be_packed(key, reference, tiny, tmp_path, capsys):
+    """layout=auto says so in one line and is layout=padded, number for number; layout=packed is refused by name."""
+    make_lm("stablelm").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    args = ("loss=dpo", f"reference={reference}", f"{key}={tmp_path / 'model'}")
+    auto = run(tiny, tmp_path / "auto", *args)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("layout")]
+    reason = r"can not be packed: attend\(\) missing .*"
+    assert len(said) == 1 and re.fullmatch(f"layout=padded, because {key}={tmp_path / 'model'} {reason}", said[0]), said
+    assert timeless(auto) == timeless(run(tiny, tmp_path / "padded", *args, "layout=padded"))
+    assert json.loads((tmp_path / "auto/environment.json").read_text())["layout"] == "padded"
+    refused = rf"^layout=packed: {key}={tmp_path / 'model'} can not be packed \(.*\); use layout=padded or auto$"
+    with pytest.raises(UserError, match=refused):
+        run(tiny, tmp_path / "packed", *args, "layout=packed")
+
+
+def test_a_window_shorter_than_the_longest_text_is_padded(tiny, tmp_path, capsys):
+    """A Mistral whose window is shorter than the longest text is trained padded, one whose window is as long packed."""
+    make_tokenizer().save_pretrained(tmp_path)
+    longest = 32  # of tiny's rows
+    for window, layout in ((longest - 1, "padded"), (longest, "packed")):
+        make_lm("mistral", sliding_window=window).save_pretrained(tmp_path)
+        run(tiny, tmp_path / str(window), f"model.path={tmp_path}", "max_steps=1")
+        assert json.loads((tmp_path / str(window) / "environment.json").read_text())["layout"] == layout
+    assert f"a layer sees {longest - 1} tokens back, the longest text has {longest}" in capsys.readouterr().out
 
 
 def test_epochs_keep_their_last_short_step(tiny, tmp_path):
@@ -193,8 +227,17 @@ def test_reference_by_path(tiny, tmp_path):
     assert abs(other[0]["shift/chosen"]) > 0.1 and other[0]["logps/chosen"] == null[0]["logps/chosen"]
 
 
-def test_a_start_away_from_the_reference_is_refused(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("live", "step 0: policy and reference are the same weights but differ by .* nats"),
+        ("cached", "reference.cache_dir: the log-probs in .* and the model's differ by .* nats per token"),
+    ],
+)
+def test_a_start_away_from_the_reference_is_refused(reference, message, tiny, tmp_path, monkeypatch):
     """A policy that is not its reference at step 0, by 1e-4 per weight, stops the run before the first update."""
+    args = ("loss=dpo", f"reference={reference}")
+    run(tiny, tmp_path / "before", *args)
     prepare = models.prepare
 
     def perturbed(lm, *args, trainable, **kwargs):
@@ -205,10 +248,10 @@ def test_a_start_away_from_the_reference_is_refused(tiny, tmp_path, monkeypatch)
         return prepare(lm, *args, trainable=trainable, **kwargs)
 
     monkeypatch.setattr(models, "prepare", perturbed)
-    with pytest.raises(UserError, match="step 0: policy and reference are the same weights but differ by .* nats"):
-        run(tiny, tmp_path / "run", "loss=dpo")
+    with pytest.raises(UserError, match=message):
+        run(tiny, tmp_path / "run", *args)
     status = json.loads((tmp_path / "run/status.json").read_text())
-    assert status["state"] == "failed" and "step 0" in status["reason"] and status["step"] == 0
+    assert status["state"] == "failed" and re.search(message, status["reason"]) and status["step"] == 0
 
 
 def infinite_loss(preference_P, pairs):
@@ -293,15 +336,40 @@ def test_sigint_ends_cleanly(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_run(tiny, tmp_path):
-    """compile=true trains the same run to 1e-4."""
-    args = tiny_args(tiny, "loss=rpo_avg", *SHORT)
-    for compile in ("false", "true"):
-        more = [f"compile={compile}", f"run_dir={tmp_path / compile}"]
-        subprocess.run(command("train.py", *args, *more), env=script_env(), check=True, capture_output=True)
-    plain, compiled = (metrics.read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("false", "true"))
-    for a, b in zip(plain, compiled, strict=True):
-        assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+def test_compiled_run(tiny, tmp_path, monkeypatch):
+    """compile=true trains the same run to 1e-4, with as many graphs after one step as after ten of other row lengths.
+
+    Nor are there more of them for more layers.
+    """
+    counters = torch._dynamo.utils.counters
+    lengths, graphs = set(), []
+    packed_batch, step_if_finite = packing.packed_batch, optim.step_if_finite
+
+    def measured(*args, **kwargs):
+        batch = packed_batch(*args, **kwargs)
+        lengths.add(batch.input_ids_BT.numel())
+        return batch
+
+    def counted(*args):
+        graphs.append(counters["stats"]["unique_graphs"])
+        return step_if_finite(*args)
+
+    make_tokenizer().save_pretrained(tmp_path)
+    args = ("loss=rpo_avg", "layout=packed", "batch_size=3", "max_steps=10", f"model.path={tmp_path}")
+    for layers in (2, 6):
+        make_lm(num_hidden_layers=layers).save_pretrained(tmp_path)
+        plain = run(tiny, tmp_path / f"plain{layers}", *args)
+        torch._dynamo.reset()
+        counters.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(packing, "packed_batch", measured)
+            patch.setattr(optim, "step_if_finite", counted)
+            compiled = run(tiny, tmp_path / f"compiled{layers}", *args, "compile=true")
+        graphs.append(counters["stats"]["unique_graphs"])  # the last evaluation's too
+        for a, b in zip(plain, compiled, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+    assert len(lengths) >= 10 and len(graphs) == 2 * 11
+    assert graphs[0] > 0 and len(set(graphs)) == 1, graphs
 
 
 def test_positions_end_where_the_data_does(group, tmp_path):
