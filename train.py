@@ -61,7 +61,7 @@ def train(cfg: Train) -> str:
         raise UserError(f"batch_size={cfg.batch_size}: fewer pairs than the {dist.world_size()} ranks; raise it")
     if cfg.fsdp.cpu_offload and device.type == "cpu":
         raise UserError("fsdp.cpu_offload=true: there is no GPU to offload from; set it to false")
-    if cfg.optim.state_dtype == "bfloat16" and device.type == "cpu":
+    if cfg.optim.state_dtype == "bfloat16" and (device.type == "cpu" or cfg.fsdp.cpu_offload):
         raise UserError("optim.state_dtype=bfloat16: the CPU's fused AdamW has no such moments; use float32")
     if cfg.layout.kind != "padded":
         attention.choose(cfg.layout.attention, device, models.compute_dtype(cfg.model.dtype, device))
@@ -102,34 +102,37 @@ def train(cfg: Train) -> str:
         # ---- models, and what the reference says of the rows: before the optimizer takes its memory ----------------------
         model_key = [data_key, cfg.model, cfg.fsdp, cfg.layout, cfg.compile, cfg.tokens_per_microbatch, cfg.seed]
         model_key += [cfg.reference.path]  # its positions bound the probe's
-        starts_as_reference = cfg.reference.path in (None, cfg.model.path)
+        policy_source = cfg.model.path, cfg.model.revision
+        reference_source = (cfg.reference.path, None) if cfg.reference.path else policy_source
+        starts_as_reference = reference_source == policy_source
         load = partial(start.ready, cfg, configs, rows, device, longest=longest)
         how = {"trainable": True, "identify": cached and starts_as_reference, "keep_state": sweep.in_sweep()}
-        beginning = sweep.once("policy", [model_key, how], lambda: load("model.path", cfg.model.path, **how))
+        beginning = sweep.once("policy", [model_key, how], lambda: load("model.path", *policy_source, **how))
         if sweep.in_sweep():
             start.restore(beginning)
-        for split in splits.values():  # again, because layout=auto may have come to padded
-            packing.check_budget(split, beginning.layout, cfg.tokens_per_microbatch)
 
-        def load_reference() -> start.Ready:
-            path = cfg.reference.path or cfg.model.path
-            return load("reference.path", path, trainable=False, identify=cached, keep_state=False)
+        def load_reference(*, identify: bool) -> start.Ready:
+            return load("reference.path", *reference_source, trainable=False, identify=identify, keep_state=False)
 
         def look_up() -> dict[str, tuple[np.ndarray, dict]]:
-            model = beginning if starts_as_reference else load_reference()
+            model = beginning if starts_as_reference else load_reference(identify=True)
             return {name: start.reference_logps(cfg, model, split, name, device) for name, split in splits.items()}
 
-        frozen, looked_up = None, {}
+        looked_up = {}
         if cached:
             looked_up = sweep.once("reference", [model_key, cfg.reference], look_up)
             splits = {name: replace(split, ref_logps=looked_up[name][0]) for name, split in splits.items()}
             rows, eval_rows = splits["train"], splits.get("eval")
             gc.collect()  # a reference with a path of its own was resident until here, and is full of cycles
-        if preference and (embedded or not cached):  # the embedded task's KL needs more than log-probs of rows
-            frozen = sweep.once("frozen", [model_key, cfg.reference], load_reference)
+        # The embedded task's KL needs more than log-probs of rows.
+        resident = preference and (not cached or (embedded and eval_rows is not None))
+        make_frozen = partial(load_reference, identify=False) if resident else lambda: None
+        frozen = sweep.once("frozen", [model_key, cfg.reference, resident], make_frozen)
         policy, noise_floor = beginning.policy, beginning.noise_floor
         live = frozen.policy if frozen and not cached else None
         layout = "padded" if live and frozen.layout == "padded" else beginning.layout
+        for split in splits.values():  # again, because layout=auto may have come to padded
+            packing.check_budget(split, layout, cfg.tokens_per_microbatch)
         if live and starts_as_reference:  # with a cache, reading it has shown the same
             start.check_step_0(policy, live, rows, noise_floor, device, layout=layout, budget=cfg.tokens_per_microbatch)
         optimizer = optim.adamw(policy, cfg.optim)
@@ -153,10 +156,11 @@ def train(cfg: Train) -> str:
 
         def prepare(step: int) -> tuple[packing.StepPlan, list[packing.Batch]]:
             """A step's plan and this rank's batches; called off the main thread, one step ahead."""
-            if step not in plans:
-                plans[step] = divide(rows, data.step_rows(step, len(rows), cfg.batch_size, cfg.seed))
-            batches = [packing.make_batch(rows, part, layout, weight=w) for part, w in plans[step].microbatches]
-            return plans[step], [batch.pin() if device.type == "cuda" else batch for batch in batches]
+            plan = plans.get(step) or divide(rows, data.step_rows(step, len(rows), cfg.batch_size, cfg.seed))
+            if sweep.in_sweep():
+                plans[step] = plan
+            batches = [packing.make_batch(rows, part, layout, weight=w) for part, w in plan.microbatches]
+            return plan, [batch.pin() if device.type == "cuda" else batch for batch in batches]
 
         @torch.no_grad()
         def evaluate() -> dict[str, float]:
@@ -257,8 +261,13 @@ def train(cfg: Train) -> str:
         models.save(policy, tokenizer, run_dir / "model")
         if dist.is_main():
             plots.draw_run(metrics.read_jsonl(run_dir / "metrics.jsonl"), run_dir / "plots")
-            shown = ", ".join(f"{name} {held_out[name]:.4g}" for name in SHOWN if name in held_out)
-            print(f"{run_dir}: {status.state} after {status.step} steps; model/ is written. {shown}", flush=True)
+            final = (
+                held_out if status.state == "finished" else {}
+            )  # interrupted, the last evaluation is of older weights
+            shown = ", ".join(f"{name} {final[name]:.4g}" for name in SHOWN if name in final)
+            print(
+                f"{run_dir}: {status.state} after {status.step} steps; model/ is written. {shown}".rstrip(), flush=True
+            )
         return status.state
 
 

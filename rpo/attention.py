@@ -31,6 +31,7 @@ class Segments:
 
     lengths: tuple[tuple[int, int, int], ...]  # P, C, R of each pair, on the host
     reach: int  # the longest text in the row, max over pairs of P + max(C, R)
+    most_queries: int  # of a segment
     key_K: Tensor  # the row's column of each key: segments [P|C], [P|R] of all pairs, end to end
     query_starts_S: Tensor  # int32, where each segment's queries begin, and the end of the last
     key_starts_S: Tensor  # int32, the same for its keys
@@ -63,6 +64,7 @@ def segments_of(lengths: np.ndarray) -> Segments:
     return Segments(
         lengths=tuple(map(tuple, lengths.tolist())),
         reach=int((lengths[:, 0] + lengths[:, 1:].max(1)).max()),
+        most_queries=max(queries),
         key_K=torch.from_numpy(np.concatenate(keys)),
         query_starts_S=torch.tensor(np.cumsum([0, *queries]), dtype=torch.int32),
         key_starts_S=torch.tensor(np.cumsum([0, *num_keys]), dtype=torch.int32),
@@ -119,14 +121,18 @@ def flash(
     """
     assert softcap is None, softcap
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query, key, value))
-    options = {"window_size": (-1, 0), "enable_gqa": True}
-    if "enable_gqa" not in _VARLEN_OPTIONS:  # torch 2.10
-        options = {"is_causal": True}
+    options = {"window_size": (-1, 0)} if "window_size" in _VARLEN_OPTIONS else {"is_causal": True}
+    if "scale" in _VARLEN_OPTIONS:  # torch 2.10 to 2.12 lack some of these
+        options["scale"] = scale
+    else:
+        query_THD = query_THD * (scale * query.shape[-1] ** 0.5)
+    if "enable_gqa" in _VARLEN_OPTIONS:
+        options["enable_gqa"] = True
+    else:
         key_THD, value_THD = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key_THD, value_THD))
     key_KHD, value_KHD = (x.index_select(0, segments.key_K) for x in (key_THD, value_THD))
-    most_queries = max(max(p + c, r) for p, c, r in segments.lengths)
-    starts = (segments.query_starts_S, segments.key_starts_S, most_queries, segments.reach)
-    return varlen.varlen_attn(query_THD, key_KHD, value_KHD, *starts, scale=scale, **options).transpose(0, 1)[None]
+    starts = (segments.query_starts_S, segments.key_starts_S, segments.most_queries, segments.reach)
+    return varlen.varlen_attn(query_THD, key_KHD, value_KHD, *starts, **options).transpose(0, 1)[None]
 
 
 _VARLEN_OPTIONS = inspect.signature(varlen.varlen_attn).parameters
@@ -177,17 +183,24 @@ def attend(
 # ---- which one
 
 
-def choose(wanted: str, device: torch.device, dtype: torch.dtype, softcap: float | None = None) -> str:
+def choose(
+    wanted: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    softcap: float | None = None,
+    heads: tuple[int, int, int] = (4, 2, 64),
+) -> str:
     """The backend for packed rows on this device: `wanted`, or for "auto" the fastest that computes the right thing here.
 
+    `heads` are the model's: of queries, of keys, and the width of each.
     Raises UserError where `wanted` can not run here, or differs from `sdpa` on a ragged example.
     """
     if wanted != "auto":
-        if reason := _refusal(wanted, device, dtype, softcap):
+        if reason := _refusal(wanted, device, dtype, softcap, heads):
             raise UserError(f"layout.attention={wanted}: {reason}; use layout.attention=auto")
         return wanted
     for name in BACKENDS:
-        if not (reason := _refusal(name, device, dtype, softcap)):
+        if not (reason := _refusal(name, device, dtype, softcap, heads)):
             return name
         if device.type == "cuda":  # on a CPU there is nothing to be missed
             warnings.warn(f"packed rows do without {name} attention: it {reason}", stacklevel=2)
@@ -195,7 +208,9 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, softcap: float
 
 
 @functools.cache
-def _refusal(name: str, device: torch.device, dtype: torch.dtype, softcap: float | None) -> str | None:
+def _refusal(
+    name: str, device: torch.device, dtype: torch.dtype, softcap: float | None, heads: tuple[int, int, int]
+) -> str | None:
     """Why a backend is not to be used here; None where it is right."""
     if name == "sdpa":
         return None
@@ -206,22 +221,29 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype, softcap: float
     if name == "varlen" and dtype.itemsize != 2:
         return f"computes in half types only, this run in {dtype}"
     try:
-        error = deviation(name, device, dtype, softcap)
+        error = deviation(name, device, dtype, softcap, heads)
     except Exception as failure:  # a kernel that is not built for this card says so in its own way
         return f"fails on this device ({str(failure).strip().splitlines()[0]})"
     allowed = 1e-2 if dtype.itemsize == 2 else 1e-4
     return None if error <= allowed else f"differs from plain attention by {error:.0e} on this device"
 
 
-def deviation(name: str, device: torch.device, dtype: torch.dtype, softcap: float | None) -> float:
+def deviation(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    softcap: float | None,
+    heads: tuple[int, int, int] = (4, 2, 64),
+) -> float:
     """Largest relative L2 distance of a backend's output and three gradients from `sdpa`'s in fp32 or wider."""
     segments = segments_of(np.array([(37, 61, 5), (1, 1, 1), (130, 3, 200), (16, 128, 0)])).to(device)
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, heads, len(segments.pair_T), 64) for heads in (4, 2, 2, 4)]
+    num_queries, num_keys, width = heads
+    shapes = [(1, num, len(segments.pair_T), width) for num in (num_queries, num_keys, num_keys, num_queries)]
     *inputs, upstream = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
     results = []
     for function, wide in ((BACKENDS[name], dtype), (sdpa, torch.promote_types(dtype, torch.float32))):
         leaves = [x.detach().to(wide).requires_grad_() for x in inputs]
-        out = function(*leaves, segments, scale=0.125, softcap=softcap)
+        out = function(*leaves, segments, scale=width**-0.5, softcap=softcap)
         results.append([out, *torch.autograd.grad(out, leaves, upstream.to(wide))])
     return max(((a - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True))

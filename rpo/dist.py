@@ -10,7 +10,8 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn.attention.varlen  # registers torch_attn, which _SAVED names
+import torch.nn.attention.flex_attention  # these two register operators that _SAVED names
+import torch.nn.attention.varlen
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -143,6 +144,7 @@ _SAVED = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.higher_order.flex_attention,
 }
 
 

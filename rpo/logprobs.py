@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Up to so many logits are kept for the backward pass instead of being recomputed: 128 MiB on a CPU, 512 MiB on CUDA.
-KEPT = {"cuda": 2**27, "cpu": 2**25}
+# Logits of up to so many bytes are kept for the backward pass instead of being recomputed.
+KEPT = {"cuda": 2**29, "cpu": 2**27}
 # (tile_N, tile_V). CUDA: the fp32 accumulators cross memory once per tile, which from 4096 on is a few per cent of the
 # tile's GEMM. CPU: the fastest of eight at N=1024, D=512, V=32000, one thread.
 TILES = {"cuda": (4096, 8192), "cpu": (1024, 1024)}
@@ -63,7 +63,7 @@ def token_logps(
 
     Same function as `token_logps_naive` (and that very code where N x V is under a quarter of a tile), by an online
     log-sum-exp over tiles of N x V. The backward pass recomputes the tiles, 8NDV FLOPs instead of 6NDV, unless all of
-    them together have at most `keep` logits. Otherwise, beyond inputs and gradients at most two tile_N x tile_V fp32
+    them together have at most `keep` bytes. Otherwise, beyond inputs and gradients at most two tile_N x tile_V fp32
     tiles are alive; half inputs add fp32 accumulators (N x D and tile_V x D) and, on CPU, which has no half GEMM with an
     fp32 result, upcast operands of the same sizes.
 
@@ -82,7 +82,7 @@ def token_logps(
         # A toy's few N x V matrices fit in our tiles, and without the recompute it takes half the time.
         return token_logps_naive(hidden_ND, head_VD, target_N, bias_V=bias_V, scale=scale, softcap=softcap)
     keep = KEPT[hidden_ND.device.type] if keep is None else keep
-    kept = torch.is_grad_enabled() and len(target_N) * len(head_VD) <= keep
+    kept = torch.is_grad_enabled() and len(target_N) * len(head_VD) * _wide_dtype(hidden_ND).itemsize <= keep
     return _TokenLogps.apply(hidden_ND, head_VD, bias_V, target_N, scale, softcap, tile_N, tile_V, kept, compile)
 
 

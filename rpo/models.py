@@ -170,6 +170,13 @@ def check_fit(configs: dict[str, PreTrainedConfig], tokenizer: PreTrainedTokeniz
             raise UserError(
                 f"{key}: the tokenizer has {len(tokenizer)} tokens, the model {sizes[key]}; give its own tokenizer"
             )
+        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+        trained = rope.get("original_max_position_embeddings") or longest
+        if rope.get("rope_type") in ("longrope", "dynamic") and longest > trained:
+            raise UserError(
+                f"data.max_length: a row of {longest} tokens is left; beyond {trained} {key} changes the rotary angles of "
+                f"all texts in a batch with its longest, so no pair has log-probs of its own; set data.max_length={trained}"
+            )
         if longest > (positions := positions_of({key: config})):
             raise UserError(
                 f"data.max_length: a row of {longest} tokens is left, {key} has {positions} positions; "
@@ -217,13 +224,22 @@ def sizes(lm: PreTrainedModel) -> dict[str, int]:
     """Parameters of the trunk (without embeddings) and of the head, number of layers, width of attention."""
     config, head = lm.config.get_text_config(), lm.get_output_embeddings().weight
     embeddings = {id(p): p.numel() for p in (lm.get_input_embeddings().weight, head)}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_heads, _, width = _heads(lm)
     return {
         "trunk": sum(p.numel() for p in lm.parameters()) - sum(embeddings.values()),
         "head": head.numel(),
         "layers": config.num_hidden_layers,
-        "attention_width": config.num_attention_heads * head_dim,
+        "attention_width": num_heads * width,
     }
+
+
+def _heads(lm: PreTrainedModel) -> tuple[int, int, int]:
+    """Heads of queries, heads of keys, and their width; zeros where a model has no attention."""
+    config = lm.config.get_text_config()
+    if not (num_heads := getattr(config, "num_attention_heads", 0)):
+        return 0, 0, 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return num_heads, getattr(config, "num_key_value_heads", None) or num_heads, width
 
 
 @torch.no_grad()
@@ -277,27 +293,20 @@ def why_not_packed(lm: PreTrainedModel, longest: int) -> str | None:
         return f"a layer sees {window} tokens back, the longest text has {longest}"
     ids = torch.randint(config.vocab_size, (40,), generator=torch.Generator().manual_seed(0)).numpy()
     triples = [tuple(np.split(ids[:23], [6, 15])), tuple(np.split(ids[23:], [9, 11]))]
-    lengths = (np.array(column) for column in zip(*(map(len, triple) for triple in triples), strict=True))
-    rows = SimpleNamespace(
-        row=triples.__getitem__, ref_logps=None, **dict(zip(("prompt", "chosen", "rejected"), lengths, strict=True))
-    )
+    prompt, chosen, rejected = np.array([list(map(len, triple)) for triple in triples]).T
+    lengths = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    rows = SimpleNamespace(row=triples.__getitem__, ref_logps=None, **lengths)
     policy, both = Policy(lm, compile_tiles=False), np.arange(2)
     padded_N = policy(packing.padded_batch(rows, both))
     batch = packing.packed_batch(rows, both)
     try:
         packed_N = policy(replace(batch, segments=replace(batch.segments, reach=longest)))
-    except (
-        Exception
-    ) as error:  # a model that can not take the positions, the pairs or the length says so in its own way
-        return _first_line(error)
+    except Exception as error:  # what can not take the positions or the pairs says so in its own way
+        return f"its code does not pass on which pair a token belongs to ({_first_line(error)})"
     finally:
         policy._attend_by(policy._own_attention)
-    error = (packed_N - padded_N).abs().max().item()
-    return (
-        None
-        if error <= 1e-5 * max(1.0, padded_N.abs().max().item())
-        else f"packed and padded differ by {error:.0e} nats"
-    )
+    error, allowed = (packed_N - padded_N).abs().max().item(), 1e-5 * max(1.0, padded_N.abs().max().item())
+    return None if error <= allowed else f"packed and padded differ by {error:.0e} nats"
 
 
 def prepare(
@@ -308,15 +317,15 @@ def prepare(
     compute_dtype: torch.dtype,
     compile: bool,
     trainable: bool,
-    attention: str = "auto",
+    attention: str = "sdpa",
 ) -> Policy:
     """`lm` as a sharded `Policy` on the mesh's device; frozen where it is a reference.
 
-    `attention` is layout.attention. Raises UserError where this device lacks it.
+    `attention` is layout.attention, for packed rows. Raises UserError where this device lacks it.
     """
     lm.requires_grad_(trainable)
     softcap = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
-    backend = choose_attention(attention, torch.device(mesh.device_type), compute_dtype, softcap)
+    backend = choose_attention(attention, torch.device(mesh.device_type), compute_dtype, softcap, _heads(lm))
     policy = Policy(lm, compile_tiles=compile, attention=backend)
     dist.shard(policy, layers_of(lm), mesh, fsdp, compute_dtype=compute_dtype, compile=compile)
     for method in ("logits", "generate"):  # FSDP gathers the root's weights around these as it does around forward

@@ -35,6 +35,8 @@ class RowsLike(Protocol):
     rejected: np.ndarray
     ref_logps: np.ndarray | None  # float64 (rows, 2), the reference's log-probs of chosen and rejected
 
+    def __len__(self) -> int: ...
+
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
 
     def where(self, i: int) -> str: ...
@@ -264,6 +266,7 @@ def _cut(longest: np.ndarray, rows_per_pair: np.ndarray, budget: int) -> list[sl
 def response_sums(logps_N: Tensor, length_S: Tensor) -> Tensor:
     """Each response's summed log-prob, in the dtype of `logps_N` (fp32 or float64).
 
-    A segmented sum, not index_add: the order of additions is fixed, on CUDA too.
+    A segmented sum, not index_add: the order of additions is fixed, on CUDA too. In float64, because the sums of a
+    thousand tokens, under policy and reference, are subtracted from each other.
     """
-    return torch.segment_reduce(logps_N, "sum", lengths=length_S, unsafe=True)
+    return torch.segment_reduce(logps_N.double(), "sum", lengths=length_S, unsafe=True).to(logps_N.dtype)

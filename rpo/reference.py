@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +35,7 @@ from rpo.packing import RowsLike
 from rpo.store import read_arrays, write_arrays
 
 CODE_VERSION = 1  # of the code between token ids and log-probs: raise it when its values change
-CHUNK = 4096  # pairs per shard: what an interrupted pass loses at most
+CHUNK = 1024  # pairs per shard: what an interrupted pass loses at most
 RESCORED = 8  # pairs scored once more whenever a cache is used
 # Of a model's config: where it came from and what it is stored as, not what it computes.
 NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
@@ -75,7 +76,9 @@ def identity(weights: str, policy: Policy, *, compute_dtype: torch.dtype, device
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "layout": layout,
         "attention": policy.attention if layout == "packed" else "the model's own",
-        "device": device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
         "compile": policy.compile_tiles,
         "matmul_precision": torch.get_float32_matmul_precision(),
         "code_version": CODE_VERSION,
@@ -175,7 +178,10 @@ def _folder(cache_dir: Path, facts: dict, key: str) -> Path:
     """Where the cache of `key` is: `cache_dir` itself where that is one cache. Raises UserError where it is another."""
     if not (cache_dir / "facts.json").is_file():
         return cache_dir / "reference" / key
-    there = json.loads((cache_dir / "facts.json").read_text())
+    try:
+        there = json.loads((cache_dir / "facts.json").read_text())
+    except ValueError:
+        raise UserError(f"reference.cache_dir={cache_dir}: its facts.json is damaged; delete that folder") from None
     if key_of(there) == key:
         return cache_dir
     why = _difference(there, facts) if there != facts else "the run began with another"

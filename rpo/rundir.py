@@ -125,10 +125,11 @@ def recording(folder: Path) -> Iterator[Status]:
     try:
         yield status
     except BaseException as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
         with suppress(OSError):  # a full disk, or another node's folder, must not hide the error itself
             if read_status(folder)["state"] != "failed":  # the first rank to fail knows why, the others only that
-                write_status(folder, "failed", reason, status.step)
+                state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                write_status(folder, state, reason, status.step)
         raise
     if dist.is_main():
         write_status(folder, status.state, step=status.step)

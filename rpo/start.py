@@ -1,19 +1,17 @@
 """What a run starts from: a model loaded, proven, sharded and measured; in a sweep made once and put back for each cell."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig
 
 from rpo import data, dist, models, packing, reference, score
 from rpo.config import Train, UserError
 from rpo.data import Rows
 from rpo.metrics import ModelSize
-from rpo.models import Policy
+from rpo.models import Policy, PreTrainedConfig
 
 NUM_PROBE_PAIRS = 8
 
@@ -27,7 +25,9 @@ class Ready:
     layout: str  # packed or padded: how this model's rows are laid out
     noise_floor: float  # nats per token by which rounding alone moves a log-prob
     identity: dict | None  # what its log-probs depend on beside the tokens; None if not wanted
-    state: list[Tensor] = field(repr=False)  # this rank's starting weights and buffers, copied; empty if not to be kept
+    state: list[Tensor] = field(
+        repr=False
+    )  # this rank's starting weights and buffers, in host memory; empty if not kept
 
 
 def ready(
@@ -37,6 +37,7 @@ def ready(
     device: torch.device,
     key: str,
     path: str | None,
+    revision: str | None,
     *,
     longest: int,
     trainable: bool,
@@ -53,7 +54,7 @@ def ready(
     if path is None:
         lm = models.build(configs["model.architecture"], cfg.seed, master)
     else:
-        lm = models.load(path, cfg.model.revision if key == "model.path" else None, master, key=key)
+        lm = models.load(path, revision, master, key=key)
     size = ModelSize(**models.sizes(lm))
     layout = "padded"
     if cfg.layout.kind != "padded":
@@ -80,7 +81,7 @@ def ready(
     identity = (
         reference.identity(weights, policy, compute_dtype=compute, device=device, layout=layout) if identify else None
     )
-    state = [tensor.clone() for tensor in _tensors(policy)] if keep_state else []
+    state = [_host_copy(tensor) for tensor in _tensors(policy)] if keep_state else []
     return Ready(policy, size, layout, noise_floor, identity, state)
 
 
@@ -88,11 +89,12 @@ def reference_logps(
     cfg: Train, model: Ready, rows: Rows, name: str, device: torch.device
 ) -> tuple[np.ndarray, dict[str, object]]:
     """Rows' log-probs under `model`, float64 (rows, 2), from the cache or scored into it; and where they came from."""
+    packing.check_budget(rows, model.layout, cfg.tokens_per_microbatch)
     found = reference.score_rows(
         model.policy,
         rows,
         model.identity,
-        cache_dir=Path(cfg.reference.cache_dir).expanduser(),
+        cache_dir=cfg.reference.cache_dir,
         layout=model.layout,
         budget=cfg.tokens_per_microbatch,
         device=device,
@@ -136,6 +138,10 @@ def restore(ready: Ready) -> None:
         param.grad = None
     for tensor, start in zip(_tensors(ready.policy), ready.state, strict=True):
         tensor.copy_(start)
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor.clone()
 
 
 def _tensors(policy: Policy) -> list[Tensor]:

@@ -18,7 +18,13 @@ def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
         checksum, names = report.pop("checksum"), report.pop("arrays")
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
         return (arrays, report) if checksum == _checksum(arrays) else None
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, TypeError):
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:  # a disk that does not answer is no reason to make anew, or to delete, what is on it
+        raise UserError(
+            f"cache_dir: {folder} can not be read ({error.strerror}); mend it or give another folder"
+        ) from None
+    except (EOFError, ValueError, KeyError, AttributeError, TypeError):
         return None
 
 

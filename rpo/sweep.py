@@ -79,11 +79,13 @@ def run_job(job: Callable[[], str]) -> None:
         print(f"error: {reason}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code = 130
+        print("interrupted; no model/ is written, what the caches have is kept", file=sys.stderr, flush=True)
     except Exception as error:
         code, reason = 1, " ".join(f"{type(error).__name__}: {error}".split())
         traceback.print_exc()
     if in_sweep() and code != 130:
         if code:
+            _KEPT.clear()  # a cell that breaks off leaves gradients where no one looks for them
             _record_failure(reason)
         gc.collect()  # a sharded model is full of cycles; the next cell needs its memory
         return

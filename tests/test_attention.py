@@ -78,9 +78,10 @@ def test_sdpa_is_a_masked_softmax(row, heads, softcap):
         assert_close(ours, expected, tolerance)
 
 
-def slow_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size=(-1, -1), **options):
+def slow_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=None, **options):
     """What FlashAttention computes, segment by segment: causal, aligned at the end where queries are fewer than keys."""
     assert window_size == (-1, 0) or options.pop("is_causal", False), "not causal"
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not options.pop("enable_gqa", False):
         assert query.shape[1] == key.shape[1], "fewer heads of keys without enable_gqa"
     assert not options and cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
@@ -96,13 +97,14 @@ def slow_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, w
     return torch.cat(out)
 
 
-@pytest.mark.parametrize("old_torch", [False, True], ids=["enable_gqa", "torch 2.10"])
+# What varlen_attn takes by keyword: torch 2.13, one between, and 2.10.
+@pytest.mark.parametrize("options", [("window_size", "scale", "enable_gqa"), ("window_size", "scale"), ("is_causal",)])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("row", ROWS)
-def test_flash_gathers_the_right_keys(row, heads, old_torch, monkeypatch):
+def test_flash_gathers_the_right_keys(row, heads, options, monkeypatch):
     """`flash` around a slow varlen_attn equals `sdpa`, values and gradients: its starts, keys and sizes are right."""
     monkeypatch.setattr(attention.varlen, "varlen_attn", slow_varlen)
-    monkeypatch.setattr(attention, "_VARLEN_OPTIONS", () if old_torch else ("enable_gqa",))
+    monkeypatch.setattr(attention, "_VARLEN_OPTIONS", options)
     inputs, where = make_inputs(ROWS[row], HEADS[heads]), segments_of(ROWS[row])
     ours, twin = (values_and_gradients(f, inputs, where, None) for f in (attention.flash, attention.sdpa))
     assert_close(ours, twin, 1e-12)

@@ -18,7 +18,7 @@ LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
 DOORS = {
     "omegaconf": {"config"},
     "wandb": {"metrics"},
-    "transformers": {"models", "tokens", "data", "generate", "start"},
+    "transformers": {"models", "tokens", "data", "generate"},
     "tokenizers": {"tokens", "data"},
     "datasets": {"rows"},
     "hydra": {"sweep"},

@@ -232,7 +232,7 @@ def test_memory(dtype, head):
     def step(function, **options):
         function(*leaves[:2], target_N, bias_V=leaves[2], **settings, **options).backward(upstream_N)
 
-    for keep, matrix in ((0, 0), (N * V, 4 * N * V)):
+    for keep, matrix in ((0, 0), (4 * N * V, 4 * N * V)):
         peak = peak_allocated(lambda keep=keep: step(token_logps, tile_N=tile_N, tile_V=tile_V, keep=keep))
         extra = peak - gradients - operands_and_sums - matrix
         assert extra <= 2 * tile + token_vectors, (keep, extra / tile)

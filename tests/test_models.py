@@ -317,6 +317,15 @@ def test_check_fit():
         models.check_fit({**configs, **small}, tokenizer, 8)
 
 
+def test_rotary_angles_that_depend_on_the_batch_are_refused():
+    """longrope changes a whole batch's angles once one text exceeds the original length: such rows are refused, by key."""
+    config = make_lm("phi3").config
+    config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 64}
+    models.check_fit({"model.path": config}, make_tokenizer(), 64)
+    with pytest.raises(UserError, match="a row of 65 tokens is left; .*set data.max_length=64"):
+        models.check_fit({"model.path": config}, make_tokenizer(), 65)
+
+
 def test_build_is_a_function_of_the_seed():
     """Equal seeds give equal weights, others do not, and the caller's random state is untouched."""
     before = torch.get_rng_state()

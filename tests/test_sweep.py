@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from rpo import metrics
+from rpo import sweep as sweep_module
 from tests.conftest import command, script_env, tiny_args
 
 GRID = ("loss=rpo_sum", "sample_every=2", "data.max_length=512")
@@ -78,6 +79,21 @@ def test_cells_share_one_reference_pass_and_nothing_else(tiny, grid, tmp_path):
     assert cell == fresh and len(cell) == 5
     for name in ("samples.jsonl", "model/model.safetensors"):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_what_a_failed_cell_leaves_is_not_kept(monkeypatch):
+    """A cell that breaks off between micro-batches leaves gradients on the shared model: the next makes its own."""
+    monkeypatch.setattr(sweep_module, "in_sweep", lambda: True)
+    monkeypatch.setattr(sweep_module, "_record_failure", lambda reason: None)
+    kept = [sweep_module.once("policy", "key", object) for _ in range(2)]
+    assert kept[0] is kept[1]
+
+    def breaks_off():
+        raise RuntimeError("out of memory")
+
+    sweep_module.run_job(breaks_off)
+    assert sweep_module.once("policy", "key", object) is not kept[0]
+    sweep_module._KEPT.clear()
 
 
 def facts(event):
