@@ -63,7 +63,7 @@ def train(cfg: Train) -> str:
         raise UserError("fsdp.cpu_offload=true: there is no GPU to offload from; set it to false")
     if cfg.optim.state_dtype == "bfloat16" and (device.type == "cpu" or cfg.fsdp.cpu_offload):
         raise UserError("optim.state_dtype=bfloat16: the CPU's fused AdamW has no such moments; use float32")
-    if cfg.layout.kind != "padded":
+    if cfg.layout.kind != "padded" and cfg.layout.attention != "auto":
         attention.choose(cfg.layout.attention, device, models.compute_dtype(cfg.model.dtype, device))
     run_dir = rundir.choose(cfg.run_dir, f"{cfg.loss.preference}_{cfg.loss.sft}")
     embedded = cfg.data.train == "gold"

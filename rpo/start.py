@@ -25,9 +25,7 @@ class Ready:
     layout: str  # packed or padded: how this model's rows are laid out
     noise_floor: float  # nats per token by which rounding alone moves a log-prob
     identity: dict | None  # what its log-probs depend on beside the tokens; None if not wanted
-    state: list[Tensor] = field(
-        repr=False
-    )  # this rank's starting weights and buffers, in host memory; empty if not kept
+    state: list[Tensor] = field(repr=False)  # this rank's weights and buffers as they began, on the host; may be empty
 
 
 def ready(
@@ -78,9 +76,8 @@ def ready(
         differ = f"packed and padded differ by {gap:.1e} nats per token, rounding explains {noise_floor:.1e}"
         layout = _packed_unless(differ if not gap <= 3 * noise_floor + 1e-6 else None, cfg.layout.kind, key, path)
     dist.reshard(policy)
-    identity = (
-        reference.identity(weights, policy, compute_dtype=compute, device=device, layout=layout) if identify else None
-    )
+    how = {"compute_dtype": compute, "device": device, "layout": layout}
+    identity = reference.identity(weights, policy, **how) if identify else None
     state = [_host_copy(tensor) for tensor in _tensors(policy)] if keep_state else []
     return Ready(policy, size, layout, noise_floor, identity, state)
 
