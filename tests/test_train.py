@@ -393,3 +393,19 @@ def test_positions_end_where_the_data_does(group, tmp_path):
         else:
             with pytest.raises(UserError, match=f"{positions} positions; set data.max_length={positions} or less"):
                 train.train(settings(*args))
+
+
+def test_a_revision_is_the_references_too(tiny, tmp_path, monkeypatch):
+    """model.revision goes with model.path wherever the reference is read; a reference.path of its own has none."""
+    read, load = [], models.load
+
+    def seen(path, revision, master, *, key):
+        read.append((key, revision))
+        return load(path, revision, master, key=key)
+
+    monkeypatch.setattr(models, "load", seen)
+    run(tiny, tmp_path / "same", "loss=dpo", "reference=live", "model.revision=v1")
+    assert read == [("model.path", "v1"), ("reference.path", "v1")]
+    read.clear()
+    run(tiny, tmp_path / "own", "loss=dpo", f"reference.path={tiny / 'model'}", "model.revision=v1")
+    assert read == [("model.path", "v1"), ("reference.path", None)]
