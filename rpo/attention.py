@@ -174,7 +174,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer of a packed forward pass: (1, T, H, D), as its attention interface wants."""
     if sliding_window is not None and sliding_window < segments.reach:
-        raise ValueError(f"a layer sees {sliding_window} tokens back, the longest text has {segments.reach}")
+        raise UserError(f"a layer sees {sliding_window} tokens back, the longest text has {segments.reach}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out_1HTD = BACKENDS[backend](query, key, value, segments, scale=scale, softcap=softcap)
     return out_1HTD.transpose(1, 2).contiguous(), None

@@ -301,6 +301,8 @@ def why_not_packed(lm: PreTrainedModel, longest: int) -> str | None:
     batch = packing.packed_batch(rows, both)
     try:
         packed_N = policy(replace(batch, segments=replace(batch.segments, reach=longest)))
+    except UserError as error:
+        return str(error)
     except Exception as error:  # what can not take the positions or the pairs says so in its own way
         return f"its code does not pass on which pair a token belongs to ({_first_line(error)})"
     finally:
