@@ -73,7 +73,10 @@ def git() -> dict:
     def ask(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
-    return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--", ".", ":!bench/results"))}
+    return {
+        "commit": ask("rev-parse", "HEAD"),
+        "dirty": bool(ask("status", "--porcelain", "--", ".", ":!bench/results")),
+    }
 
 
 # ---- steps
