@@ -17,10 +17,9 @@ import torch
 
 from rpo import config, data, dist, models, packing, rundir, score, sweep, tokens
 from rpo import gold as embedded
-from rpo.config import Eval, Fsdp, Gold, UserError
+from rpo.config import Eval, Gold, UserError
+from rpo.redact import redacted
 from rpo.tasks import generate, gold, pairs
-
-FSDP = Fsdp(activation_checkpointing="none", reshard_after_forward=True, accumulate="unsharded", cpu_offload=False)
 
 
 def evaluate(cfg: Eval) -> str:
@@ -28,7 +27,8 @@ def evaluate(cfg: Eval) -> str:
     device = dist.init()
     run_dir = rundir.choose(cfg.run_dir, f"eval_{cfg.task.kind}")
     paths = [cfg.model.path] if isinstance(cfg.model.path, str) else cfg.model.path
-    hf = {f"model.path={path}": models.check(path, cfg.model.revision) for path in paths}
+    trust = {"trust_remote_code": cfg.model.trust_remote_code}
+    hf = {f"model.path={path}": models.check(path, cfg.model.revision, **trust) for path in paths}
     runs = [rundir.settings_of(path) for path in paths]
     on_pairs, on_gold = cfg.task.kind == "pairs", cfg.task.kind == "gold"
     reference_path = cfg.reference.path or _from_runs(runs, "reference.path") if on_pairs or on_gold else None
@@ -38,9 +38,9 @@ def evaluate(cfg: Eval) -> str:
     _note_other_settings(cfg, paths, runs)
 
     if reference_path is not None:
-        hf[f"reference.path={reference_path}"] = models.check(reference_path, key="reference.path")
+        hf[f"reference.path={reference_path}"] = models.check(reference_path, key="reference.path", **trust)
     tokenizer = tokens.load_tokenizer(
-        cfg.model.tokenizer or paths[0], revision=cfg.model.revision, chat_template=cfg.data.chat_template
+        cfg.model.tokenizer or paths[0], revision=cfg.model.revision, chat_template=cfg.data.chat_template, **trust
     )
     if on_pairs:
         with dist.main_first():  # rank 0 tokenises into the cache, the others read it
@@ -59,24 +59,26 @@ def evaluate(cfg: Eval) -> str:
             )
     models.check_fit(hf, tokenizer, longest)
 
-    with rundir.recording(run_dir):
+    with rundir.recording(run_dir, config.to_yaml(cfg)):
         compute = models.compute_dtype(cfg.model.dtype, device)
         master = torch.promote_types(compute, torch.float32)
         shard = {
-            "mesh": dist.mesh(device),
-            "fsdp": FSDP,
+            "mesh": dist.mesh(device, dist.PLAIN),
+            "fsdp": dist.PLAIN,
             "compute_dtype": compute,
             "compile": False,
             "trainable": False,
         }
         reference = None
         if reference_path is not None:
-            reference = models.prepare(models.load(reference_path, None, master, key="reference.path"), **shard)
+            reference = models.prepare(
+                models.load(reference_path, None, master, key="reference.path", **trust), **shard
+            )
         stop_ids = tokens.stop_ids(tokenizer, cfg.data.template_date)
         where = {"device": device, "seed": cfg.seed}
         results, samples, noise_floors = {}, [], {}
         for path in paths:
-            policy = models.prepare(models.load(path, cfg.model.revision, master), **shard)
+            policy = models.prepare(models.load(path, cfg.model.revision, master, **trust), **shard)
             match cfg.task.kind:
                 case "pairs":
                     budget = {"tokens_per_microbatch": cfg.tokens_per_microbatch}
@@ -103,17 +105,19 @@ def evaluate(cfg: Eval) -> str:
         if dist.is_main():
             facts = {"reference": reference_path, "data": spec, "beta": betas, "noise_floor": noise_floors}
             _write(run_dir, cfg, {"task": cfg.task.kind, **facts, "models": results}, samples)
-            rundir.write_json(run_dir / "environment.json", rundir.environment(device))
+            rundir.write_environment(run_dir, device)
             rundir.write_json(run_dir / "data_report.json", report)
     return "finished"
 
 
 def _write(run_dir: Path, cfg: Eval, results: dict, samples: list[dict]) -> None:
-    (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
     rundir.write_json(run_dir / "results.json", results)
     with (run_dir / "samples.jsonl").open("w") as file:
-        file.writelines(json.dumps(sample) + "\n" for sample in samples)
-    print(_table(results["models"]), run_dir / "results.json", run_dir / "samples.jsonl", sep="\n", flush=True)
+        for sample in samples:  # text of models and data stays as it is, paths may hold a secret
+            file.write(json.dumps(sample | {k: redacted(sample[k]) for k in ("model", "row") if k in sample}) + "\n")
+    print(
+        redacted(_table(results["models"])), run_dir / "results.json", run_dir / "samples.jsonl", sep="\n", flush=True
+    )
 
 
 def _from_runs(runs: list[dict | None], key: str) -> str | list[str]:

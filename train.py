@@ -8,6 +8,8 @@
 """
 
 import gc
+import json
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +24,11 @@ from tqdm import tqdm
 
 from rpo import (
     attention,
+    checkpoint,
     config,
     data,
     dist,
+    faults,
     gold,
     losses,
     metrics,
@@ -47,36 +51,43 @@ MAX_NEW_TOKENS = 128  # of those answers, where the model has positions for them
 
 
 def train(cfg: Train) -> str:
-    """Trains one model into its run folder; returns how it ended: finished, or interrupted by SIGINT.
+    """Trains one model into its run folder, or goes on where it was left; returns finished, or what interrupted it (SIGTERM).
 
     Raises UserError for what the user can mend: before a model is loaded, save for what only the weights can tell
-    (damaged ones, a head that `probe` refuses, step 0). FloatingPointError where a loss or gradient was not finite;
-    no update was made from it on.
+    (damaged ones, a head that `probe` refuses, step 0, too little memory). FloatingPointError where a loss or gradient
+    was not finite; no update was made from it on.
     """
     # ---- all that can be refused before a model is loaded ----------------------------------------------------------
-    device = dist.init()
+    device = dist.init(cfg.timeout)
     ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
     metrics.wandb_mode(cfg.wandb)
     if cfg.batch_size < dist.world_size():
         raise UserError(f"batch_size={cfg.batch_size}: fewer pairs than the {dist.world_size()} ranks; raise it")
+    dist.mesh(device, cfg.fsdp)  # its degrees must fit the world size
     if cfg.fsdp.cpu_offload and device.type == "cpu":
         raise UserError("fsdp.cpu_offload=true: there is no GPU to offload from; set it to false")
     if cfg.optim.state_dtype == "bfloat16" and (device.type == "cpu" or cfg.fsdp.cpu_offload):
         raise UserError("optim.state_dtype=bfloat16: the CPU's fused AdamW has no such moments; use float32")
     if cfg.layout.kind != "padded" and cfg.layout.attention != "auto":
         attention.choose(cfg.layout.attention, device, models.compute_dtype(cfg.model.dtype, device))
-    run_dir = rundir.choose(cfg.run_dir, f"{cfg.loss.preference}_{cfg.loss.sft}")
+    continues = None if cfg.resume == "never" else "config.yaml"
+    run_dir = rundir.choose(cfg.run_dir, f"{cfg.loss.preference}_{cfg.loss.sft}", continues=continues)
     embedded = cfg.data.train == "gold"
     if embedded:
         with dist.main_first():  # rank 0 makes the task on first use
             cfg = gold.prepare(cfg)
+    found = checkpoint.find(run_dir, cfg.resume)  # what this run goes on from, if anything
+    for folder in [run_dir, *([found.run_dir] if found else [])]:
+        rundir.check_settings(folder, cfg)
 
     preference = cfg.loss.preference != "none"
     cached = preference and cfg.reference.kind == "cached"
+    metrics.check_best(cfg.checkpoint.best, preference=preference, embedded=embedded)
     configs = models.check_paths(cfg.model, cfg.reference)
     if preference and cfg.reference.path is None:
         rundir.check_starting_model(cfg.model.path)
     data_key = [cfg.data, cfg.model.tokenizer or cfg.model.path, cfg.model.revision, preference, cfg.cache_dir]
+    data_key += [cfg.model.trust_remote_code]
     loaded = sweep.once("data", data_key, lambda: _load_data(cfg, preference))
     tokenizer, (rows, report), (eval_rows, eval_report) = loaded
     if cfg.model.path is None:
@@ -86,18 +97,29 @@ def train(cfg: Train) -> str:
     models.check_fit(configs, tokenizer, longest)
     for split in splits.values():
         packing.check_budget(split, "padded" if cfg.layout.kind == "padded" else "packed", cfg.tokens_per_microbatch)
+    facts = {f"data.{name}": checkpoint.digest(s.ids, s.prompt, s.chosen, s.rejected) for name, s in splits.items()}
+    facts["model.tokenizer"] = checkpoint.digest(json.dumps(tokens.identity(tokenizer)).encode())
+    if found:
+        checkpoint.check_same(found, facts)
+    total_steps = cfg.max_steps or cfg.epochs * data.steps_per_epoch(len(rows), cfg.batch_size)
+    first_step = found.state["step"] if found else 0
+    if rundir.is_done(run_dir, total_steps, first_step):
+        return "finished"
 
+    position = (found.run_dir, found.state["position"]) if found else None
     with (
-        rundir.recording(run_dir) as status,
-        rundir.Interrupt() as interrupt,
-        metrics.Writer(run_dir, cfg.wandb, config.to_dict(cfg), enabled=dist.is_main()) as writer,
+        rundir.recording(run_dir, config.to_yaml(cfg), first_step) as status,
+        faults.Interrupt() as interrupt,
+        faults.watchdog(run_dir, cfg.timeout) as begin,
+        metrics.Writer(run_dir, cfg.wandb, config.to_dict(cfg), enabled=dist.is_main(), after=position) as writer,
+        checkpoint.Checkpoints(run_dir, cfg.checkpoint, found) as checkpoints,
         ThreadPoolExecutor(1) as worker,
     ):
         if dist.is_main():
-            (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
             rundir.write_json(run_dir / "data_report.json", {"train": report, "eval": eval_report})
             made = [f"{name} {data.describe(r)}" for name, r in (("train", report), ("eval", eval_report)) if r]
-            print(f"{run_dir}: {', '.join(made)}", flush=True)
+            goes_on = f", goes on from {found.folder}" if found else ""
+            print(f"{run_dir}: {', '.join(made)}{goes_on}", flush=True)
 
         # ---- models, and what the reference says of the rows: before the optimizer takes its memory ----------------------
         model_key = [data_key, cfg.model, cfg.fsdp, cfg.layout, cfg.compile, cfg.tokens_per_microbatch, cfg.seed]
@@ -106,16 +128,16 @@ def train(cfg: Train) -> str:
         reference_source = (cfg.reference.path, None) if cfg.reference.path else policy_source
         starts_as_reference = reference_source == policy_source
         load = partial(start.ready, cfg, configs, rows, device, longest=longest)
-        how = {"trainable": True, "identify": cached and starts_as_reference, "keep_state": sweep.in_sweep()}
+        how = {"trainable": True, "keep_state": sweep.in_sweep()}
         beginning = sweep.once("policy", [model_key, how], lambda: load("model.path", *policy_source, **how))
         if sweep.in_sweep():
             start.restore(beginning)
 
-        def load_reference(*, identify: bool) -> start.Ready:
-            return load("reference.path", *reference_source, trainable=False, identify=identify, keep_state=False)
+        def load_reference() -> start.Ready:
+            return load("reference.path", *reference_source, trainable=False, keep_state=False)
 
         def look_up() -> dict[str, tuple[np.ndarray, dict]]:
-            model = beginning if starts_as_reference else load_reference(identify=True)
+            model = beginning if starts_as_reference else load_reference()
             return {name: start.reference_logps(cfg, model, split, name, device) for name, split in splits.items()}
 
         looked_up = {}
@@ -126,8 +148,7 @@ def train(cfg: Train) -> str:
             gc.collect()  # a reference with a path of its own was resident until here, and is full of cycles
         # The embedded task's KL needs more than log-probs of rows.
         resident = preference and (not cached or (embedded and eval_rows is not None))
-        make_frozen = partial(load_reference, identify=False) if resident else lambda: None
-        frozen = sweep.once("frozen", [model_key, cfg.reference, resident], make_frozen)
+        frozen = sweep.once("frozen", [model_key, cfg.reference, resident], load_reference if resident else lambda: None)
         policy, noise_floor = beginning.policy, beginning.noise_floor
         live = frozen.policy if frozen and not cached else None
         layout = "padded" if live and frozen.layout == "padded" else beginning.layout
@@ -136,13 +157,18 @@ def train(cfg: Train) -> str:
         if live and starts_as_reference:  # with a cache, reading it has shown the same
             start.check_step_0(policy, live, rows, noise_floor, device, layout=layout, budget=cfg.tokens_per_microbatch)
         optimizer = optim.adamw(policy, cfg.optim)
+        trained = checkpoint.tensors_of(policy, optimizer)  # before a forward pass leaves the root gathered
+        facts["model.path"] = beginning.identity["weights"]
+        if preference:
+            facts["reference.path"] = looked_up["train"][1]["weights"] if cached else frozen.identity["weights"]
+        if found:
+            checkpoint.check_same(found, facts)
         if dist.is_main():
-            facts = {"noise_floor": noise_floor, "layout": layout, "attention": policy.attention}
-            facts |= {"reference": {name: found[1] for name, found in looked_up.items()}}
-            rundir.write_json(run_dir / "environment.json", rundir.environment(device, **facts))
+            measured = {"noise_floor": noise_floor, "layout": layout, "attention": policy.attention}
+            measured |= {"reference": {name: report for name, (_, report) in looked_up.items()}}
+            rundir.write_environment(run_dir, device, first_step=first_step, **measured)
 
         # ---- accumulators, and what the loop calls -----------------------------------------------------------------
-        total_steps = cfg.max_steps or cfg.epochs * data.steps_per_epoch(len(rows), cfg.batch_size)
         meter_args = {"preference": preference, "beta": cfg.loss.beta, "noise_floor": noise_floor}
         meter, eval_meter = metrics.Meter(device, **meter_args), metrics.Meter(device, **meter_args)
         bad_step = torch.full((), -1, device=device)  # the first step that was not finite; sticky
@@ -183,21 +209,42 @@ def train(cfg: Train) -> str:
             where = {"seed": [cfg.seed], "batch_size": NUM_SAMPLES, **generation}
             return tokenizer.batch_decode([c.ids for c in sample(model, asked, sampling, stop_ids, **where)])
 
-        # ---- the loop: evaluate, sample, stop?, one update, log ------------------------------------------------------
+        def check_finite() -> None:
+            """Raises FloatingPointError where a loss or gradient was not finite, model/ holding what was before."""
+            if (bad := int(bad_step)) >= 0:
+                status.step = bad
+                models.save(policy, tokenizer, run_dir / "model")
+                raise FloatingPointError(_not_finite(bad, rows, cfg))
+
+        def save(step: int, *, evaluated: bool, wait: bool = False) -> bool:
+            check_finite()
+            state = {"facts": facts, "pairs": pairs_seen, "evaluated": evaluated, "position": writer.position()}
+            own = {"rng": checkpoint.rng_state(), "sums": meter.sums.tolist()}
+            return checkpoints.save(step, trained, state, own, held_out=held_out if evaluated else {}, wait=wait)
+
+        # ---- the loop: evaluate, sample, save, stop?, one update, log ------------------------------------------------
         vote, held_out, samples = dist.Vote(), {}, {}
         if cfg.sample_every and prompts:
             samples["prompt"] = tokenizer.batch_decode(prompts[:NUM_SAMPLES])
             if frozen or (preference and starts_as_reference):
                 samples["reference"] = answers(frozen.policy if frozen else policy)
-        pairs_seen, busy, done = 0, 0.0, np.zeros(3)  # seconds in updates; pairs, tokens, FLOPs since the last line
+        busy, done = 0.0, np.zeros(3)  # seconds in updates; pairs, tokens, FLOPs since the last line
+        pairs_seen, evaluated = 0, False  # and whether evaluation and samples of the first step are written already
+        if found:
+            own = checkpoint.load(found, trained)
+            dist.reshard(policy)  # what a forward pass left gathered is of the starting weights
+            meter.sums.copy_(torch.tensor(own["sums"], dtype=meter.sums.dtype))
+            pairs_seen, evaluated = found.state["pairs"], found.state["evaluated"]
         interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file gets few lines
-        progress = tqdm(total=total_steps, unit="step", disable=not dist.is_main(), mininterval=interval)
-        upcoming = worker.submit(prepare, 0)
+        bar = {"unit": "step", "disable": not dist.is_main(), "mininterval": interval}
+        progress = tqdm(total=total_steps, initial=first_step, **bar)
+        upcoming = worker.submit(prepare, first_step)
         interrupt.defer()
-        for step in range(total_steps + 1):
-            last = step == total_steps
-            eval_now = step == 0 or last or (cfg.eval_every and step % cfg.eval_every == 0)
-            sample_now = cfg.sample_every and (last or step % cfg.sample_every == 0)
+        for step in range(first_step, total_steps + 1):
+            begin(f"the evaluation of step {step}")
+            last, written = step == total_steps, evaluated and step == first_step
+            eval_now = not written and (step == 0 or last or (cfg.eval_every and step % cfg.eval_every == 0))
+            sample_now = not written and cfg.sample_every and (last or step % cfg.sample_every == 0)
             if done.any() and (eval_now or sample_now):  # updates still under way on the device belong to `busy`
                 busy += metrics.wait(device)
             if eval_rows is not None and eval_now:
@@ -207,10 +254,13 @@ def train(cfg: Train) -> str:
                 columns = samples | {"policy": answers(policy)}
                 by_prompt = zip(*columns.values(), strict=True)
                 writer.log_samples(step, pairs_seen, [dict(zip(columns, row, strict=True)) for row in by_prompt])
+            if cfg.checkpoint.every and step > first_step and (last or step % cfg.checkpoint.every == 0):
+                save(step, evaluated=True)
             if last:
                 break
 
             # =============================================== one update ===============================================
+            begin(f"step {step}")
             began = time.perf_counter()
             plan, batches = upcoming.result()
             if step + 1 < total_steps:
@@ -218,13 +268,15 @@ def train(cfg: Train) -> str:
             counts = {"step_pairs": plan.pairs, "step_chosen_tokens": plan.chosen_tokens}
             for i, batch in enumerate(batches, start=1):
                 policy.set_requires_gradient_sync(i == len(batches) or cfg.fsdp.accumulate == "sharded")
-                pairs = score.score(policy, live, batch.to(device))
-                preference_P, sft_P = losses.objective(cfg.loss, pairs, **counts)
-                # Count first, then divide: by the global number of pairs, known before any backward pass.
-                loss = (preference_P + sft_P).sum() * (batch.weight / plan.pairs)
-                # A loss that is not finite makes its gradients so, and the clipped norm tells all ranks at once.
-                loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-                loss.backward()
+                policy.set_requires_all_reduce(i == len(batches))  # over replicas, of which there may be one
+                with faults.naming_memory(rows, plan.microbatches[i - 1][0], cfg):
+                    pairs = score.score(policy, live, batch.to(device))
+                    preference_P, sft_P = losses.objective(cfg.loss, pairs, **counts)
+                    # Count first, then divide: by the global number of pairs, known before any backward pass.
+                    loss = (preference_P + sft_P).sum() * (batch.weight / plan.pairs)
+                    # A loss that is not finite makes its gradients so, and the clipped norm tells all ranks at once.
+                    loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+                    loss.backward()
                 meter.add(pairs, preference_P.detach(), sft_P.detach(), batch.weight)
             grad_norm = optim.clip_grad_norm(policy, cfg.optim.max_grad_norm)
             bad_step = torch.where((bad_step < 0) & ~grad_norm.isfinite(), step, bad_step)
@@ -235,13 +287,12 @@ def train(cfg: Train) -> str:
 
             pairs_seen += plan.pairs
             done += plan.pairs, plan.unique_tokens, beginning.size.step_flops(*plan.lengths)
-            status.state = "interrupted" if vote.cast(interrupt.received) else "finished"
-            if status.state == "interrupted" or (step + 1) % cfg.log_every == 0 or step + 1 == total_steps:
-                values = meter.read()  # the loop's only wait for the device
-                if (bad := int(bad_step)) >= 0:
-                    status.step = bad
-                    models.save(policy, tokenizer, run_dir / "model")
-                    raise FloatingPointError(_not_finite(bad, rows, cfg))
+            stopped = vote.cast(interrupt.received)
+            # Where a checkpoint keeps the sums, an interruption leaves no line that an undisturbed run has not.
+            early = stopped and not cfg.checkpoint.every
+            if early or (step + 1) % cfg.log_every == 0 or step + 1 == total_steps:
+                values = meter.read()  # with a checkpoint's, the loop's only wait for the device
+                check_finite()
                 busy += time.perf_counter() - began
                 rate = dict(zip(("pairs_per_second", "tokens_per_second", "mfu"), done / busy, strict=True))
                 values |= {"grad_norm": float(grad_norm), "lr": lr}
@@ -253,28 +304,37 @@ def train(cfg: Train) -> str:
                 busy += time.perf_counter() - began
             progress.update()
             status.step = step + 1
-            if status.state == "interrupted":
+            if stopped:
+                status.state, status.reason = "interrupted", signal.Signals(stopped).name
                 break
         progress.close()
 
         # ---- what stays ------------------------------------------------------------------------------------------------
-        models.save(policy, tokenizer, run_dir / "model")
+        begin("writing what stays")
+        left = "model/ is written"
+        if status.state == "interrupted" and cfg.checkpoint.every:
+            if not save(status.step, evaluated=False, wait=True):
+                raise UserError(f"run_dir={run_dir}: interrupted at step {status.step}, which could not be written; make room")
+            left = f"the same command with run_dir={run_dir} goes on from there"
+        else:
+            models.save(policy, tokenizer, run_dir / "model")
+            checkpoints.wait()
         if dist.is_main():
             plots.draw_run(metrics.read_jsonl(run_dir / "metrics.jsonl"), run_dir / "plots")
-            final = (
-                held_out if status.state == "finished" else {}
-            )  # interrupted, the last evaluation is of older weights
+            # Interrupted, the last evaluation is of older weights.
+            final = held_out if status.state == "finished" else {}
             shown = ", ".join(f"{name} {final[name]:.4g}" for name in SHOWN if name in final)
-            print(
-                f"{run_dir}: {status.state} after {status.step} steps; model/ is written. {shown}".rstrip(), flush=True
-            )
-        return status.state
+            print(f"{run_dir}: {status.state} after {status.step} steps; {left}. {shown}".rstrip(), flush=True)
+        return status.reason or status.state
 
 
 def _load_data(cfg: Train, preference: bool) -> tuple:
     """The tokenizer, and rows and report of data.train and of data.eval (None, None without)."""
     tokenizer = tokens.load_tokenizer(
-        cfg.model.tokenizer or cfg.model.path, revision=cfg.model.revision, chat_template=cfg.data.chat_template
+        cfg.model.tokenizer or cfg.model.path,
+        revision=cfg.model.revision,
+        chat_template=cfg.data.chat_template,
+        trust_remote_code=cfg.model.trust_remote_code,
     )
     how = {"cfg": cfg.data, "tokenizer": tokenizer, "pairs": preference, "cache_dir": Path(cfg.cache_dir).expanduser()}
     with dist.main_first():  # rank 0 tokenises into the cache, the others read it
@@ -297,7 +357,7 @@ def _not_finite(step: int, rows: data.Rows, cfg: Train) -> str:
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg) -> None:
-    """One run, or one cell of a sweep; exit codes: 0 finished, 2 a user's error, 130 interrupted, 1 anything else."""
+    """One run, or one cell of a sweep; exit codes: 0 finished, 2 a user's error, 128 + signal interrupted, 1 all else."""
     sweep.run_job(lambda: train(sweep.placed(config.train_config(cfg))))
 
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bench import data
 from rpo import dist, losses, metrics, models, optim, packing, reference, score
-from rpo.config import Fsdp, Loss, Optim
+from rpo.config import Loss, Optim
 from rpo.data import Rows
 
 MODELS = {  # an 11M Llama for CPUs; the shapes of Qwen2.5-0.5B, Llama-3.2-1B and Qwen2.5-7B
@@ -89,8 +89,9 @@ def size_of(work: Work) -> metrics.ModelSize:
 
 
 def _sharding(work: Work, compile: bool) -> dict:
-    fsdp = Fsdp(work.activation_checkpointing, reshard_after_forward=False, accumulate="unsharded", cpu_offload=False)
-    return {"mesh": dist.mesh(work.device), "fsdp": fsdp, "compute_dtype": work.dtype, "compile": compile}
+    options = {"activation_checkpointing": work.activation_checkpointing, "reshard_after_forward": False}
+    fsdp = replace(dist.PLAIN, **options)
+    return {"mesh": dist.mesh(work.device, fsdp), "fsdp": fsdp, "compute_dtype": work.dtype, "compile": compile}
 
 
 def _adamw(module: nn.Module, work: Work) -> torch.optim.AdamW:

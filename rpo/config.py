@@ -7,11 +7,14 @@ without it.
 
 import datetime
 import math
+import os
 import types
 import typing
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from rpo.redact import redacted
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -36,6 +39,7 @@ class Model:
     path: str | None
     revision: str | None
     tokenizer: str | None
+    trust_remote_code: bool
     architecture: dict[str, Any] | None
     dtype: Literal["auto", "bfloat16", "float32", "float64"]
 
@@ -91,10 +95,20 @@ class Optim:
 
 @dataclass(frozen=True)
 class Fsdp:
+    shard_degree: int | None
+    replicate_degree: int
     activation_checkpointing: Literal["none", "full", "selective"]
     reshard_after_forward: bool
     accumulate: Literal["unsharded", "sharded"]
     cpu_offload: bool
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int
+    keep: int | Literal["all"]
+    best: str | None
+    blocking: bool
 
 
 @dataclass(frozen=True)
@@ -113,6 +127,7 @@ class Train:
     layout: Layout
     optim: Optim
     fsdp: Fsdp
+    checkpoint: Checkpoint
     wandb: Wandb
     seed: int
     epochs: int
@@ -124,6 +139,8 @@ class Train:
     sample_every: int
     log_every: int
     run_dir: str | None
+    resume: str
+    timeout: int
     cache_dir: str
 
 
@@ -132,6 +149,7 @@ class EvalModel:
     path: str | list[str]
     revision: str | None
     tokenizer: str | None
+    trust_remote_code: bool
     dtype: Literal["auto", "bfloat16", "float32", "float64"]
 
 
@@ -286,15 +304,34 @@ def _check_date(value: str) -> None:
         raise UserError(f"data.template_date={value!r}: expected a date as YYYY-MM-DD") from None
 
 
+def _check_checkpoint(cfg: Train) -> None:
+    every, keep, best = cfg.checkpoint.every, cfg.checkpoint.keep, cfg.checkpoint.best
+    _require(every >= 0, f"checkpoint.every={every}: expected 0 (none) or a number of steps")
+    _require(keep == "all" or keep >= 1, f"checkpoint.keep={keep}: expected all or at least 1")
+    if best is None:
+        return
+    _require(
+        best.startswith(("min:", "max:")),
+        f"checkpoint.best={best}: expected min:METRIC or max:METRIC, one of data.eval's as docs/METRICS.md names them",
+    )
+    _require(cfg.data.eval is not None, f"checkpoint.best={best} with data.eval=null: nothing is there to choose by")
+    _require(
+        every > 0 and cfg.eval_every > 0 and every % cfg.eval_every == 0,
+        f"checkpoint.best={best} with checkpoint.every={every}, eval_every={cfg.eval_every}: each checkpoint needs an "
+        "evaluation; make checkpoint.every a multiple of eval_every",
+    )
+
+
 def _check_train(cfg: Train) -> None:
     check_loss(cfg.loss)
-    for name in ("epochs", "batch_size", "tokens_per_microbatch", "log_every"):
+    for name in ("epochs", "batch_size", "tokens_per_microbatch", "log_every", "timeout"):
         value = getattr(cfg, name)
         _require(value >= 1, f"{name}={value}: expected at least 1")
     for name in ("eval_every", "sample_every"):
         value = getattr(cfg, name)
         _require(value >= 0, f"{name}={value}: expected 0 (never) or a number of steps")
     _require(cfg.max_steps is None or cfg.max_steps >= 1, f"max_steps={cfg.max_steps}: expected null or at least 1")
+    _check_checkpoint(cfg)
     _check_seed("seed", cfg.seed)
     _check_seed("data.gold.seed", cfg.data.gold.seed)
     _require(cfg.data.train != [], "data.train=[]: expected a file, a list of files, or NAME:SPLIT")
@@ -310,6 +347,12 @@ def _check_train(cfg: Train) -> None:
     )
     _require(optim.weight_decay >= 0, f"optim.weight_decay={optim.weight_decay}: expected >= 0")
     _require(optim.max_grad_norm > 0, f"optim.max_grad_norm={optim.max_grad_norm}: expected > 0 (.inf: no clipping)")
+    shard, replicate = cfg.fsdp.shard_degree, cfg.fsdp.replicate_degree
+    _require(
+        shard is None or shard >= 1,
+        f"fsdp.shard_degree={shard}: expected null (all the ranks that replicate_degree leaves) or at least 1",
+    )
+    _require(replicate >= 1, f"fsdp.replicate_degree={replicate}: expected at least 1 (1: no replicas)")
     _require(cfg.data.max_length >= 2, f"data.max_length={cfg.data.max_length}: expected at least 2 tokens")
     _check_date(cfg.data.template_date)
     gold = cfg.data.gold
@@ -375,9 +418,10 @@ def _resolved(spec: Any) -> Any:
     """Local paths made absolute, so that a run's config.yaml means the same from any folder; names stay as they are."""
     if isinstance(spec, list):
         return [_resolved(item) for item in spec]
-    return (
-        str(Path(spec).expanduser().resolve()) if spec and spec != "gold" and Path(spec).expanduser().exists() else spec
-    )
+    if not spec or spec == "gold":
+        return spec
+    path = os.path.expanduser(spec)
+    return os.path.realpath(path) if os.path.exists(path) else spec
 
 
 def train_config(cfg: "DictConfig") -> Train:
@@ -406,10 +450,10 @@ def eval_config(cfg: "DictConfig") -> Eval:
 
 
 def to_yaml(cfg: Train | Eval) -> str:
-    """The settings as YAML, every key resolved, in the order of the dataclasses."""
+    """The settings as YAML, every key resolved, in the order of the dataclasses; secrets are `***`."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(cfg)))
+    return OmegaConf.to_yaml(OmegaConf.create(redacted(to_dict(cfg))))
 
 
 def to_dict(cfg: Any) -> dict:
@@ -417,11 +461,32 @@ def to_dict(cfg: Any) -> dict:
     return {f.name: to_dict(v) if is_dataclass(v := getattr(cfg, f.name)) else v for f in fields(cfg)}
 
 
+# What may differ between two starts of one run: how long it goes on, what it writes and where, and what a device has to
+# hold. The last changes a gradient's rounding and no more, as another number of ranks does.
+MAY_CHANGE = ("max_steps", "epochs", "eval_every", "sample_every", "log_every", "checkpoint", "wandb", "run_dir", "resume")
+MAY_CHANGE += ("timeout", "cache_dir", "reference.cache_dir", "tokens_per_microbatch", "fsdp")
+
+
+def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
+    """The keys outside MAY_CHANGE whose values differ between two settings, each as `key: there, here value`."""
+    found = []
+    for name in dict.fromkeys([*there, *here]):
+        key, a, b = prefix + name, there.get(name), here.get(name)
+        if key in MAY_CHANGE or a == b:
+            continue
+        both = isinstance(a, dict) and isinstance(b, dict)
+        found += differences(a, b, f"{key}.") if both else [f"{key}={a}, here {b}"]
+    return found
+
+
 def read_yaml(path: Path) -> dict:
-    """A run's `config.yaml` as nested dicts."""
+    """A run's `config.yaml` as nested dicts, nothing in it resolved. Raises UserError where it is not YAML."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.load(path))
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # yaml's and omegaconf's own; a file from elsewhere may hold anything
+        raise UserError(f"{path}: is not the settings of a run ({' '.join(str(error).split())[:200]})") from None
 
 
 def set_sweep_dir(cfg: "DictConfig", folder: Path) -> None:

@@ -97,11 +97,8 @@ def _texts(tokenizer: PreTrainedTokenizerBase, example: Example, template_date: 
         texts += [tokens.render(tokenizer, example.prompt + side, template_date, prompt=False) for side in responses]
     else:
         texts = responses if example.prompt is None else [example.prompt, *responses]
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError:
-        text = "an escape like \\ud800 is half a character: expected Unicode text; mend the row"
-        raise RowError("invalid_utf8", text) from None
+    for text in texts:
+        tokens.check_unicode(text)
     return texts
 
 
@@ -315,7 +312,7 @@ def load_prompts(
             try:
                 if isinstance(raw, RowError):
                     raise raw
-                ids = tokens.encode_prompt(tokenizer, parse_prompt(raw), cfg.template_date)
+                ids = tokens.prompt_ids(tokenizer, parse_prompt(raw), cfg.template_date)
                 if not 1 <= len(ids) <= cfg.max_length:
                     raise RowError("too_long", f"the prompt has {len(ids)} tokens, expected 1 to data.max_length")
             except RowError as error:

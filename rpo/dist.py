@@ -4,13 +4,14 @@ import atexit
 import datetime
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.attention.flex_attention  # these two register operators that _SAVED names
+import torch.nn.attention.flex_attention  # these two register operators that PRODUCTS names
 import torch.nn.attention.varlen
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -24,15 +25,24 @@ from torch.distributed.fsdp import (
 )
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from rpo.config import Fsdp
+from rpo.config import Fsdp, UserError
 
-TIMEOUT = datetime.timedelta(minutes=30)
+T = TypeVar("T")
+# Weights cut over all ranks and nothing else: for what only scores and generates, and has no such keys.
+PLAIN = Fsdp(
+    shard_degree=None,
+    replicate_degree=1,
+    activation_checkpointing="none",
+    reshard_after_forward=True,
+    accumulate="unsharded",
+    cpu_offload=False,
+)
 
 
-def init() -> torch.device:
+def init(timeout: int = 1800) -> torch.device:
     """This process's device, with the default process group up: torchrun's, or a group of one in plain python.
 
-    A group that exists already (an earlier job of the same sweep) is kept.
+    A collective may take `timeout` seconds. A group that exists already (an earlier job of the same sweep) is kept.
     """
     use_cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
@@ -40,9 +50,9 @@ def init() -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # Both back-ends: objects and barriers go over gloo, which needs no device.
-        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        backend, limit = "cpu:gloo,cuda:nccl" if use_cuda else "gloo", datetime.timedelta(seconds=timeout)
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if use_cuda else None)
+            dist.init_process_group(backend, timeout=limit, device_id=device if use_cuda else None)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
@@ -50,6 +60,8 @@ def init() -> torch.device:
 
 def shutdown() -> None:
     """Destroys the process group if there is one; safe to call twice."""
+    _hybrid_mesh.cache_clear()
+    aside.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -94,22 +106,55 @@ def barrier() -> None:
     dist.barrier()
 
 
+@cache
+def aside() -> dist.ProcessGroup:
+    """A second group of all ranks, on hosts: for a thread, whose collectives would mix with the loop's in the first."""
+    return dist.new_group(timeout=_timeout("cpu"), backend="gloo")
+
+
+def _timeout(device_type: str) -> datetime.timedelta:
+    """Of the default group's collectives; a group made beside it would get torch's own."""
+    return dist.group.WORLD._get_backend(torch.device(device_type)).options._timeout
+
+
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """What `work` returns on each rank, in order, on every rank; an error of any is raised on all: none waits in vain."""
+    try:
+        outcome = work()
+    except Exception as error:
+        outcome = error
+    outcomes = [outcome] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, outcome, group)
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+    return outcomes
+
+
+def on_main(work: Callable[..., T], *args: object) -> T:
+    """What `work` returns on rank 0, on every rank; where it fails there, all fail alike."""
+    return together(lambda: work(*args) if is_main() else None)[0]
+
+
 class Vote:
-    """Whether any rank wants to stop, agreed once per step without a wait: the answer is a step old.
+    """Which signal any rank has received, agreed once per step without a wait: the answer is a step old.
 
     A tiny all-reduce between hosts that runs beside the step; the device knows nothing of it.
     """
 
     def __init__(self) -> None:
-        self.count, self.work = torch.zeros(1), None
+        self.highest, self.work = torch.zeros(1, dtype=torch.int64), None
 
-    def cast(self, stop: bool) -> bool:
-        """Casts this step's vote; True, on all ranks alike, once any rank voted so in the step before."""
+    def cast(self, signum: int) -> int:
+        """Casts this step's vote, 0 for none; returns, on all ranks alike, the highest of the step before."""
         if world_size() == 1:
-            return stop
-        agreed = self.work is not None and self.work.wait() and self.count.item() > 0
-        self.count = torch.tensor([float(stop)])
-        self.work = dist.all_reduce(self.count, async_op=True)
+            return signum
+        agreed = 0
+        if self.work is not None:
+            self.work.wait()
+            agreed = int(self.highest)
+        self.highest = torch.tensor([signum])
+        self.work = dist.all_reduce(self.highest, dist.ReduceOp.MAX, async_op=True)
         return agreed
 
 
@@ -128,14 +173,38 @@ def main_first() -> Iterator[None]:
             dist.barrier()
 
 
-def mesh(device: torch.device) -> DeviceMesh:
-    """One dimension over all processes: parameters, gradients and optimizer states are cut along it."""
-    return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
+def mesh(device: torch.device, cfg: Fsdp) -> DeviceMesh:
+    """("shard",) over all processes, or ("replicate", "shard") where there are replicas: what the model is cut along.
+
+    Neighbouring ranks make up a shard group, so that one which fits a node stays within it. Raises UserError unless
+    the two degrees multiply to the world size.
+    """
+    world, replicate = world_size(), cfg.replicate_degree
+    shard = cfg.shard_degree or world // replicate
+    if replicate * shard != world:
+        given = "null" if cfg.shard_degree is None else cfg.shard_degree
+        divisors = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise UserError(
+            f"fsdp.shard_degree={given}, fsdp.replicate_degree={replicate}: their product must be the world size, "
+            f"{world}; set fsdp.shard_degree=null and fsdp.replicate_degree to one of {divisors}"
+        )
+    if replicate == 1:
+        return init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
+    return _hybrid_mesh(device.type, replicate, shard)
+
+
+@cache  # the groups hold device memory, and policy and reference may share them
+def _hybrid_mesh(device_type: str, replicate: int, shard: int) -> DeviceMesh:
+    timeout = _timeout(device_type)  # which init_device_mesh does not ask for
+    ranks = torch.arange(replicate * shard).view(replicate, shard)
+    parts = {"replicate": ranks.T.tolist(), "shard": ranks.tolist()}
+    groups = [dist.new_subgroups_by_enumeration(p, timeout, group_desc=name)[0] for name, p in parts.items()]
+    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=tuple(parts))
 
 
 # What `selective` keeps: the results of attention and of every matrix product are dear to recompute and small
 # beside the pointwise intermediates, which are recomputed.
-_SAVED = {
+PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -149,10 +218,10 @@ _SAVED = {
 
 
 def _save_products(_ctx: object, op: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _checkpointed(layer: nn.Module, how: str) -> nn.Module:
+def checkpointed(layer: nn.Module, how: str) -> nn.Module:
     if how == "selective":
         return checkpoint_wrapper(layer, context_fn=partial(create_selective_checkpoint_contexts, _save_products))
     return checkpoint_wrapper(layer)
@@ -176,7 +245,7 @@ def shard(
     options = {"mesh": mesh, "mp_policy": mp_policy, "offload_policy": offload}
     for i, layer in enumerate(layers):
         if cfg.activation_checkpointing != "none":
-            layer = layers[i] = _checkpointed(layer, cfg.activation_checkpointing)
+            layer = layers[i] = checkpointed(layer, cfg.activation_checkpointing)
         if compile:
             layer.compile(dynamic=True)
         fully_shard(layer, reshard_after_forward=cfg.reshard_after_forward, **options)

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as torch_dist
 
 from rpo import data, dist, grammar, models, packing, tokens
-from rpo.config import Fsdp, Gold, Train, UserError
+from rpo.config import Gold, Train, UserError
 from rpo.generate import Completion, Sampling, sample
 from rpo.models import Policy, PreTrainedTokenizerBase
 
@@ -65,7 +65,8 @@ def prepare(cfg: Train) -> Train:
     settings["gold"].pop("samples")  # an evaluation's size, no property of the files
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     if cfg.model.path is not None:
-        known = tokens.load_tokenizer(cfg.model.tokenizer or cfg.model.path, revision=cfg.model.revision).get_vocab()
+        how = {"revision": cfg.model.revision, "trust_remote_code": cfg.model.trust_remote_code}
+        known = tokens.load_tokenizer(cfg.model.tokenizer or cfg.model.path, **how).get_vocab()
         if missing := [word for word in grammar.vocabulary() if word not in known]:
             raise UserError(
                 f"model.path={cfg.model.path} with data.train=gold: its tokenizer does not know the embedded task's "
@@ -140,8 +141,8 @@ def make(folder: Path, settings: dict) -> None:
 
     device = dist.init()
     lm = models.load(str(folder / "sft" / "model"), None, torch.float32)
-    fsdp = Fsdp(activation_checkpointing="none", reshard_after_forward=False, accumulate="unsharded", cpu_offload=False)
-    shard = {"mesh": dist.mesh(device), "fsdp": fsdp, "compute_dtype": torch.float32, "compile": False}
+    fsdp = replace(dist.PLAIN, reshard_after_forward=False)
+    shard = {"mesh": dist.mesh(device, fsdp), "fsdp": fsdp, "compute_dtype": torch.float32, "compile": False}
     policy = models.prepare(lm, **shard, trainable=False)
     for name, count, seed in (("pairs", gold.pairs, 2 * gold.seed), ("pairs_eval", gold.eval_pairs, 2 * gold.seed + 1)):
         _write(folder / f"{name}.jsonl.gz", _label(policy, tokenizer, count, seed, gold, device))

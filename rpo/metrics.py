@@ -8,7 +8,12 @@ import json
 import netrc
 import os
 import resource
+import shutil
+import sys
 import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +25,7 @@ from torch import Tensor
 
 from rpo.config import UserError, Wandb
 from rpo.losses import PairLogps
+from rpo.redact import redacted
 
 # Means over pairs, and means over chosen tokens; the order is that of `_sums`.
 PER_PAIR_SUPERVISED = ("loss", "loss/preference", "loss/sft", "logps/chosen")
@@ -43,6 +49,15 @@ _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, 
 
 
 INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run goes on offline
+
+
+def check_best(best: str | None, *, preference: bool, embedded: bool) -> None:
+    """Raises UserError where checkpoint.best names what data.eval will not have."""
+    names = PER_PAIR_SUPERVISED + PER_CHOSEN_TOKEN[:1]
+    if preference:
+        names += PER_PAIR_PREFERENCE + PER_CHOSEN_TOKEN[1:] + (GOLD if embedded else ())
+    if best is not None and best[4:] not in names:
+        raise UserError(f"checkpoint.best={best}: no such metric of data.eval; there are {', '.join(names)}")
 
 
 class Meter:
@@ -146,72 +161,139 @@ def wandb_mode(cfg: Wandb) -> str:
     return ("online" if has_key else "offline") if wanted not in ("disabled", "offline", "online") else wanted
 
 
-class Writer:
-    """The run's pen: `metrics.jsonl` and `samples.jsonl` in its folder, and the wandb run where there is one.
+@contextmanager
+def _redacted_command_line() -> Iterator[None]:
+    """wandb records it of its own accord when it starts."""
+    argv, sys.argv = sys.argv, redacted(sys.argv)
+    try:
+        yield
+    finally:
+        sys.argv = argv
 
-    Every rank calls it, the one with `enabled` writes. A context manager: what is open is closed however it is left.
+
+FILES = ("metrics.jsonl", "samples.jsonl")
+
+
+class Writer:
+    """The run's pen: FILES in its folder, and the wandb run where there is one.
+
+    Every rank calls it, the one with `enabled` writes. A context manager: what is open is closed however it is left. Given
+    an earlier pen's folder and `position` it goes on `after` it: what that one wrote later is cut off and will be written
+    again, but not sent to wandb again. Another folder's files are copied.
     """
 
-    def __init__(self, run_dir: Path, cfg: Wandb, settings: dict, *, enabled: bool):
-        self.run_dir, self.enabled, self.start, self.run = run_dir, enabled, time.monotonic(), None
+    def __init__(
+        self, run_dir: Path, cfg: Wandb, settings: dict, *, enabled: bool, after: tuple[Path, dict] | None = None
+    ):
+        self.run_dir, self.enabled, self.run = run_dir, enabled, None
         if not enabled:
             return
-        self.lines = (run_dir / "metrics.jsonl").open("a")
+        source, position = after or (run_dir, {"events": 0, "seconds": 0.0} | dict.fromkeys(FILES, 0))
+        if source.resolve() != run_dir.resolve():
+            for path in [source / name for name in FILES if (source / name).exists()]:
+                shutil.copyfile(path, run_dir / path.name)
+        self.num_events, self.start = position["events"], time.monotonic() - position["seconds"]
+        num_lost = sum(_cut(run_dir / name, position[name]) for name in FILES)
         if (mode := wandb_mode(cfg)) != "disabled":
-            self.run = self._start(cfg, settings, mode)
-            self.run.define_metric("pairs")
-            self.run.define_metric("*", step_metric="pairs")
+            self._start(cfg, settings, mode, self.num_events + num_lost)
 
-    def _start(self, cfg: Wandb, settings: dict, mode: str) -> Any:
+    def _start(self, cfg: Wandb, settings: dict, mode: str, num_sent: int) -> None:
         import wandb
 
+        kept = self.run_dir / "wandb" / "resume.json"  # the run's id, and how many of its events wandb has had
+        earlier = json.loads(kept.read_text()) if kept.exists() else {"id": uuid.uuid4().hex[:8], "sent": 0}
         name = self.run_dir.name if cfg.group is None else f"{cfg.group}/{self.run_dir.name}"
-        where = {"project": cfg.project, "group": cfg.group, "name": name, "dir": self.run_dir, "config": settings}
+        where = redacted({"project": cfg.project, "group": cfg.group, "name": name, "config": settings})
+        where["dir"] = self.run_dir
         for attempt in dict.fromkeys([mode, "offline"]):
             try:  # create_new, because a sweep makes several runs in one process
                 quiet = wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT)
-                return wandb.init(**where, mode=attempt, reinit="create_new", settings=quiet)
+                more = {"resume": "allow"} if attempt == "online" else {}
+                how = {"mode": attempt, "reinit": "create_new", "settings": quiet, **more}
+                with _redacted_command_line():
+                    self.run = wandb.init(id=earlier["id"], **where, **how)
+                break
             except Exception as error:  # no server, a broken environment: a run is worth more than its dashboard
-                reason = " ".join(str(error).split())[:200]
+                reason = redacted(" ".join(str(error).split())[:200])
                 if cfg.mode == "online":
                     raise UserError(
                         f"wandb.mode=online: {reason}; use wandb.mode=offline, `wandb sync` later"
                     ) from None
                 instead = "this run is offline" if attempt == "online" else "this run goes without"
                 print(f"wandb: {reason}; {instead}", flush=True)
-        return None
+        else:
+            return
+        self.num_sent = self.run.starting_step if self.run.resumed else max(num_sent, earlier["sent"])
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(json.dumps({"id": earlier["id"], "sent": self.num_sent}))
+        self.run.define_metric("pairs")
+        self.run.define_metric("*", step_metric="pairs")
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if self.enabled:
-            self.lines.close()
         if self.run is not None:
             self.run.finish(exit_code=0 if kind is None else 1)
+
+    def position(self) -> dict | None:
+        """How far the record has come, for a later pen to go on from: events, seconds, bytes on disk. None on other ranks."""
+        if not self.enabled:
+            return None
+        sizes = {name: _on_disk(self.run_dir / name) for name in FILES}
+        return {"events": self.num_events, "seconds": round(time.monotonic() - self.start, 3), **sizes}
 
     def log(self, split: str, step: int, pairs: int, values: dict[str, float]) -> None:
         """One event, after `step` updates and `pairs` pairs."""
         if not self.enabled:
             return
         event = {"split": split, "step": step, "pairs": pairs, "time": round(time.monotonic() - self.start, 3)}
-        self.lines.write(json.dumps(event | values) + "\n")
-        self.lines.flush()
-        if self.run is not None:
-            self.run.log({"pairs": pairs, "step": step} | {f"{split}/{name}": v for name, v in values.items()})
+        self._append("metrics.jsonl", [event | values])
+        self._send({"pairs": pairs, "step": step} | {f"{split}/{name}": v for name, v in values.items()})
 
     def log_samples(self, step: int, pairs: int, samples: list[dict[str, str]]) -> None:
         """Held-out prompts with the policy's and the reference's answers."""
         if not self.enabled:
             return
-        with (self.run_dir / "samples.jsonl").open("a") as file:
-            file.writelines(json.dumps({"step": step, **sample}) + "\n" for sample in samples)
+        self._append("samples.jsonl", [{"step": step, **sample} for sample in samples])
         if self.run is not None:
             import wandb
 
             columns = ["step", *samples[0]]
             table = wandb.Table(columns=columns, data=[[step, *sample.values()] for sample in samples])
-            self.run.log({"pairs": pairs, "samples": table})
+            self._send({"pairs": pairs, "samples": table})
+
+    def _append(self, name: str, events: list[dict]) -> None:
+        with (self.run_dir / name).open("a") as file:
+            file.writelines(json.dumps(event) + "\n" for event in events)
+        self.num_events += 1
+
+    def _send(self, values: dict[str, Any]) -> None:
+        if self.run is not None and self.num_events > self.num_sent:
+            self.run.log(values, step=self.num_events - 1, commit=True)
+
+
+def _on_disk(path: Path) -> int:
+    """The bytes of a file, made sure to survive the machine; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def _cut(path: Path, size: int) -> int:
+    """Cuts a file of JSON lines back to `size` bytes; returns how many events that takes away (samples of a step are one)."""
+    if not path.exists():
+        if size:
+            print(f"{path}: is gone; what it held until here is lost", flush=True)
+        return 0
+    whole = path.read_bytes()
+    if len(whole) < size:
+        print(f"{path}: ends {size - len(whole)} bytes before the checkpoint; what is missing is lost", flush=True)
+    lines = whole[size:].splitlines()
+    os.truncate(path, min(size, len(whole)))
+    return len(lines) if path.name == FILES[0] else len({line.split(b",")[0] for line in lines})
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -3,6 +3,8 @@
 Letters: B rows, T tokens of a row, N scored tokens, D model width, V vocabulary.
 """
 
+import os
+import pickle
 import shutil
 import sys
 from dataclasses import replace
@@ -25,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -37,6 +40,9 @@ from rpo.packing import Batch
 
 transformers_logging.disable_progress_bar()  # one bar per rank and model says nothing that the run does not
 AttentionInterface.register(PACKED, attend)
+UNMASKED = "rpo_unmasked"  # the library's sdpa, under a name that it makes no mask for
+AttentionInterface.register(UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
+_CODE_IS_OFF = "which is not run; read it, then set model.trust_remote_code=true"
 
 
 class Head(NamedTuple):
@@ -115,21 +121,28 @@ def layers_of(lm: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def check(path: str, revision: str | None = None, *, key: str = "model.path") -> PreTrainedConfig:
+def check(
+    path: str, revision: str | None = None, *, key: str = "model.path", trust_remote_code: bool = False
+) -> PreTrainedConfig:
     """The config of the causal LM at `path` (folder or Hub name), without loading a weight.
 
-    Raises UserError: nothing there, or not a causal LM.
+    Raises UserError: nothing there, not a causal LM, or one that needs code from elsewhere without `trust_remote_code`.
     """
-    if path.startswith(("/", "./", "../", "~")) and not (Path(path).expanduser() / "config.json").is_file():
-        hint = f"; did you mean {path}/model?" if (Path(path).expanduser() / "model").is_dir() else ""
+    folder = os.path.expanduser(path)
+    if path.startswith(("/", "./", "../", "~")) and not os.path.isfile(os.path.join(folder, "config.json")):
+        hint = f"; did you mean {path}/model?" if os.path.isdir(os.path.join(folder, "model")) else ""
         raise UserError(f"{key}={path}: no Hugging Face model there (no config.json){hint}")
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{key}={path}: no Hugging Face model could be read there ({_first_line(error)})") from None
-    names = config.architectures or []
-    causal = all(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)  # BertForMaskedLM is none
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        names = config.architectures or []
+        causal = all(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)  # BertForMaskedLM is none
+        kernel = config.get_text_config()._attn_implementation or ""
+    except Exception as error:  # each config class checks itself in its own way
+        raise _unreadable(key, path, error, "no Hugging Face model could be read there") from None
+    if "/" in kernel and not trust_remote_code:  # transformers would fetch and run it
+        raise UserError(f"{key}={path}: its attention is {kernel} of the Hub, {_CODE_IS_OFF}")
+    own = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not own and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal):
         kind = ", ".join(names) or type(config).__name__
         raise UserError(f"{key}={path}: holds {kind}, not a causal LM; give a model for AutoModelForCausalLM")
     weights = ("*.safetensors", "*.bin", "*.index.json")
@@ -141,14 +154,37 @@ def check(path: str, revision: str | None = None, *, key: str = "model.path") ->
 def check_paths(model: Model, reference: Reference) -> dict[str, PreTrainedConfig]:
     """The configs of the models that a run names, by the key that names them. Raises UserError as `check` does."""
     named = {"model.path": (model.path, model.revision), "reference.path": (reference.path, None)}
-    return {key: check(path, revision, key=key) for key, (path, revision) in named.items() if path is not None}
+    trust = {"trust_remote_code": model.trust_remote_code}
+    return {key: check(path, revision, key=key, **trust) for key, (path, revision) in named.items() if path is not None}
 
 
-def config_for(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The model config that `model.architecture` describes, sized to the tokenizer. Raises UserError."""
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+def check_offline(path: str, revision: str | None = None, *, key: str = "model.path") -> PreTrainedConfig:
+    """The config in the folder `path`, or what the cache has of a Hub name; no weights are needed, nothing is fetched.
+
+    Raises UserError.
+    """
     try:
-        return AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **architecture})
+        return AutoConfig.from_pretrained(path, revision=revision, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each config class checks itself in its own way
+        raise _unreadable(key, path, error, "no model's config could be read there without a network") from None
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal LM of that config without meaning, unproven: for a mode in which tensors have shapes but no data."""
+    lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    if lm.config._attn_implementation == "sdpa":  # which would be given a mask where positions can not be looked at
+        lm.config._attn_implementation = UNMASKED
+    return lm
+
+
+def config_for(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
+    """The model config that `model.architecture` describes, sized to the tokenizer if there is one. Raises UserError."""
+    own = {}
+    if tokenizer is not None:
+        own = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        own["vocab_size"] = len(tokenizer)
+    try:
+        return AutoConfig.for_model(**own | architecture)
     except Exception as error:  # each config class checks itself in its own way
         raise UserError(f"model.architecture={architecture}: {_first_line(error)}") from None
 
@@ -188,15 +224,30 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def load(path: str, revision: str | None, master: torch.dtype, *, key: str = "model.path") -> PreTrainedModel:
+def _unreadable(key: str, path: str, error: Exception, what: str) -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(f"{key}={path}: comes with code of its own, {_CODE_IS_OFF}")
+    return UserError(f"{key}={path}: {what} ({_first_line(error)})")
+
+
+def load(
+    path: str, revision: str | None, master: torch.dtype, *, key: str = "model.path", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The causal LM at `path` on the CPU with weights in `master` (float32 or float64), proven by `probe`.
 
-    Raises UserError: unreadable, weights missing (another kind of model), or a probe that disagrees.
+    Raises UserError: unreadable (a pickle that is more than tensors is), weights missing (another kind of model), or a
+    probe that disagrees.
     """
+    how = {"trust_remote_code": trust_remote_code, "weights_only": True, "output_loading_info": True}
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=master, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{key}={path}: the weights could not be loaded ({_first_line(error)})") from None
+        lm, info = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=master, **how)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{key}={path}: its *.bin is a pickle of more than tensors, which could run code and is not loaded; "
+            "give safetensors"
+        ) from None
+    except Exception as error:  # files, the library and a model's own code: each its own type
+        raise _unreadable(key, path, error, "the weights could not be loaded") from None
     if info["missing_keys"]:
         name = sorted(info["missing_keys"])[0]
         raise UserError(f"{key}={path}: the checkpoint lacks {name}; it is incomplete or not a causal LM")
@@ -208,7 +259,7 @@ def build(config: PreTrainedConfig, seed: int, master: torch.dtype) -> PreTraine
     """A causal LM of that config with random weights, a function of `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     probe(lm, key=f"model.architecture={config.model_type}")
     return lm.to(master)
 
@@ -358,4 +409,9 @@ def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedT
     shutil.rmtree(part, ignore_errors=True)
     whole.save_pretrained(part)
     tokenizer.save_pretrained(part)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():  # of the same run, which has gone on since
+        folder.rename(old)
     part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -22,10 +22,10 @@ def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=tuple(cfg.betas), fused=True)
-    if cfg.state_dtype == "bfloat16":  # the fused kernel keeps the dtype that it finds
-        for p in params:
-            moments = {name: torch.zeros_like(p, dtype=torch.bfloat16) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    for p in params:  # what the first update would make; the fused kernel keeps the dtype that it finds
+        dtype = torch.bfloat16 if cfg.state_dtype == "bfloat16" else p.dtype
+        moments = {name: torch.zeros_like(p, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     return optimizer
 
 

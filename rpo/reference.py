@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -40,7 +39,6 @@ RESCORED = 8  # pairs scored once more whenever a cache is used
 # Of a model's config: where it came from and what it is stored as, not what it computes.
 NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
-T = TypeVar("T")
 Logps = dict[int, np.ndarray]  # row -> log-probs of its chosen, then of its rejected tokens
 
 
@@ -70,7 +68,9 @@ def _hash_tensor(named: tuple[str, Tensor]) -> bytes:
 
 def identity(weights: str, policy: Policy, *, compute_dtype: torch.dtype, device: torch.device, layout: str) -> dict:
     """What the log-probs of `policy` depend on beside the tokens, JSON-able; `weights` is its `weights_digest`."""
+    module = type(policy.lm).__module__  # of a model's own code: it names a hash or commit of the files
     return {
+        **({} if module.startswith("transformers.") else {"code": module}),
         "weights": weights,
         "config": _computed(json.loads(policy.lm.config.to_json_string(use_diff=False))),
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
@@ -111,7 +111,6 @@ def score_rows(
     budget: int,
     device: torch.device,
     noise_floor: float,
-    expected: str | None = None,
 ) -> tuple[np.ndarray, dict]:
     """The summed log-probs of chosen and rejected of all `rows`, float64 (rows, 2) in nats (0 where a row has no
     rejected), and a JSON-able report.
@@ -121,49 +120,24 @@ def score_rows(
     scored once more: stored and new must agree to 3 `noise_floor` + 1e-6 nats per token. `cache_dir` is the folder above
     reference/, or one cache's own folder. The root of a sharded `policy` stays gathered.
 
-    `expected` is the key in the report of the run that this one goes on with. Where it is not the key of `facts` the policy
-    has been trained since, and all pairs must be found.
-
     Raises UserError, on all ranks: a folder that can not be written or has not the room (before the pass), one made by
-    other weights, pairs that are missing under `expected`, a log-prob that is not finite, the re-score.
+    other weights, a log-prob that is not finite, the re-score.
     """
-    key, cache_dir = key_of(facts), Path(cache_dir).expanduser()
-    is_reference = expected in (None, key)
-    folder = _on_main(_folder, cache_dir, facts, expected or key)
+    cache_dir = Path(cache_dir).expanduser()
+    folder = dist.on_main(_folder, cache_dir, facts)
     found: Logps = {}  # filled on rank 0 alone
-    holes = _on_main(_look_up, folder, rows, found)
-    if len(holes) and not is_reference:
-        raise UserError(
-            f"reference.cache_dir={cache_dir}: {len(holes)} of {len(rows)} {name} pairs are not in {folder}, where this "
-            "run's reference has its log-probs, and the model has been trained since; give the folder and data that the "
-            "run began with, or start it anew"
-        )
+    holes = dist.on_main(_look_up, folder, rows, found)
     scored = partial(_score, policy, rows, layout=layout, budget=budget, device=device)
     if len(holes):
-        _on_main(_make_room, folder, cache_dir, rows, holes, facts)
+        dist.on_main(_make_room, folder, cache_dir, rows, holes, facts)
         _fill(scored, rows, holes, folder, found, name)
-    if is_reference:
-        _rescore(scored, rows, holes, folder, found, noise_floor)
+    _rescore(scored, rows, holes, folder, found, noise_floor)
     if dist.is_main():
         cached = f"{len(rows) - len(holes)} from the cache"
         done = f"scored {len(holes)} of {len(rows)} {name} pairs, {cached}"
         print("reference:", done if len(holes) else f"all {len(rows)} {name} pairs from the cache", flush=True)
-    report = {"key": folder.name, "pairs": len(rows), "scored": len(holes), "cached": len(rows) - len(holes)}
+    report = {"key": folder.name, "weights": facts["weights"], "pairs": len(rows), "scored": len(holes), "cached": len(rows) - len(holes)}
     return dist.broadcast(_sums(rows, found) if dist.is_main() else None), report | {"folder": str(folder)}
-
-
-def _on_main(work: Callable[..., T], *args: object) -> T:
-    """What `work` returns on rank 0, on every rank; where it fails there, all fail alike."""
-    outcome = None
-    if dist.is_main():
-        try:
-            outcome = work(*args)
-        except Exception as error:
-            outcome = error
-    outcome = dist.broadcast(outcome)
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
 
 
 def _sums(rows: RowsLike, found: Logps) -> np.ndarray:
@@ -174,20 +148,19 @@ def _sums(rows: RowsLike, found: Logps) -> np.ndarray:
 # ---- on disk
 
 
-def _folder(cache_dir: Path, facts: dict, key: str) -> Path:
-    """Where the cache of `key` is: `cache_dir` itself where that is one cache. Raises UserError where it is another."""
+def _folder(cache_dir: Path, facts: dict) -> Path:
+    """Where the cache of `facts` is: `cache_dir` itself where that is one cache. Raises UserError where it is another."""
     if not (cache_dir / "facts.json").is_file():
-        return cache_dir / "reference" / key
+        return cache_dir / "reference" / key_of(facts)
     try:
         there = json.loads((cache_dir / "facts.json").read_text())
     except ValueError:
         raise UserError(f"reference.cache_dir={cache_dir}: its facts.json is damaged; delete that folder") from None
-    if key_of(there) == key:
+    if there == facts:
         return cache_dir
-    why = _difference(there, facts) if there != facts else "the run began with another"
     raise UserError(
-        f"reference.cache_dir={cache_dir}: is the cache of another reference ({why}); give the folder above reference/, "
-        "where each has its own"
+        f"reference.cache_dir={cache_dir}: is the cache of another reference ({_difference(there, facts)}); give the "
+        "folder above reference/, where each has its own"
     )
 
 
@@ -284,7 +257,7 @@ def _fill(
             shares = [{}] * dist.world_size()
             gather_object(mine, shares if dist.is_main() else None)
             fresh = {i: logps for share in shares for i, logps in share.items()}  # a filler's pair, scored twice, once
-            _on_main(_write_shard, folder, rows, fresh)
+            dist.on_main(_write_shard, folder, rows, fresh)
             found |= fresh
 
 

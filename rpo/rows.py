@@ -7,14 +7,18 @@ Nothing here knows of tokens. What is wrong with one row is a `RowError`, with a
 import gzip
 import hashlib
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from rpo.config import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Messages = list[dict[str, Any]]
 
@@ -22,6 +26,9 @@ UNINFORMATIVE = ("empty_response", "identical_responses", "identical_after_trunc
 MAX_UNINFORMATIVE = 0.05  # of a file's rows
 WELL_FORMED = (*UNINFORMATIVE, "too_long")  # kinds of dropped rows that data.on_bad_row does not govern
 EXAMPLES = 3  # kept in the report for each kind
+# A file that unpacks without end must not fill the memory.
+MAX_LINE = 2**26  # bytes of a row in a .jsonl; the rest of a longer one is read past
+MAX_JSON = 2**32  # bytes of a .json, which is read whole
 
 
 class RowError(Exception):
@@ -66,16 +73,23 @@ def open_sources(spec: str | list[str], revision: str | None) -> list[Source]:
 
 
 def _open(spec: str, revision: str | None) -> Source:
-    path = Path(spec).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(spec))
+    try:
+        found = path.is_file()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise UserError(f"{spec[:300]}: can not be looked up ({error.strerror}); give a file, or NAME:SPLIT") from None
+    if found:
         readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
         suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
         if suffix not in readers or path.name.endswith(".parquet.gz"):
             raise UserError(
                 f"{spec}: expected a .jsonl, .json (either may end in .gz) or .parquet file; convert or rename it"
             )
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        try:
+            with path.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{spec}: can not be read ({error.strerror})") from None
         return Source(spec, digest, lambda: readers[suffix](path))
     if path.is_dir():
         raise UserError(f"{spec}: a directory is read as a dataset and needs a split; write {spec}:train")
@@ -98,7 +112,14 @@ def _open_dataset(spec: str, name: str, split: str, revision: str | None) -> Sou
         raise UserError(
             f"{spec}: cannot be loaded as a dataset split ({one_line(error)}); check name, split and data.revision"
         ) from None
-    return Source(spec, dataset._fingerprint, lambda: enumerate(dataset, start=1))
+    return Source(spec, dataset._fingerprint, lambda: _read_dataset(spec, dataset))
+
+
+def _read_dataset(spec: str, dataset: Any) -> Iterator[tuple[int, Any]]:
+    try:
+        yield from enumerate(dataset, start=1)
+    except Exception as error:  # a column of pictures or sounds is decoded only now
+        raise UserError(f"{spec}: a row can not be read ({one_line(error)}); give text columns alone") from None
 
 
 def one_line(error: Exception) -> str:
@@ -110,6 +131,16 @@ def _stream(path: Path):
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
+def _lines(stream: BinaryIO) -> Iterator[bytes | RowError]:
+    while line := stream.readline(MAX_LINE):
+        if len(line) < MAX_LINE or line.endswith(b"\n"):
+            yield line
+            continue
+        while len(line) == MAX_LINE and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE)
+        yield RowError("too_large", f"expected a line of less than {MAX_LINE >> 20} MiB; mend the row")
+
+
 def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be read ({one_line(error)}); it is damaged or cut short, fetch it again")
 
@@ -117,8 +148,10 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with _stream(path) as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
+            for number, line in enumerate(_lines(stream), start=1):
+                if isinstance(line, RowError):
+                    yield number, line
+                elif line.strip():
                     yield number, _decode_line(line)
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from None
@@ -137,11 +170,17 @@ def _decode_line(line: bytes) -> Any:
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
+    content = bytearray()
     try:
         with _stream(path) as stream:
-            rows = json.loads(stream.read().decode("utf-8-sig"))
+            while len(content) <= MAX_JSON and (chunk := stream.read(2**20)):
+                content += chunk
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from None
+    if len(content) > MAX_JSON:
+        raise UserError(f"{path}: over {MAX_JSON / 2**30:g} GiB; make it a .jsonl, which is read row by row")
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path}: expected one JSON list of rows ({one_line(error)}); name it .jsonl if it has one object a line"
@@ -152,16 +191,25 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
         number = 0
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            for row in batch.to_pylist():
+            for row in _python_rows(batch):
                 yield (number := number + 1), row
-    except (OSError, pyarrow.ArrowException) as error:
+    except Exception as error:  # damage shows late and in many ways: a column's name that is not UTF-8, no memory
         raise _unreadable(path, error) from None
+
+
+def _python_rows(batch: "pyarrow.RecordBatch") -> list[Any]:
+    try:
+        return batch.to_pylist()
+    except Exception as error:  # text that is not UTF-8, a date that Python has not: each its own type
+        if len(batch) > 1:
+            return [row for i in range(len(batch)) for row in _python_rows(batch.slice(i, 1))]
+        kind = "invalid_utf8" if isinstance(error, UnicodeDecodeError) else "wrong_type"
+        return [RowError(kind, f"a value can not be read ({one_line(error)}); mend the row")]
 
 
 # ---- forms
@@ -189,9 +237,12 @@ def _messages(row: dict, field: str) -> Messages:
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise RowError("wrong_type", f"{expected}; message {number} has no role; mend the row")
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
+        content, calls = message.get("content"), message.get("tool_calls")
+        if not isinstance(content, str) and not (content is None and calls):
+            raise RowError("wrong_type", f"{expected}; message {number} has {_type_name(content)}; mend the row")
+        if calls and not isinstance(calls, list):
             raise RowError(
-                "wrong_type", f"{expected}; message {number} has {_type_name(message.get('content'))}; mend the row"
+                "wrong_type", f"field {field}: expected tool_calls as a list, message {number} has {_type_name(calls)}"
             )
     return value
 
@@ -210,7 +261,7 @@ def _check_response(messages: Messages, field: str) -> None:
             raise RowError(
                 "wrong_roles",
                 f"field {field}: expected the {place} message of the response from the assistant, found role "
-                f"{message['role']!r}; a response starts after the prompt and ends with the answer",
+                f"{message['role'][:40]!r}; a response starts after the prompt and ends with the answer",
             )
 
 
@@ -253,8 +304,11 @@ def _split_last(messages: Messages, field: str) -> Example:
 
 def _split_shared(chosen: Messages, rejected: Messages) -> Example:
     shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
+    try:
+        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+            shared += 1
+    except RecursionError:
+        raise RowError("wrong_type", "fields chosen, rejected: a message is nested too deeply; mend the row") from None
     if not shared:
         raise RowError(
             "no_prompt",

@@ -1,6 +1,7 @@
 """A run's folder: where it is, that it is its own, how the run ended, and what it ran on."""
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -12,35 +13,85 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from rpo import dist
-from rpo.config import UserError, read_yaml
+from rpo.config import MAY_CHANGE, Train, UserError, differences, read_yaml, to_dict
+from rpo.redact import redacted
 
-_MARKS = ("config.yaml", "status.json", "metrics.jsonl", "results.json", "sweep.json")
+_MARKS = ("results.json", "sweep.json", "config.yaml", "status.json", "metrics.jsonl")  # the first found says what it is
 
 
-def choose(given: str | None, label: str) -> Path:
+def choose(given: str | None, label: str, *, continues: str | None = None) -> Path:
     """The folder of this run, the same on every rank and not yet made.
 
     `given`, or outputs/ID under torchrun with a rendezvous id, or outputs/TIME_label_XXXX by rank 0's clock.
-    Raises UserError where the folder holds another run already.
+    Raises UserError where the folder holds another run already, save one that a file named `continues` begins, or a
+    link that leads out of it: a run that came as an archive could write there.
     """
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's word for "no --rdzv-id"
+    if given is None and launch != Path(launch).name:
+        raise UserError(f"run_dir=null with --rdzv-id={launch}: not a folder's name; give run_dir")
+    if given is None and launch == "none" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise UserError("run_dir=null: torchrun restarted the run, and its folder's name is lost; give run_dir or --rdzv-id")
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     default = f"outputs/{launch}" if launch != "none" else f"outputs/{stamp}_{label}_{uuid.uuid4().hex[:4]}"
     folder = Path(dist.broadcast(given or default)).expanduser()
-    if held := [name for name in _MARKS if (folder / name).exists()]:
+    held = [name for name in _MARKS if (folder / name).exists()]
+    if held and held[0] != continues:
         raise UserError(f"run_dir={folder}: already holds a run ({held[0]}); give another folder or remove it")
+    inside = os.path.join(os.path.realpath(folder), "")
+    for path in [*folder.glob("*"), *folder.glob("checkpoints/*")]:  # what a run writes itself
+        if path.is_symlink() and not os.path.realpath(path).startswith(inside):
+            raise UserError(
+                f"run_dir={folder}: {path.relative_to(folder)} is a link out of it, and the run would write there; put in "
+                "its place what it leads to, or make the folder itself the link"
+            )
     return folder
+
+
+def check_settings(folder: Path, cfg: Train) -> None:
+    """Raises UserError where the run in `folder`, if any, was begun with settings that one run may not change."""
+    path, here = folder / "config.yaml", redacted(to_dict(cfg))
+    if not path.exists():
+        return
+    there = read_yaml(path)
+    if not isinstance(there, dict) or not there.keys() & here.keys():
+        raise UserError(f"run_dir={folder}: already holds a run (config.yaml) of another kind; give another folder")
+    if found := differences(there, here):
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        raise UserError(
+            f"run_dir={folder}: holds a run with other settings ({'; '.join(found[:5])}{more}); within a run only "
+            f"{', '.join(MAY_CHANGE)} may change: give it those settings, or another run_dir"
+        )
+
+
+def is_done(folder: Path, total_steps: int, first_step: int) -> bool:
+    """Whether the run in `folder` has made its `total_steps` and left its model; says so on rank 0.
+
+    Raises UserError where going on, at `first_step`, would undo steps or overwrite a model/ with one begun anew.
+    """
+    status, has_model = dist.on_main(lambda: (read_status(folder), (folder / "model").exists()))
+    done = status["state"] == "finished" and status["step"] == total_steps and has_model
+    if done and dist.is_main():
+        print(f"{folder}: finished after {total_steps} steps already; for more of them raise max_steps", flush=True)
+    if not done and first_step > total_steps:
+        raise UserError(f"max_steps={total_steps}: {folder} has made {first_step} steps already; give as many or more")
+    if not done and has_model and not first_step:
+        raise UserError(f"run_dir={folder}: holds a model/ and no checkpoint to go on from; give another folder")
+    return done
 
 
 def settings_of(model: str | None) -> dict | None:
     """The settings of the run whose model/ this is; None for any other model."""
     file = Path(model or "").parent / "config.yaml"
-    return read_yaml(file) if model and Path(model).name == "model" and file.exists() else None
+    if not model or Path(model).name != "model" or not file.exists():
+        return None
+    settings = read_yaml(file)
+    loss = settings.get("loss") if isinstance(settings, dict) else None
+    return settings if isinstance(loss, dict) and "preference" in loss else None  # other tools have a config.yaml too
 
 
 def check_starting_model(model: str | None) -> None:
@@ -54,9 +105,13 @@ def check_starting_model(model: str | None) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Written aside and renamed, so that a reader never sees half of it."""
+    """Written aside and renamed, so that a reader never sees half of it; without secrets."""
+    _write(path, json.dumps(redacted(value), indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several failing ranks may write the same file
-    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.write_text(text)
     part.rename(path)
 
 
@@ -86,73 +141,87 @@ def _git(*args: str) -> str | None:
     return done.stdout.strip()
 
 
-def environment(device: torch.device, **facts: object) -> dict:
-    """What the numbers depend on besides the settings: code revision, versions, devices, command line, and `facts`."""
+def write_environment(folder: Path, device: torch.device, *, first_step: int = 0, **facts: object) -> None:
+    """Writes `environment.json`: code revision, versions, devices, command line, and `facts`.
+
+    Where a run goes on at `first_step`, `before` has the same of its earlier starts.
+    """
     packages = ("torch", "transformers", "tokenizers", "numpy", "datasets", "wandb", "hydra-core")
-    status = _git("status", "--porcelain")
-    return {
+    git_status = _git("status", "--porcelain")
+    path = folder / "environment.json"
+    earlier = read_json(path) if path.exists() and first_step else None
+    here = {
         "command": [sys.executable, *sys.argv],
         "git_revision": _git("rev-parse", "HEAD"),
-        "git_dirty": None if status is None else bool(status),
+        "git_dirty": None if git_status is None else bool(git_status),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "world_size": dist.world_size(),
         "threads": torch.get_num_threads(),
         "host": platform.node(),
+        "first_step": first_step,
         **facts,
     }
+    before = [*earlier.pop("before"), earlier] if earlier else []
+    write_json(path, here | {"before": before})
 
 
 class Status:
     """How a run ends, as the loop sees it: `recording` writes it down whichever way the block is left."""
 
     state = "finished"
+    reason = ""
     step = 0
 
 
-@contextmanager
-def recording(folder: Path) -> Iterator[Status]:
-    """Makes the run's folder and keeps its `status.json` true: running, then finished, interrupted or failed."""
-    status = Status()
-    if dist.is_main():
+def _lock(folder: Path) -> TextIO:
+    """The file whose lock says that a process is at work in `folder`; the system frees it however that process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "status.json").open("x").close()  # of two runs that chose the folder at once, one gets it
-            write_status(folder, "running", step=0)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run_dir={folder}: another process is at work in it; wait for it, or give another") from None
+        except OSError as error:  # a file system without locks
+            print(f"run_dir={folder}: can not be locked ({error.strerror}); see that no second run uses it", flush=True)
+    except OSError as error:
+        raise UserError(f"run_dir={folder}: can not be written ({error.strerror}); give another folder") from None
+    return lock
+
+
+@contextmanager
+def recording(folder: Path, settings: str, step: int = 0) -> Iterator[Status]:
+    """Makes the run's folder with its config.yaml, and keeps `status.json` true: running, then how it ended.
+
+    Raises UserError, on all ranks: the folder can not be written, or another process is at work in it.
+    """
+    status, held = Status(), []
+    status.step = step
+
+    def begin() -> None:
+        held.append(_lock(folder))
+        try:
+            _write(folder / "config.yaml", settings)
+            write_status(folder, "running", step=step)
         except OSError as error:
             raise UserError(f"run_dir={folder}: can not be written ({error.strerror}); give another folder") from None
+
+    dist.on_main(begin)
     try:
         yield status
+        if dist.is_main():
+            write_status(folder, status.state, status.reason, status.step)
     except BaseException as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
         with suppress(OSError):  # a full disk, or another node's folder, must not hide the error itself
             if read_status(folder)["state"] != "failed":  # the first rank to fail knows why, the others only that
                 state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                if error.args and state == "interrupted":
+                    reason = signal.Signals(error.args[0]).name
                 write_status(folder, state, reason, status.step)
         raise
-    if dist.is_main():
-        write_status(folder, status.state, step=status.step)
-
-
-class Interrupt:
-    """From `defer` on SIGINT once sets `received`, for the loop to end after the step in hand; twice raises KeyboardInterrupt.
-
-    Before, it raises at once: while models load and the reference is scored nothing is there to be saved.
-    """
-
-    received = False
-
-    def __enter__(self) -> "Interrupt":
-        self.before = signal.getsignal(signal.SIGINT)
-        return self
-
-    def defer(self) -> None:
-        signal.signal(signal.SIGINT, self._receive)
-
-    def _receive(self, _signum: int, _frame: object) -> None:
-        self.received = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_exc: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
+    finally:
+        for lock in held:
+            lock.close()

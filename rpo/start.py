@@ -24,7 +24,7 @@ class Ready:
     size: ModelSize
     layout: str  # packed or padded: how this model's rows are laid out
     noise_floor: float  # nats per token by which rounding alone moves a log-prob
-    identity: dict | None  # what its log-probs depend on beside the tokens; None if not wanted
+    identity: dict  # what its log-probs depend on beside the tokens
     state: list[Tensor] = field(repr=False)  # this rank's weights and buffers as they began, on the host; may be empty
 
 
@@ -39,7 +39,6 @@ def ready(
     *,
     longest: int,
     trainable: bool,
-    identify: bool,
     keep_state: bool,
 ) -> Ready:
     """The model at `path`, which `key` names (None: random weights by cfg.seed), ready to score `rows` and be trained.
@@ -52,15 +51,15 @@ def ready(
     if path is None:
         lm = models.build(configs["model.architecture"], cfg.seed, master)
     else:
-        lm = models.load(path, revision, master, key=key)
+        lm = models.load(path, revision, master, key=key, trust_remote_code=cfg.model.trust_remote_code)
     size = ModelSize(**models.sizes(lm))
     layout = "padded"
     if cfg.layout.kind != "padded":
         layout = _packed_unless(models.why_not_packed(lm, longest), cfg.layout.kind, key, path)
-    weights = reference.weights_digest(lm) if identify else None
+    weights = reference.weights_digest(lm)
     policy = models.prepare(
         lm,
-        dist.mesh(device),
+        dist.mesh(device, cfg.fsdp),
         cfg.fsdp,
         compute_dtype=compute,
         compile=cfg.compile,
@@ -77,7 +76,7 @@ def ready(
         layout = _packed_unless(differ if not gap <= 3 * noise_floor + 1e-6 else None, cfg.layout.kind, key, path)
     dist.reshard(policy)
     how = {"compute_dtype": compute, "device": device, "layout": layout}
-    identity = reference.identity(weights, policy, **how) if identify else None
+    identity = reference.identity(weights, policy, **how)
     state = [_host_copy(tensor) for tensor in _tensors(policy)] if keep_state else []
     return Ready(policy, size, layout, noise_floor, identity, state)
 

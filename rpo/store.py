@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -16,7 +17,9 @@ def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
     try:
         report = json.loads((folder / "report.json").read_text())
         checksum, names = report.pop("checksum"), report.pop("arrays")
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
+        if not all(re.fullmatch(r"\w+", name) for name in names):  # ../../x would be read from elsewhere
+            return None
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
         return (arrays, report) if checksum == _checksum(arrays) else None
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -24,7 +27,7 @@ def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
         raise UserError(
             f"cache_dir: {folder} can not be read ({error.strerror}); mend it or give another folder"
         ) from None
-    except (EOFError, ValueError, KeyError, AttributeError, TypeError):
+    except (EOFError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
 
 

@@ -6,6 +6,7 @@ A sweep's folder holds one numbered child per cell, `sweep.csv`, `sweep.json` an
 import csv
 import datetime
 import gc
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from hydra.types import RunMode
 
 from rpo import dist, metrics, plots, rundir
 from rpo.config import Train, UserError, set_sweep_dir, train_config
+from rpo.redact import redacted
 
 # Where a rank waits for the others to fail too; past it they are taken to hang in a collective.
 _PATIENCE = datetime.timedelta(seconds=60)
@@ -66,24 +68,26 @@ def placed(cfg: Train) -> Train:
 def run_job(job: Callable[[], str]) -> None:
     """Runs one job to the end of its process, or as a cell of a sweep whose failure is a row of the table.
 
-    Exit codes of a single run: 0 finished, 2 something the user can mend (one line, no traceback), 130 interrupted,
-    1 anything else. An interrupted cell ends its sweep.
+    `job` returns finished, or the name of the signal that interrupted it. Exit codes of a single run: 0 finished, 2
+    something the user can mend (one line, no traceback), 128 + signal interrupted, 1 anything else. An interrupted cell
+    ends its sweep.
     """
     try:
-        code = 130 if job() == "interrupted" else 0
+        ended = job()
+        code = 0 if ended == "finished" else 128 + signal.Signals[ended]
     except UserError as error:
-        code, reason = 2, str(error)
+        code, reason = 2, redacted(str(error))
         print(f"error: {reason}", file=sys.stderr, flush=True)
     except FloatingPointError as error:
-        code, reason = 1, str(error)
+        code, reason = 1, redacted(str(error))
         print(f"error: {reason}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt:
-        code = 130
-        print("interrupted; no model/ is written, what the caches have is kept", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as stop:
+        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        print("interrupted; checkpoints and what the caches have are kept", file=sys.stderr, flush=True)
     except Exception as error:
         code, reason = 1, " ".join(f"{type(error).__name__}: {error}".split())
-        traceback.print_exc()
-    if in_sweep() and code != 130:
+        print(redacted(traceback.format_exc()), file=sys.stderr, end="", flush=True)
+    if in_sweep() and code < 128:
         if code:
             _KEPT.clear()  # a cell that breaks off leaves gradients where no one looks for them
             _record_failure(reason)
@@ -120,22 +124,36 @@ class Sweep(Callback):
     def on_multirun_start(self, config: Any, **_: object) -> None:
         try:
             cells = _checked_cells(config)
-            dist.init()  # kept for all cells; also how ranks agree on the folder
-            folder = rundir.choose(config.run_dir, "sweep")
+            dist.init(config.timeout)  # kept for all cells; also how ranks agree on the folder
+            rows = [{"cell": i} | cell for i, cell in enumerate(cells)]
+            folder = _folder(config, rows)
         except Exception as error:  # Hydra would warn of it and start the sweep unchecked
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
             dist.shutdown()
             sys.exit(2 if isinstance(error, UserError) else 1)
         set_sweep_dir(config, folder)
         torch_dist.barrier()  # the look above comes before rank 0's first file
         if dist.is_main():
             folder.mkdir(parents=True, exist_ok=True)
-            rundir.write_json(folder / "sweep.json", [{"cell": i} | cell for i, cell in enumerate(cells)])
+            rundir.write_json(folder / "sweep.json", rows)
             print(f"{folder}: {len(cells)} cells", flush=True)
+
+    def on_job_start(self, config: Any, **_: object) -> None:
+        if in_sweep():  # Hydra's own copy of the settings has the secrets that sweep.json and config.yaml leave out
+            (Path(HydraConfig.get().sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
 
     def on_multirun_end(self, config: Any, **_: object) -> None:
         num_failed = write_table(Path(config.hydra.sweep.dir)) if dist.is_main() else 0
         dist.leave(int(dist.broadcast(num_failed) > 0))
+
+
+def _folder(config: Any, rows: list[dict]) -> Path:
+    """The sweep's folder: a new one, or with resume=auto one that holds these very cells. Raises UserError."""
+    folder = rundir.choose(config.run_dir, "sweep", continues="sweep.json" if config.resume == "auto" else None)
+    held = rundir.read_json(folder / "sweep.json") if (folder / "sweep.json").exists() else []
+    if held and [{key: row.get(key) for key in rows[0]} for row in held] != redacted(rows):
+        raise UserError(f"run_dir={folder}: holds a sweep of other cells; give its command again, or another run_dir")
+    return folder
 
 
 class NoSweep(Callback):

@@ -21,19 +21,32 @@ from rpo.rows import Messages, RowError, one_line
 
 
 def load_tokenizer(
-    path: str | Path, *, revision: str | None = None, chat_template: str | None = None
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a local directory or Hub name, its chat template replaced where `chat_template` is given.
 
     `chat_template` is jinja text or the path of a file that holds it. Raises UserError where the tokenizer cannot be
-    loaded or has no EOS token, or the template's file does not exist.
+    loaded, needs code of its own without `trust_remote_code` or has no EOS token, or the template's file does not exist.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main")
+        trust = {"trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main", **trust)
     except Exception as error:  # a missing folder, name, network, file or library: each its own type
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"tokenizer {path}: comes with code of its own, which is not run; read it, then set "
+                "model.trust_remote_code=true, or give model.tokenizer"
+            ) from None
         raise UserError(f"tokenizer {path}: cannot be loaded ({one_line(error)}); give a folder or Hub name") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {path}: has no EOS token to end a response; set eos_token in tokenizer_config.json")
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if outside := [name for name in named if name != Path(name).name]:  # saved, each becomes a file of its name
+        raise UserError(f"tokenizer {path}: has a chat template called {outside[0]!r}: expected a name without slashes")
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
     return tokenizer
@@ -111,10 +124,25 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, te
     template refuses the messages or there is none.
     """
     try:
-        text = prompt if isinstance(prompt, str) else render(tokenizer, prompt, template_date, prompt=True)
+        return prompt_ids(tokenizer, prompt, template_date)
     except RowError as error:
         raise UserError(str(error)) from None
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, template_date: str) -> list[int]:
+    """`encode_prompt` of a prompt that a file holds: raises RowError where the template refuses it."""
+    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt, template_date, prompt=True)
+    check_unicode(text)
     return with_bos(tokenize(tokenizer, [text])[0], facts_of(tokenizer))
+
+
+def check_unicode(text: str) -> None:
+    """Raises RowError for half a character, which JSON can hold and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        reason = "an escape like \\ud800 is half a character: expected Unicode text; mend the row"
+        raise RowError("invalid_utf8", reason) from None
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, template_date: str) -> list[int]:
@@ -155,6 +183,7 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> list:
             model = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path(folder).iterdir())]
     added = {id: (token.content, token.special) for id, token in tokenizer.added_tokens_decoder.items()}
     names = tokenizer.special_tokens_map
+    module = type(tokenizer).__module__  # of a tokenizer's own code: it names a hash or commit of the files
     return [
         type(tokenizer).__name__,
         model,
@@ -162,6 +191,7 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> list:
         sorted(names.items()),
         tokenizer.chat_template,
         facts_of(tokenizer).adds_bos,
+        *([] if module.startswith("transformers.") else [module]),
     ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rpo import dist, models, reference
-from rpo.config import Fsdp, UserError
+from rpo.config import UserError
 from tests.conftest import make_lm
 from tests.test_packing import make_rows
 
@@ -23,9 +23,8 @@ def score(cache_dir):
     reference.CHUNK = 3
     device, lm = dist.init(), make_lm().double()
     weights = reference.weights_digest(lm)
-    fsdp = Fsdp(activation_checkpointing="none", reshard_after_forward=True, accumulate="unsharded", cpu_offload=False)
     options = {"compute_dtype": torch.float64, "compile": False, "trainable": True}
-    policy = models.prepare(lm, dist.mesh(device), fsdp, **options)
+    policy = models.prepare(lm, dist.mesh(device, dist.PLAIN), dist.PLAIN, **options)
     how = {"device": device, "layout": "packed"}
     facts = reference.identity(weights, policy, compute_dtype=torch.float64, **how)
     how |= {"name": "train", "budget": 40, "noise_floor": 0.0}

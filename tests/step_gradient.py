@@ -1,24 +1,29 @@
 """The whole gradient of one step, by the production parts; run under torchrun by test_fsdp.
 
-torchrun --nproc-per-node 2 tests/step_gradient.py OUT.pt DTYPE BUDGET ACCUMULATE LAYOUT
+torchrun --nproc-per-node 2 tests/step_gradient.py OUT.pt '[{"layout": "packed", "replicate_degree": 2}, {...}]'
 """
 
 import copy
 import dataclasses
+import json
+import math
 import sys
+from collections import Counter
 from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rpo import dist, losses, models, packing, score
-from rpo.config import Fsdp, Loss
+from rpo import dist, losses, models, optim, packing, score
+from rpo.config import Loss
 from tests.conftest import float64_throughout, make_lm
 from tests.test_packing import make_rows
 
 LENGTHS = [(5, 9, 4), (2, 3, 17), (8, 1, 2), (3, 12, 12), (6, 2, 7), (1, 8, 3), (4, 4, 20), (7, 15, 1)]
 VOCABULARY = 3000  # whole batches take the tiled log-probs, single pairs the naive ones (too small to tile)
+TIMEOUT = 77  # seconds; no default of torch's
 LOSS = Loss(preference="sigmoid", sft="token", beta=0.1, eta=0.3, label_smoothing=0.0, normalize=True)
 
 
@@ -55,10 +60,27 @@ def reference_logps(lm):
     return np.array([logp(lm, *text).item() for text in texts]).reshape(-1, 2)
 
 
+class Traffic(TorchDispatchMode):
+    """Bytes by collective, of the whole tensor that one rank gathers or has reduced, over the block."""
+
+    WHOLE = {"_allgather_base_": lambda out, _: out, "_reduce_scatter_base_": lambda _, whole: whole}
+    WHOLE |= {"allreduce_": lambda whole, _: whole[0]}
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            name = func._opname
+            self.bytes[name.strip("_")] += self.WHOLE[name](*args[:2]).nbytes
+        return func(*args, **kwargs or {})
+
+
 def step_gradient(dtype=torch.float64, **how):
     """name -> gradient on the CPU, for one step over LENGTHS cut by `budget` or by hand (`cuts`)."""
     with exactly(dtype):
-        return _step_gradient(dtype, **how)
+        return _step_gradient(dtype, **how)[0]
 
 
 def _step_gradient(
@@ -68,39 +90,48 @@ def _step_gradient(
     cached=False,
     budget=10**6,
     cuts=None,
-    accumulate="unsharded",
     checkpointing="none",
     loss=LOSS,
     family="llama",
+    count=False,
+    **fsdp,
 ):
-    device = dist.init()
-    fsdp = Fsdp(
-        activation_checkpointing=checkpointing, reshard_after_forward=True, accumulate=accumulate, cpu_offload=False
-    )
+    """The gradient, its norm as the run clips it, the number of micro-batches and the traffic in bytes."""
+    device = dist.init(TIMEOUT)
+    fsdp = dataclasses.replace(dist.PLAIN, activation_checkpointing=checkpointing, **fsdp)
     lm = make_lm(family, vocab_size=VOCABULARY).to(dtype)
     reference, pairs = moved_copy(lm), rows()
     if cached:
         pairs = dataclasses.replace(pairs, ref_logps=reference_logps(reference))
-    shard = {"mesh": dist.mesh(device), "fsdp": fsdp, "compute_dtype": dtype, "compile": False}
+    shard = {"mesh": dist.mesh(device, fsdp), "fsdp": fsdp, "compute_dtype": dtype, "compile": False}
     reference, policy = (models.prepare(m, **shard, trainable=m is lm) for m in (reference, lm))
     ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
     plan = packing.plan_step(pairs, np.arange(8), layout=layout, budget=budget, **ranks)
     microbatches = plan.microbatches if cuts is None else [(np.array(cut), 1.0) for cut in cuts]
-    for i, (members, weight) in enumerate(microbatches, start=1):
-        policy.set_requires_gradient_sync(i == len(microbatches) or accumulate == "sharded")
-        batch = packing.make_batch(pairs, members, layout, weight=weight).to(device)
-        scored = score.score(policy, None if cached else reference, batch)
-        terms = losses.objective(loss, scored, step_pairs=plan.pairs, step_chosen_tokens=plan.chosen_tokens)
-        (sum(terms).sum() * (weight / plan.pairs)).backward()
+    with Traffic() if count else nullcontext() as traffic:
+        for i, (members, weight) in enumerate(microbatches, start=1):
+            policy.set_requires_gradient_sync(i == len(microbatches) or fsdp.accumulate == "sharded")
+            policy.set_requires_all_reduce(i == len(microbatches))
+            batch = packing.make_batch(pairs, members, layout, weight=weight).to(device)
+            scored = score.score(policy, None if cached else reference, batch)
+            terms = losses.objective(loss, scored, step_pairs=plan.pairs, step_chosen_tokens=plan.chosen_tokens)
+            (sum(terms).sum() * (weight / plan.pairs)).backward()
     grads = {name: p.grad for name, p in policy.named_parameters()}
     grads = {name: (g.full_tensor() if isinstance(g, DTensor) else g).cpu() for name, g in grads.items()}
-    return {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in grads.items()}
+    grads = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in grads.items()}
+    groups = [group._get_backend(device) for group in shard["mesh"].get_all_groups()]
+    facts = {"timeouts": [group.options._timeout.total_seconds() for group in groups]}
+    facts |= {"norm": optim.clip_grad_norm(policy, math.inf).item(), "microbatches": len(microbatches)}
+    return grads, facts | {"traffic": dict(traffic.bytes) if count else {}}
 
 
 if __name__ == "__main__":
-    out, dtype, budget, accumulate, layout = sys.argv[1:]
-    how = {"budget": int(budget), "accumulate": accumulate, "layout": layout, "cached": layout == "packed"}
-    gradients = step_gradient(getattr(torch, dtype), **how)
+    out, cases = sys.argv[1], json.loads(sys.argv[2])
+    results = []
+    for case in cases:
+        dtype = getattr(torch, case.pop("dtype"))
+        with exactly(dtype):
+            results.append(_step_gradient(dtype, **case))
     if dist.is_main():
-        torch.save(gradients, out)
+        torch.save(results, out)
     dist.leave(0)

@@ -1,6 +1,8 @@
 """One gradient, whatever the micro-batches, the ranks, the sharding; and one run, whatever the ranks."""
 
+import dataclasses
 import json
+import re
 import signal
 import subprocess
 import time
@@ -12,8 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from rpo import dist, packing
+from rpo.config import UserError
 from tests.conftest import command, float64_throughout, make_lm, make_tokenizer, script_env, tiny_args
-from tests.step_gradient import LOSS, VOCABULARY, logp, moved_copy, reference_logps, rows, step_gradient
+from tests.step_gradient import LOSS, TIMEOUT, VOCABULARY, logp, moved_copy, reference_logps, rows, step_gradient
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -57,21 +60,70 @@ def test_one_gradient_under_any_cut(group, layout, dtype):
         assert relative(step_gradient(dtype, layout=layout, **case), expected) <= TOLERANCE[dtype], case
 
 
-@pytest.mark.parametrize(
-    ("accumulate", "dtype", "layout", "budget"),
-    [("unsharded", torch.float64, "packed", 40), ("sharded", torch.float32, "padded", 54)],
-)
-def test_two_ranks_have_the_gradient_of_one(group, tmp_path, accumulate, dtype, layout, budget):
-    """Two gloo ranks, several micro-batches each, one with a filler: the naive loop's gradient to the dtype's bound."""
-    how = {"layout": layout, "budget": budget, "world_size": 2}
-    plans = [packing.plan_step(rows(), np.arange(8), rank=rank, **how) for rank in range(2)]
-    weights = [[weight for _, weight in plan.microbatches] for plan in plans]
-    assert len(weights[0]) > 1 and 0 in weights[0] + weights[1], weights
+def run_on(ranks, cases, tmp_path):
+    """(gradient, facts) of each case, by so many processes."""
     out = tmp_path / "gradients.pt"
-    what = (str(dtype).removeprefix("torch."), budget, accumulate, layout)
-    args = command("tests/step_gradient.py", out, *what, ranks=2)
+    args = command("tests/step_gradient.py", out, json.dumps(cases), ranks=ranks)
     subprocess.run(args, env=script_env(), check=True, capture_output=True, timeout=120)
-    assert relative(torch.load(out), naive_gradient()) <= TOLERANCE[dtype]
+    return torch.load(out)
+
+
+def expected_traffic(case, shard, replicate, microbatches):
+    """Bytes of a float64 step by the formula of docs/CLUSTER.md: gathers, sums over shards, sums over replicas."""
+    lm = make_lm(vocab_size=VOCABULARY)
+    psi = 8 * sum(p.numel() for p in lm.parameters())
+    layers = 8 * sum(p.numel() for p in lm.model.layers.parameters())
+    traffic = {}
+    if shard > 1:
+        traffic["allgather_base"] = microbatches * (psi + (layers if case.get("reshard_after_forward", True) else 0))
+        traffic["reduce_scatter_base"] = psi * (microbatches if case.get("accumulate") == "sharded" else 1)
+    return traffic | ({"allreduce": psi // shard} if replicate > 1 else {})
+
+
+PACKED, PADDED = {"layout": "packed", "budget": 40, "cached": True}, {"layout": "padded", "budget": 54}
+COUNTED = {"dtype": "float64", **PADDED, "cached": True, "count": True}  # of the policy's collectives alone
+
+
+def check_gradients(group, ranks, cases, tmp_path):
+    """Each case has the naive loop's gradient and norm, the group's timeout, and the formula's traffic where counted."""
+    expected = naive_gradient()
+    norm = sum((grad**2).sum() for grad in expected.values()).sqrt().item()
+    for case, (gradient, facts) in zip(cases, run_on(ranks, cases, tmp_path), strict=True):
+        tolerance = TOLERANCE[getattr(torch, case["dtype"])]
+        assert relative(gradient, expected) <= tolerance, case
+        assert facts["norm"] == pytest.approx(norm, rel=tolerance), case
+        assert facts["microbatches"] > 1 and set(facts["timeouts"]) == {TIMEOUT}, case
+        if case.get("count"):
+            replicate = case.get("replicate_degree", 1)
+            assert facts["traffic"] == expected_traffic(case, ranks // replicate, replicate, facts["microbatches"]), (
+                case
+            )
+
+
+def test_two_ranks_have_the_gradient_of_one(group, tmp_path):
+    """Two gloo ranks, three or four micro-batches each, one with a filler: the naive loop's gradient to the dtype's bound.
+
+    Whether they share one copy of the weights or hold one each (HSDP); replicas are summed once per step, even where
+    gradients are sharded between micro-batches.
+    """
+    for how in ({"layout": "packed", "budget": 40}, {"layout": "padded", "budget": 54}):
+        plans = [packing.plan_step(rows(), np.arange(8), rank=rank, world_size=2, **how) for rank in range(2)]
+        assert len(plans[0].microbatches) >= 3, how
+        assert any(weight == 0 for plan in plans for _, weight in plan.microbatches), how
+    cases = [{"dtype": "float64", **PACKED}, {"dtype": "float32", **PADDED, "accumulate": "sharded"}, COUNTED]
+    cases += [{"dtype": "float64", **PACKED, "replicate_degree": 2}, COUNTED | {"accumulate": "sharded"}]
+    cases += [COUNTED | {"accumulate": how, "replicate_degree": 2} for how in ("unsharded", "sharded")]
+    cases += [COUNTED | {"reshard_after_forward": False}]
+    check_gradients(group, 2, cases, tmp_path)
+
+
+@pytest.mark.slow
+def test_four_ranks_have_the_gradient_of_one(group, tmp_path):
+    """The same on four ranks as two replicas of two shards, and as four of either."""
+    cases = [COUNTED | {"accumulate": how, "replicate_degree": 2} for how in ("unsharded", "sharded")]
+    cases = [case | {"budget": 28} for case in cases + [COUNTED, COUNTED | {"replicate_degree": 4}]]
+    cases += [{"dtype": "float64", "layout": "packed", "budget": 28, "replicate_degree": 2, "shard_degree": 2}]
+    check_gradients(group, 4, cases, tmp_path)
 
 
 def test_two_ranks_make_the_run_of_one(tiny, tmp_path):
@@ -112,7 +164,9 @@ def test_two_ranks_make_the_run_of_one(tiny, tmp_path):
 
 
 def test_two_ranks_stop_alike(tiny, tmp_path):
-    """Ctrl-C under torchrun ends both ranks after one step, and a loss that is not finite saves the model before it."""
+    """Ctrl-C under torchrun ends both ranks after one step, with a checkpoint of it; a loss that is not finite saves the
+    model before it.
+    """
     args = tiny_args(tiny, "loss=dpo", "batch_size=4", "log_every=100000", "eval_every=0")
     stopped, broken = tmp_path / "stopped", tmp_path / "broken"
     process = subprocess.Popen(
@@ -128,12 +182,27 @@ def test_two_ranks_stop_alike(tiny, tmp_path):
     process.communicate(timeout=60)
     status = json.loads((stopped / "status.json").read_text())
     assert status["state"] == "interrupted" and status["step"] > 0, status
-    assert (stopped / "model/model.safetensors").exists()
+    assert json.loads((stopped / "checkpoints/latest/state.json").read_text())["step"] == status["step"]
 
     args = [*args, "optim.lr=1e30", "optim.warmup_ratio=0", "max_steps=6", "log_every=3", f"run_dir={broken}"]
     done = subprocess.run(command("train.py", *args, ranks=2), env=script_env(), capture_output=True, text=True)
     assert done.returncode == 1 and "not finite" in done.stderr
     assert all(tensor.isfinite().all() for tensor in load_file(broken / "model/model.safetensors").values())
+
+
+@pytest.mark.parametrize(
+    ("degrees", "named"),
+    [
+        ({"shard_degree": 2}, "fsdp.shard_degree=2, fsdp.replicate_degree=1: "),
+        ({"replicate_degree": 2}, "fsdp.shard_degree=null, fsdp.replicate_degree=2: "),
+        ({"shard_degree": 1, "replicate_degree": 3}, "fsdp.shard_degree=1, fsdp.replicate_degree=3: "),
+    ],
+)
+def test_degrees_are_the_world_size(group, degrees, named):
+    """Degrees that do not multiply to the world size are refused in one line with both, the world size and the fix."""
+    fix = "must be the world size, 1; set fsdp.shard_degree=null and fsdp.replicate_degree to one of 1"
+    with pytest.raises(UserError, match=re.escape(named) + ".*" + re.escape(fix) + "$"):
+        dist.mesh(group, dataclasses.replace(dist.PLAIN, **degrees))
 
 
 def test_a_group_of_one_is_left_alone_between_jobs(group):

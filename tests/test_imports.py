@@ -5,12 +5,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
+    {"redact"},
     {"config"},
     {"attention", "losses", "dist", "optim", "logprobs", "grammar", "rows", "store", "stats"},
     {"packing"},
     {"models", "tokens", "metrics", "plots", "rundir"},
-    {"data", "score", "generate", "sweep"},
-    {"reference"},
+    {"checkpoint", "data", "score", "generate", "dryrun", "sweep"},
+    {"faults", "memory", "reference"},
     {"gold", "demo", "start"},
     {"tasks"},
 ]
@@ -21,7 +22,7 @@ DOORS = {
     "transformers": {"models", "tokens", "data", "generate"},
     "tokenizers": {"tokens", "data"},
     "datasets": {"rows"},
-    "hydra": {"sweep"},
+    "hydra": {"sweep", "memory"},
     "matplotlib": {"plots", "demo"},
 }
 

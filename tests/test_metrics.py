@@ -190,6 +190,16 @@ def read_wandb(path):
     assert payload == b"", "the file ends within a record"
 
 
+def key_of(item):
+    return item.key or "/".join(item.nested_key)
+
+
+def history_of(path):
+    """What was logged into a .wandb file, row by row."""
+    rows = [record.history for record in read_wandb(path) if record.HasField("history")]
+    return [{key_of(item): json.loads(item.value_json) for item in row.item} for row in rows]
+
+
 def test_offline_run_is_all_there(tiny, tmp_path):
     """A run's .wandb file has every event of metrics.jsonl under its split's prefix, the pairs axis, group and config."""
     run_dir = tmp_path / "run"
@@ -198,16 +208,7 @@ def test_offline_run_is_all_there(tiny, tmp_path):
     train(cfg)
     wandb.teardown()  # waits until the file is written
     (path,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
-    records = list(read_wandb(path))
-
-    def key_of(item):
-        return item.key or "/".join(item.nested_key)
-
-    history = [
-        {key_of(item): json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.HasField("history")
-    ]
+    records, history = list(read_wandb(path)), history_of(path)
     events = metrics.read_jsonl(run_dir / "metrics.jsonl")
     names = {split: set() for split in ("train", "eval")}
     for event in events:

@@ -16,13 +16,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
 
 from rpo import data, dist, logprobs, models, packing
-from rpo.config import Fsdp, UserError
+from rpo.config import UserError
 from rpo.models import Policy
 from tests.conftest import FAMILIES, float64_throughout, make_lm, make_tokenizer, settings
 from tests.templates import FORMATS, tokenizer_for
 from tests.test_packing import LENGTHS, make_rows
 
-FSDP = Fsdp(activation_checkpointing="none", reshard_after_forward=True, accumulate="unsharded", cpu_offload=False)
 VOCABULARY = len(make_tokenizer())
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32}
 LLAMA4 = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}
@@ -68,7 +67,8 @@ def assert_same_gradients(ours, own, tolerance=1e-5):
 
 def prepared(lm, device, **fsdp):
     options = {"compute_dtype": torch.float32, "compile": False, "trainable": True}
-    return models.prepare(lm, dist.mesh(device), dataclasses.replace(FSDP, **fsdp), **options)
+    fsdp = dataclasses.replace(dist.PLAIN, **fsdp)
+    return models.prepare(lm, dist.mesh(device, fsdp), fsdp, **options)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "phi"])

@@ -32,7 +32,7 @@ def make_model(*, shard=True, device=CPU):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7), torch.nn.Linear(7, 3)).to(device)
-    return fully_shard(model, mesh=dist.mesh(device)) if shard else model
+    return fully_shard(model, mesh=dist.mesh(device, dist.PLAIN)) if shard else model
 
 
 def set_gradients(model, seed, poison=0.0):
@@ -125,17 +125,30 @@ def test_a_flagged_step_changes_nothing(group):
             assert torch.equal(whole(optimizer.state[ours][moment]), whole(other.state[theirs][moment]))
 
 
-def test_bfloat16_moments_begin_at_zero(group):
-    """state_dtype=bfloat16 gives each parameter moments of half the bytes, and a step count of 0, sharded as it is."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_begin_at_zero(dtype, group):
+    """Each parameter has moments in state_dtype and a step count of 0 from the start, sharded as it is itself."""
     model = make_model()
-    optimizer = optim.adamw(model, replace(CFG, state_dtype="bfloat16"))
+    optimizer = optim.adamw(model, replace(CFG, state_dtype=str(dtype).removeprefix("torch.")))
     for param in model.parameters():
         state = optimizer.state[param]
         assert state["step"] == 0
         for name in ("exp_avg", "exp_avg_sq"):
-            assert state[name].dtype == torch.bfloat16 and state[name].placements == param.placements
+            assert state[name].dtype == dtype and state[name].placements == param.placements
             assert state[name].shape == param.shape and not whole(state[name]).any()
-    assert not optim.adamw(model, CFG).state
+
+
+def test_moments_are_what_the_first_update_makes(group):
+    """Updates that find their state equal, bit for bit, those of an AdamW that makes it itself."""
+    ours, theirs = make_model(), make_model()
+    optimizer, lazy = optim.adamw(ours, CFG), optim.adamw(theirs, CFG)
+    lazy.state.clear()
+    for _ in range(3):
+        for model, steps in ((ours, optimizer), (theirs, lazy)):
+            for param in model.parameters():
+                param.grad = torch.ones_like(param)
+            optim.step_if_finite(steps, torch.tensor(False), 1e-2)
+    assert all(torch.equal(whole(a), whole(b)) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
 @pytest.mark.gpu

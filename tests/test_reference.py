@@ -59,10 +59,10 @@ def facts_of(policy, dtype=torch.float32, layout="packed"):
     return reference.identity(weights, policy, compute_dtype=dtype, device=CPU, layout=layout)
 
 
-def score(rows, cache_dir, *, policy=None, facts=None, layout="packed", noise_floor=1e-7, expected=None):
+def score(rows, cache_dir, *, policy=None, facts=None, layout="packed", noise_floor=1e-7):
     policy = policy or make_policy()
     how = {"name": "train", "budget": 60, "device": CPU, "layout": layout}
-    how |= {"cache_dir": cache_dir, "noise_floor": noise_floor, "expected": expected}
+    how |= {"cache_dir": cache_dir, "noise_floor": noise_floor}
     return reference.score_rows(policy, rows, facts or facts_of(policy, layout=layout), **how)
 
 
@@ -374,21 +374,6 @@ def test_a_cache_given_by_path(tmp_path):
     facts["config"]["rms_norm_eps"] = 1.0
     with pytest.raises(UserError, match=r"\(config.rms_norm_eps: 1e-06, ours 1.0\)"):
         score(rows, moved, policy=policy, facts=facts)
-
-
-def test_a_continued_run_never_scores_by_trained_weights(tmp_path):
-    """With the key of the run's reference trained weights find its sums; a missing pair is refused, nothing is scored."""
-    rows, trained = pairs(), make_policy(make_lm(seed=1))
-    known = picked(rows, np.arange(9))
-    sums, report = score(known, tmp_path)
-    trained.register_forward_pre_hook(must_not_run)
-    found, again = score(known, tmp_path, policy=trained, expected=report["key"])
-    assert np.array_equal(found, sums) and again["key"] == report["key"]
-    with pytest.raises(UserError, match="1 of 10 train pairs are not in .* the model has been trained since"):
-        score(rows, tmp_path, policy=trained, expected=report["key"])
-    assert score(rows, tmp_path, expected=report["key"])[1]["scored"] == 1, "the reference itself may fill"
-    with pytest.raises(UserError, match="is the cache of another reference"):
-        score(rows, report["folder"], policy=trained, expected="0" * 16)
 
 
 # ---- several processes

@@ -63,7 +63,7 @@ def test_a_run_leaves_its_folder(finished):
     """A finished run's folder holds exactly the documented files, and each says what it should."""
     assert {path.name for path in finished.iterdir()} == {
         *("config.yaml", "status.json", "environment.json", "data_report.json", "metrics.jsonl", "samples.jsonl"),
-        *("model", "plots"),
+        *("model", "plots", "checkpoints", "lock"),
     }
     assert json.loads((finished / "status.json").read_text()) == {"state": "finished", "reason": "", "step": 20}
     environment = json.loads((finished / "environment.json").read_text())
@@ -315,9 +315,15 @@ def test_compute_dtypes(dtype, saved, tiny, tmp_path):
 
 
 def test_sigint_ends_cleanly(tiny, tmp_path):
-    """SIGINT ends a run after the step in hand: exit code 130, state interrupted, model/ and plots written."""
+    """Without checkpoints SIGINT ends a run after the step in hand: exit code 130, its state, model/ and plots written."""
     args = tiny_args(
-        tiny, "loss=dpo", "batch_size=8", "max_steps=1000000", "log_every=5", f"run_dir={tmp_path / 'run'}"
+        tiny,
+        "loss=dpo",
+        "batch_size=8",
+        "max_steps=1000000",
+        "log_every=5",
+        "checkpoint.every=0",
+        f"run_dir={tmp_path / 'run'}",
     )
     process = subprocess.Popen(command("train.py", *args), env=script_env(), stderr=subprocess.PIPE, text=True)
     path = tmp_path / "run/metrics.jsonl"
@@ -331,7 +337,7 @@ def test_sigint_ends_cleanly(tiny, tmp_path):
     assert "Traceback" not in stderr
     status = json.loads((tmp_path / "run/status.json").read_text())
     events = metrics.read_jsonl(path)
-    assert status == {"state": "interrupted", "reason": "", "step": events[-1]["step"]}
+    assert status == {"state": "interrupted", "reason": "SIGINT", "step": events[-1]["step"]}
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run/model") and (tmp_path / "run/plots/loss.png").exists()
 
 
@@ -399,9 +405,9 @@ def test_a_revision_is_the_references_too(tiny, tmp_path, monkeypatch):
     """model.revision goes with model.path wherever the reference is read; a reference.path of its own has none."""
     read, load = [], models.load
 
-    def seen(path, revision, master, *, key):
+    def seen(path, revision, master, *, key, **more):
         read.append((key, revision))
-        return load(path, revision, master, key=key)
+        return load(path, revision, master, key=key, **more)
 
     monkeypatch.setattr(models, "load", seen)
     run(tiny, tmp_path / "same", "loss=dpo", "reference=live", "model.revision=v1")

@@ -1,0 +1,357 @@
+"""A run's checkpoints: all that its next update depends on, written aside in the background, whole or not at all.
+
+    RUN/checkpoints/step_00000100/
+        shard-*.safetensors    weights and AdamW's state, a file per rank; any number of ranks can read them
+        state.json             counters, what the run is of, and of every rank its RNG and running sums
+        manifest.json          size and sha256 of the others; the folder takes its name when this is written
+    RUN/checkpoints/latest, best    links to two of them
+
+Nothing here is pickled: torch's own metadata would be, the Hugging Face storage has none. A checkpoint from elsewhere
+can be wrong, but it can not run code.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from rpo import dist
+from rpo.config import Checkpoint, UserError
+from rpo.models import Policy
+
+Tensors = dict[str, Tensor]
+
+
+# ---- what is in one
+
+
+def tensors_of(policy: Policy, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Weights, buffers and the optimizer's state by kind/name: the live tensors themselves, each rank's share of them."""
+    tensors = {}
+    for name, param in policy.named_parameters():
+        name = name.replace("_checkpoint_wrapped_module.", "")  # activation checkpointing may change between starts
+        tensors[f"weight/{name}"] = param.detach()
+        tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state[param].items()}
+    return tensors | {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()}
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random generator of this process, JSON-able. The loop uses none; a changed loss may."""
+    kind, key, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": [kind, key.tolist(), *rest], "torch": _text(torch.get_rng_state())}
+    return state | ({"cuda": _text(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {})
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts back what `rng_state` gave, of those devices that are here."""
+    version, key, gauss = state["python"]
+    random.setstate((version, tuple(key), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def digest(*parts: np.ndarray | bytes) -> str:
+    """sha256 of arrays or bytes, to tell whether a file still holds what the run began with."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+    return whole.hexdigest()
+
+
+# ---- finding and reading
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint: its folder, and its `state.json`."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder.parent.parent
+
+
+def find(run_dir: Path, resume: str) -> Found | None:
+    """The checkpoint that a run in `run_dir` goes on from, the same on every rank; None where it begins anew.
+
+    `resume` is auto, the newest whole one of `run_dir`; never; or a run's folder, or one of its checkpoints, for a
+    run_dir that has none of its own yet. A damaged one is named and skipped. Raises UserError where `resume` names none.
+    """
+    return dist.on_main(_find, run_dir, resume)
+
+
+def _find(run_dir: Path, resume: str) -> Found | None:
+    if resume == "never":
+        return None
+    if (own := _newest(_steps(run_dir / "checkpoints"))) or resume == "auto":
+        return own
+    given = Path(resume).expanduser().resolve()  # latest and best are links
+    named = _newest([given] if _step(given) is not None else _steps(given / "checkpoints"))
+    if named is None:
+        raise UserError(f"resume={resume}: no whole checkpoint there; give a run's folder or RUN/checkpoints/step_NUMBER")
+    return named
+
+
+def _newest(folders: list[Path]) -> Found | None:
+    for folder in reversed(folders):
+        try:
+            _verify(folder)
+            return Found(folder, json.loads((folder / "state.json").read_text()))
+        except ValueError as error:
+            print(f"checkpoint: {folder} is damaged ({error}) and skipped", flush=True)
+    return None
+
+
+def _step(folder: Path) -> int | None:
+    named = re.fullmatch(r"step_(\d{8,})", folder.name)
+    return int(named[1]) if named else None
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted((path for path in folder.glob("step_*") if _step(path) is not None), key=_step)
+
+
+def _verify(folder: Path) -> None:
+    """Raises ValueError where a file of `folder` is not what its manifest says."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"manifest.json: {type(error).__name__}") from None
+    if "state.json" not in expected or not all(re.fullmatch(r"[\w.-]+", name) for name in expected):
+        raise ValueError("manifest.json: names files that are not a checkpoint's")
+    try:
+        sizes = {name: (folder / name).stat().st_size for name in expected}
+        wrong = [name for name, (size, _) in expected.items() if sizes[name] != size]
+        if not wrong:
+            with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL
+                hashes = dict(zip(expected, pool.map(lambda name: _sha256(folder / name), expected), strict=True))
+            wrong = [name for name, (_, sha256) in expected.items() if hashes[name] != sha256]
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename or folder).name}: {error.strerror}") from None
+    if wrong:
+        raise ValueError(f"{wrong[0]}: not the bytes that were written")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_same(found: Found, facts: dict[str, str]) -> None:
+    """Raises UserError where the run was begun with other data, tokenizer or weights than `facts` says of ours."""
+    for key, ours in facts.items():
+        if found.state["facts"].get(key) != ours:
+            raise UserError(
+                f"{key}: not what {found.run_dir} was begun with, though its settings are the same; put the file or "
+                "folder back as it was, or give another run_dir"
+            )
+
+
+def load(found: Found, tensors: Tensors) -> dict[str, Any]:
+    """Fills `tensors`, cut up as they may be, and returns this rank's own part of the state.
+
+    With as many ranks as wrote it each gets its RNG and running sums back; with another number rank 0 gets the total of
+    the sums, and the generators stay as they are. Raises UserError where the checkpoint is of another model.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(found.folder))
+    there = reader.read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        stored = there.get(name)
+        if stored is None or (tuple(stored.size), stored.properties.dtype) != (tuple(tensor.shape), tensor.dtype):
+            what = f"{tuple(stored.size)} {stored.properties.dtype}" if stored else "nothing"
+            raise UserError(
+                f"{found.folder}: holds {what} for {name}, the model has {tuple(tensor.shape)} {tensor.dtype}; it is "
+                "the checkpoint of another model"
+            )
+    dcp.load(tensors, storage_reader=reader)
+    ranks = found.state["ranks"]
+    if len(ranks) == dist.world_size():
+        set_rng_state(ranks[dist.rank()]["rng"])
+        return ranks[dist.rank()]
+    total = np.sum([rank["sums"] for rank in ranks], axis=0)
+    return {"sums": (total if dist.is_main() else 0 * total).tolist()}
+
+
+# ---- writing
+
+
+class Checkpoints:
+    """The run's checkpoints as the loop sees them. A context manager; a collective throughout.
+
+    `save` copies what it is given to the host and returns, a thread does the rest; of two saves the second waits.
+    """
+
+    def __init__(self, run_dir: Path, cfg: Checkpoint, found: Found | None = None):
+        self.folder, self.cfg = run_dir / "checkpoints", cfg
+        self.best = found.state["best"] if found else None
+        self.group = dist.aside()
+        self.stager = DefaultStager(StagingOptions(False, False, False, False))
+        self.worker, self.pending = ThreadPoolExecutor(1, "checkpoint"), None
+        if cfg.every:
+            dist.on_main(self._clean)
+            if not all(dist.together(self.folder.is_dir)):
+                raise UserError(f"run_dir={run_dir}: not every rank sees it; give a folder that all nodes share")
+
+    def _clean(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("*.part"):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.worker.shutdown()
+        self.stager.close()
+
+    def save(
+        self,
+        step: int,
+        tensors: Tensors,
+        state: dict[str, Any],
+        own: dict[str, Any],
+        *,
+        held_out: dict[str, float],
+        wait: bool = False,
+    ) -> bool:
+        """Writes a checkpoint of `tensors`, the run's `state` (rank 0's counts) and this rank's `own`, JSON-able.
+
+        `held_out` has the metric that checkpoint.best names, or nothing. False where this save, or with neither `wait` nor
+        checkpoint.blocking the one before it, could not be written.
+        """
+        written = self.wait()
+        kind, _, name = (self.cfg.best or "").partition(":")
+        if name in held_out:
+            score = held_out[name] if kind == "max" else -held_out[name]
+            if self.best is None or score > self.best["score"]:
+                self.best = {"step": step, "score": score}
+        state = {"step": step, "best": self.best, **state}
+        staged = self.stager.stage(tensors)  # a copy on the host; the loop may go on to change the tensors
+        self.pending = self.worker.submit(self._write, step, staged, state, own)
+        return self.wait() if wait or self.cfg.blocking else written
+
+    def wait(self) -> bool:
+        """Waits for the save in hand; False where it failed, which is said and costs nothing that was there before."""
+        pending, self.pending = self.pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except OSError as error:
+            if dist.is_main():
+                print(f"checkpoint: {error}; earlier ones are kept, the run goes on", flush=True)
+            return False
+        return True
+
+    def _write(self, step: int, staged: Tensors, state: dict[str, Any], own: dict[str, Any]) -> None:
+        """The thread's work. Raises OSError, on all ranks, where the disk refuses; nothing of the save is then left."""
+        folder = self.folder / f"step_{step:08d}"
+        part = folder.with_name(f"{folder.name}.part")
+        try:
+            self._on_main(self._make_room, part, staged)
+            shares = dist.together(lambda: (own, self._write_share(part, staged)), self.group)
+            self._on_main(self._commit, part, folder, state, shares)
+        except OSError as error:
+            if dist.is_main():
+                shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"step {step} could not be written to {self.folder} ({error.strerror or error})") from None
+
+    def _on_main(self, work: Callable[..., None], *args: object) -> None:
+        dist.together(lambda: work(*args) if dist.is_main() else None, self.group)
+
+    def _make_room(self, part: Path, staged: Tensors) -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        needed = sum(tensor.numel() * tensor.itemsize for tensor in staged.values())  # of all ranks together
+        free = shutil.disk_usage(part).free
+        if free < needed:
+            raise OSError(f"{needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free")
+
+    def _write_share(self, part: Path, staged: Tensors) -> dict[str, dict]:
+        """Writes this rank's tensors and returns its files' part of the manifest."""
+        writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
+        try:
+            dcp.save(staged, storage_writer=writer, process_group=self.group)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(cause.errno, cause.strerror) from None
+        mine = part.glob(f"shard-{dist.rank() + 1:05d}-*")
+        return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in mine}
+
+    def _commit(self, part: Path, folder: Path, state: dict[str, Any], shares: list[tuple[dict, dict]]) -> None:
+        _write_json(part / "state.json", state | {"ranks": [own for own, _ in shares]})
+        files = {name: entry for _, mine in shares for name, entry in mine.items()}
+        path = part / "state.json"
+        files["state.json"] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        _write_json(part / "manifest.json", {"files": files})
+        if folder.exists():  # a damaged one, which this run skipped when it was started
+            self._remove(folder)
+        part.rename(folder)
+        _sync(self.folder)
+        self._link("latest", folder.name)
+        if self.best:
+            self._link("best", f"step_{self.best['step']:08d}")
+        self._prune()
+
+    def _link(self, name: str, target: str) -> None:
+        part = self.folder / f"{name}.part"
+        part.unlink(missing_ok=True)
+        part.symlink_to(target)
+        part.replace(self.folder / name)
+
+    def _prune(self) -> None:
+        if self.cfg.keep == "all":
+            return
+        for folder in _steps(self.folder)[: -self.cfg.keep]:
+            if self.best is None or _step(folder) != self.best["step"]:
+                self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        part = folder.with_name(f"{folder.name}.old.part")  # renamed first: what a kill leaves half deleted is no checkpoint
+        shutil.rmtree(part, ignore_errors=True)
+        folder.rename(part)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_json(path: Path, value: object) -> None:
+    with path.open("w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in `folder` last: a rename is on the disk only once its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

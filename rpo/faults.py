@@ -1,0 +1,110 @@
+"""What befalls a run from outside: a signal, a step that never ends, memory that runs out."""
+
+import faulthandler
+import os
+import platform
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rpo import dist, rundir
+from rpo.config import Train, UserError
+from rpo.data import Rows
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; a scheduler's; what SLURM's --signal is told to send
+
+
+class Interrupt:
+    """From `defer` on the first of SIGNALS sets `received`, for the loop to end after the step in hand.
+
+    Before, it raises KeyboardInterrupt(signum) at once: while models load and the reference is scored nothing is there to
+    be saved. Ctrl-C after any of them raises at once too; schedulers repeat theirs, which changes nothing.
+    """
+
+    received = 0  # the signal's number
+
+    def __enter__(self) -> "Interrupt":
+        self.before = {signum: signal.signal(signum, self._raise) for signum in SIGNALS}
+        return self
+
+    def defer(self) -> None:
+        for signum in SIGNALS:
+            signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, _frame: object) -> None:
+        self.received = self.received or signum
+        signal.signal(signal.SIGINT, self._raise)
+
+    def _raise(self, signum: int, _frame: object) -> None:
+        raise KeyboardInterrupt(signum)
+
+    def __exit__(self, *_exc: object) -> None:
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def watchdog(run_dir: Path, timeout: int) -> Iterator[Callable[[str], None]]:
+    """A function that says what this rank begins; what then takes over `timeout` seconds ends the process with 1.
+
+    status.json and stderr name rank, host and what it was, and all threads' tracebacks show where it stood. Needed beside
+    the collectives' own timeouts, which know no step, and NCCL's, which aborts.
+    """
+    begun = queue.SimpleQueue()
+
+    def watch() -> None:
+        what, patience = "", None
+        while True:
+            try:
+                what, patience = begun.get(timeout=patience), timeout
+            except queue.Empty:
+                _give_up(run_dir, f"{what} on rank {dist.rank()} ({platform.node()}) took over timeout={timeout} seconds")
+            if not what:
+                return
+
+    thread = threading.Thread(target=watch, daemon=True, name="watchdog")
+    thread.start()
+    try:
+        yield begun.put
+    finally:
+        begun.put("")
+        thread.join()
+
+
+def _give_up(run_dir: Path, why: str) -> None:
+    why += ": a rank is lost, or waits in another collective; raise timeout if it was only slow"
+    faulthandler.dump_traceback(all_threads=True)
+    print(f"error: {why}", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        status = rundir.read_status(run_dir)
+        if status["state"] != "failed":
+            rundir.write_status(run_dir, "failed", why, status["step"])
+    os._exit(1)
+
+
+@contextmanager
+def naming_memory(rows: Rows, members: np.ndarray, cfg: Train) -> Iterator[None]:
+    """Within the block running out of memory becomes a UserError: rank, micro-batch, its longest row, the key to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        out = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not out:
+            raise
+        lengths = rows.prompt[members] + rows.chosen[members] + rows.rejected[members]
+        worst = int(lengths.argmax())
+        lower = f"tokens_per_microbatch={cfg.tokens_per_microbatch}"
+        if len(members) == 1:
+            lower = f"data.max_length={cfg.data.max_length}"
+        raise UserError(
+            f"out of memory on rank {dist.rank()} in a micro-batch of {len(members)} pairs and {lengths.sum()} tokens, the "
+            f"longest {rows.where(int(members[worst]))} with {lengths[worst]}: lower {lower}, or set "
+            "fsdp.activation_checkpointing=full"
+        ) from None
