@@ -38,8 +38,9 @@ fix: $(VENV)/.ready ## lint and format, mending
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.ready ## time the step and a sweep against TRL, and the log-probs against other heads; 20 minutes
+bench: $(VENV)/.ready ## time the step and a sweep against TRL, the log-probs against other heads, a checkpoint; 25 minutes
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[bench]'
 	$(BIN)/python bench/step.py --lengths hh --compare trl
 	$(BIN)/python bench/step.py --sweep 12 --compare trl
 	$(BIN)/python bench/logprobs.py
+	$(BIN)/python bench/checkpoint.py

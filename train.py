@@ -148,7 +148,9 @@ def train(cfg: Train) -> str:
             gc.collect()  # a reference with a path of its own was resident until here, and is full of cycles
         # The embedded task's KL needs more than log-probs of rows.
         resident = preference and (not cached or (embedded and eval_rows is not None))
-        frozen = sweep.once("frozen", [model_key, cfg.reference, resident], load_reference if resident else lambda: None)
+        frozen = sweep.once(
+            "frozen", [model_key, cfg.reference, resident], load_reference if resident else lambda: None
+        )
         policy, noise_floor = beginning.policy, beginning.noise_floor
         live = frozen.policy if frozen and not cached else None
         layout = "padded" if live and frozen.layout == "padded" else beginning.layout
@@ -254,8 +256,11 @@ def train(cfg: Train) -> str:
                 columns = samples | {"policy": answers(policy)}
                 by_prompt = zip(*columns.values(), strict=True)
                 writer.log_samples(step, pairs_seen, [dict(zip(columns, row, strict=True)) for row in by_prompt])
-            if cfg.checkpoint.every and step > first_step and (last or step % cfg.checkpoint.every == 0):
-                save(step, evaluated=True)
+            if cfg.checkpoint.every and step and not written and (last or step % cfg.checkpoint.every == 0):
+                if step > first_step:
+                    save(step, evaluated=True)
+                else:  # an interruption saved it, before it was evaluated
+                    checkpoints.judge(step, held_out)
             if last:
                 break
 
@@ -314,7 +319,9 @@ def train(cfg: Train) -> str:
         left = "model/ is written"
         if status.state == "interrupted" and cfg.checkpoint.every:
             if not save(status.step, evaluated=False, wait=True):
-                raise UserError(f"run_dir={run_dir}: interrupted at step {status.step}, which could not be written; make room")
+                raise UserError(
+                    f"run_dir={run_dir}: interrupted at step {status.step}, which could not be written; make room"
+                )
             left = f"the same command with run_dir={run_dir} goes on from there"
         else:
             models.save(policy, tokenizer, run_dir / "model")

@@ -56,6 +56,7 @@ def spawn(args: list, log: Path, *, ranks: int = 1, at: Sequence[Act] = (), of: 
     """
     # What the server is started with lasts: threads of a parent would not live on in a fork.
     os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # of semaphores that those who were killed have left
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(PRELOAD)
     processes = []
@@ -98,7 +99,7 @@ class _Hook:
     def __call__(self, event: str, args: tuple) -> None:
         if event not in EVENTS:
             return
-        path = str(args[0])
+        path = str(args[event == "os.symlink"])
         if event == "shutil.rmtree":
             self.tree = path
         if event in ("os.remove", "os.rmdir") and not path.startswith("/"):  # rmtree names them by their open folder
@@ -139,7 +140,9 @@ def landed(run_dir: Path, keep: int, began: float) -> str:
         return "save: renamed, link in the making"
     if parts:
         files = {path.name for part in parts.values() for path in part.iterdir()}
-        stage = next((n for n in ("manifest.json", "state.json") if n in files), "tensors" if files else "an empty folder")
+        stage = next(
+            (n for n in ("manifest.json", "state.json") if n in files), "tensors" if files else "an empty folder"
+        )
         return f"save: {stage} begun"
     metrics = run_dir / "metrics.jsonl"
     if not metrics.exists() or metrics.stat().st_mtime < began:
@@ -152,24 +155,44 @@ def landed(run_dir: Path, keep: int, began: float) -> str:
 
 
 def differences(run_dir: Path, whole: Path) -> dict[str, float]:
-    """max |difference| of all that two runs leave, infinite where it is not even of one shape: 0 throughout, if equal."""
-    found = {}
-    tensors = [_tensors(folder / "checkpoints/latest") for folder in (run_dir, whole)]
-    for kind in ("weight", "exp_avg", "exp_avg_sq", "step", "buffer"):
-        of_kind = [{k: v for k, v in both.items() if k.split(":")[1].startswith(f"{kind}/")} for both in tensors]
-        found[kind] = _gap(*of_kind)
+    """max |difference| of all that two runs leave, infinite where it is not even of one shape: 0 throughout, if equal.
+
+    Of checkpoints those that both have; the newest must be among them.
+    """
+    found = dict.fromkeys(("weight", "exp_avg", "exp_avg_sq", "step", "buffer", "counters, running sums, RNG"), 0.0)
+    common = set(steps(run_dir)) & set(steps(whole))
+    for step in common:
+        folders = [folder / f"checkpoints/step_{step:08d}" for folder in (run_dir, whole)]
+        tensors, states = [_tensors(folder) for folder in folders], [_state(folder) for folder in folders]
+        for kind in list(found)[:-1]:
+            of_kind = [{k: v for k, v in both.items() if k.split(":")[1].startswith(f"{kind}/")} for both in tensors]
+            found[kind] = max(found[kind], _gap(*of_kind))
+        if (
+            states[0]["evaluated"] != states[1]["evaluated"]
+        ):  # an interruption saved one of them, before the evaluation's lines
+            states = [state | {"evaluated": None, "position": None} for state in states]
+        if states[0] != states[1]:
+            found["counters, running sums, RNG"] = math.inf
+    links = [(folder / "checkpoints/latest").resolve().name for folder in (run_dir, whole)]
+    newest = [f"step_{max(steps(folder), default=0):08d}" for folder in (run_dir, whole)]
+    found["latest"] = 0.0 if common and len({*links, *newest}) == 1 else math.inf
     found["model/"] = _gap(*(_tensors(folder / "model") for folder in (run_dir, whole)))
-    files = [{p.name: p.read_bytes() for p in (f / "model").iterdir() if p.suffix != ".safetensors"} for f in (run_dir, whole)]
+    files = [
+        {p.name: p.read_bytes() for p in (f / "model").iterdir() if p.suffix != ".safetensors"}
+        for f in (run_dir, whole)
+    ]
     found["model/'s other files"] = 0.0 if files[0] == files[1] else math.inf
     found["metrics"] = _gap(*(_flat(events(folder / "metrics.jsonl")) for folder in (run_dir, whole)))
     found["samples"] = 0.0 if events(run_dir / "samples.jsonl") == events(whole / "samples.jsonl") else math.inf
-    states = [json.loads((folder / "checkpoints/latest/state.json").read_text()) for folder in (run_dir, whole)]
-    for state in states:  # the lines' times are of other lengths, the best is of other checkpoints, two generators of no seed
-        state["position"] = state["position"]["events"], state["position"]["samples.jsonl"]
-        state["ranks"] = [(rank["sums"], rank["rng"]["torch"]) for rank in state["ranks"]]
-        del state["best"]
-    found["counters, running sums, RNG"] = 0.0 if states[0] == states[1] else math.inf
     return found
+
+
+def _state(folder: Path) -> dict:
+    """state.json without what may differ: the lines' times are of other lengths, python's and numpy's RNG have no seed."""
+    state = json.loads((folder / "state.json").read_text())
+    state["position"] = state["position"]["events"], state["position"]["samples.jsonl"]
+    state["ranks"] = [(rank["sums"], rank["rng"]["torch"]) for rank in state["ranks"]]
+    return {name: value for name, value in state.items() if name != "best"}
 
 
 def _tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -272,7 +295,11 @@ def campaign(args: list, folder: Path, kills: int, *, total: int, seed: int = 0,
             process.kill()
             process.join()
         printed = log.read_text() if log.exists() else ""
-        wrong = ("damaged", "lost", *(("error", "Traceback") if ranks == 1 else ()))  # a rank whose peer is dead has both
+        wrong = (
+            "damaged",
+            "lost",
+            *(("error", "Traceback") if ranks == 1 else ()),
+        )  # a rank whose peer is dead has both
         if any(word in printed for word in wrong):
             done.problems.append(f"{log}: {printed[-500:]}")
         if victim.exitcode != -signal.SIGKILL:
@@ -315,7 +342,9 @@ def make_task(folder: Path) -> list[str]:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     special = {"vocab_size": len(tokenizer), "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     torch.manual_seed(0)
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", max_position_embeddings=128, **sizes, **special))
+    lm = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", max_position_embeddings=128, **sizes, **special)
+    )
     for kept in (lm, tokenizer):
         kept.save_pretrained(folder / "model")
     rng = np.random.default_rng(0)
@@ -324,8 +353,19 @@ def make_task(folder: Path) -> list[str]:
             for _ in range(count):
                 prompt, chosen, rejected = (" ".join(rng.choice(WORDS, rng.integers(2, 16))) for _ in range(3))
                 file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
-    args = [f"model.path={folder / 'model'}", f"data.train={folder / 'train.jsonl'}", f"data.eval={folder / 'eval.jsonl'}"]
-    args += ["loss=rpo_avg", "optim.lr=1e-3", "batch_size=16", "eval_every=10", "sample_every=25", "wandb.mode=disabled"]
+    args = [
+        f"model.path={folder / 'model'}",
+        f"data.train={folder / 'train.jsonl'}",
+        f"data.eval={folder / 'eval.jsonl'}",
+    ]
+    args += [
+        "loss=rpo_avg",
+        "optim.lr=1e-3",
+        "batch_size=16",
+        "eval_every=10",
+        "sample_every=25",
+        "wandb.mode=disabled",
+    ]
     return args
 
 
@@ -345,7 +385,9 @@ def main() -> None:
     for where, count in sorted(Counter(kill.where for kill in done.kills).items()):
         print(f"{count:5d}  {where}")
     in_save = sum(kill.part for kill in done.kills)
-    print(f"{len(done.kills):5d}  kills of {args.ranks} ranks in {total} steps, {in_save} with a save in hand; {done.seconds:.0f} s")
+    print(
+        f"{len(done.kills):5d}  kills of {args.ranks} ranks in {total} steps, {in_save} with a save in hand; {done.seconds:.0f} s"
+    )
     lost = f"{done.lost(True)} with checkpoint.blocking (bound {3}), {done.lost(False)} without ({6})"
     print(f"steps lost at most: {lost}")
     for name, value in done.differences.items():

@@ -110,12 +110,17 @@ def find(run_dir: Path, resume: str) -> Found | None:
 def _find(run_dir: Path, resume: str) -> Found | None:
     if resume == "never":
         return None
-    if (own := _newest(_steps(run_dir / "checkpoints"))) or resume == "auto":
+    folders = _steps(run_dir / "checkpoints")
+    if (own := _newest(folders)) or resume == "auto":
+        if folders and own is None:
+            print(f"checkpoint: none of {run_dir} is whole, so the run begins anew", flush=True)
         return own
     given = Path(resume).expanduser().resolve()  # latest and best are links
     named = _newest([given] if _step(given) is not None else _steps(given / "checkpoints"))
     if named is None:
-        raise UserError(f"resume={resume}: no whole checkpoint there; give a run's folder or RUN/checkpoints/step_NUMBER")
+        raise UserError(
+            f"resume={resume}: no whole checkpoint there; give a run's folder or RUN/checkpoints/step_NUMBER"
+        )
     return named
 
 
@@ -213,8 +218,12 @@ class Checkpoints:
     def __init__(self, run_dir: Path, cfg: Checkpoint, found: Found | None = None):
         self.folder, self.cfg = run_dir / "checkpoints", cfg
         self.best = found.state["best"] if found else None
+        self.start = found.folder if found and found.run_dir == run_dir else None  # not a fork's
+        self.skipped: list[Path] = []  # damaged, as `find` said
         self.group = dist.aside()
-        self.stager = DefaultStager(StagingOptions(False, False, False, False))
+        cuda = torch.cuda.is_available()
+        options = {"use_pinned_memory": cuda, "use_non_blocking_copy": cuda}  # several times a pageable copy's speed
+        self.stager = DefaultStager(StagingOptions(**options, use_shared_memory=False, use_async_staging=False))
         self.worker, self.pending = ThreadPoolExecutor(1, "checkpoint"), None
         if cfg.every:
             dist.on_main(self._clean)
@@ -225,6 +234,11 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("*.part"):
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
+        first = _step(self.start) if self.start else -1
+        self.skipped = [folder for folder in _steps(self.folder) if _step(folder) > first]
+        if self.start:  # a kill may have come between a rename and its links
+            self._link("latest", self.start.name)
+            self._link_best()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -249,15 +263,20 @@ class Checkpoints:
         checkpoint.blocking the one before it, could not be written.
         """
         written = self.wait()
+        self.judge(step, held_out)
+        state = {"step": step, "best": self.best, **state}
+        staged = self.stager.stage(tensors)  # a copy on the host; the loop may go on to change the tensors
+        self.pending = self.worker.submit(self._write, step, staged, state, own)
+        return self.wait() if wait or self.cfg.blocking else written
+
+    def judge(self, step: int, held_out: dict[str, float]) -> None:
+        """Notes whether `step`, about to be saved or saved by an interruption before its evaluation, is the best so far."""
         kind, _, name = (self.cfg.best or "").partition(":")
         if name in held_out:
             score = held_out[name] if kind == "max" else -held_out[name]
             if self.best is None or score > self.best["score"]:
                 self.best = {"step": step, "score": score}
-        state = {"step": step, "best": self.best, **state}
-        staged = self.stager.stage(tensors)  # a copy on the host; the loop may go on to change the tensors
-        self.pending = self.worker.submit(self._write, step, staged, state, own)
-        return self.wait() if wait or self.cfg.blocking else written
+                dist.on_main(self._link_best)
 
     def wait(self) -> bool:
         """Waits for the save in hand; False where it failed, which is said and costs nothing that was there before."""
@@ -314,14 +333,15 @@ class Checkpoints:
         path = part / "state.json"
         files["state.json"] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         _write_json(part / "manifest.json", {"files": files})
-        if folder.exists():  # a damaged one, which this run skipped when it was started
+        if folder.exists():
+            assert folder in self.skipped, folder
+            self.skipped.remove(folder)
             self._remove(folder)
         part.rename(folder)
         _sync(self.folder)
         self._link("latest", folder.name)
-        if self.best:
-            self._link("best", f"step_{self.best['step']:08d}")
-        self._prune()
+        self._link_best()
+        self._prune(folder)
 
     def _link(self, name: str, target: str) -> None:
         part = self.folder / f"{name}.part"
@@ -329,15 +349,25 @@ class Checkpoints:
         part.symlink_to(target)
         part.replace(self.folder / name)
 
-    def _prune(self) -> None:
+    def _link_best(self) -> None:
+        if self.best and (folder := self.folder / f"step_{self.best['step']:08d}").exists():
+            self._link("best", folder.name)
+
+    def _prune(self, newest: Path) -> None:
+        """Removes what checkpoint.keep leaves out; damaged ones do not count, and go once `newest` has passed them."""
         if self.cfg.keep == "all":
             return
-        for folder in _steps(self.folder)[: -self.cfg.keep]:
+        passed = [folder for folder in self.skipped if _step(folder) < _step(newest)]
+        whole = [folder for folder in _steps(self.folder) if folder not in self.skipped]
+        self.skipped = [folder for folder in self.skipped if folder not in passed]
+        for folder in passed + whole[: -self.cfg.keep]:
             if self.best is None or _step(folder) != self.best["step"]:
                 self._remove(folder)
 
     def _remove(self, folder: Path) -> None:
-        part = folder.with_name(f"{folder.name}.old.part")  # renamed first: what a kill leaves half deleted is no checkpoint
+        part = folder.with_name(
+            f"{folder.name}.old.part"
+        )  # renamed first: what a kill leaves half deleted is no checkpoint
         shutil.rmtree(part, ignore_errors=True)
         folder.rename(part)
         shutil.rmtree(part, ignore_errors=True)

@@ -463,8 +463,8 @@ def to_dict(cfg: Any) -> dict:
 
 # What may differ between two starts of one run: how long it goes on, what it writes and where, and what a device has to
 # hold. The last changes a gradient's rounding and no more, as another number of ranks does.
-MAY_CHANGE = ("max_steps", "epochs", "eval_every", "sample_every", "log_every", "checkpoint", "wandb", "run_dir", "resume")
-MAY_CHANGE += ("timeout", "cache_dir", "reference.cache_dir", "tokens_per_microbatch", "fsdp")
+MAY_CHANGE = ("max_steps", "epochs", "eval_every", "sample_every", "log_every", "checkpoint", "wandb", "run_dir")
+MAY_CHANGE += ("resume", "timeout", "cache_dir", "reference.cache_dir", "tokens_per_microbatch", "fsdp")
 
 
 def differences(there: dict, here: dict, prefix: str = "") -> list[str]:

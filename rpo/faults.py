@@ -18,7 +18,8 @@ from rpo import dist, rundir
 from rpo.config import Train, UserError
 from rpo.data import Rows
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C; a scheduler's; what SLURM's --signal is told to send
+# Ctrl-C; a scheduler's; what SLURM's --signal is told to send.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupt:
@@ -65,7 +66,8 @@ def watchdog(run_dir: Path, timeout: int) -> Iterator[Callable[[str], None]]:
             try:
                 what, patience = begun.get(timeout=patience), timeout
             except queue.Empty:
-                _give_up(run_dir, f"{what} on rank {dist.rank()} ({platform.node()}) took over timeout={timeout} seconds")
+                where = f"rank {dist.rank()} ({platform.node()})"
+                _give_up(run_dir, f"{what} on {where} took over timeout={timeout} seconds")
             if not what:
                 return
 

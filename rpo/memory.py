@@ -145,21 +145,21 @@ def moments(cfg: Train, place: Place) -> Iterator[tuple[str, Parts]]:
         reduced = {"activations": kept * (left - 1) / sizes.layers, "in flight": c * heads + reduction(layer)}
         yield f"layer {left}'s reduction", live | gathered(left - 1) | reduced
     live = state | gradients(whole - root)
-    # A tied weight's two gradients are added up only here.
-    yield (
-        "the embedding's backward",
-        live | {"gathered": c * root, "in flight": c * (root + sizes.tied * head) + m * layer},
-    )
-    # A CPU casts matrix by matrix on the way into the buffer, while all of them wait.
-    casts = place.device == "cpu" and shards > 1 and c < m and not sums_whole
-    yield "the root's reduction", live | {"in flight": max(reduction(root), casts * ((m + c) * root + c * head))}
+    both = root + sizes.tied * head  # a tied weight's two gradients are added up only here
+    yield "the embedding's backward", live | {"gathered": c * root, "in flight": c * both + m * layer}
+    reduced = reduction(root)
+    if place.device == "cpu" and c < m:  # the CPU casts a matrix at a time into sums or buffer, while all others wait
+        cast = c * root + m * layer + sums_whole * m * head
+        yield "the root's cast", live | {"gathered": c * root, "in flight": cast}
+        reduced = max(reduced, (shards > 1) * (not sums_whole) * ((m + c) * root + c * head))
+    yield "the root's reduction", live | {"in flight": reduced}
 
 
 def activations(cfg: Train, place: Place) -> tuple[float, float, float]:
     """Per token of a micro-batch: bytes kept for the backward pass, bytes that it works in, scored tokens.
 
     Compiled layers without checkpointing keep less than eager ones: what products and attention read or write, the
-    layer's input, and the sum in its middle (17.0 D per token of Mistral's layers by this, 17.1 D by Inductor).
+    layer's input, and the sum in its middle (17.1 D per token of Mistral's layers, and as much by Inductor).
     """
     how = cfg.fsdp.activation_checkpointing
     found = place.trace(how)
@@ -199,11 +199,13 @@ def changes(cfg: Train, place: Place) -> list[list[Change]]:
     found = {
         "reference.kind": ["cached"] * live,
         "optim.state_dtype": ["bfloat16"] * bf16,
-        "fsdp.accumulate": ["sharded"] * (cfg.fsdp.accumulate == "unsharded" and shards_of(cfg, place) > 1),
+        "fsdp.accumulate": ["sharded"] * (cfg.fsdp.accumulate == "unsharded"),  # for more than one GPU
         "fsdp.reshard_after_forward": [True] * (not cfg.fsdp.reshard_after_forward),
         "fsdp.activation_checkpointing": stronger,
         "tokens_per_microbatch": halves,
-        "gpus": [place.gpus * 2**k for k in (1, 2, 3, 4)] if cfg.fsdp.shard_degree is None else [],
+        "gpus": [
+            n for k in (1, 2, 3, 4) if (n := place.gpus * 2**k) <= cfg.batch_size and cfg.fsdp.shard_degree is None
+        ],
     }
     return [[(key, value) for value in values] for key, values in found.items() if values]
 
@@ -270,7 +272,7 @@ def model_of(cfg: Train, given: list[str]) -> tuple[PreTrainedConfig, str]:
         try:
             return models.check_offline(path, cfg.model.revision), path
         except UserError as error:
-            hint = "give model.path=DIR with its config.json, or its sizes: 'model.architecture={model_type:...}'"
+            hint = "give model.path=DIR with its config.json, or its sizes as the model.architecture of a recipe"
             raise UserError(f"{error}; {hint}") from None
     if architecture is None or "vocab_size" not in architecture:
         hint = "it would be the tokenizer's; add +model.architecture.vocab_size=N, or give model.path=DIR"
@@ -323,11 +325,11 @@ def advice(cfg: Train, place: Place, gib: float) -> str:
         text = " ".join(f"{words.get(key, key)}={words.get(value, value)}" for key, value in several)
         return f"{size / GIB:9.2f} GiB  {'fits' if size <= limit else 'does not fit':12} {text}"
 
-    singles = {(change,): total(cfg, place, [change]) for ladder in changes(cfg, place) for change in ladder}
-    lines = [f"does not fit {gib:g} GiB by {-spare:.1f} GiB; one key changed:"]
-    lines += [line(list(change), size) for change, size in singles.items()]
-    if min(singles.values(), default=0) > limit:
-        lines += ["several changed:", line(*combination(cfg, place, limit))]
+    singles = [([change], total(cfg, place, [change])) for ladder in changes(cfg, place) for change in ladder]
+    lines = [f"does not fit {gib:g} GiB by {-spare:.1f} GiB; with one key changed:"]
+    lines += [line(*single) for single in singles if single[1] < limit - spare * GIB]
+    if not any(size <= limit for _, size in singles):
+        lines += ["with several:", line(*combination(cfg, place, limit))]
     return "\n".join(lines)
 
 
@@ -344,9 +346,13 @@ def plan(arguments: list[str]) -> str:
             cfg = config.train_config(compose("train", overrides=given))
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from None
+    if cfg.batch_size < numbers["gpus"]:
+        raise UserError(
+            f"gpus={numbers['gpus']}: more than the batch_size={cfg.batch_size} pairs of a step; raise that"
+        )
     model, name = model_of(cfg, given)
     place = place_of(cfg, model, numbers["gpus"])
-    title = f"{name}: {place.sizes.all:,} parameters, {place.sizes.layers} layers; each of {place.gpus} GPUs"
+    title = f"{name}: {place.sizes.all:,} parameters, {place.sizes.layers} layers; on each of {place.gpus} GPU{'s' * (place.gpus > 1)}"
     return "\n".join([title, table(cfg, place), advice(cfg, place, numbers["gib"])])
 
 

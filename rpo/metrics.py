@@ -264,8 +264,14 @@ class Writer:
             self._send({"pairs": pairs, "samples": table})
 
     def _append(self, name: str, events: list[dict]) -> None:
-        with (self.run_dir / name).open("a") as file:
-            file.writelines(json.dumps(event) + "\n" for event in events)
+        try:
+            with (self.run_dir / name).open("a") as file:
+                file.writelines(json.dumps(event) + "\n" for event in events)
+        except OSError as error:
+            raise UserError(
+                f"{self.run_dir / name}: can not be written ({error.strerror}); make room, and give the same command with "
+                f"run_dir={self.run_dir}: it goes on from the newest checkpoint"
+            ) from None
         self.num_events += 1
 
     def _send(self, values: dict[str, Any]) -> None:

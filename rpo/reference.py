@@ -136,8 +136,9 @@ def score_rows(
         cached = f"{len(rows) - len(holes)} from the cache"
         done = f"scored {len(holes)} of {len(rows)} {name} pairs, {cached}"
         print("reference:", done if len(holes) else f"all {len(rows)} {name} pairs from the cache", flush=True)
-    report = {"key": folder.name, "weights": facts["weights"], "pairs": len(rows), "scored": len(holes), "cached": len(rows) - len(holes)}
-    return dist.broadcast(_sums(rows, found) if dist.is_main() else None), report | {"folder": str(folder)}
+    report = {"key": folder.name, "weights": facts["weights"], "folder": str(folder)}
+    report |= {"pairs": len(rows), "scored": len(holes), "cached": len(rows) - len(holes)}
+    return dist.broadcast(_sums(rows, found) if dist.is_main() else None), report
 
 
 def _sums(rows: RowsLike, found: Logps) -> np.ndarray:

@@ -21,7 +21,13 @@ from rpo import dist
 from rpo.config import MAY_CHANGE, Train, UserError, differences, read_yaml, to_dict
 from rpo.redact import redacted
 
-_MARKS = ("results.json", "sweep.json", "config.yaml", "status.json", "metrics.jsonl")  # the first found says what it is
+_MARKS = (
+    "results.json",
+    "sweep.json",
+    "config.yaml",
+    "status.json",
+    "metrics.jsonl",
+)  # the first found says what it is
 
 
 def choose(given: str | None, label: str, *, continues: str | None = None) -> Path:
@@ -35,7 +41,9 @@ def choose(given: str | None, label: str, *, continues: str | None = None) -> Pa
     if given is None and launch != Path(launch).name:
         raise UserError(f"run_dir=null with --rdzv-id={launch}: not a folder's name; give run_dir")
     if given is None and launch == "none" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
-        raise UserError("run_dir=null: torchrun restarted the run, and its folder's name is lost; give run_dir or --rdzv-id")
+        raise UserError(
+            "run_dir=null: torchrun restarted the run, and its folder's name is lost; give run_dir or --rdzv-id"
+        )
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     default = f"outputs/{launch}" if launch != "none" else f"outputs/{stamp}_{label}_{uuid.uuid4().hex[:4]}"
     folder = Path(dist.broadcast(given or default)).expanduser()
@@ -43,7 +51,7 @@ def choose(given: str | None, label: str, *, continues: str | None = None) -> Pa
     if held and held[0] != continues:
         raise UserError(f"run_dir={folder}: already holds a run ({held[0]}); give another folder or remove it")
     inside = os.path.join(os.path.realpath(folder), "")
-    for path in [*folder.glob("*"), *folder.glob("checkpoints/*")]:  # what a run writes itself
+    for path in [*folder.glob("*"), *folder.glob("*/*")]:  # as deep as a run itself writes into what it finds
         if path.is_symlink() and not os.path.realpath(path).startswith(inside):
             raise UserError(
                 f"run_dir={folder}: {path.relative_to(folder)} is a link out of it, and the run would write there; put in "
@@ -111,8 +119,12 @@ def write_json(path: Path, value: object) -> None:
 
 def _write(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several failing ranks may write the same file
-    part.write_text(text)
-    part.rename(path)
+    try:
+        part.write_text(text)
+        part.rename(path)
+    except OSError:  # a full disk
+        part.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:
@@ -183,7 +195,9 @@ def _lock(folder: Path) -> TextIO:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"run_dir={folder}: another process is at work in it; wait for it, or give another") from None
+            raise UserError(
+                f"run_dir={folder}: another process is at work in it; wait for it, or give another"
+            ) from None
         except OSError as error:  # a file system without locks
             print(f"run_dir={folder}: can not be locked ({error.strerror}); see that no second run uses it", flush=True)
     except OSError as error:
@@ -203,6 +217,8 @@ def recording(folder: Path, settings: str, step: int = 0) -> Iterator[Status]:
     def begin() -> None:
         held.append(_lock(folder))
         try:
+            for left in [path for path in folder.glob("*.part") if path.is_file()]:  # by a start that was killed
+                left.unlink()
             _write(folder / "config.yaml", settings)
             write_status(folder, "running", step=step)
         except OSError as error:
@@ -211,8 +227,8 @@ def recording(folder: Path, settings: str, step: int = 0) -> Iterator[Status]:
     dist.on_main(begin)
     try:
         yield status
-        if dist.is_main():
-            write_status(folder, status.state, status.reason, status.step)
+        # Together: a launcher may kill rank 0 as soon as another has left.
+        dist.on_main(write_status, folder, status.state, status.reason, status.step)
     except BaseException as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
         with suppress(OSError):  # a full disk, or another node's folder, must not hide the error itself

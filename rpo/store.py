@@ -17,7 +17,7 @@ def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
     try:
         report = json.loads((folder / "report.json").read_text())
         checksum, names = report.pop("checksum"), report.pop("arrays")
-        if not all(re.fullmatch(r"\w+", name) for name in names):  # ../../x would be read from elsewhere
+        if not all(re.fullmatch(r"\w{1,64}", name) for name in names):  # ../../x would be read from elsewhere
             return None
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
         return (arrays, report) if checksum == _checksum(arrays) else None

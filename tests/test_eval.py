@@ -150,7 +150,15 @@ def test_what_an_evaluation_leaves(result, folder, tiny, capsys):
     assert list(result["models"]) == paths
     assert all(set(cell) == {"value", "se", "n"} for found in result["models"].values() for cell in found.values())
     run = folder / "run"
-    files = {"config.yaml", "status.json", "environment.json", "data_report.json", "results.json", "samples.jsonl", "lock"}
+    files = {
+        "config.yaml",
+        "status.json",
+        "environment.json",
+        "data_report.json",
+        "results.json",
+        "samples.jsonl",
+        "lock",
+    }
     assert {path.name for path in run.iterdir()} == files
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     samples = lines(run / "samples.jsonl")

@@ -109,7 +109,8 @@ def test_a_folder_with_a_sweep_is_refused(tiny, grid):
     again = sweep(tiny, base, "loss.beta=0.02,0.1")
     assert again.returncode == 2
     assert (
-        again.stderr == f"error: run_dir={folder}: holds a sweep of other cells; give its command again, or another run_dir\n"
+        again.stderr
+        == f"error: run_dir={folder}: holds a sweep of other cells; give its command again, or another run_dir\n"
     )
     assert rows(folder) == table
 
