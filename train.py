@@ -12,7 +12,7 @@ import json
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,13 +72,15 @@ def train(cfg: Train) -> str:
         attention.choose(cfg.layout.attention, device, models.compute_dtype(cfg.model.dtype, device))
     continues = None if cfg.resume == "never" else "config.yaml"
     run_dir = rundir.choose(cfg.run_dir, f"{cfg.loss.preference}_{cfg.loss.sft}", continues=continues)
+    seen = rundir.stamp(run_dir)
     embedded = cfg.data.train == "gold"
     if embedded:
         with dist.main_first():  # rank 0 makes the task on first use
             cfg = gold.prepare(cfg)
     found = checkpoint.find(run_dir, cfg.resume)  # what this run goes on from, if anything
-    for folder in [run_dir, *([found.run_dir] if found else [])]:
-        rundir.check_settings(folder, cfg)
+    rundir.check_settings(run_dir, cfg)
+    if found:
+        rundir.check_settings(found.run_dir, cfg, needed=True)
 
     preference = cfg.loss.preference != "none"
     cached = preference and cfg.reference.kind == "cached"
@@ -108,12 +110,13 @@ def train(cfg: Train) -> str:
 
     position = (found.run_dir, found.state["position"]) if found else None
     with (
-        rundir.recording(run_dir, config.to_yaml(cfg), first_step) as status,
+        rundir.recording(run_dir, config.to_yaml(cfg), first_step, seen) as status,
         faults.Interrupt() as interrupt,
         faults.watchdog(run_dir, cfg.timeout) as begin,
         metrics.Writer(run_dir, cfg.wandb, config.to_dict(cfg), enabled=dist.is_main(), after=position) as writer,
         checkpoint.Checkpoints(run_dir, cfg.checkpoint, found) as checkpoints,
-        ThreadPoolExecutor(1) as worker,
+        dist.thread() as worker,
+        ExitStack() as later,
     ):
         if dist.is_main():
             rundir.write_json(run_dir / "data_report.json", {"train": report, "eval": eval_report})
@@ -232,6 +235,7 @@ def train(cfg: Train) -> str:
                 samples["reference"] = answers(frozen.policy if frozen else policy)
         busy, done = 0.0, np.zeros(3)  # seconds in updates; pairs, tokens, FLOPs since the last line
         pairs_seen, evaluated = 0, False  # and whether evaluation and samples of the first step are written already
+        checkpoint.seed_rng(cfg.seed, dist.rank(), first_step)
         if found:
             own = checkpoint.load(found, trained)
             dist.reshard(policy)  # what a forward pass left gathered is of the starting weights
@@ -239,7 +243,9 @@ def train(cfg: Train) -> str:
             pairs_seen, evaluated = found.state["pairs"], found.state["evaluated"]
         interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file gets few lines
         bar = {"unit": "step", "disable": not dist.is_main(), "mininterval": interval}
-        progress = tqdm(total=total_steps, initial=first_step, **bar)
+        progress = later.enter_context(
+            tqdm(total=total_steps, initial=first_step, **bar)
+        )  # or an error ends up in its line
         upcoming = worker.submit(prepare, first_step)
         interrupt.defer()
         for step in range(first_step, total_steps + 1):
@@ -358,7 +364,7 @@ def _not_finite(step: int, rows: data.Rows, cfg: Train) -> str:
     places = "; ".join(f"{name}:{','.join(map(str, numbers))}" for name, numbers in lines.items() if numbers)
     return (
         f"step {step}: the loss or its gradient is not finite; no update was made from it on, and model/ holds the "
-        f"weights before it. Lower optim.lr, or look at the step's rows: {places}"
+        f"weights before it. Begin another run with a lower optim.lr, or look at the step's rows: {places}"
     )
 
 

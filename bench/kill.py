@@ -188,10 +188,9 @@ def differences(run_dir: Path, whole: Path) -> dict[str, float]:
 
 
 def _state(folder: Path) -> dict:
-    """state.json without what may differ: the lines' times are of other lengths, python's and numpy's RNG have no seed."""
+    """state.json without what may differ: the lines' times are of other lengths, the best is of other checkpoints."""
     state = json.loads((folder / "state.json").read_text())
     state["position"] = state["position"]["events"], state["position"]["samples.jsonl"]
-    state["ranks"] = [(rank["sums"], rank["rng"]["torch"]) for rank in state["ranks"]]
     return {name: value for name, value in state.items() if name != "best"}
 
 

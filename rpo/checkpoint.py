@@ -13,10 +13,12 @@ can be wrong, but it can not run code.
 import base64
 import hashlib
 import json
+import math
 import os
 import random
 import re
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,11 +32,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from rpo import dist
+from rpo import dist, store
 from rpo.config import Checkpoint, UserError
 from rpo.models import Policy
 
 Tensors = dict[str, Tensor]
+FILE_BYTES = 2**30  # of a rank's share in one file, about
 
 
 # ---- what is in one
@@ -44,10 +47,19 @@ def tensors_of(policy: Policy, optimizer: torch.optim.Optimizer) -> Tensors:
     """Weights, buffers and the optimizer's state by kind/name: the live tensors themselves, each rank's share of them."""
     tensors = {}
     for name, param in policy.named_parameters():
-        name = name.replace("_checkpoint_wrapped_module.", "")  # activation checkpointing may change between starts
         tensors[f"weight/{name}"] = param.detach()
         tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state[param].items()}
-    return tensors | {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()}
+    tensors |= {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()}
+    # Activation checkpointing, which puts this into names, may change between starts.
+    return {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in tensors.items()}
+
+
+def seed_rng(*seed: int) -> None:
+    """Makes every global random generator of this process a function of `seed`; left alone they differ from run to run."""
+    of_python, of_numpy, of_torch = map(int, np.random.SeedSequence(seed).generate_state(3))
+    random.seed(of_python)
+    np.random.seed(of_numpy)
+    torch.manual_seed(of_torch)
 
 
 def rng_state() -> dict[str, Any]:
@@ -111,10 +123,15 @@ def _find(run_dir: Path, resume: str) -> Found | None:
     if resume == "never":
         return None
     folders = _steps(run_dir / "checkpoints")
-    if (own := _newest(folders)) or resume == "auto":
-        if folders and own is None:
-            print(f"checkpoint: none of {run_dir} is whole, so the run begins anew", flush=True)
+    if own := _newest(folders):
         return own
+    if folders:
+        raise UserError(
+            f"run_dir={run_dir}: none of its checkpoints is whole; put one back, give another run_dir, or remove the "
+            "folder to begin anew"
+        )
+    if resume == "auto":
+        return None
     given = Path(resume).expanduser().resolve()  # latest and best are links
     named = _newest([given] if _step(given) is not None else _steps(given / "checkpoints"))
     if named is None:
@@ -131,6 +148,10 @@ def _newest(folders: list[Path]) -> Found | None:
             return Found(folder, json.loads((folder / "state.json").read_text()))
         except ValueError as error:
             print(f"checkpoint: {folder} is damaged ({error}) and skipped", flush=True)
+        except OSError as error:  # a disk that does not answer is no reason to begin earlier
+            raise UserError(
+                f"{folder}: can not be read ({error.strerror}); see to its disk, then start again"
+            ) from None
     return None
 
 
@@ -145,23 +166,24 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def _verify(folder: Path) -> None:
-    """Raises ValueError where a file of `folder` is not what its manifest says."""
+    """Raises ValueError where the files of `folder` are not those of its manifest; OSError where they do not answer."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise ValueError("manifest.json: missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"manifest.json: {type(error).__name__}") from None
-    if "state.json" not in expected or not all(re.fullmatch(r"[\w.-]+", name) for name in expected):
-        raise ValueError("manifest.json: names files that are not a checkpoint's")
-    try:
-        sizes = {name: (folder / name).stat().st_size for name in expected}
-        wrong = [name for name, (size, _) in expected.items() if sizes[name] != size]
-        if not wrong:
-            with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL
-                hashes = dict(zip(expected, pool.map(lambda name: _sha256(folder / name), expected), strict=True))
-            wrong = [name for name, (_, sha256) in expected.items() if hashes[name] != sha256]
-    except OSError as error:
-        raise ValueError(f"{Path(error.filename or folder).name}: {error.strerror}") from None
+    there = {path.name for path in folder.iterdir()}
+    if other := sorted(there ^ (expected.keys() | {"manifest.json"})):
+        raise ValueError(f"{other[0]}: {'not in its manifest' if other[0] in there else 'missing'}")
+    if "state.json" not in expected:
+        raise ValueError("state.json: not in its manifest")
+    wrong = [name for name, (size, _) in expected.items() if (folder / name).stat().st_size != size]
+    if not wrong:
+        with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL
+            hashes = dict(zip(expected, pool.map(lambda name: _sha256(folder / name), expected), strict=True))
+        wrong = [name for name, (_, sha256) in expected.items() if hashes[name] != sha256]
     if wrong:
         raise ValueError(f"{wrong[0]}: not the bytes that were written")
 
@@ -217,33 +239,47 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, cfg: Checkpoint, found: Found | None = None):
         self.folder, self.cfg = run_dir / "checkpoints", cfg
-        self.best = found.state["best"] if found else None
         self.start = found.folder if found and found.run_dir == run_dir else None  # not a fork's
-        self.skipped: list[Path] = []  # damaged, as `find` said
+        best = found.state["best"] if self.start else None
+        self.best = best if best and best["by"] == cfg.best else None
         self.group = dist.aside()
-        cuda = torch.cuda.is_available()
-        options = {"use_pinned_memory": cuda, "use_non_blocking_copy": cuda}  # several times a pageable copy's speed
-        self.stager = DefaultStager(StagingOptions(**options, use_shared_memory=False, use_async_staging=False))
-        self.worker, self.pending = ThreadPoolExecutor(1, "checkpoint"), None
+        cuda = (
+            torch.cuda.is_available()
+        )  # pinned memory, and copies that overlap one another; not shared, not in a thread
+        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        self.worker, self.pending = dist.thread(), None
         if cfg.every:
             dist.on_main(self._clean)
-            if not all(dist.together(self.folder.is_dir)):
+            if not all(dist.together(self._is_seen)):
                 raise UserError(f"run_dir={run_dir}: not every rank sees it; give a folder that all nodes share")
 
     def _clean(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("*.part"):
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
-        first = _step(self.start) if self.start else -1
-        self.skipped = [folder for folder in _steps(self.folder) if _step(folder) > first]
+        for folder in _steps(self.folder):
+            if self.start is None or _step(folder) > _step(self.start):  # damaged, as `find` said
+                aside = folder.with_name(f"{folder.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
         if self.start:  # a kill may have come between a rename and its links
-            self._link("latest", self.start.name)
-            self._link_best()
+            self._link("latest", self.start)
+            self._link_best(self.best)
+
+    def _is_seen(self) -> bool:
+        for _ in range(60):  # another node may remember for a while that there was no such folder
+            if self.folder.is_dir():
+                return True
+            time.sleep(1)
+        return False
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:  # Ctrl-C twice: the process ends, and with it what the thread was at
+            self.worker.shutdown(wait=False)
+            return
         self.worker.shutdown()
         self.stager.close()
 
@@ -263,31 +299,36 @@ class Checkpoints:
         checkpoint.blocking the one before it, could not be written.
         """
         written = self.wait()
-        self.judge(step, held_out)
-        state = {"step": step, "best": self.best, **state}
+        best = self._best_with(step, held_out)
+        state = {"step": step, "best": best, **state}
         staged = self.stager.stage(tensors)  # a copy on the host; the loop may go on to change the tensors
-        self.pending = self.worker.submit(self._write, step, staged, state, own)
+        self.pending = best, self.worker.submit(self._write, step, staged, state, own)
         return self.wait() if wait or self.cfg.blocking else written
 
     def judge(self, step: int, held_out: dict[str, float]) -> None:
-        """Notes whether `step`, about to be saved or saved by an interruption before its evaluation, is the best so far."""
+        """Notes whether `step`, saved by an interruption before it was evaluated, is the best so far."""
+        self.best = self._best_with(step, held_out)
+        if dist.is_main():
+            self._link_best(self.best)
+
+    def _best_with(self, step: int, held_out: dict[str, float]) -> dict[str, Any] | None:
         kind, _, name = (self.cfg.best or "").partition(":")
-        if name in held_out:
-            score = held_out[name] if kind == "max" else -held_out[name]
-            if self.best is None or score > self.best["score"]:
-                self.best = {"step": step, "score": score}
-                dist.on_main(self._link_best)
+        score = held_out.get(name, math.nan) * (1 if kind == "max" else -1)
+        better = not math.isnan(score) and (self.best is None or score > self.best["score"])
+        return {"by": self.cfg.best, "step": step, "score": score} if better else self.best
 
     def wait(self) -> bool:
         """Waits for the save in hand; False where it failed, which is said and costs nothing that was there before."""
-        pending, self.pending = self.pending, None
+        if self.pending is None:
+            return True
+        (best, written), self.pending = self.pending, None
         try:
-            if pending is not None:
-                pending.result()
+            written.result()
         except OSError as error:
             if dist.is_main():
                 print(f"checkpoint: {error}; earlier ones are kept, the run goes on", flush=True)
             return False
+        self.best = best
         return True
 
     def _write(self, step: int, staged: Tensors, state: dict[str, Any], own: dict[str, Any]) -> None:
@@ -312,11 +353,13 @@ class Checkpoints:
         needed = sum(tensor.numel() * tensor.itemsize for tensor in staged.values())  # of all ranks together
         free = shutil.disk_usage(part).free
         if free < needed:
-            raise OSError(f"{needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free")
+            raise OSError(f"{store.human(needed)} are needed, {store.human(free)} are free")
 
     def _write_share(self, part: Path, staged: Tensors) -> dict[str, dict]:
         """Writes this rank's tensors and returns its files' part of the manifest."""
-        writer = dcp.HuggingFaceStorageWriter(str(part), save_distributed=True)
+        # With one thread torch's writer would wait on the loop's CUDA stream for copies that are made already.
+        how = {"save_distributed": True, "thread_count": 2, "fqn_to_index_mapping": _files_of(staged)}
+        writer = dcp.HuggingFaceStorageWriter(str(part), **how)
         try:
             dcp.save(staged, storage_writer=writer, process_group=self.group)
         except CheckpointException as error:
@@ -333,35 +376,31 @@ class Checkpoints:
         path = part / "state.json"
         files["state.json"] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         _write_json(part / "manifest.json", {"files": files})
-        if folder.exists():
-            assert folder in self.skipped, folder
-            self.skipped.remove(folder)
-            self._remove(folder)
+        store.sync(part)
         part.rename(folder)
-        _sync(self.folder)
-        self._link("latest", folder.name)
-        self._link_best()
-        self._prune(folder)
+        store.sync(self.folder)  # a rename lasts once the folder that holds the name does
+        self._link("latest", folder)
+        self._link_best(state["best"])
+        self._prune(state["best"])
 
-    def _link(self, name: str, target: str) -> None:
+    def _link(self, name: str, folder: Path) -> None:
         part = self.folder / f"{name}.part"
         part.unlink(missing_ok=True)
-        part.symlink_to(target)
+        part.symlink_to(folder.name)
         part.replace(self.folder / name)
 
-    def _link_best(self) -> None:
-        if self.best and (folder := self.folder / f"step_{self.best['step']:08d}").exists():
-            self._link("best", folder.name)
+    def _link_best(self, best: dict[str, Any] | None) -> None:
+        folder = self.folder / f"step_{best['step']:08d}" if best else None
+        if folder is not None and folder.exists():
+            self._link("best", folder)
+        else:
+            (self.folder / "best").unlink(missing_ok=True)
 
-    def _prune(self, newest: Path) -> None:
-        """Removes what checkpoint.keep leaves out; damaged ones do not count, and go once `newest` has passed them."""
+    def _prune(self, best: dict[str, Any] | None) -> None:
         if self.cfg.keep == "all":
             return
-        passed = [folder for folder in self.skipped if _step(folder) < _step(newest)]
-        whole = [folder for folder in _steps(self.folder) if folder not in self.skipped]
-        self.skipped = [folder for folder in self.skipped if folder not in passed]
-        for folder in passed + whole[: -self.cfg.keep]:
-            if self.best is None or _step(folder) != self.best["step"]:
+        for folder in _steps(self.folder)[: -self.cfg.keep]:
+            if best is None or _step(folder) != best["step"]:
                 self._remove(folder)
 
     def _remove(self, folder: Path) -> None:
@@ -373,15 +412,15 @@ class Checkpoints:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _files_of(tensors: Tensors) -> dict[str, int]:
+    """Which file of a rank each tensor goes to, from 1: a file is put together in memory before it is written."""
+    ends = np.cumsum([tensor.numel() * tensor.itemsize for tensor in tensors.values()])
+    _, files = np.unique(ends // (FILE_BYTES * dist.world_size()), return_inverse=True)
+    return dict(zip(tensors, (1 + files).tolist(), strict=True))
+
+
 def _write_json(path: Path, value: object) -> None:
     with path.open("w") as file:
         json.dump(value, file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Makes the names in `folder` last: a rename is on the disk only once its folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)

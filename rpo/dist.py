@@ -4,7 +4,9 @@ import atexit
 import datetime
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import TypeVar
@@ -52,7 +54,14 @@ def init(timeout: int = 1800) -> torch.device:
         # Both back-ends: objects and barriers go over gloo, which needs no device.
         backend, limit = "cpu:gloo,cuda:nccl" if use_cuda else "gloo", datetime.timedelta(seconds=timeout)
         if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=limit, device_id=device if use_cuda else None)
+            store, *place = next(dist.rendezvous("env://", timeout=limit))
+            store.set_timeout(limit)
+            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+                # Or ranks that --max-restarts brings back would look for each other at the addresses of those before
+                # them. Several agents do not count alike: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to do it.
+                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            how = dict(zip(("rank", "world_size"), place, strict=True))
+            dist.init_process_group(backend, store=store, **how, timeout=limit, device_id=device if use_cuda else None)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
@@ -70,10 +79,11 @@ def leave(code: int) -> None:
     """Ends the process with this exit code, the group destroyed; in plain python a code of 0 just returns.
 
     Under torchrun Python's finalisation is left out: gloo's threads outlive the group (DTensor's caches keep it), and one
-    that comes late to free a tensor then aborts the process, which torchrun takes for a failure of the whole run.
+    that comes late to free a tensor then aborts the process, which torchrun takes for a failure of the whole run. So it is
+    after a signal: who interrupts twice does not want to wait for a thread that still writes a checkpoint.
     """
     shutdown()
-    if "WORLD_SIZE" in os.environ:
+    if "WORLD_SIZE" in os.environ or code >= 128:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -117,23 +127,49 @@ def _timeout(device_type: str) -> datetime.timedelta:
     return dist.group.WORLD._get_backend(torch.device(device_type)).options._timeout
 
 
+def thread() -> ThreadPoolExecutor:
+    """One thread on this process's device: a new one would be on the first GPU, and take memory there."""
+    if not torch.cuda.is_available():
+        return ThreadPoolExecutor(1)
+    return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
+
+
 def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """What `work` returns on each rank, in order, on every rank; an error of any is raised on all: none waits in vain."""
-    try:
-        outcome = work()
-    except Exception as error:
-        outcome = error
+    outcome = _outcome(work)
     outcomes = [outcome] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, outcome, group)
-    for outcome in outcomes:
-        if isinstance(outcome, Exception):
-            raise outcome
+    dist.all_gather_object(outcomes, _sendable(outcome), group)
+    outcomes[dist.get_rank(group)] = outcome
+    for each in outcomes:
+        _raise_if_error(each)
     return outcomes
 
 
 def on_main(work: Callable[..., T], *args: object) -> T:
     """What `work` returns on rank 0, on every rank; where it fails there, all fail alike."""
-    return together(lambda: work(*args) if is_main() else None)[0]
+    outcome = _outcome(partial(work, *args)) if is_main() else None
+    sent = broadcast(_sendable(outcome))
+    return _raise_if_error(outcome if is_main() else sent)
+
+
+def _outcome(work: Callable[[], T]) -> T | Exception:
+    try:
+        return work()
+    except Exception as error:
+        return error
+
+
+def _sendable(outcome: object) -> object:
+    """A bug's exception may hold what can not be pickled, and its traceback does not travel: it goes as text."""
+    if not isinstance(outcome, Exception) or isinstance(outcome, (UserError, OSError)):
+        return outcome
+    return RuntimeError("".join(traceback.format_exception(outcome)))
+
+
+def _raise_if_error(outcome: T) -> T:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 class Vote:

@@ -308,7 +308,7 @@ def table(cfg: Train, place: Place) -> str:
     lines.append(f"activations per token of {layers} layers by fsdp.activation_checkpointing: {each}")
     of_share = place.sizes.all / shards / GIB
     hosts = [f"{m * place.sizes.all / GIB:.1f} GiB while it loads the model"]
-    hosts += [f"{(m + 2 * moment) * of_share:.1f} GiB while it writes a checkpoint"] * (cfg.checkpoint.every > 0)
+    hosts += [f"{(m + 2 * moment) * of_share:.1f} GiB from its first checkpoint on"] * (cfg.checkpoint.every > 0)
     hosts += [f"{2 * (m + moment) * of_share:.1f} GiB throughout (fsdp.cpu_offload)"] * cfg.fsdp.cpu_offload
     return "\n".join([*lines, f"host memory of each process: {', '.join(hosts)}"])
 

@@ -193,15 +193,19 @@ class Writer:
             for path in [source / name for name in FILES if (source / name).exists()]:
                 shutil.copyfile(path, run_dir / path.name)
         self.num_events, self.start = position["events"], time.monotonic() - position["seconds"]
-        num_lost = sum(_cut(run_dir / name, position[name]) for name in FILES)
+        num_cut = sum(_cut(run_dir / name, position[name]) for name in FILES)
         if (mode := wandb_mode(cfg)) != "disabled":
-            self._start(cfg, settings, mode, self.num_events + num_lost)
+            self._start(cfg, settings, mode, num_cut)
 
-    def _start(self, cfg: Wandb, settings: dict, mode: str, num_sent: int) -> None:
+    def _start(self, cfg: Wandb, settings: dict, mode: str, num_cut: int) -> None:
         import wandb
 
         kept = self.run_dir / "wandb" / "resume.json"  # the run's id, and how many of its events wandb has had
-        earlier = json.loads(kept.read_text()) if kept.exists() else {"id": uuid.uuid4().hex[:8], "sent": 0}
+        try:
+            earlier = json.loads(kept.read_text())
+            sent = max(earlier["sent"], self.num_events + num_cut)
+        except (FileNotFoundError, ValueError):  # a new run, or a fork, or a machine that died while it was written
+            earlier, sent = {"id": uuid.uuid4().hex[:8]}, self.num_events
         name = self.run_dir.name if cfg.group is None else f"{cfg.group}/{self.run_dir.name}"
         where = redacted({"project": cfg.project, "group": cfg.group, "name": name, "config": settings})
         where["dir"] = self.run_dir
@@ -223,9 +227,11 @@ class Writer:
                 print(f"wandb: {reason}; {instead}", flush=True)
         else:
             return
-        self.num_sent = self.run.starting_step if self.run.resumed else max(num_sent, earlier["sent"])
+        self.num_sent = self.run.starting_step if self.run.resumed else sent
         kept.parent.mkdir(exist_ok=True)
-        kept.write_text(json.dumps({"id": earlier["id"], "sent": self.num_sent}))
+        part = kept.with_name("resume.json.part")
+        part.write_text(json.dumps({"id": earlier["id"], "sent": self.num_sent}))
+        part.rename(kept)
         self.run.define_metric("pairs")
         self.run.define_metric("*", step_metric="pairs")
 
@@ -297,7 +303,7 @@ def _cut(path: Path, size: int) -> int:
     whole = path.read_bytes()
     if len(whole) < size:
         print(f"{path}: ends {size - len(whole)} bytes before the checkpoint; what is missing is lost", flush=True)
-    lines = whole[size:].splitlines()
+    lines = whole[size:].split(b"\n")[:-1]  # not one that a full disk or a kill cut short, which was sent to nobody
     os.truncate(path, min(size, len(whole)))
     return len(lines) if path.name == FILES[0] else len({line.split(b",")[0] for line in lines})
 

@@ -31,7 +31,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from rpo import dist, packing
+from rpo import dist, packing, store
 from rpo.attention import PACKED, attend
 from rpo.attention import choose as choose_attention
 from rpo.config import Fsdp, Model, Reference, UserError
@@ -411,6 +411,7 @@ def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedT
     tokenizer.save_pretrained(part)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
+    store.sync(part)
     if folder.exists():  # of the same run, which has gone on since
         folder.rename(old)
     part.rename(folder)

@@ -62,5 +62,6 @@ def step_if_finite(optimizer: torch.optim.AdamW, bad: Tensor, lr: float) -> None
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.found_inf = bad.to(torch.float32)
+    where = optimizer.param_groups[0]["params"][0].device  # the host's with fsdp.cpu_offload, which waits for the copy
+    optimizer.found_inf = bad.to(where, torch.float32)
     optimizer.step()

@@ -31,7 +31,7 @@ from rpo import dist, packing
 from rpo.config import UserError
 from rpo.models import Policy
 from rpo.packing import RowsLike
-from rpo.store import read_arrays, write_arrays
+from rpo.store import human, read_arrays, write_arrays
 
 CODE_VERSION = 1  # of the code between token ids and log-probs: raise it when its values change
 CHUNK = 1024  # pairs per shard: what an interrupted pass loses at most
@@ -207,11 +207,11 @@ def _make_room(folder: Path, cache_dir: Path, rows: RowsLike, holes: np.ndarray,
         fresh.rename(folder / "facts.json")
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise _unwritable(cache_dir, error, f"{_human(needed)} are needed") from None
+        raise _unwritable(cache_dir, error, f"{human(needed)} are needed") from None
     if free < needed:
         raise UserError(
-            f"reference.cache_dir={cache_dir}: has {_human(free)} free, the log-probs of {len(holes)} pairs need "
-            f"{_human(needed)}; make room or give another folder"
+            f"reference.cache_dir={cache_dir}: has {human(free)} free, the log-probs of {len(holes)} pairs need "
+            f"{human(needed)}; make room or give another folder"
         )
 
 
@@ -219,10 +219,6 @@ def _unwritable(cache_dir: Path, error: OSError, more: str) -> UserError:
     return UserError(
         f"reference.cache_dir={cache_dir}: can not be written ({error.strerror}), {more}; give another folder"
     )
-
-
-def _human(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{max(size / 2**20, 0.1):.1f} MiB"
 
 
 def _write_shard(folder: Path, rows: RowsLike, fresh: Logps) -> None:

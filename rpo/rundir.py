@@ -60,10 +60,12 @@ def choose(given: str | None, label: str, *, continues: str | None = None) -> Pa
     return folder
 
 
-def check_settings(folder: Path, cfg: Train) -> None:
+def check_settings(folder: Path, cfg: Train, *, needed: bool = False) -> None:
     """Raises UserError where the run in `folder`, if any, was begun with settings that one run may not change."""
     path, here = folder / "config.yaml", redacted(to_dict(cfg))
     if not path.exists():
+        if needed:
+            raise UserError(f"resume={cfg.resume}: {folder} has no config.yaml, so nothing says which run it was")
         return
     there = read_yaml(path)
     if not isinstance(there, dict) or not there.keys() & here.keys():
@@ -120,7 +122,10 @@ def write_json(path: Path, value: object) -> None:
 def _write(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several failing ranks may write the same file
     try:
-        part.write_text(text)
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a machine that dies leaves an empty file under the name
         part.rename(path)
     except OSError:  # a full disk
         part.unlink(missing_ok=True)
@@ -132,9 +137,17 @@ def read_json(path: Path) -> Any:
 
 
 def read_status(folder: Path) -> dict:
-    """The run's `status.json`; a state of "absent" where it never came to write one."""
-    path = folder / "status.json"
-    return read_json(path) if path.exists() else {"state": "absent", "reason": "", "step": None}
+    """The run's `status.json`; a state of "absent" where it never came to write one, or a machine that died left half."""
+    with suppress(FileNotFoundError, ValueError):
+        return read_json(folder / "status.json")
+    return {"state": "absent", "reason": "", "step": None}
+
+
+def stamp(folder: Path) -> tuple[int, int] | None:
+    """What changes whenever a process writes the status of `folder`; None before the first."""
+    with suppress(FileNotFoundError):
+        found = (folder / "status.json").stat()
+        return found.st_ino, found.st_mtime_ns
 
 
 def write_status(folder: Path, state: str, reason: str = "", step: int | None = None) -> None:
@@ -161,7 +174,10 @@ def write_environment(folder: Path, device: torch.device, *, first_step: int = 0
     packages = ("torch", "transformers", "tokenizers", "numpy", "datasets", "wandb", "hydra-core")
     git_status = _git("status", "--porcelain")
     path = folder / "environment.json"
-    earlier = read_json(path) if path.exists() and first_step else None
+    earlier = None
+    if first_step:
+        with suppress(FileNotFoundError, ValueError):
+            earlier = read_json(path)
     here = {
         "command": [sys.executable, *sys.argv],
         "git_revision": _git("rev-parse", "HEAD"),
@@ -187,13 +203,13 @@ class Status:
     step = 0
 
 
-def _lock(folder: Path) -> TextIO:
+def lock(folder: Path) -> TextIO:
     """The file whose lock says that a process is at work in `folder`; the system frees it however that process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("a")
+        file = (folder / "lock").open("a")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"run_dir={folder}: another process is at work in it; wait for it, or give another"
@@ -202,20 +218,23 @@ def _lock(folder: Path) -> TextIO:
             print(f"run_dir={folder}: can not be locked ({error.strerror}); see that no second run uses it", flush=True)
     except OSError as error:
         raise UserError(f"run_dir={folder}: can not be written ({error.strerror}); give another folder") from None
-    return lock
+    return file
 
 
 @contextmanager
-def recording(folder: Path, settings: str, step: int = 0) -> Iterator[Status]:
+def recording(folder: Path, settings: str, step: int = 0, seen: tuple[int, int] | None = None) -> Iterator[Status]:
     """Makes the run's folder with its config.yaml, and keeps `status.json` true: running, then how it ended.
 
-    Raises UserError, on all ranks: the folder can not be written, or another process is at work in it.
+    `seen` is the folder's `stamp` from when this process first looked into it. Raises UserError, on all ranks: the folder
+    can not be written, another process is at work in it, or has been since.
     """
     status, held = Status(), []
     status.step = step
 
     def begin() -> None:
-        held.append(_lock(folder))
+        held.append(lock(folder))
+        if stamp(folder) != seen:
+            raise UserError(f"run_dir={folder}: another process was at work in it until just now; start again")
         try:
             for left in [path for path in folder.glob("*.part") if path.is_file()]:  # by a start that was killed
                 left.unlink()
@@ -239,5 +258,5 @@ def recording(folder: Path, settings: str, step: int = 0) -> Iterator[Status]:
                 write_status(folder, state, reason, status.step)
         raise
     finally:
-        for lock in held:
-            lock.close()
+        for file in held:
+            file.close()

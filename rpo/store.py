@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import uuid
@@ -55,6 +56,19 @@ def write_arrays(folder: Path, arrays: dict[str, np.ndarray], report: dict) -> N
             raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def human(size: int) -> str:
+    """A number of bytes as a person would say it."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{max(size / 2**20, 0.1):.1f} MiB"
+
+
+def sync(folder: Path) -> None:
+    """Makes the names in `folder`, and what its files hold, survive the machine."""
+    for path in [*(path for path in folder.iterdir() if path.is_file()), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> str:

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as torch_dist
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -103,7 +103,9 @@ def _record_failure(reason: str) -> None:
     folder, number = Path(HydraConfig.get().sweep.dir), HydraConfig.get().job.num
     cell = folder / str(number)
     cell.mkdir(parents=True, exist_ok=True)
-    rundir.write_status(cell, "failed", reason, rundir.read_status(cell).get("step"))
+    status = rundir.read_status(cell)
+    if status["state"] != "failed":  # with a reason of its own, perhaps of an earlier start
+        rundir.write_status(cell, "failed", reason, status["step"])
     if torch_dist.is_initialized() and dist.world_size() > 1:
         store = torch_dist.distributed_c10d._get_default_store()
         store.set(f"failed/{number}/{dist.rank()}", "yes")
@@ -127,6 +129,8 @@ class Sweep(Callback):
             dist.init(config.timeout)  # kept for all cells; also how ranks agree on the folder
             rows = [{"cell": i} | cell for i, cell in enumerate(cells)]
             folder = _folder(config, rows)
+            self.held: list[TextIO] = []  # as long as this process lives
+            dist.on_main(lambda: self.held.append(rundir.lock(folder)))
         except Exception as error:  # Hydra would warn of it and start the sweep unchecked
             print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
             dist.shutdown()

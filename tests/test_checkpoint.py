@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import train
 from rpo import checkpoint, dist, metrics, rundir
-from rpo.config import UserError
+from rpo.config import Checkpoint, UserError
 from tests.conftest import make_lm, make_rows_json, settings, tiny_args, write_jsonl
 from tests.test_metrics import history_of
 from tests.test_train import timeless
@@ -221,6 +221,13 @@ def test_wandb_goes_on_without_gap_or_duplicate(tiny, whole, tmp_path):
         assert row[f"{event['split']}/loss"] == event["loss"]
     assert sum("samples/_type" in row for row in told) == 4  # steps 0, 4, 8 and 12
     assert [row["_step"] for row in told] == list(range(len(told)))
+    assert (
+        run(tiny, tmp_path / "fork", *more, f"resume={folder / 'checkpoints/step_00000008'}", "log_every=1")
+        == "finished"
+    )
+    wandb.teardown()
+    (path,) = (tmp_path / "fork/wandb").glob("offline-run-*/*.wandb")
+    assert [row["step"] for row in history_of(path) if "step" in row] == [9, 10, 11, 12, 12]
 
 
 # ---- whole or not at all
@@ -257,31 +264,56 @@ def test_a_damaged_one_is_skipped(name, whole, tmp_path, group, capsys):
 
 
 def test_a_run_goes_on_from_the_one_before_a_damaged_one(tiny, whole, tmp_path):
-    """Later steps are then made again, the damaged folder is replaced, half-written ones are gone, and all is equal."""
+    """Later steps are then made again, the damaged folder is set aside, half-written ones are gone, and all is equal."""
     mine = copied(whole, tmp_path)
     (mine / "checkpoints/step_00000010/state.json").write_text("{")
     (mine / "checkpoints/step_00000012.part").mkdir()
     (mine / "checkpoints/step_00000002.old.part").mkdir()
     assert run(tiny, mine, "checkpoint.keep=all") == "finished"
+    assert (mine / "checkpoints/step_00000010.damaged/state.json").read_text() == "{"
+    shutil.rmtree(mine / "checkpoints/step_00000010.damaged")
     assert_equal_runs(mine, whole)
     assert not list((mine / "checkpoints").glob("*.part"))
 
 
-def test_a_manifest_names_nothing_outside_its_folder(whole, tmp_path, group):
-    """One that reaches elsewhere, or leaves the state out, is damage."""
+def test_what_is_in_the_folder_is_what_the_manifest_names(whole, tmp_path, group):
+    """One that reaches elsewhere or leaves the state out, or a file beside it that torch's reader would take, is damage."""
     mine = copied(whole, tmp_path)
     (tmp_path / "secret").write_text("x")
-    path = mine / "checkpoints/step_00000010/manifest.json"
+    newest = mine / "checkpoints/step_00000010"
+    path = newest / "manifest.json"
+    whole_text, files = path.read_text(), json.loads(path.read_text())["files"]
     entry = {"bytes": 1, "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"}
-    files = json.loads(path.read_text())["files"]
-    for bad in (
-        files | {"../../../secret": entry},
-        {"state.json": None},
-        {},
-        {n: e for n, e in files.items() if n != "state.json"},
-    ):
+    without = {name: entry for name, entry in files.items() if name != "state.json"}
+    for bad in (files | {"../../../secret": entry}, {"state.json": None}, {}, without):
         path.write_text(json.dumps({"files": bad}))
         assert checkpoint.find(mine, "auto").state["step"] == 8
+    path.write_text(whole_text)
+    assert checkpoint.find(mine, "auto").state["step"] == 10
+    (shard,) = newest.glob("shard-*")
+    shutil.copy(shard, newest / "shard-00002-model-00001-of-00001.safetensors")
+    assert checkpoint.find(mine, "auto").state["step"] == 8
+
+
+def test_a_disk_that_does_not_answer_is_not_damage(tiny, whole, tmp_path, monkeypatch):
+    """Where a file can not be read, or none is whole, the run is refused: its record would be cut back and made anew."""
+    mine = copied(whole, tmp_path)
+    before = (mine / "metrics.jsonl").read_bytes()
+
+    def stale(_path):
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sha256", stale)
+        with pytest.raises(
+            UserError, match=r"^.*/step_00000010: can not be read \(Stale file handle\); see to its disk"
+        ):
+            run(tiny, mine)
+    for folder in (mine / "checkpoints").glob("step_*"):
+        (folder / "state.json").unlink()
+    with pytest.raises(UserError, match=f"^run_dir={mine}: none of its checkpoints is whole; put one back, "):
+        run(tiny, mine)
+    assert (mine / "metrics.jsonl").read_bytes() == before and len(list((mine / "checkpoints").glob("step_*"))) == 5
 
 
 def test_a_full_disk_costs_one_checkpoint(tiny, whole, tmp_path, monkeypatch, capsys):
@@ -292,7 +324,7 @@ def test_a_full_disk_costs_one_checkpoint(tiny, whole, tmp_path, monkeypatch, ca
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == []
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoint: ")]
     assert [line.split()[2] for line in said] == ["2", "4"]
-    assert all("GiB are needed, 0.00 GiB are free); earlier ones are kept" in line for line in said)
+    assert all("MiB are needed, 0.1 MiB are free); earlier ones are kept" in line for line in said)
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -319,6 +351,58 @@ def test_the_newest_and_the_best_are_kept(tiny, tmp_path):
     folder = tmp_path / "run/checkpoints"
     assert (folder / "best").resolve().name == f"step_{best:08d}" and best < 12
     assert {path.name for path in folder.glob("step_*")} == {f"step_{best:08d}", "step_00000012"}
+
+
+@pytest.fixture
+def saved(tmp_path, group):
+    """A function that saves a step's few numbers with a metric's value, as the loop would; and the folder."""
+    folder = tmp_path / "run"
+
+    def save(checkpoints, step, value):
+        state = {"facts": {}, "pairs": 0, "evaluated": True, "position": None}
+        held_out = {"loss": value}
+        return checkpoints.save(step, {"weight/a": torch.ones(3)}, state, {"sums": []}, held_out=held_out, wait=True)
+
+    def begin(best="min:loss", keep=1):
+        return checkpoint.Checkpoints(
+            folder, Checkpoint(1, keep, best, blocking=False), checkpoint.find(folder, "auto")
+        )
+
+    return folder / "checkpoints", begin, save
+
+
+def kept(folder):
+    best = folder / "best"
+    return [int(path.name[5:]) for path in sorted(folder.glob("step_*"))], best.exists() and int(
+        best.resolve().name[5:]
+    )
+
+
+def test_a_best_that_could_not_be_written_is_not_the_best(saved, monkeypatch):
+    """The one before stays best and stays; so it is with a value that is not a number."""
+    folder, begin, save = saved
+    with begin() as checkpoints:
+        assert save(checkpoints, 1, 0.5)
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.shutil, "disk_usage", lambda _path: SimpleNamespace(free=0))
+            assert not save(checkpoints, 2, 0.1)
+        assert save(checkpoints, 3, float("nan")) and save(checkpoints, 4, 0.6)
+        assert kept(folder) == ([1, 4], 1)
+        assert save(checkpoints, 5, 0.4)
+        assert kept(folder) == ([5], 5)
+
+
+def test_another_best_begins_anew(saved):
+    """A score is compared with scores of the same metric alone; without one the old best is no longer kept."""
+    folder, begin, save = saved
+    with begin("max:loss") as checkpoints:
+        assert save(checkpoints, 1, 0.9) and save(checkpoints, 2, 0.5)
+    with begin("min:loss") as checkpoints:
+        assert save(checkpoints, 3, 0.7) and save(checkpoints, 4, 0.8)
+        assert kept(folder) == ([3, 4], 3)
+    with begin(None) as checkpoints:
+        assert save(checkpoints, 5, 0.1)
+        assert kept(folder) == ([5], False)
 
 
 # ---- nothing but the same run
@@ -394,8 +478,36 @@ def test_one_process_at_a_time(tiny, tmp_path, group):
         ):
             pass
         assert (tmp_path / "run/config.yaml").read_text() == "a: 1\n"
-    with rundir.recording(tmp_path / "run", "a: 2\n"):
+    seen = rundir.stamp(tmp_path / "run")
+    with rundir.recording(tmp_path / "run", "a: 2\n", seen=seen):
         assert rundir.read_status(tmp_path / "run")["state"] == "running"
+
+
+def test_what_was_looked_up_before_another_process_came_is_not_used(tiny, whole, tmp_path, monkeypatch):
+    """A folder that another process took and left, while this one still loaded its data, is refused and stays as it is."""
+    mine, load = copied(whole, tmp_path), train.data.load
+
+    def slowly(*args, **how):
+        rundir.write_status(mine, "interrupted", "SIGTERM", 12)
+        return load(*args, **how)
+
+    monkeypatch.setattr(train.data, "load", slowly)
+    before = (mine / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        UserError, match=f"^run_dir={mine}: another process was at work in it until just now; start again"
+    ):
+        run(tiny, mine)
+    assert (mine / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_machine_that_died_while_it_wrote_is_no_obstacle(tiny, tmp_path):
+    """An empty status.json, environment.json or wandb/resume.json, as a power cut leaves them, does not stop a start."""
+    folder, more = tmp_path / "run", ("max_steps=4", "sample_every=0", "wandb.mode=offline")
+    assert run(tiny, folder, *more, kill_at=3) == "killed"
+    for name in ("status.json", "environment.json", "wandb/resume.json"):
+        assert (folder / name).read_text()
+        (folder / name).write_text("")
+    assert run(tiny, folder, *more) == "finished"
 
 
 def test_torchrun_without_a_name_is_not_restarted_into_another_folder(monkeypatch, group):
