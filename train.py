@@ -58,7 +58,7 @@ def train(cfg: Train) -> str:
     was not finite; no update was made from it on.
     """
     # ---- all that can be refused before a model is loaded ----------------------------------------------------------
-    device = dist.init(cfg.timeout)
+    device = dist.init(cfg.timeout + dist.GRACE)
     ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
     metrics.wandb_mode(cfg.wandb)
     if cfg.batch_size < dist.world_size():
@@ -80,7 +80,7 @@ def train(cfg: Train) -> str:
     found = checkpoint.find(run_dir, cfg.resume)  # what this run goes on from, if anything
     rundir.check_settings(run_dir, cfg)
     if found:
-        rundir.check_settings(found.run_dir, cfg, needed=True)
+        rundir.check_settings(found.run_dir, cfg, fork=found.run_dir != run_dir)
 
     preference = cfg.loss.preference != "none"
     cached = preference and cfg.reference.kind == "cached"
@@ -99,8 +99,10 @@ def train(cfg: Train) -> str:
     models.check_fit(configs, tokenizer, longest)
     for split in splits.values():
         packing.check_budget(split, "padded" if cfg.layout.kind == "padded" else "packed", cfg.tokens_per_microbatch)
-    facts = {f"data.{name}": checkpoint.digest(s.ids, s.prompt, s.chosen, s.rejected) for name, s in splits.items()}
-    facts["model.tokenizer"] = checkpoint.digest(json.dumps(tokens.identity(tokenizer)).encode())
+    facts = {"model.tokenizer": checkpoint.digest(json.dumps(tokens.identity(tokenizer)).encode())}
+    for name, split in splits.items():
+        digest = checkpoint.digest(split.ids, split.prompt, split.chosen, split.rejected)
+        facts[f"data.{name}"] = f"{len(split)} rows of {len(split.ids)} tokens, {digest}"
     if found:
         checkpoint.check_same(found, facts)
     total_steps = cfg.max_steps or cfg.epochs * data.steps_per_epoch(len(rows), cfg.batch_size)
@@ -121,7 +123,11 @@ def train(cfg: Train) -> str:
         if dist.is_main():
             rundir.write_json(run_dir / "data_report.json", {"train": report, "eval": eval_report})
             made = [f"{name} {data.describe(r)}" for name, r in (("train", report), ("eval", eval_report)) if r]
-            goes_on = f", goes on from {found.folder}" if found else ""
+            goes_on = ", begins anew: it has no checkpoint yet" if seen else ""
+            if found:
+                goes_on = f", goes on from {found.folder}"
+                if found.state["total_steps"] != total_steps:
+                    goes_on += f"; optim.schedule is now that of {total_steps} steps, not {found.state['total_steps']}"
             print(f"{run_dir}: {', '.join(made)}{goes_on}", flush=True)
 
         # ---- models, and what the reference says of the rows: before the optimizer takes its memory ----------------------
@@ -223,7 +229,10 @@ def train(cfg: Train) -> str:
 
         def save(step: int, *, evaluated: bool, wait: bool = False) -> bool:
             check_finite()
-            state = {"facts": facts, "pairs": pairs_seen, "evaluated": evaluated, "position": writer.position()}
+            if dist.is_main():
+                rundir.write_status(run_dir, "running", step=step)
+            state = {"total_steps": total_steps, "facts": facts, "pairs": pairs_seen, "evaluated": evaluated}
+            state["position"] = writer.position()
             own = {"rng": checkpoint.rng_state(), "sums": meter.sums.tolist()}
             return checkpoints.save(step, trained, state, own, held_out=held_out if evaluated else {}, wait=wait)
 
@@ -331,7 +340,7 @@ def train(cfg: Train) -> str:
             left = f"the same command with run_dir={run_dir} goes on from there"
         else:
             models.save(policy, tokenizer, run_dir / "model")
-            checkpoints.wait()
+            left += "" if checkpoints.wait() else ", its last checkpoint is not"
         if dist.is_main():
             plots.draw_run(metrics.read_jsonl(run_dir / "metrics.jsonl"), run_dir / "plots")
             # Interrupted, the last evaluation is of older weights.

@@ -123,14 +123,14 @@ def events(path: Path) -> list[dict]:
 
 def steps(run_dir: Path) -> list[int]:
     """The steps that have a checkpoint, going by the folders' names."""
-    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*") if path.suffix != ".part")
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step_*") if not path.suffix)
 
 
 def reached(run_dir: Path) -> int:
     return max((event["step"] for event in events(run_dir / "metrics.jsonl")), default=0)
 
 
-def landed(run_dir: Path, keep: int, began: float) -> str:
+def landed(run_dir: Path, keep: int, began: float, printed: str) -> str:
     """What a run was about when it was killed, by what it has left behind since `began`."""
     folder, here = run_dir / "checkpoints", steps(run_dir)
     parts = {path.name: path for path in folder.glob("*.part") if path.lstat().st_mtime >= began}
@@ -144,14 +144,14 @@ def landed(run_dir: Path, keep: int, began: float) -> str:
             (n for n in ("manifest.json", "state.json") if n in files), "tensors" if files else "an empty folder"
         )
         return f"save: {stage} begun"
-    metrics = run_dir / "metrics.jsonl"
-    if not metrics.exists() or metrics.stat().st_mtime < began:
+    if "step/s" not in printed:  # of the loop's progress bar
         return "start-up"
     if here and (folder / "latest").resolve() != (folder / f"step_{here[-1]:08d}").resolve():
         return "save: renamed, not linked"
     if (run_dir / "model.part").exists() or (run_dir / "model").exists():
         return "the end: model/ and after"
-    return "pruning: not begun" if len(here) > keep else "steps, evaluation, samples"
+    saved = here and (folder / f"step_{here[-1]:08d}").stat().st_mtime >= began
+    return "pruning: not begun" if saved and len(here) > keep else "steps, evaluation, samples"
 
 
 def differences(run_dir: Path, whole: Path) -> dict[str, float]:
@@ -273,10 +273,10 @@ def campaign(args: list, folder: Path, kills: int, *, total: int, seed: int = 0,
         first, at_most = max(steps(run_dir), default=0), total * len(done.kills) / (0.9 * kills)
         kill = Kill(first, int(rng.integers(1, 4)), int(rng.integers(1, 4)), bool(rng.integers(2)), "")
         near, early, by_time = first >= total - 8, first > at_most, bool(rng.integers(2))
-        at, seconds = None, float(rng.uniform(0, patience if early or near else 1))
+        at, seconds = None, float(rng.uniform(0, patience if early or near else 1.5))
         if not by_time:
             under = "/model.part" if near else str(rng.choice(["", "", "/checkpoints"]))
-            at = f"{run_dir}{under}", int(rng.integers(1, 8 if near else 40 if early else 150)), DIE
+            at = f"{run_dir}{under}", int(rng.integers(1, 8 if near else 40 if early else 200)), DIE
         kill.by = f"{at[0]} {at[1]}" if at else f"{seconds:.3f}"
         how = [f"checkpoint.{name}={getattr(kill, name)}".lower() for name in ("every", "keep", "blocking")]
         log = folder / f"{len(done.kills):03d}.log"
@@ -306,7 +306,10 @@ def campaign(args: list, folder: Path, kills: int, *, total: int, seed: int = 0,
             break
         if _mtime(run_dir) != before:
             wrote = kill.every, kill.blocking
-        kill.where, kill.part = landed(run_dir, kill.keep, start), any((run_dir / "checkpoints").glob("step_*.part"))
+        kill.where, kill.part = (
+            landed(run_dir, kill.keep, start, printed),
+            any((run_dir / "checkpoints").glob("step_*.part")),
+        )
         kill.last_step = reached(run_dir)
         kill.lost = max(0, kill.last_step - max(steps(run_dir), default=0))
         limit = wrote[0] * (1 if wrote[1] else 2)

@@ -88,11 +88,11 @@ def _bytes(text: str) -> Tensor:
 
 
 def digest(*parts: np.ndarray | bytes) -> str:
-    """sha256 of arrays or bytes, to tell whether a file still holds what the run began with."""
+    """`sha256 XXXXXXXXXXXXXXXX` of arrays or bytes, to tell whether a file still holds what the run began with."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
-    return whole.hexdigest()
+    return f"sha256 {whole.hexdigest()[:16]}"
 
 
 # ---- finding and reading
@@ -136,7 +136,7 @@ def _find(run_dir: Path, resume: str) -> Found | None:
     named = _newest([given] if _step(given) is not None else _steps(given / "checkpoints"))
     if named is None:
         raise UserError(
-            f"resume={resume}: no whole checkpoint there; give a run's folder or RUN/checkpoints/step_NUMBER"
+            f"resume={resume}: no whole checkpoint there; expected auto, never, a run's folder, or RUN/checkpoints/step_NUMBER"
         )
     return named
 
@@ -198,8 +198,8 @@ def check_same(found: Found, facts: dict[str, str]) -> None:
     for key, ours in facts.items():
         if found.state["facts"].get(key) != ours:
             raise UserError(
-                f"{key}: not what {found.run_dir} was begun with, though its settings are the same; put the file or "
-                "folder back as it was, or give another run_dir"
+                f"{key}: {ours}, but {found.state['facts'].get(key)} when {found.run_dir} was begun; put the file or folder "
+                "back as it was, or give another run_dir"
             )
 
 
@@ -357,9 +357,10 @@ class Checkpoints:
 
     def _write_share(self, part: Path, staged: Tensors) -> dict[str, dict]:
         """Writes this rank's tensors and returns its files' part of the manifest."""
-        # With one thread torch's writer would wait on the loop's CUDA stream for copies that are made already.
-        how = {"save_distributed": True, "thread_count": 2, "fqn_to_index_mapping": _files_of(staged)}
+        # One thread: torch loses the error of any other, and a shard cut off by a full disk would pass for whole.
+        how = {"save_distributed": True, "thread_count": 1, "fqn_to_index_mapping": _files_of(staged)}
         writer = dcp.HuggingFaceStorageWriter(str(part), **how)
+        writer.per_thread_copy_ahead = 0  # or it waits on the loop's CUDA stream for copies that are made already
         try:
             dcp.save(staged, storage_writer=writer, process_group=self.group)
         except CheckpointException as error:

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from rpo.config import Fsdp, UserError
 
 T = TypeVar("T")
+GRACE = 60  # seconds that a collective of a run outlasts its watchdog, which can tell the step that hangs
 # Weights cut over all ranks and nothing else: for what only scores and generates, and has no such keys.
 PLAIN = Fsdp(
     shard_degree=None,

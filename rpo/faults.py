@@ -18,8 +18,8 @@ from rpo import dist, rundir
 from rpo.config import Train, UserError
 from rpo.data import Rows
 
-# Ctrl-C; a scheduler's; what SLURM's --signal is told to send.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# Ctrl-C; a scheduler's; what SLURM's --signal is told to send; a terminal that is closed.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Interrupt:
@@ -32,11 +32,13 @@ class Interrupt:
     received = 0  # the signal's number
 
     def __enter__(self) -> "Interrupt":
-        self.before = {signum: signal.signal(signum, self._raise) for signum in SIGNALS}
+        under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [signum for signum in SIGNALS if not (under_nohup and signum == signal.SIGHUP)]
+        self.before = {signum: signal.signal(signum, self._raise) for signum in heard}
         return self
 
     def defer(self) -> None:
-        for signum in SIGNALS:
+        for signum in self.before:
             signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, _frame: object) -> None:

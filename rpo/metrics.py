@@ -304,7 +304,7 @@ def _cut(path: Path, size: int) -> int:
     if len(whole) < size:
         print(f"{path}: ends {size - len(whole)} bytes before the checkpoint; what is missing is lost", flush=True)
     lines = whole[size:].split(b"\n")[:-1]  # not one that a full disk or a kill cut short, which was sent to nobody
-    os.truncate(path, min(size, len(whole)))
+    os.truncate(path, whole.rfind(b"\n", 0, size) + 1)
     return len(lines) if path.name == FILES[0] else len({line.split(b",")[0] for line in lines})
 
 

@@ -131,6 +131,10 @@ def check(
     folder = os.path.expanduser(path)
     if path.startswith(("/", "./", "../", "~")) and not os.path.isfile(os.path.join(folder, "config.json")):
         hint = f"; did you mean {path}/model?" if os.path.isdir(os.path.join(folder, "model")) else ""
+        if os.path.isdir(os.path.join(os.path.dirname(folder), "checkpoints")):
+            hint = (
+                "; its run was stopped: the run's command with max_steps at the step of its last checkpoint writes it"
+            )
         raise UserError(f"{key}={path}: no Hugging Face model there (no config.json){hint}")
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)

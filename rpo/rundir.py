@@ -60,21 +60,23 @@ def choose(given: str | None, label: str, *, continues: str | None = None) -> Pa
     return folder
 
 
-def check_settings(folder: Path, cfg: Train, *, needed: bool = False) -> None:
+def check_settings(folder: Path, cfg: Train, *, fork: bool = False) -> None:
     """Raises UserError where the run in `folder`, if any, was begun with settings that one run may not change."""
+    key = f"resume={cfg.resume}" if fork else f"run_dir={folder}"
     path, here = folder / "config.yaml", redacted(to_dict(cfg))
     if not path.exists():
-        if needed:
-            raise UserError(f"resume={cfg.resume}: {folder} has no config.yaml, so nothing says which run it was")
+        if fork:
+            raise UserError(f"{key}: {folder} has no config.yaml, so nothing says which run it was; give a run's own")
         return
     there = read_yaml(path)
     if not isinstance(there, dict) or not there.keys() & here.keys():
         raise UserError(f"run_dir={folder}: already holds a run (config.yaml) of another kind; give another folder")
     if found := differences(there, here):
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        mend = "give its settings" if fork else "give its settings, or another run_dir"
         raise UserError(
-            f"run_dir={folder}: holds a run with other settings ({'; '.join(found[:5])}{more}); within a run only "
-            f"{', '.join(MAY_CHANGE)} may change: give it those settings, or another run_dir"
+            f"{key}: holds a run with other settings ({'; '.join(found[:5])}{more}); within a run only "
+            f"{', '.join(MAY_CHANGE)} may change: {mend}"
         )
 
 
@@ -88,7 +90,10 @@ def is_done(folder: Path, total_steps: int, first_step: int) -> bool:
     if done and dist.is_main():
         print(f"{folder}: finished after {total_steps} steps already; for more of them raise max_steps", flush=True)
     if not done and first_step > total_steps:
-        raise UserError(f"max_steps={total_steps}: {folder} has made {first_step} steps already; give as many or more")
+        raise UserError(
+            f"max_steps: the run to go on from has made {first_step} steps, of {total_steps} that max_steps or epochs "
+            "ask for; ask for as many or more"
+        )
     if not done and has_model and not first_step:
         raise UserError(f"run_dir={folder}: holds a model/ and no checkpoint to go on from; give another folder")
     return done

@@ -126,7 +126,7 @@ class Sweep(Callback):
     def on_multirun_start(self, config: Any, **_: object) -> None:
         try:
             cells = _checked_cells(config)
-            dist.init(config.timeout)  # kept for all cells; also how ranks agree on the folder
+            dist.init(config.timeout + dist.GRACE)  # kept for all cells; also how ranks agree on the folder
             rows = [{"cell": i} | cell for i, cell in enumerate(cells)]
             folder = _folder(config, rows)
             self.held: list[TextIO] = []  # as long as this process lives
