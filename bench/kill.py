@@ -31,12 +31,12 @@ from functools import partial
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from safetensors.numpy import load_file
 
+ROOT = Path(__file__).resolve().parents[1]
 PRELOAD = ["train", "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto"]
 EVENTS = ("open", "os.mkdir", "os.rename", "os.symlink", "os.truncate", "os.remove", "os.rmdir", "shutil.rmtree")
 WORDS = [f"{first}{second}" for first in "bcdfg" for second in ("a", "e", "i", "o", "u", "an", "en", "in")]
