@@ -273,21 +273,26 @@ def campaign(args: list, folder: Path, kills: int, *, total: int, seed: int = 0,
         first, at_most = max(steps(run_dir), default=0), total * len(done.kills) / (0.9 * kills)
         kill = Kill(first, int(rng.integers(1, 4)), int(rng.integers(1, 4)), bool(rng.integers(2)), "")
         near, early, by_time = first >= total - 8, first > at_most, bool(rng.integers(2))
-        at, seconds = None, float(rng.uniform(0, patience if early or near else 1.5))
+        at, moment = None, float(rng.uniform())
+        until = 0 if early or near else first + int(rng.integers(0, 9))  # a step, and a moment more
         if not by_time:
             under = "/model.part" if near else str(rng.choice(["", "", "/checkpoints"]))
-            at = f"{run_dir}{under}", int(rng.integers(1, 8 if near else 40 if early else 200)), DIE
-        kill.by = f"{at[0]} {at[1]}" if at else f"{seconds:.3f}"
+            at = f"{run_dir}{under}", int(rng.integers(1, 8 if near else 40 if early else 150)), DIE
+        kill.by = (
+            f"{at[0]} {at[1]}" if at else f"{moment:.3f} after step {until}" if until else f"{moment:.3f} of its start"
+        )
         how = [f"checkpoint.{name}={getattr(kill, name)}".lower() for name in ("every", "keep", "blocking")]
         log = folder / f"{len(done.kills):03d}.log"
         start, before = time.time(), _mtime(run_dir)
         processes = spawn([*args, *how], log, ranks=ranks, at=[at] if at else [])
         victim = processes[0 if at else int(rng.integers(ranks))]
-        if not (at or early or near):  # counted from its first line
-            while _mtime(run_dir) == before and victim.is_alive() and time.time() - start < 60:
-                time.sleep(0.005)
-            patience = time.time() - start
-        victim.join(60 if at else seconds)
+        if until and not at:
+            while (_mtime(run_dir) == before or reached(run_dir) < until) and victim.is_alive():
+                time.sleep(0.003)
+                if _mtime(run_dir) == before:
+                    patience = time.time() - start
+        seconds = 60 if at else moment * (0.06 if until else patience)
+        victim.join(seconds)
         victim.kill()
         time.sleep(float(rng.uniform(0, 0.05)) if ranks > 1 else 0)
         for process in processes:
@@ -382,7 +387,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="kill-") as folder:
         folder = args.keep or Path(folder)
         (folder / "task").mkdir(parents=True)
-        total = max(30, 2 * args.kills)
+        total = max(30, 5 * args.kills // 2)
         done = campaign(make_task(folder / "task"), folder, args.kills, total=total, seed=args.seed, ranks=args.ranks)
     for where, count in sorted(Counter(kill.where for kill in done.kills).items()):
         print(f"{count:5d}  {where}")

@@ -243,9 +243,8 @@ class Checkpoints:
         best = found.state["best"] if self.start else None
         self.best = best if best and best["by"] == cfg.best else None
         self.group = dist.aside()
-        cuda = (
-            torch.cuda.is_available()
-        )  # pinned memory, and copies that overlap one another; not shared, not in a thread
+        cuda = torch.cuda.is_available()
+        # By position, for a name has changed: pinned memory, shared memory, in a thread, copies that overlap one another.
         self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
         self.worker, self.pending = dist.thread(), None
         if cfg.every:

@@ -380,6 +380,26 @@ def saved(tmp_path, group):
     return folder / "checkpoints", begin, save
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_what_changes_after_save_is_not_saved(device, saved):
+    """The background writes the numbers of the moment of `save`, however they change while it does."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    folder, begin, _ = saved
+    tensors = {f"weight/{i}": torch.full((1000, 100), float(i), device=device) for i in range(20)}
+    state = {"facts": {}, "pairs": 0, "evaluated": True, "position": None}
+    with begin() as checkpoints:
+        for step in (1, 2):  # the second goes through the memory of the first
+            own = {"rng": checkpoint.rng_state(), "sums": []}
+            assert checkpoints.save(step, tensors, state, own, held_out={})
+            for tensor in tensors.values():
+                tensor += 100
+    for tensor in tensors.values():
+        tensor.zero_()
+    checkpoint.load(checkpoint.find(folder.parent, "auto"), tensors)
+    assert all(torch.all(tensor == i + 100) for i, tensor in enumerate(tensors.values()))
+
+
 def kept(folder):
     best = folder / "best"
     return [int(path.name[5:]) for path in sorted(folder.glob("step_*"))], best.exists() and int(

