@@ -29,6 +29,10 @@ from rpo.config import Checkpoint
 WAYS = ("none", "background", "blocking")
 
 
+def under_way(checkpoints: checkpoint.Checkpoints) -> bool:
+    return checkpoints.pending is not None and not checkpoints.pending[1].done()
+
+
 def measure(args: argparse.Namespace, work: Work, folder: Path) -> dict:
     """Seconds of every round by way: the saving call, each step, and which steps began while a save was under way."""
     system = Ours(work, layout="packed", cached=True, compile=args.compile)
@@ -50,10 +54,10 @@ def measure(args: argparse.Namespace, work: Work, folder: Path) -> dict:
                             work.device,
                             lambda step=step, own=own, how=how: checkpoints.save(step, tensors, state, own, **how),
                         )
-                    beside.append(checkpoints.pending is not None and not checkpoints.pending.done())
+                    beside.append(under_way(checkpoints))
                     seconds, _, _ = timed(work.device, lambda turn=turn, k=k: system.step(turn * args.every + k))
                     steps.append(seconds)
-                late = checkpoints.pending is not None and not checkpoints.pending.done()
+                late = under_way(checkpoints)
                 assert checkpoints.wait(), "the disk is full"
                 cells[way].append({"call": call, "steps": steps, "beside": beside, "late": late})
     system.close()
