@@ -27,7 +27,7 @@ demo: $(VENV)/.ready ## train SFT, DPO and RPO on the embedded task; print the t
 test: $(VENV)/.ready ## the test suite
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.ready ## the tests that take more than a minute each
+test-slow: $(VENV)/.ready ## the tests that start many processes or take long
 	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.ready ## lint and format, reporting only

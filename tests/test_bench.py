@@ -60,6 +60,7 @@ def test_ratio_is_by_rounds():
     assert report.ratio({"a": a, "b": dataclasses.asdict(report.Result(failed="out"))}, "b", "a") is None
 
 
+@pytest.mark.slow
 def test_all_forms_run_and_agree(group, monkeypatch):
     """Two steps of four pairs: every form of ours passes the gates, and the ceiling sees the same unique tokens."""
     monkeypatch.setitem(systems.MODELS, "tiny", TINY)
@@ -92,6 +93,7 @@ def test_exact_log_probs_in_blocks():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.slow
 def test_every_head_is_the_same_function(dtype):
     """Ours and peers' log-probs and both gradients are float64's, up to what their products' dtype rounds."""
     found, absent = logprobs.heads(torch.device("cpu"), dtype, HEAD_SHAPE)

@@ -163,6 +163,7 @@ def test_two_ranks_make_the_run_of_one(tiny, tmp_path):
     assert first[0] == first[1] and len(first[0]) == 4
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_alike(tiny, tmp_path):
     """Ctrl-C under torchrun ends both ranks after one step, with a checkpoint of it; a loss that is not finite saves the
     model before it.

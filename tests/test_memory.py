@@ -270,6 +270,7 @@ def test_advice_is_checked_and_no_stronger_than_needed():
 
 
 @pytest.mark.parametrize("recipe", ["paper_beta", pytest.param("paper_gemma", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_recipes_are_planned_without_a_network(recipe):
     """A recipe brings its model's sizes: 7,241,732,096 parameters of Mistral-7B, 8,537,680,896 of Gemma-7B."""
     text = memory.plan([f"recipe={recipe}", "gpus=8", "gib=139"])

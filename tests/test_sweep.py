@@ -143,6 +143,7 @@ def test_a_bad_later_cell_stops_the_sweep_before_the_first(bad, code, message, t
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_under_torchrun(tiny, tmp_path):
     """Two ranks agree on one folder and keep their group from cell to cell, past a cell whose data rank 0 refuses."""
     done = sweep(tiny, tmp_path, "loss=rpo_avg", "data.max_length=3,128", ranks=2)
