@@ -185,7 +185,7 @@ def test_another_number_of_ranks_goes_on(ranks, tiny, whole, whole_on_two, tmp_p
 # ---- signals
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_the_step_in_hand_and_leaves(signum, tiny, whole, tmp_path):
     """Exit code 128 + signal, status.json says which, the step is on disk, and the same command goes on without a gap."""
     run_dir = tmp_path / "run"
