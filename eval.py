@@ -15,7 +15,7 @@ import hydra
 import numpy as np
 import torch
 
-from rpo import config, data, dist, models, packing, rundir, score, sweep, tokens
+from rpo import checks, config, data, dist, models, packing, rundir, score, sweep, tokens
 from rpo import gold as embedded
 from rpo.config import Eval, Gold, UserError
 from rpo.redact import redacted
@@ -179,7 +179,7 @@ def _cell(cell: dict) -> str:
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
 def main(cfg) -> None:
     """One evaluation; exit codes: 0 finished, 2 a user's error, 1 anything else."""
-    sweep.run_job(lambda: evaluate(config.eval_config(cfg)))
+    sweep.run_job(lambda: evaluate(checks.eval_config(cfg)))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
-"""Frozen, checked settings made once from Hydra's composed YAML.
+"""What can be set: frozen dataclasses, filled once from Hydra's composed YAML and checked for types.
 
 Values live in `conf/*.yaml` alone: no dataclass here has a default, so what a run used is what its
 `config.yaml` says. This is the only module that imports omegaconf, and only to convert: the library is usable
 without it.
 """
 
-import datetime
-import math
-import os
 import types
 import typing
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -222,7 +219,7 @@ def _matches(hint: Any, value: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _typed(cls: type, node: Any, key: str = "") -> Any:
+def typed(cls: type, node: Any, key: str = "") -> Any:
     """`cls` filled from the mapping `node`; UserError names the first key that is absent, unknown or of another type."""
     if not isinstance(node, dict):
         raise UserError(f"{key}={node!r}: expected a group of keys ({', '.join(f.name for f in fields(cls))})")
@@ -236,7 +233,7 @@ def _typed(cls: type, node: Any, key: str = "") -> Any:
             raise UserError(f"{prefix}{name}: missing; give it on the command line or in the YAML")
         value = node[name]
         if is_dataclass(hint):
-            values[name] = _typed(hint, value, prefix + name)
+            values[name] = typed(hint, value, prefix + name)
         elif _matches(hint, value):
             values[name] = float(value) if hint is float else value
         else:
@@ -244,7 +241,8 @@ def _typed(cls: type, node: Any, key: str = "") -> Any:
     return cls(**values)
 
 
-def _plain(cfg: "DictConfig") -> dict:
+def plain(cfg: "DictConfig") -> dict:
+    """`cfg` as nested plain dicts, everything resolved; UserError where a value is missing."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -256,197 +254,6 @@ def _plain(cfg: "DictConfig") -> dict:
         message = str(error).splitlines()[0]
         raise UserError(f"{error.full_key or 'config'}: {message}; give it on the command line") from None
     return node
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise UserError(message)
-
-
-def _finite(key: str, value: float) -> None:
-    _require(math.isfinite(value), f"{key}={value}: expected a finite number")
-
-
-def check_loss(loss: Loss) -> None:
-    for name in ("beta", "eta", "label_smoothing"):
-        _finite(f"loss.{name}", getattr(loss, name))
-    _require(loss.beta > 0, f"loss.beta={loss.beta}: expected > 0; for pure supervised training use loss=sft")
-    _require(
-        loss.eta >= 0, f"loss.eta={loss.eta}: expected >= 0; the SFT term is a penalty and is added, never subtracted"
-    )
-    _require(
-        loss.eta == 0 or loss.sft != "none",
-        f"loss.eta={loss.eta} with loss.sft=none: eta would do nothing; set loss.sft=sum|avg|token or loss.eta=0",
-    )
-    _require(
-        loss.preference != "none" or (loss.sft != "none" and loss.eta > 0),
-        f"loss.preference=none with loss.sft={loss.sft}, loss.eta={loss.eta}: nothing to train on; use loss=sft",
-    )
-    _require(
-        0 <= loss.label_smoothing < 0.5,
-        f"loss.label_smoothing={loss.label_smoothing}: expected 0 <= e < 0.5, the share of labels believed flipped",
-    )
-    _require(
-        loss.label_smoothing == 0 or loss.preference == "sigmoid",
-        f"loss.label_smoothing={loss.label_smoothing} with loss.preference={loss.preference}: "
-        "only sigmoid reads it; set it to 0",
-    )
-
-
-def _check_seed(key: str, value: int) -> None:
-    _require(0 <= value < 2**31, f"{key}={value}: expected 0 or more, below 2^31")
-
-
-def _check_date(value: str) -> None:
-    try:
-        datetime.date.fromisoformat(value)
-    except ValueError:
-        raise UserError(f"data.template_date={value!r}: expected a date as YYYY-MM-DD") from None
-
-
-def _check_checkpoint(cfg: Train) -> None:
-    every, keep, best = cfg.checkpoint.every, cfg.checkpoint.keep, cfg.checkpoint.best
-    _require(every >= 0, f"checkpoint.every={every}: expected 0 (none) or a number of steps")
-    _require(keep == "all" or keep >= 1, f"checkpoint.keep={keep}: expected all or at least 1")
-    if best is None:
-        return
-    _require(
-        best.startswith(("min:", "max:")),
-        f"checkpoint.best={best}: expected min:METRIC or max:METRIC, one of data.eval's as docs/METRICS.md names them",
-    )
-    _require(cfg.data.eval is not None, f"checkpoint.best={best} with data.eval=null: nothing is there to choose by")
-    _require(
-        every > 0 and cfg.eval_every > 0 and every % cfg.eval_every == 0,
-        f"checkpoint.best={best} with checkpoint.every={every}, eval_every={cfg.eval_every}: each checkpoint needs an "
-        "evaluation; make checkpoint.every a multiple of eval_every",
-    )
-
-
-def _check_train(cfg: Train) -> None:
-    check_loss(cfg.loss)
-    for name in ("epochs", "batch_size", "tokens_per_microbatch", "log_every", "timeout"):
-        value = getattr(cfg, name)
-        _require(value >= 1, f"{name}={value}: expected at least 1")
-    for name in ("eval_every", "sample_every"):
-        value = getattr(cfg, name)
-        _require(value >= 0, f"{name}={value}: expected 0 (never) or a number of steps")
-    _require(cfg.max_steps is None or cfg.max_steps >= 1, f"max_steps={cfg.max_steps}: expected null or at least 1")
-    _check_checkpoint(cfg)
-    _check_seed("seed", cfg.seed)
-    _check_seed("data.gold.seed", cfg.data.gold.seed)
-    _require(cfg.data.train != [], "data.train=[]: expected a file, a list of files, or NAME:SPLIT")
-    _require(cfg.data.eval != [], "data.eval=[]: expected a file, a list of files, or NAME:SPLIT; null: no evaluation")
-    optim = cfg.optim
-    _require(optim.lr == "auto" or optim.lr > 0, f"optim.lr={optim.lr}: expected auto or > 0")
-    for name in ("warmup_ratio", "min_lr_ratio"):
-        value = getattr(optim, name)
-        _require(0 <= value <= 1, f"optim.{name}={value}: expected a share of the run, 0 to 1")
-    _require(
-        len(optim.betas) == 2 and all(0 <= b < 1 for b in optim.betas),
-        f"optim.betas={optim.betas}: expected two numbers in [0, 1)",
-    )
-    _require(optim.weight_decay >= 0, f"optim.weight_decay={optim.weight_decay}: expected >= 0")
-    _require(optim.max_grad_norm > 0, f"optim.max_grad_norm={optim.max_grad_norm}: expected > 0 (.inf: no clipping)")
-    shard, replicate = cfg.fsdp.shard_degree, cfg.fsdp.replicate_degree
-    _require(
-        shard is None or shard >= 1,
-        f"fsdp.shard_degree={shard}: expected null (all the ranks that replicate_degree leaves) or at least 1",
-    )
-    _require(replicate >= 1, f"fsdp.replicate_degree={replicate}: expected at least 1 (1: no replicas)")
-    _require(cfg.data.max_length >= 2, f"data.max_length={cfg.data.max_length}: expected at least 2 tokens")
-    _check_date(cfg.data.template_date)
-    gold = cfg.data.gold
-    _require(
-        gold.pairs >= 1 and gold.eval_pairs >= 1,
-        f"data.gold.pairs={gold.pairs}, eval_pairs={gold.eval_pairs}: expected at least 1",
-    )
-    _require(gold.samples >= 1, f"data.gold.samples={gold.samples}: expected at least 1")
-    _require(
-        cfg.data.train != "gold" or cfg.data.eval in ("gold", None),
-        f"data.eval={cfg.data.eval} with data.train=gold: the embedded task is evaluated on its own prompts; "
-        "use data.eval=gold or null, or give data.train=FILE",
-    )
-    _require(
-        cfg.data.train != "gold" or cfg.data.chat_template is None,
-        "data.chat_template with data.train=gold: the embedded task has its own template; set it to null",
-    )
-    _require(
-        cfg.data.train != "gold" or cfg.model.architecture is not None,
-        "model.architecture=null with data.train=gold: the embedded task makes a model of that architecture; use "
-        "model=tiny, or give data.train=FILE",
-    )
-    _require(0 <= gold.flip < 0.5, f"data.gold.flip={gold.flip}: expected 0 <= share < 0.5")
-    _require(
-        cfg.data.train == "gold" or cfg.data.eval != "gold",
-        f"data.eval=gold with data.train={cfg.data.train}: give data.eval=FILE of your own, or data.eval=null",
-    )
-    _require(
-        cfg.data.train == "gold" or cfg.model.path or (cfg.model.architecture and cfg.model.tokenizer),
-        f"model.path=null with data.train={cfg.data.train}: give model.path=DIR_OR_HUB_NAME, or "
-        "model.tokenizer=DIR to start model.architecture from random weights",
-    )
-    _require(
-        cfg.model.path is not None or cfg.data.train == "gold" or cfg.loss.preference == "none" or cfg.reference.path,
-        "model.path=null with a preference loss: a policy with random weights has no reference; train it with "
-        "loss=sft first, or give reference.path",
-    )
-
-
-def _check_eval(cfg: Eval) -> None:
-    task = cfg.task
-    _require(task.beta == "auto" or task.beta > 0, f"task.beta={task.beta}: expected auto or > 0")
-    _require(task.limit is None or task.limit >= 1, f"task.limit={task.limit}: expected null or at least 1")
-    _require(task.temperature >= 0, f"task.temperature={task.temperature}: expected >= 0 (0: greedy)")
-    _require(0 < task.top_p <= 1, f"task.top_p={task.top_p}: expected in (0, 1]")
-    _require(task.top_k >= 0, f"task.top_k={task.top_k}: expected 0 (off) or more")
-    for name in ("samples", "max_new_tokens", "batch_size"):
-        _require(getattr(task, name) >= 1, f"task.{name}={getattr(task, name)}: expected at least 1")
-    _require(cfg.tokens_per_microbatch >= 1, f"tokens_per_microbatch={cfg.tokens_per_microbatch}: expected at least 1")
-    _check_date(cfg.data.template_date)
-    _check_seed("seed", cfg.seed)
-    _require(cfg.model.path != [], "model.path=[]: expected a model or a list of models")
-
-
-def _auto_lr(cfg: Train) -> float:
-    """The learning rate that `optim.lr: auto` stands for: the papers' for a given model, this project's for its tiny one."""
-    if cfg.model.path is not None:
-        return 2e-5 if cfg.loss.preference == "none" else 5e-7
-    return 3e-3 if cfg.loss.preference == "none" else 5e-4
-
-
-def _resolved(spec: Any) -> Any:
-    """Local paths made absolute, so that a run's config.yaml means the same from any folder; names stay as they are."""
-    if isinstance(spec, list):
-        return [_resolved(item) for item in spec]
-    if not spec or spec == "gold":
-        return spec
-    path = os.path.expanduser(spec)
-    return os.path.realpath(path) if os.path.exists(path) else spec
-
-
-def train_config(cfg: "DictConfig") -> Train:
-    """Checked settings of one training run.
-
-    Raises UserError: a missing, unknown, mistyped or contradictory key, in one line with its value and the fix.
-    """
-    typed = _typed(Train, _plain(cfg))
-    typed = replace(
-        typed,
-        model=replace(typed.model, path=_resolved(typed.model.path), tokenizer=_resolved(typed.model.tokenizer)),
-        reference=replace(typed.reference, path=_resolved(typed.reference.path)),
-        data=replace(typed.data, train=_resolved(typed.data.train), eval=_resolved(typed.data.eval)),
-    )
-    _check_train(typed)
-    if typed.optim.lr == "auto":
-        typed = replace(typed, optim=replace(typed.optim, lr=_auto_lr(typed)))
-    return typed
-
-
-def eval_config(cfg: "DictConfig") -> Eval:
-    """Checked settings of one evaluation. Raises UserError as `train_config` does."""
-    typed = _typed(Eval, _plain(cfg))
-    _check_eval(typed)
-    return typed
 
 
 def to_yaml(cfg: Train | Eval) -> str:

@@ -26,7 +26,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from rpo import config, dryrun, models
+from rpo import checks, dryrun, models
 from rpo.config import Train, UserError
 from rpo.dryrun import Sizes, Trace
 from rpo.logprobs import KEPT, TILES
@@ -343,7 +343,7 @@ def plan(arguments: list[str]) -> str:
         raise UserError(f"{missing[0]}: missing; for example python -m rpo.memory recipe=paper_beta gpus=1 gib=139")
     try:
         with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
-            cfg = config.train_config(compose("train", overrides=given))
+            cfg = checks.train_config(compose("train", overrides=given))
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from None
     if cfg.batch_size < numbers["gpus"]:

@@ -23,7 +23,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
 from rpo import dist, metrics, plots, rundir
-from rpo.config import Train, UserError, set_sweep_dir, train_config
+from rpo.checks import train_config
+from rpo.config import Train, UserError, set_sweep_dir
 from rpo.redact import redacted
 
 # Where a rank waits for the others to fail too; past it they are taken to hang in a collective.

@@ -8,7 +8,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rpo import config
+from rpo import checks, config
 from tests.conftest import ROOT, settings
 
 CONF = ROOT / "conf"
@@ -96,7 +96,7 @@ TRAIN_FILES = [
 def test_every_choice_is_accepted(group, name):
     """Each file of each group composes into settings that pass the checks, and config.yaml holds them all."""
     cfg = settings(f"{group}={name}", *NEEDS.get((group, name), []))
-    again = config.train_config(OmegaConf.create(config.to_yaml(cfg)))
+    again = checks.train_config(OmegaConf.create(config.to_yaml(cfg)))
     assert again == cfg
 
 
@@ -105,7 +105,7 @@ def test_every_task_is_accepted(name):
     """eval.py's tasks compose with nothing but a model: reference, data and beta may come from its run."""
     cfg = settings(f"task={name}", "model.path=RUN/model", name="eval")
     assert cfg.task.kind == name and cfg.data.eval is None
-    assert config.eval_config(OmegaConf.create(config.to_yaml(cfg))) == cfg
+    assert checks.eval_config(OmegaConf.create(config.to_yaml(cfg))) == cfg
 
 
 def test_groups_are_those_of_the_tests():

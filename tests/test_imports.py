@@ -7,7 +7,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"redact"},
     {"config"},
-    {"attention", "losses", "dist", "optim", "logprobs", "grammar", "rows", "store", "stats"},
+    {"attention", "checks", "losses", "dist", "optim", "logprobs", "grammar", "rows", "store", "stats"},
     {"packing"},
     {"models", "tokens", "metrics", "plots", "rundir"},
     {"checkpoint", "data", "score", "generate", "dryrun", "sweep"},
