@@ -24,8 +24,9 @@ demo: $(VENV)/.ready ## train SFT, DPO and RPO on the embedded task; print the t
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m recipe=demo loss.eta=0.005,0.25 seed=0,1,2 run_dir=$(DEMO)/b && wait $$!
 	@$(BIN)/python -m rpo.demo $(DEMO)/a $(DEMO)/b
 
+# Two processes of one thread each: most tests are too small for more. A file stays in one, for its fixtures.
 test: $(VENV)/.ready ## the test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.ready ## the tests that start many processes or take long
 	$(BIN)/python -m pytest -m slow

@@ -1,10 +1,11 @@
 """The embedded task: made once into the cache by this project's own loop, and evaluated exactly.
 
-    python -m rpo.gold FOLDER SETTINGS.json       # makes the task's files; `prepare` calls it
+    python -m rpo.gold model FOLDER     # the supervised model; `prepare` calls both, with FOLDER/settings.json written
+    python -m rpo.gold pairs FOLDER     # the preference pairs, into a copy of the former
 
 A folder holds a word-level tokenizer, a corpus from the grammar, the supervised model that `train.py loss=sft` made
 of it, and preference pairs sampled from that model and labelled by the gold reward. From there on it is data like any
-other: same tokenizer code, template, files and loop.
+other: same tokenizer code, template, files and loop. Tasks that differ in their pairs alone share one supervised model.
 
 Letters: N scored tokens, V vocabulary, S answers.
 """
@@ -61,9 +62,9 @@ def prepare(cfg: Train) -> Train:
 
     Makes the files on first use, in a process of its own; their folder is keyed by what decides their content.
     """
-    settings = {"version": VERSION, "architecture": cfg.model.architecture, "gold": asdict(cfg.data.gold), "sft": SFT}
+    of_model = {"version": VERSION, "architecture": cfg.model.architecture, "sft": SFT}
+    settings = of_model | {"gold": asdict(cfg.data.gold)}
     settings["gold"].pop("samples")  # an evaluation's size, no property of the files
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     if cfg.model.path is not None:
         how = {"revision": cfg.model.revision, "trust_remote_code": cfg.model.trust_remote_code}
         known = tokens.load_tokenizer(cfg.model.tokenizer or cfg.model.path, **how).get_vocab()
@@ -72,9 +73,14 @@ def prepare(cfg: Train) -> Train:
                 f"model.path={cfg.model.path} with data.train=gold: its tokenizer does not know the embedded task's "
                 f"words ({missing[0]}); give data.train=FILE of your own"
             )
-    folder = Path(cfg.cache_dir).expanduser().resolve() / "gold" / key
+    root = Path(cfg.cache_dir).expanduser().resolve() / "gold"
+    folder = root / _key(settings)
     if not folder.exists():
-        _make_in_subprocess(folder, settings)
+        model = root / f"model-{_key(of_model)}"
+        if not model.exists():
+            print(f"making the embedded task in {root} (once; about a minute)", flush=True)
+            _make_in_subprocess("model", model, of_model)
+        _make_in_subprocess("pairs", folder, settings, beginning=model)
     supervised = cfg.loss.preference == "none"
     files = ("corpus.jsonl.gz", "corpus_eval.jsonl.gz") if supervised else ("pairs.jsonl.gz", "pairs_eval.jsonl.gz")
     train, held_out = (str(folder / name) for name in files)
@@ -86,13 +92,18 @@ def prepare(cfg: Train) -> Train:
     return replace(cfg, model=model, data=replace(cfg.data, train=train, eval=cfg.data.eval and held_out))
 
 
-def _make_in_subprocess(folder: Path, settings: dict) -> None:
-    print(f"making the embedded task in {folder} (once; about a minute)", flush=True)
+def _key(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _make_in_subprocess(what: str, folder: Path, settings: dict, beginning: Path | None = None) -> None:
     part = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    part.mkdir(parents=True)
+    if beginning:
+        shutil.copytree(beginning, part)
+    part.mkdir(parents=True, exist_ok=True)
     (part / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     try:
-        _run("-m", "rpo.gold", str(part), str(part / "settings.json"))
+        _run("-m", "rpo.gold", what, str(part))
         part.rename(folder)
     except OSError:
         if not folder.exists():  # another run made it first: the same content
@@ -122,9 +133,8 @@ def _run(*args: str) -> None:
         raise UserError(f"data=gold: making the embedded task failed: {' '.join(done.stdout.splitlines()[-3:])}")
 
 
-def make(folder: Path, settings: dict) -> None:
-    """Fills `folder`: tokenizer/, corpus files, sft/ (a run of train.py), pairs files."""
-    gold = Gold(**settings["gold"], samples=1)
+def make_model(folder: Path, settings: dict) -> None:
+    """Writes tokenizer/, the corpus files and sft/ (a run of train.py) into `folder`."""
     tokenizer = tokens.word_tokenizer(["<user>", "<assistant>", *grammar.vocabulary()], TEMPLATE)
     tokenizer.save_pretrained(folder / "tokenizer")
     corpus = grammar.sample_corpus(CORPUS + CORPUS_EVAL, np.random.default_rng(SFT["seed"]))
@@ -139,6 +149,11 @@ def make(folder: Path, settings: dict) -> None:
     _run("train.py", *(f"{key}={value}" for key, value in given.items()))
     shutil.rmtree(folder / "cache")
 
+
+def make_pairs(folder: Path, settings: dict) -> None:
+    """Writes the pairs files into `folder`, sampled from its sft/model."""
+    gold = Gold(**settings["gold"], samples=1)
+    tokenizer = tokens.load_tokenizer(str(folder / "tokenizer"))
     device = dist.init()
     lm = models.load(str(folder / "sft" / "model"), None, torch.float32)
     fsdp = replace(dist.PLAIN, reshard_after_forward=False)
@@ -278,4 +293,5 @@ def _asked(rendered: str) -> str:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    {"model": make_model, "pairs": make_pairs}[what](folder, json.loads((folder / "settings.json").read_text()))

@@ -49,6 +49,12 @@ FAMILIES = {
 }
 
 
+def pytest_configure(config):
+    """Slow tests stay out of a run that names neither a file nor -m: a file that is named runs whole."""
+    if not config.option.markexpr and config.args_source is not config.ArgsSource.ARGS:
+        config.option.markexpr = "not slow"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quiet_environment(tmp_path_factory):
     """No test reads the user's cache or key, reaches a network, or leaves threads to fight over two cores."""
