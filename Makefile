@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := outputs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo test test-slow check fix bench
+.PHONY: help demo theory overopt test test-slow check fix bench
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -23,6 +23,12 @@ demo: $(VENV)/.ready ## train SFT, DPO and RPO on the embedded task; print the t
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m recipe=demo loss.eta=0,0.05 seed=0,1,2 run_dir=$(DEMO)/a 2> >(tail -3 >&2) & \
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m recipe=demo loss.eta=0.005,0.25 seed=0,1,2 run_dir=$(DEMO)/b && wait $$!
 	@$(BIN)/python -m rpo.demo $(DEMO)/a $(DEMO)/b
+
+theory: $(VENV)/.ready ## check the theorem, number by number; draw the toy of overoptimisation
+	@$(BIN)/python -m rpo.theory_page
+
+overopt: $(VENV)/.ready ## the study of overoptimisation: 150 runs over 5 seeds; an hour on two cores, and again it goes on
+	@$(BIN)/python -m rpo.experiment outputs/overopt
 
 # Two processes of one thread each: most tests are too small for more. A file stays in one, for its fixtures.
 test: $(VENV)/.ready ## the test suite

@@ -1,10 +1,13 @@
-"""One evaluation task against one or more models: a table on screen, results.json and samples.jsonl in its folder.
+"""One evaluation task: a table on screen, results.json and what it is made of in its folder.
 
     python eval.py task=pairs    model.path=[RUN/model,OTHER] reference.path=DIR data.eval=FILE
     python eval.py task=generate model.path=RUN/model data.eval=PROMPTS.jsonl task.temperature=0
     python eval.py task=gold     model.path=RUN/model
+    python eval.py task=overopt  runs=SWEEP run_dir=DIR
+    python eval.py task=select   task.results=DIR
 
-Where a model is a run's `model/`, what is not given (reference, data, beta) comes from that run's config.yaml.
+Where a model is a run's `model/`, what is not given (reference, data, beta) comes from that run's config.yaml. task=overopt
+goes through the checkpoints of all runs below a folder, and goes on where it was killed.
 """
 
 import gc
@@ -15,46 +18,80 @@ import hydra
 import numpy as np
 import torch
 
-from rpo import checks, config, data, dist, models, packing, rundir, score, sweep, tokens
+from rpo import (
+    checks,
+    config,
+    data,
+    dist,
+    models,
+    overopt_plots,
+    packing,
+    rundir,
+    runs,
+    score,
+    study,
+    sweep,
+    tokens,
+)
 from rpo import gold as embedded
-from rpo.config import Eval, Gold, UserError
+from rpo.config import Eval, GenerateTask, Gold, GoldTask, OveroptTask, PairsTask, SelectTask, UserError
+from rpo.points import Points
 from rpo.redact import redacted
-from rpo.tasks import generate, gold, pairs
+from rpo.tasks import generate, gold, overopt, pairs, select
 
 
 def evaluate(cfg: Eval) -> str:
-    """Runs the task on every model; returns "finished". Raises UserError before the first model is loaded."""
+    """Runs the task; returns "finished". Raises UserError, for all that can be known by then before a model is loaded."""
     device = dist.init()
-    run_dir = rundir.choose(cfg.run_dir, f"eval_{cfg.task.kind}")
+    match cfg.task:
+        case SelectTask():
+            _of_results(cfg, cfg.task)
+        case OveroptTask():
+            _of_runs(cfg, device)
+        case _:
+            _of_models(cfg, device)
+    return "finished"
+
+
+# ---- models
+
+
+def _of_models(cfg: Eval, device: torch.device) -> None:
+    """The task on every model, one after the other."""
+    task = cfg.task
+    run_dir = rundir.choose(cfg.run_dir, f"eval_{task.kind}")
     paths = [cfg.model.path] if isinstance(cfg.model.path, str) else cfg.model.path
     trust = {"trust_remote_code": cfg.model.trust_remote_code}
     hf = {f"model.path={path}": models.check(path, cfg.model.revision, **trust) for path in paths}
-    runs = [rundir.settings_of(path) for path in paths]
-    on_pairs, on_gold = cfg.task.kind == "pairs", cfg.task.kind == "gold"
-    reference_path = cfg.reference.path or _from_runs(runs, "reference.path") if on_pairs or on_gold else None
-    spec = cfg.data.eval or _from_runs(runs, "data.eval")
-    betas = {path: _beta(cfg, run, path) for run, path in zip(runs, paths, strict=True) if on_pairs}
-    weights = _gold_weights(runs) if on_gold else None
-    _note_other_settings(cfg, paths, runs)
+    made_by = [rundir.settings_of(path) for path in paths]
+    compared = not isinstance(task, GenerateTask)
+    reference_path = cfg.reference.path or _from_runs(made_by, "reference.path") if compared else None
+    spec = cfg.data.eval or _from_runs(made_by, "data.eval")
+    betas = {}
+    if isinstance(task, PairsTask):
+        betas = {path: _beta(task, run, path) for run, path in zip(made_by, paths, strict=True)}
+    weights = _gold_weights(made_by) if isinstance(task, GoldTask) else None
+    _note_other_settings(cfg, paths, made_by)
 
     if reference_path is not None:
         hf[f"reference.path={reference_path}"] = models.check(reference_path, key="reference.path", **trust)
     tokenizer = tokens.load_tokenizer(
         cfg.model.tokenizer or paths[0], revision=cfg.model.revision, chat_template=cfg.data.chat_template, **trust
     )
-    if on_pairs:
+    if isinstance(task, PairsTask):
         with dist.main_first():  # rank 0 tokenises into the cache, the others read it
             rows, report = data.load(spec, cfg.data, tokenizer, pairs=True, cache_dir=Path(cfg.cache_dir).expanduser())
-        rows = rows.head(cfg.task.limit or len(rows))
+        rows = rows.head(task.limit or len(rows))
         longest = packing.longest(rows)
     else:
-        prompts, places, report = data.load_prompts(spec, cfg.data, tokenizer)
-        prompts, places = prompts[: cfg.task.limit], places[: cfg.task.limit]
+        prompts, _, places, report = data.load_prompts(spec, cfg.data, tokenizer)
+        prompts, places = prompts[: task.limit], places[: task.limit]
         longest = max(map(len, prompts))
+        new = task.max_new_tokens if isinstance(task, GenerateTask) else embedded.SAMPLING.max_new_tokens
         room = models.positions_of(hf) - longest
-        if cfg.task.max_new_tokens > room:
+        if new > room:
             raise UserError(
-                f"task.max_new_tokens={cfg.task.max_new_tokens}: beside a prompt of {longest} tokens the model has "
+                f"task.max_new_tokens={new}: beside a prompt of {longest} tokens the model has "
                 f"positions for {room}; set task.max_new_tokens={room} or less"
             )
     models.check_fit(hf, tokenizer, longest)
@@ -79,8 +116,8 @@ def evaluate(cfg: Eval) -> str:
         results, samples, noise_floors = {}, [], {}
         for path in paths:
             policy = models.prepare(models.load(path, cfg.model.revision, master, **trust), **shard)
-            match cfg.task.kind:
-                case "pairs":
+            match task:
+                case PairsTask():
                     budget = {"tokens_per_microbatch": cfg.tokens_per_microbatch}
                     probe = packing.plan_step(
                         rows, np.arange(min(8, len(rows))), layout="padded", budget=cfg.tokens_per_microbatch
@@ -91,11 +128,11 @@ def evaluate(cfg: Eval) -> str:
                     result, made = pairs.evaluate(
                         policy, reference, rows, beta=betas[path], noise_floor=floor, **budget, **where
                     )
-                case "generate":
-                    result, made = generate.evaluate(policy, tokenizer, prompts, places, cfg.task, stop_ids, **where)
-                case "gold":
+                case GenerateTask():
+                    result, made = generate.evaluate(policy, tokenizer, prompts, places, task, stop_ids, **where)
+                case GoldTask():
                     result, made = gold.evaluate(
-                        policy, reference, tokenizer, prompts, cfg.task, weights, stop_ids, **where
+                        policy, reference, tokenizer, prompts, task, weights, stop_ids, **where
                     )
             results[path] = result
             samples += [{"model": path} | sample for sample in made]
@@ -104,13 +141,12 @@ def evaluate(cfg: Eval) -> str:
 
         if dist.is_main():
             facts = {"reference": reference_path, "data": spec, "beta": betas, "noise_floor": noise_floors}
-            _write(run_dir, cfg, {"task": cfg.task.kind, **facts, "models": results}, samples)
+            _write(run_dir, {"task": task.kind, **facts, "models": results}, samples)
             rundir.write_environment(run_dir, device)
             rundir.write_json(run_dir / "data_report.json", report)
-    return "finished"
 
 
-def _write(run_dir: Path, cfg: Eval, results: dict, samples: list[dict]) -> None:
+def _write(run_dir: Path, results: dict, samples: list[dict]) -> None:
     rundir.write_json(run_dir / "results.json", results)
     with (run_dir / "samples.jsonl").open("w") as file:
         for sample in samples:  # text of models and data stays as it is, paths may hold a secret
@@ -120,14 +156,14 @@ def _write(run_dir: Path, cfg: Eval, results: dict, samples: list[dict]) -> None
     )
 
 
-def _from_runs(runs: list[dict | None], key: str) -> str | list[str]:
+def _from_runs(made_by: list[dict | None], key: str) -> str | list[str]:
     """What all the models' runs used for `key`; UserError where one has no run, or used nothing or something else."""
     group, name = key.split(".")
-    if None in runs:
+    if None in made_by:
         raise UserError(f"{key}=null: a model is not the model/ of a run, so there is none to take; give {key}=...")
-    found = [run[group][name] for run in runs]
+    found = [run[group][name] for run in made_by]
     if key == "reference.path":  # a run without one was compared with its own starting weights
-        found = [value or run["model"]["path"] for value, run in zip(found, runs, strict=True)]
+        found = [value or run["model"]["path"] for value, run in zip(found, made_by, strict=True)]
     if found[0] is None or any(value != found[0] for value in found):
         raise UserError(
             f"{key}=null: the models' runs used {' and '.join(sorted(set(map(str, found))))}; give {key}=..."
@@ -135,24 +171,24 @@ def _from_runs(runs: list[dict | None], key: str) -> str | list[str]:
     return found[0]
 
 
-def _beta(cfg: Eval, run: dict | None, path: str) -> float:
-    if cfg.task.beta != "auto":
-        return cfg.task.beta
+def _beta(task: PairsTask, run: dict | None, path: str) -> float:
+    if task.beta != "auto":
+        return task.beta
     if run is None or run["loss"]["preference"] == "none":
         raise UserError(f"task.beta=auto: {path} has no preference run whose beta it could take; give task.beta=NUMBER")
     return run["loss"]["beta"]
 
 
-def _gold_weights(runs: list[dict | None]) -> Gold:
-    for run in runs:
+def _gold_weights(made_by: list[dict | None]) -> Gold:
+    for run in made_by:
         if run is not None and (weights := embedded.weights_of(run["data"]["train"])) is not None:
             return weights
     raise UserError("task=gold: no model.path is the model/ of a run with data=gold, so there is no reward to compute")
 
 
-def _note_other_settings(cfg: Eval, paths: list[str], runs: list[dict | None]) -> None:
+def _note_other_settings(cfg: Eval, paths: list[str], made_by: list[dict | None]) -> None:
     """Says where rows are read otherwise than in a model's own run, so that the numbers may differ from its own."""
-    for path, run in zip(paths, runs, strict=True):
+    for path, run in zip(paths, made_by, strict=True):
         for name in ("max_length", "truncation", "template_date", "chat_template", "on_bad_row"):
             ours, theirs = getattr(cfg.data, name), run["data"][name] if run else None
             if run is not None and ours != theirs and dist.is_main():
@@ -174,6 +210,65 @@ def _cell(cell: dict) -> str:
     if cell["value"] is None:
         return "-"
     return f"{cell['value']:.4g}" + ("" if cell["se"] is None else f" +- {cell['se']:.2g}")
+
+
+# ---- runs
+
+
+def _of_runs(cfg: Eval, device: torch.device) -> None:
+    """The checkpoints of all runs below `runs`; what the folder has of them already is not measured again."""
+    begun = dist.on_main(lambda: _begun(cfg.run_dir))
+    run_dir = rundir.choose(cfg.run_dir, f"eval_{cfg.task.kind}", continues=begun)
+    seen = rundir.stamp(run_dir)
+    dist.on_main(_check_goes_on, run_dir, cfg)
+    found, left_out = runs.find([cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)
+    study.check([{"run": str(run.folder), "settings": run.settings} for run in found])
+    if left_out and dist.is_main():
+        print(f"left out: {'; '.join(map(redacted, left_out))}", flush=True)
+    asked = overopt.ask(found, cfg, device)
+    with rundir.recording(run_dir, config.to_yaml(cfg), seen=seen):
+        measured = overopt.evaluate(found, asked, cfg, device, Points(run_dir))
+        if dist.is_main():
+            of_runs, of_groups, groups = study.summarise(measured, cfg.seed)
+            facts = {"task": cfg.task.kind, "left_out": left_out, "groups": of_groups, "runs": of_runs}
+            rundir.write_json(run_dir / "results.json", facts)
+            rundir.write_environment(run_dir, device)
+            drawn = overopt_plots.draw_study(groups, run_dir / "plots", study.mean_best_of_n(of_runs))
+            print(redacted(study.lines(of_groups)), run_dir / "results.json", *drawn, sep="\n", flush=True)
+
+
+def _begun(run_dir: str | None) -> str:
+    """The file by which `run_dir` would be known for an evaluation of runs: one that is done may find new ones to do."""
+    done = run_dir is not None and (Path(run_dir).expanduser() / "results.json").exists()
+    return "results.json" if done else "config.yaml"
+
+
+def _check_goes_on(run_dir: Path, cfg: Eval) -> None:
+    """Raises UserError where `run_dir` holds something else than a part of this very evaluation."""
+    file = run_dir / "config.yaml"
+    if not file.is_file() and not (run_dir / "results.json").exists():
+        return
+    there = config.read_yaml(file)
+    if not isinstance(there, dict) or "task" not in there:
+        raise UserError(f"run_dir={run_dir}: already holds a run (config.yaml) of another kind; give another folder")
+    if differing := config.differences(there, redacted(config.to_dict(cfg))):
+        raise UserError(
+            f"run_dir={run_dir}: holds an evaluation with other settings ({'; '.join(differing[:5])}); give its "
+            "settings, or another run_dir"
+        )
+
+
+# ---- results
+
+
+def _of_results(cfg: Eval, task: SelectTask) -> None:
+    """A choice among the checkpoints that an evaluation by task=overopt measured."""
+    run_dir = rundir.choose(cfg.run_dir, f"eval_{task.kind}")
+    made = select.evaluate(select.read(Path(task.results).expanduser()), task)
+    with rundir.recording(run_dir, config.to_yaml(cfg)):
+        if dist.is_main():
+            rundir.write_json(run_dir / "results.json", {"task": task.kind, "results": task.results, "runs": made})
+            print(redacted(select.lines(made, task)), run_dir / "results.json", sep="\n", flush=True)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")

@@ -28,6 +28,7 @@ from rpo import (
     checks,
     config,
     data,
+    diagnostics,
     dist,
     faults,
     gold,
@@ -286,6 +287,12 @@ def train(cfg: Train) -> str:
             plan, batches = upcoming.result()
             if step + 1 < total_steps:
                 upcoming = worker.submit(prepare, step + 1)
+            pulls = {}
+            if cfg.log.gradient_split and (step + 1) % cfg.log.gradient_split == 0:
+                busy += time.perf_counter() - began + metrics.wait(device)  # what follows is no part of the update
+                pulls = diagnostics.gradient_split(policy, live, rows, plan, batches, cfg, device)
+                begin(f"step {step}")
+                began = time.perf_counter()
             counts = {"step_pairs": plan.pairs, "step_chosen_tokens": plan.chosen_tokens}
             for i, batch in enumerate(batches, start=1):
                 policy.set_requires_gradient_sync(i == len(batches) or cfg.fsdp.accumulate == "sharded")
@@ -316,7 +323,7 @@ def train(cfg: Train) -> str:
                 check_finite()
                 busy += time.perf_counter() - began
                 rate = dict(zip(("pairs_per_second", "tokens_per_second", "mfu"), done / busy, strict=True))
-                values |= {"grad_norm": float(grad_norm), "lr": lr}
+                values |= {"grad_norm": float(grad_norm), "lr": lr} | pulls
                 values |= metrics.performance(rate, device, dist.world_size())
                 writer.log("train", step + 1, pairs_seen, values)
                 progress.set_postfix(loss=f"{values['loss']:.4f}", pairs_s=f"{rate['pairs_per_second']:.1f}")

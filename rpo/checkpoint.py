@@ -49,7 +49,16 @@ def tensors_of(policy: Policy, optimizer: torch.optim.Optimizer) -> Tensors:
     for name, param in policy.named_parameters():
         tensors[f"weight/{name}"] = param.detach()
         tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state[param].items()}
-    tensors |= {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()}
+    return _plain(tensors | {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()})
+
+
+def weights_of(policy: Policy) -> Tensors:
+    """The part of `tensors_of` that a log-prob depends on, of a policy that has no optimizer."""
+    weights = {f"weight/{name}": param.detach() for name, param in policy.named_parameters()}
+    return _plain(weights | {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()})
+
+
+def _plain(tensors: Tensors) -> Tensors:
     # Activation checkpointing, which puts this into names, may change between starts.
     return {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in tensors.items()}
 
@@ -160,6 +169,26 @@ def _step(folder: Path) -> int | None:
     return int(named[1]) if named else None
 
 
+def of_run(run_dir: Path) -> dict[int, Path]:
+    """The folders of a run's checkpoints by step, in order; not looked into."""
+    return {_step(folder): folder for folder in _steps(run_dir / "checkpoints")}
+
+
+def read(folder: Path) -> Found:
+    """The checkpoint in `folder`, the same on every rank. Raises UserError where it is damaged."""
+    return dist.on_main(_read, folder)
+
+
+def _read(folder: Path) -> Found:
+    try:
+        _verify(folder)
+        return Found(folder, json.loads((folder / "state.json").read_text()))
+    except ValueError as error:
+        raise UserError(f"{folder}: is damaged ({error}); put it back or remove it") from None
+    except OSError as error:
+        raise UserError(f"{folder}: can not be read ({error.strerror}); see to its disk, then start again") from None
+
+
 def _steps(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
     return sorted((path for path in folder.glob("step_*") if _step(path) is not None), key=_step)
@@ -209,8 +238,35 @@ def load(found: Found, tensors: Tensors) -> dict[str, Any]:
     With as many ranks as wrote it each gets its RNG and running sums back; with another number rank 0 gets the total of
     the sums, and the generators stay as they are. Raises UserError where the checkpoint is of another model.
     """
-    reader = dcp.HuggingFaceStorageReader(str(found.folder))
-    there = reader.read_metadata().state_dict_metadata
+    _fill(found, tensors)
+    ranks = found.state["ranks"]
+    if len(ranks) == dist.world_size():
+        set_rng_state(ranks[dist.rank()]["rng"])
+        return ranks[dist.rank()]
+    total = np.sum([rank["sums"] for rank in ranks], axis=0)
+    return {"sums": (total if dist.is_main() else 0 * total).tolist()}
+
+
+def lay_over(found: Found, weights: Tensors) -> None:
+    """Fills `weights`, as `weights_of` gave them, and reads nothing else: no moments, no random state.
+
+    A root that a forward pass left gathered has to be resharded first. Raises UserError where the checkpoint is of
+    another model.
+    """
+    there = {name for name in _stored(found) if name.startswith(("weight/", "buffer/"))}
+    if other := sorted(there - weights.keys()):
+        raise UserError(
+            f"{found.folder}: holds {other[0]}, which the model has not; it is the checkpoint of another model"
+        )
+    _fill(found, weights)
+
+
+def _stored(found: Found) -> dict[str, Any]:
+    return dcp.HuggingFaceStorageReader(str(found.folder)).read_metadata().state_dict_metadata
+
+
+def _fill(found: Found, tensors: Tensors) -> None:
+    there = _stored(found)
     for name, tensor in tensors.items():
         stored = there.get(name)
         if stored is None or (tuple(stored.size), stored.properties.dtype) != (tuple(tensor.shape), tensor.dtype):
@@ -219,13 +275,7 @@ def load(found: Found, tensors: Tensors) -> dict[str, Any]:
                 f"{found.folder}: holds {what} for {name}, the model has {tuple(tensor.shape)} {tensor.dtype}; it is "
                 "the checkpoint of another model"
             )
-    dcp.load(tensors, storage_reader=reader)
-    ranks = found.state["ranks"]
-    if len(ranks) == dist.world_size():
-        set_rng_state(ranks[dist.rank()]["rng"])
-        return ranks[dist.rank()]
-    total = np.sum([rank["sums"] for rank in ranks], axis=0)
-    return {"sums": (total if dist.is_main() else 0 * total).tolist()}
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(found.folder)))
 
 
 # ---- writing

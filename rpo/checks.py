@@ -10,7 +10,20 @@ from dataclasses import replace
 from typing import Any
 
 from rpo import config
-from rpo.config import Eval, Loss, Train, UserError
+from rpo.config import (
+    Eval,
+    GenerateTask,
+    GoldTask,
+    Loss,
+    ModelTask,
+    OveroptTask,
+    PairsTask,
+    RunTask,
+    SelectTask,
+    Task,
+    Train,
+    UserError,
+)
 
 
 def _require(ok: bool, message: str) -> None:
@@ -77,6 +90,21 @@ def _check_checkpoint(cfg: Train) -> None:
     )
 
 
+def _check_log(cfg: Train) -> None:
+    every, loss = cfg.log.gradient_split, cfg.loss
+    _require(every >= 0, f"log.gradient_split={every}: expected 0 (off) or a number of steps")
+    _require(
+        every % cfg.log_every == 0,
+        f"log.gradient_split={every} with log_every={cfg.log_every}: what it finds stands in those lines; make it a "
+        "multiple of log_every",
+    )
+    _require(
+        not every or (loss.preference != "none" and loss.eta > 0),
+        f"log.gradient_split={every} with loss.preference={loss.preference}, loss.eta={loss.eta}: one term alone has "
+        "nothing to be compared with; set it to 0",
+    )
+
+
 def _check_train(cfg: Train) -> None:
     check_loss(cfg.loss)
     for name in ("epochs", "batch_size", "tokens_per_microbatch", "log_every", "timeout"):
@@ -87,6 +115,7 @@ def _check_train(cfg: Train) -> None:
         _require(value >= 0, f"{name}={value}: expected 0 (never) or a number of steps")
     _require(cfg.max_steps is None or cfg.max_steps >= 1, f"max_steps={cfg.max_steps}: expected null or at least 1")
     _check_checkpoint(cfg)
+    _check_log(cfg)
     _check_seed("seed", cfg.seed)
     _check_seed("data.gold.seed", cfg.data.gold.seed)
     _require(cfg.data.train != [], "data.train=[]: expected a file, a list of files, or NAME:SPLIT")
@@ -147,19 +176,89 @@ def _check_train(cfg: Train) -> None:
     )
 
 
+def _check_at_least(least: int, task: Task, *names: str) -> None:
+    for name in names:
+        value = getattr(task, name)
+        _require(value is None or value == "auto" or value >= least, f"task.{name}={value}: expected at least {least}")
+
+
+def _check_overopt(task: OveroptTask) -> None:
+    _check_at_least(1, task, "limit", "samples", "max_new_tokens", "batch_size", "bon_samples")
+    _check_at_least(0, task, "pairs", "written")
+    _require(all(n >= 1 for n in task.bon), f"task.bon={task.bon}: expected numbers of answers, each at least 1")
+    drawn = task.bon_samples or max(task.bon, default=1)
+    _require(
+        drawn >= max(task.bon, default=1),
+        f"task.bon_samples={drawn} with task.bon={task.bon}: the best of n needs n answers; set it to {max(task.bon, default=1)} "
+        "or more, or null",
+    )
+
+
+def _check_select(task: SelectTask) -> None:
+    _require(task.results is not None, "task.results=null: give the folder of an evaluation by task=overopt")
+    _require(
+        task.score.startswith(("min:", "max:")),
+        f"task.score={task.score}: expected min:METRIC or max:METRIC, one of those in the folder's results.json",
+    )
+    _require(
+        not task.split or task.score == "max:gold",
+        f"task.split=true with task.score={task.score}: only gold is kept by prompt; set task.score=max:gold or "
+        "task.split=false",
+    )
+    _check_at_least(0, task, "max_kl")
+    _check_at_least(1, task, "entropy_falls")
+    for name in ("max_displacement", "min_ended"):
+        value = getattr(task, name)
+        _require(value is None or 0 <= value <= 1, f"task.{name}={value}: expected null or a share, 0 to 1")
+
+
+def _check_task(task: Task) -> None:
+    match task:
+        case PairsTask():
+            _require(task.beta == "auto" or task.beta > 0, f"task.beta={task.beta}: expected auto or > 0")
+            _check_at_least(1, task, "limit")
+        case GenerateTask():
+            _check_at_least(1, task, "limit", "samples", "max_new_tokens", "batch_size")
+            _require(task.temperature >= 0, f"task.temperature={task.temperature}: expected >= 0 (0: greedy)")
+            _require(0 < task.top_p <= 1, f"task.top_p={task.top_p}: expected in (0, 1]")
+            _require(task.top_k >= 0, f"task.top_k={task.top_k}: expected 0 (off) or more")
+        case GoldTask():
+            _check_at_least(1, task, "limit", "samples", "batch_size")
+        case OveroptTask():
+            _check_overopt(task)
+        case SelectTask():
+            _check_select(task)
+
+
+def _check_what(cfg: Eval) -> None:
+    """Raises UserError unless what the task evaluates is given, and nothing that it does not read."""
+    kind, path = cfg.task.kind, cfg.model.path
+    on_models, on_runs = isinstance(cfg.task, ModelTask), isinstance(cfg.task, RunTask)
+    _require(
+        not on_models or path is not None,
+        f"model.path: missing; task={kind} evaluates a model: give a folder or Hub name",
+    )
+    _require(path != [], "model.path=[]: expected a model or a list of models")
+    _require(on_models or path is None, f"model.path={path} with task={kind}: it reads no model of yours; leave it out")
+    _require(
+        not on_runs or cfg.runs not in (None, []),
+        f"runs={cfg.runs}: task={kind} evaluates runs: give a run's folder, a sweep's, or a list",
+    )
+    _require(on_runs or cfg.runs is None, f"runs={cfg.runs} with task={kind}: it reads no runs; leave it out")
+    own = {"model.revision": cfg.model.revision, "model.tokenizer": cfg.model.tokenizer} | {
+        "reference.path": cfg.reference.path
+    }
+    for key, value in own.items():
+        _require(on_models or value is None, f"{key}={value} with task={kind}: a run has its own; leave it out")
+    _require(cfg.data.eval != [], "data.eval=[]: expected a file, a list of files, or NAME:SPLIT; null: the runs' own")
+
+
 def _check_eval(cfg: Eval) -> None:
-    task = cfg.task
-    _require(task.beta == "auto" or task.beta > 0, f"task.beta={task.beta}: expected auto or > 0")
-    _require(task.limit is None or task.limit >= 1, f"task.limit={task.limit}: expected null or at least 1")
-    _require(task.temperature >= 0, f"task.temperature={task.temperature}: expected >= 0 (0: greedy)")
-    _require(0 < task.top_p <= 1, f"task.top_p={task.top_p}: expected in (0, 1]")
-    _require(task.top_k >= 0, f"task.top_k={task.top_k}: expected 0 (off) or more")
-    for name in ("samples", "max_new_tokens", "batch_size"):
-        _require(getattr(task, name) >= 1, f"task.{name}={getattr(task, name)}: expected at least 1")
+    _check_task(cfg.task)
+    _check_what(cfg)
     _require(cfg.tokens_per_microbatch >= 1, f"tokens_per_microbatch={cfg.tokens_per_microbatch}: expected at least 1")
     _check_date(cfg.data.template_date)
     _check_seed("seed", cfg.seed)
-    _require(cfg.model.path != [], "model.path=[]: expected a model or a list of models")
 
 
 def _auto_lr(cfg: Train) -> float:
@@ -200,5 +299,7 @@ def train_config(cfg: Any) -> Train:
 def eval_config(cfg: Any) -> Eval:
     """Checked settings of one evaluation. Raises UserError as `train_config` does."""
     typed = config.typed(Eval, config.plain(cfg))
+    if isinstance(typed.task, RunTask):  # config.yaml of an evaluation that goes on means the same from any folder
+        typed = replace(typed, runs=_resolved(typed.runs))
     _check_eval(typed)
     return typed

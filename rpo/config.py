@@ -109,6 +109,11 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Log:
+    gradient_split: int
+
+
+@dataclass(frozen=True)
 class Wandb:
     mode: Literal["auto", "disabled", "offline", "online"]
     project: str
@@ -125,6 +130,7 @@ class Train:
     optim: Optim
     fsdp: Fsdp
     checkpoint: Checkpoint
+    log: Log
     wandb: Wandb
     seed: int
     epochs: int
@@ -143,7 +149,7 @@ class Train:
 
 @dataclass(frozen=True)
 class EvalModel:
-    path: str | list[str]
+    path: str | list[str] | None
     revision: str | None
     tokenizer: str | None
     trust_remote_code: bool
@@ -167,9 +173,15 @@ class EvalReference:
 
 
 @dataclass(frozen=True)
-class Task:
-    kind: Literal["pairs", "generate", "gold"]
+class PairsTask:
+    kind: Literal["pairs"]
     beta: float | Literal["auto"]
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class GenerateTask:
+    kind: Literal["generate"]
     limit: int | None
     samples: int
     temperature: float
@@ -180,8 +192,49 @@ class Task:
 
 
 @dataclass(frozen=True)
+class GoldTask:
+    kind: Literal["gold"]
+    limit: int | None
+    samples: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class OveroptTask:
+    kind: Literal["overopt"]
+    gold: str
+    limit: int | None
+    samples: int
+    max_new_tokens: int | Literal["auto"]
+    batch_size: int
+    written: int
+    pairs: int | None
+    bon: list[int]
+    bon_samples: int | None
+
+
+@dataclass(frozen=True)
+class SelectTask:
+    kind: Literal["select"]
+    results: str | None
+    score: str
+    split: bool
+    max_kl: float | None
+    entropy_falls: int | None
+    max_displacement: float | None
+    min_ended: float | None
+
+
+# A task's `kind` says which of these its settings are.
+ModelTask = PairsTask | GenerateTask | GoldTask  # of models: model.path
+RunTask = OveroptTask  # of runs' checkpoints: runs
+Task = ModelTask | RunTask | SelectTask
+
+
+@dataclass(frozen=True)
 class Eval:
     task: Task
+    runs: str | list[str] | None
     model: EvalModel
     reference: EvalReference
     data: EvalData
@@ -219,8 +272,27 @@ def _matches(hint: Any, value: Any) -> bool:
     return isinstance(value, hint)
 
 
-def typed(cls: type, node: Any, key: str = "") -> Any:
-    """`cls` filled from the mapping `node`; UserError names the first key that is absent, unknown or of another type."""
+def _is_group(hint: Any) -> bool:
+    """Whether a key of this type holds keys: a dataclass, or a union of them."""
+    return all(is_dataclass(arg) for arg in (typing.get_args(hint) or [hint]))
+
+
+def _of_kind(union: Any, node: Any, key: str) -> type:
+    """The dataclass of `union` whose `kind` is that of `node`. Raises UserError where there is none."""
+    by_kind = {typing.get_args(typing.get_type_hints(cls)["kind"])[0]: cls for cls in typing.get_args(union)}
+    kind = node.get("kind") if isinstance(node, dict) else None
+    if kind not in by_kind:
+        raise UserError(f"{key}.kind={kind}: expected {', '.join(by_kind)}")
+    return by_kind[kind]
+
+
+def typed(cls: Any, node: Any, key: str = "") -> Any:
+    """`cls` filled from the mapping `node`; UserError names the first key that is absent, unknown or of another type.
+
+    Of a union of dataclasses, each of its own `kind`, the one that `node` names.
+    """
+    if isinstance(cls, types.UnionType):
+        cls = _of_kind(cls, node, key)
     if not isinstance(node, dict):
         raise UserError(f"{key}={node!r}: expected a group of keys ({', '.join(f.name for f in fields(cls))})")
     names = {field.name for field in fields(cls)}
@@ -232,7 +304,7 @@ def typed(cls: type, node: Any, key: str = "") -> Any:
         if name not in node:
             raise UserError(f"{prefix}{name}: missing; give it on the command line or in the YAML")
         value = node[name]
-        if is_dataclass(hint):
+        if _is_group(hint):
             values[name] = typed(hint, value, prefix + name)
         elif _matches(hint, value):
             values[name] = float(value) if hint is float else value
@@ -270,8 +342,8 @@ def to_dict(cfg: Any) -> dict:
 
 # What may differ between two starts of one run: how long it goes on, what it writes and where, and what a device has to
 # hold. The last changes a gradient's rounding and no more, as another number of ranks does.
-MAY_CHANGE = ("max_steps", "epochs", "eval_every", "sample_every", "log_every", "checkpoint", "wandb", "run_dir")
-MAY_CHANGE += ("resume", "timeout", "cache_dir", "reference.cache_dir", "tokens_per_microbatch", "fsdp")
+MAY_CHANGE = ("max_steps", "epochs", "eval_every", "sample_every", "log_every", "log", "checkpoint", "wandb")
+MAY_CHANGE += ("run_dir", "resume", "timeout", "cache_dir", "reference.cache_dir", "tokens_per_microbatch", "fsdp")
 
 
 def differences(there: dict, here: dict, prefix: str = "") -> list[str]:

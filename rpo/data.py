@@ -25,6 +25,7 @@ from rpo.rows import (
     UNINFORMATIVE,
     WELL_FORMED,
     Example,
+    Messages,
     RowError,
     Source,
     Tally,
@@ -298,13 +299,14 @@ def load(
 
 def load_prompts(
     spec: str | list[str], cfg: EvalData, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[list[int]], list[str], dict]:
-    """The prompts of `spec` as ids, each what training would make of it; where each stands (FILE:LINE); and a report.
+) -> tuple[list[list[int]], list[str | Messages], list[str], dict]:
+    """The prompts of `spec` as ids, each what training would make of it; as their rows say them; where each stands
+    (FILE:LINE); and a report.
 
     Reads every form that `load` reads, and rows without an answer: {prompt}, {messages}, {instruction, input}.
     Raises UserError as `load` does; a prompt longer than data.max_length is a bad row.
     """
-    prompts, places, dropped, read = [], [], Tally(), 0
+    prompts, said, places, dropped, read = [], [], [], Tally(), 0
     sources = open_sources(spec, cfg.revision)
     for file, source in enumerate(sources):
         for line, raw in source.rows():
@@ -312,7 +314,8 @@ def load_prompts(
             try:
                 if isinstance(raw, RowError):
                     raise raw
-                ids = tokens.prompt_ids(tokenizer, parse_prompt(raw), cfg.template_date)
+                prompt = parse_prompt(raw)
+                ids = tokens.prompt_ids(tokenizer, prompt, cfg.template_date)
                 if not 1 <= len(ids) <= cfg.max_length:
                     raise RowError("too_long", f"the prompt has {len(ids)} tokens, expected 1 to data.max_length")
             except RowError as error:
@@ -321,15 +324,13 @@ def load_prompts(
                 dropped.add(error.kind, (file, line), str(error))
                 continue
             prompts.append(ids)
+            said.append(prompt)
             places.append(f"{source.name}:{line}")
     if not prompts:
         raise UserError(f"data.eval={spec}: none of {read} rows has a prompt that is kept; change what drops them")
     names = [source.name for source in sources]
-    return (
-        prompts,
-        places,
-        {"files": names, "read": read, "kept": len(prompts), "dropped": _named(dropped.kinds, names)},
-    )
+    report = {"files": names, "read": read, "kept": len(prompts), "dropped": _named(dropped.kinds, names)}
+    return prompts, said, places, report
 
 
 def describe(report: dict) -> str:

@@ -6,8 +6,6 @@
 A folder holds a word-level tokenizer, a corpus from the grammar, the supervised model that `train.py loss=sft` made
 of it, and preference pairs sampled from that model and labelled by the gold reward. From there on it is data like any
 other: same tokenizer code, template, files and loop. Tasks that differ in their pairs alone share one supervised model.
-
-Letters: N scored tokens, V vocabulary, S answers.
 """
 
 import gzip
@@ -23,9 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as torch_dist
 
-from rpo import data, dist, grammar, models, packing, tokens
+from rpo import dist, drift, grammar, models, tokens
 from rpo.config import Gold, Train, UserError
 from rpo.generate import Completion, Sampling, sample
 from rpo.models import Policy, PreTrainedTokenizerBase
@@ -47,6 +44,7 @@ SFT = {  # what the supervised model is trained with; 99.4% of its word pairs co
 }
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=48)
 BATCH_SIZE = 512  # prompts sampled at once
+TOKENS = 4096  # rows x longest of one forward pass over answers
 TEMPLATE = (  # spaces part the words: the tokenizer knows no other border
     "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
@@ -218,34 +216,10 @@ def reward(prompt: str, words: list[str], answer: Completion, gold: Gold) -> flo
     return grammar.gold_reward(grammar.topic_of(prompt), words, answer.ended, **weights)
 
 
-def kl_to_reference(
-    policy: Policy, reference: Policy, prompts: list[list[int]], answers: list[Completion], device: torch.device
-) -> np.ndarray:
-    """Per answer, the Rao-Blackwellised KL(policy || reference) in nats, the same on every rank.
-
-    sum over t of sum over v of pi(v | y_<t) [log pi(v | y_<t) - log ref(v | y_<t)], with y sampled from the policy
-    at temperature 1: unbiased for the sequence KL and of lower variance than sum log pi(y)/ref(y) (arXiv 2504.10637).
-    Holds N x V logits of both models: for small vocabularies.
-    """
-    rows = _as_rows(prompts, [answer.ids for answer in answers])
-    ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
-    plan = packing.plan_step(rows, np.arange(len(rows)), layout="padded", budget=16_384, **ranks)
-    kl_S = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    with torch.no_grad():
-        for members, weight in plan.microbatches:
-            batch = packing.padded_batch(rows, members, weight=weight).to(device)
-            logp_NV, ref_NV = policy.logits(batch).log_softmax(-1), reference.logits(batch).log_softmax(-1)
-            kl_N = (logp_NV.exp() * (logp_NV - ref_NV)).sum(-1)
-            kl_S[torch.from_numpy(members).to(device)] += weight * packing.response_sums(kl_N, batch.length_S)
-    torch_dist.all_reduce(kl_S)
-    return kl_S.cpu().numpy()
-
-
-def _as_rows(prompts: list[list[int]], answers: list[list[int]]) -> data.Rows:
-    ids = np.array([token for pair in zip(prompts, answers, strict=True) for part in pair for token in part], np.int32)
-    lengths = [np.array([len(part) for part in side], np.int32) for side in (prompts, answers)]
-    none = np.zeros(len(prompts), np.int32)
-    return data.Rows(ids, *lengths, rejected=none, file=none, line=none, files=("samples",))
+def rewards(tokenizer: PreTrainedTokenizerBase, asked: list[str], answers: list[Completion], gold: Gold) -> np.ndarray:
+    """The exact gold reward of each answer to the text that asked for it."""
+    words = [answer_words(tokenizer, answer) for answer in answers]
+    return np.array([reward(*row, gold) for row in zip(asked, words, answers, strict=True)])
 
 
 def measure(
@@ -259,10 +233,9 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """Per answer: gold reward, KL to the reference in nats, tokens, and whether it ended (the same on every rank)."""
     asked = [_asked(text) for text in tokenizer.batch_decode(prompts)]
-    words = [answer_words(tokenizer, answer) for answer in answers]
     return {
-        "gold": np.array([reward(*row, gold) for row in zip(asked, words, answers, strict=True)]),
-        "kl": kl_to_reference(policy, reference, prompts, answers, device),
+        "gold": rewards(tokenizer, asked, answers, gold),
+        "kl": drift.measure(policy, reference, prompts, answers, device, budget=TOKENS)["kl"],
         "samples/length": np.array([len(answer.ids) for answer in answers]),
         "samples/ended": np.array([answer.ended for answer in answers]),
     }

@@ -42,6 +42,7 @@ PER_PAIR_PREFERENCE = (
 PER_CHOSEN_TOKEN = ("nll/chosen", "shift_per_token/chosen")
 PERF = ("perf/pairs_per_second", "perf/tokens_per_second", "perf/mfu", "perf/memory_gib")
 TRAIN_ONLY = ("grad_norm", "lr", *PERF)
+GRADIENT_SPLIT = ("grad_norm/preference", "grad_norm/sft", "grad_cosine")  # every log.gradient_split steps
 GOLD = ("gold", "kl", "samples/length", "samples/ended")
 
 # Dense bf16 peaks in FLOP/s, without sparsity, by what CUDA calls the device.

@@ -92,10 +92,14 @@ class Policy(nn.Module):
         head = head_of(self.lm)
         return token_logps(self._hidden(batch), head.weight_VD, batch.target_N, **head.form, compile=self.compile_tiles)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """logits_NV at the positions that predict scored tokens, fp32; for small vocabularies (N x V is held)."""
+    def hidden(self, batch: Batch) -> Tensor:
+        """hidden_ND at the positions that predict scored tokens, for `logits_of`."""
+        return self._hidden(batch)
+
+    def logits_of(self, hidden_ND: Tensor) -> Tensor:
+        """logits_NV of hidden states that `hidden` gave, fp32 (float64 for a float64 model): of as many as N x V may hold."""
         head = head_of(self.lm)
-        return full_logits(self._hidden(batch), head.weight_VD, **head.form)
+        return full_logits(hidden_ND, head.weight_VD, **head.form)
 
     def generate(self, *, generation_config: GenerationConfig, **inputs: Any) -> Tensor:
         """Token ids from the library's `generate`, by `generation_config` alone.
@@ -385,7 +389,11 @@ def prepare(
     backend = choose_attention(attention, torch.device(mesh.device_type), compute_dtype, softcap, _heads(lm))
     policy = Policy(lm, compile_tiles=compile, attention=backend)
     dist.shard(policy, layers_of(lm), mesh, fsdp, compute_dtype=compute_dtype, compile=compile)
-    for method in ("logits", "generate"):  # FSDP gathers the root's weights around these as it does around forward
+    for method in (
+        "hidden",
+        "logits_of",
+        "generate",
+    ):  # FSDP gathers the root's weights around these as it does around forward
         register_fsdp_forward_method(policy, method)
     return policy
 

@@ -1,93 +1,98 @@
-"""The study of overoptimisation: every arm trained and evaluated over paired seeds, then one table and its figures.
+"""A study's results from the curves of its runs: summaries, fits and verdicts, by run and by group of seeds."""
 
-    python -m rpo.study FOLDER [SEEDS]      # make overopt; begun again, it goes on where it was
+from collections.abc import Sequence
+from typing import Any
 
-An arm is one `train.py -m recipe=overopt` over all seeds and its own grid, and one `eval.py task=overopt` of its runs.
-A seed decides pairs, labels and order, so arms of one task are compared on the same data, step for step.
-"""
+import numpy as np
 
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from rpo import overopt, scaling
+from rpo.groups import Group, group, table
 
-from rpo import config
-
-ROOT = Path(__file__).parent.parent
-WORKERS = 2  # arms at once, one thread each: the model is too small for more
-DPO, RPO = ("loss=dpo", "loss.beta=0.02"), ("loss=rpo_sum", "loss.beta=0.02", "loss.eta=0.25")
-AVG = ("loss=rpo_avg", "loss.beta=0.02", "loss.eta=0.1")
-ARMS = {
-    "dpo": ("loss=dpo", "loss.beta=0.02,0.05,0.1,0.3"),
-    "rpo_sum": ("loss=rpo_sum", "loss.beta=0.02", "loss.eta=0.005,0.05,0.25"),
-    "rpo_sum_beta": ("loss=rpo_sum", "loss.beta=0.05,0.1,0.3", "loss.eta=0.25"),
-    "rpo_avg": AVG,
-    "rpo_avg_beta": ("loss=rpo_avg", "loss.beta=0.1,0.5", "loss.eta=0.2"),  # beta .5 is the preset
-    "ipo": ("loss=ipo", "loss.beta=0.1,1"),
-    "hinge": ("loss=hinge", "loss.beta=0.02"),
-    "cdpo": (*DPO, "loss.label_smoothing=0.25"),  # the true share of flips
-    # Controls.
-    "sft": ("loss=sft",),  # on the chosen answers: what imitation alone gains
-    "dpo_lr": (*DPO, "optim.lr=1e-4"),
-    "noise_dpo": (*DPO, "data.gold.flip=0,0.1,0.4"),
-    "noise_rpo": (*RPO, "data.gold.flip=0,0.1,0.4"),
-    "open_dpo": (*DPO, "data.gold.hidden_weight=0"),  # nothing in the reward is hidden from the pairs
-    "open_rpo": (*RPO, "data.gold.hidden_weight=0"),
-    "length_dpo": (*DPO, "data.gold.length_weight=0.1"),
-    "length_rpo": (*RPO, "data.gold.length_weight=0.1"),
-    "length_avg": (*AVG, "data.gold.length_weight=0.1"),
-}
+# Columns of the printed table: heading, entry of the summaries, format.
+_SHOWN = (
+    ("gold start", "gold/reference", ".2f"),
+    ("peak", "gold/peak", ".2f"),
+    ("end", "gold/final", ".2f"),
+    ("drop", "gold/drop", ".2f"),
+    ("step of peak", "step/peak", ".0f"),
+    ("KL", "kl/final", ".2f"),
+    ("accuracy", "accuracy/final", ".3f"),
+    ("shift/chosen", "shift/chosen", ".1f"),
+)
 
 
-# ---- training and evaluating
+def check(runs: Sequence[dict]) -> None:
+    """Raises UserError where two runs are one: the same settings and seeds. `runs` need only their settings."""
+    group(runs)
 
 
-def _run(script: str, *args: str) -> None:
-    """A script of this project in a process of one thread; its output goes to our own. Raises where it fails."""
-    print("python", script, *args, flush=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(ROOT / script), *args], check=True, env=env)
+def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], list[Group]]:
+    """(runs with their summary, verdict and fits; a record per group of runs that differ in seeds alone; the groups).
+
+    `runs` are {"run", "settings", "curve", ...}. A group's fits pool its curves, with intervals that draw runs anew
+    (checkpoints, where there is one run); a run's have none.
+    """
+    runs = [run | {"summary": overopt.summarise(run["curve"])} for run in runs]
+    runs = [
+        run | {"kind": overopt.kind(run["summary"]), "verdict": overopt.verdict(run["summary"]), "fits": _fits([run])}
+        for run in runs
+    ]
+    groups = group(runs)
+    labels = {run["run"]: g.label for g in groups for run in g.runs}
+    intervals = table(groups)
+    records = [
+        {
+            "label": g.label,
+            "loss": g.loss,
+            "runs": [run["run"] for run in g.runs],
+            "seeds": [list(seeds) for seeds in g.seeds],
+            "verdict": overopt.group_verdict([run["summary"] for run in g.runs]),
+            "summary": intervals[g.label],
+            "fits": _fits(g.runs, over="runs" if len(g.runs) > 1 else "points", seed=seed),
+        }
+        for g in groups
+    ]
+    return [run | {"label": labels[run["run"]]} for run in runs], records, groups
 
 
-def _train(folder: Path, arm: str, seeds: list[int]) -> None:
-    if arm != "sft":
-        # The seed is the outer loop: a sweep keeps model, data and reference from one cell to the next.
-        return _run(
-            "train.py",
-            "-m",
-            "recipe=overopt",
-            f"seed={','.join(map(str, seeds))}",
-            *ARMS[arm],
-            f"run_dir={folder / arm}",
+def _fits(runs: Sequence[dict], **how: Any) -> list[dict]:
+    """Both laws fitted to the curves; nothing where gold was not measured."""
+    curves = [run["curve"] for run in runs]
+    if any(overopt.value(point, "gold") is None for curve in curves for point in curve):
+        return []
+    return [scaling.fit_curves(curves, form, **how) for form in scaling.FORMS]
+
+
+def mean_best_of_n(runs: Sequence[dict]) -> list[dict]:
+    """Best-of-n of the reference, averaged over the runs whose implicit rewards ranked its answers; [] where none did.
+
+    Gold's `se` is over those runs (null of one): how much it depends on which of them ranked.
+    """
+    curves = [run["bon"] for run in runs if run.get("bon")]
+    mean = []
+    for points in zip(*curves, strict=True):
+        gold = [point["gold"]["value"] for point in points]
+        se = float(np.std(gold, ddof=1) / len(gold) ** 0.5) if len(gold) > 1 else points[0]["gold"]["se"]
+        mean.append(
+            {key: points[0][key] for key in ("n", "kl")}
+            | {"gold": {"value": float(np.mean(gold)), "se": se, "n": len(gold)}}
         )
-    for seed in seeds:  # the files of the pairs, which data=gold with loss=sft would not read
-        pairs = config.read_yaml(
-            next(
-                path
-                for path in sorted((folder / "dpo").glob("*/config.yaml"))
-                if config.read_yaml(path)["seed"] == seed
-            )
-        )
-        files = (f"data.train={pairs['data']['train']}", f"data.eval={pairs['data']['eval']}")
-        _run(
-            "train.py",
-            "recipe=overopt",
-            f"seed={seed}",
-            *ARMS[arm],
-            *files,
-            f"model.path={pairs['model']['path']}",
-            f"run_dir={folder / arm / str(seed)}",
-        )
+    return mean
 
 
-def make(folder: Path, seeds: list[int]) -> None:
-    """Trains and evaluates every arm into `folder`, WORKERS at a time; what is there already is gone on with."""
-
-    def one(arm: str) -> None:
-        _train(folder, arm, seeds)
-        _run("eval.py", "task=overopt", f"runs={folder / arm}", f"run_dir={folder / 'eval' / arm}")
-
-    one("dpo")  # first: it makes the pairs' files
-    with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(one, [arm for arm in ARMS if arm != "dpo"]))
+def lines(records: Sequence[dict]) -> str:
+    """A row per group: means over seeds, with the drop's standard deviation; below it a sentence each."""
+    cells = [["", *(heading for heading, *_ in _SHOWN), "seeds"]]
+    for record in records:
+        row = [record["label"]]
+        for _, entry, form in _SHOWN:
+            found = record["summary"][entry]
+            spread = f" +- {found['sd']:{form}}" if entry == "gold/drop" and found["sd"] is not None else ""
+            row.append("-" if found["mean"] is None else f"{found['mean']:{form}}{spread}")
+        cells.append([*row, str(len(record["runs"]))])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    made = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    ]
+    return "\n".join([*made, *(f"{record['label']}: {record['verdict']}" for record in records)])

@@ -10,13 +10,14 @@ import math
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rpo import dist, losses, models, optim, packing, score
+from rpo import diagnostics, dist, losses, models, optim, packing, score
 from rpo.config import Loss
 from tests.conftest import float64_throughout, make_lm
 from tests.test_packing import make_rows
@@ -79,8 +80,13 @@ class Traffic(TorchDispatchMode):
 
 def step_gradient(dtype=torch.float64, **how):
     """name -> gradient on the CPU, for one step over LENGTHS cut by `budget` or by hand (`cuts`)."""
+    return step_and_facts(dtype, **how)[0]
+
+
+def step_and_facts(dtype=torch.float64, **how):
+    """That, and what `_step_gradient` found out beside it."""
     with exactly(dtype):
-        return _step_gradient(dtype, **how)[0]
+        return _step_gradient(dtype, **how)
 
 
 def _step_gradient(
@@ -94,9 +100,10 @@ def _step_gradient(
     loss=LOSS,
     family="llama",
     count=False,
+    split=False,
     **fsdp,
 ):
-    """The gradient, its norm as the run clips it, the number of micro-batches and the traffic in bytes."""
+    """The gradient, its norm as the run clips it, the number of micro-batches, the traffic in bytes; before, the split."""
     device = dist.init(TIMEOUT)
     fsdp = dataclasses.replace(dist.PLAIN, activation_checkpointing=checkpointing, **fsdp)
     lm = make_lm(family, vocab_size=VOCABULARY).to(dtype)
@@ -107,13 +114,20 @@ def _step_gradient(
     reference, policy = (models.prepare(m, **shard, trainable=m is lm) for m in (reference, lm))
     ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
     plan = packing.plan_step(pairs, np.arange(8), layout=layout, budget=budget, **ranks)
-    microbatches = plan.microbatches if cuts is None else [(np.array(cut), 1.0) for cut in cuts]
+    if cuts is not None:
+        plan = dataclasses.replace(plan, microbatches=[(np.array(cut), 1.0) for cut in cuts])
+    microbatches = plan.microbatches
+    live, pulls = None if cached else reference, {}
+    if split:
+        batches = [packing.make_batch(pairs, members, layout, weight=weight) for members, weight in microbatches]
+        cfg = SimpleNamespace(loss=loss, fsdp=fsdp)
+        pulls = diagnostics.gradient_split(policy, live, pairs, plan, batches, cfg, device)
     with Traffic() if count else nullcontext() as traffic:
         for i, (members, weight) in enumerate(microbatches, start=1):
             policy.set_requires_gradient_sync(i == len(microbatches) or fsdp.accumulate == "sharded")
             policy.set_requires_all_reduce(i == len(microbatches))
             batch = packing.make_batch(pairs, members, layout, weight=weight).to(device)
-            scored = score.score(policy, None if cached else reference, batch)
+            scored = score.score(policy, live, batch)
             terms = losses.objective(loss, scored, step_pairs=plan.pairs, step_chosen_tokens=plan.chosen_tokens)
             (sum(terms).sum() * (weight / plan.pairs)).backward()
     grads = {name: p.grad for name, p in policy.named_parameters()}
@@ -122,7 +136,7 @@ def _step_gradient(
     groups = [group._get_backend(device) for group in shard["mesh"].get_all_groups()]
     facts = {"timeouts": [group.options._timeout.total_seconds() for group in groups]}
     facts |= {"norm": optim.clip_grad_norm(policy, math.inf).item(), "microbatches": len(microbatches)}
-    return grads, facts | {"traffic": dict(traffic.bytes) if count else {}}
+    return grads, facts | {"traffic": dict(traffic.bytes) if count else {}, "split": pulls}
 
 
 if __name__ == "__main__":

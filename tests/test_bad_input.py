@@ -53,6 +53,8 @@ def refusal(tiny, tmp_path, *more):
         ("loss.eta=-0.1", "loss.eta=-0.1: expected >= 0"),
         ("loss.sft=none", "loss.eta=0.2 with loss.sft=none: eta would do nothing; set loss.sft="),
         ("loss.preference=kto", "loss.preference='kto': expected sigmoid|ipo|hinge|none"),
+        ("log.gradient_split=-1", "log.gradient_split=-1: expected 0 (off) or a number of steps"),
+        ("log.gradient_split=15", "log.gradient_split=15 with log_every=10: what it finds stands in those lines; make"),
         ("loss.label_smoothing=0.5", "loss.label_smoothing=0.5: expected 0 <= e < 0.5"),
         ("batch_size=0", "batch_size=0: expected at least 1"),
         ("batch_size=8.5", "batch_size=8.5: expected an integer"),

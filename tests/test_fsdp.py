@@ -17,6 +17,7 @@ from rpo import dist, packing
 from rpo.config import UserError
 from tests.conftest import command, float64_throughout, make_lm, make_tokenizer, script_env, tiny_args
 from tests.step_gradient import LOSS, TIMEOUT, VOCABULARY, logp, moved_copy, reference_logps, rows, step_gradient
+from tests.test_diagnostics import naive_split
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -81,17 +82,22 @@ def expected_traffic(case, shard, replicate, microbatches):
 
 
 PACKED, PADDED = {"layout": "packed", "budget": 40, "cached": True}, {"layout": "padded", "budget": 54}
+SPLIT = {"dtype": "float64", "split": True}
 COUNTED = {"dtype": "float64", **PADDED, "cached": True, "count": True}  # of the policy's collectives alone
 
 
 def check_gradients(group, ranks, cases, tmp_path):
-    """Each case has the naive loop's gradient and norm, the group's timeout, and the formula's traffic where counted."""
+    """Each case has the naive loop's gradient and norm, the group's timeout, the formula's traffic where counted, and,
+    where it was split before, the naive loop's norms and cosine of its two terms.
+    """
     expected = naive_gradient()
     norm = sum((grad**2).sum() for grad in expected.values()).sqrt().item()
+    pulls = naive_split()
     for case, (gradient, facts) in zip(cases, run_on(ranks, cases, tmp_path), strict=True):
         tolerance = TOLERANCE[getattr(torch, case["dtype"])]
         assert relative(gradient, expected) <= tolerance, case
         assert facts["norm"] == pytest.approx(norm, rel=tolerance), case
+        assert facts["split"] == (pytest.approx(pulls, rel=tolerance) if case.get("split") else {}), case
         assert facts["microbatches"] > 1 and set(facts["timeouts"]) == {TIMEOUT}, case
         if case.get("count"):
             replicate = case.get("replicate_degree", 1)
@@ -104,15 +110,15 @@ def test_two_ranks_have_the_gradient_of_one(group, tmp_path):
     """Two gloo ranks, three or four micro-batches each, one with a filler: the naive loop's gradient to the dtype's bound.
 
     Whether they share one copy of the weights or hold one each (HSDP); replicas are summed once per step, even where
-    gradients are sharded between micro-batches.
+    gradients are sharded between micro-batches. So have the two terms, looked at one by one before (`split`).
     """
     for how in ({"layout": "packed", "budget": 40}, {"layout": "padded", "budget": 54}):
         plans = [packing.plan_step(rows(), np.arange(8), rank=rank, world_size=2, **how) for rank in range(2)]
         assert len(plans[0].microbatches) >= 3, how
         assert any(weight == 0 for plan in plans for _, weight in plan.microbatches), how
-    cases = [{"dtype": "float64", **PACKED}, {"dtype": "float32", **PADDED, "accumulate": "sharded"}, COUNTED]
-    cases += [{"dtype": "float64", **PACKED, "replicate_degree": 2}, COUNTED | {"accumulate": "sharded"}]
-    cases += [COUNTED | {"accumulate": how, "replicate_degree": 2} for how in ("unsharded", "sharded")]
+    cases = [SPLIT | PACKED, SPLIT | PADDED | {"dtype": "float32", "accumulate": "sharded"}, COUNTED]
+    cases += [SPLIT | PACKED | {"replicate_degree": 2}, COUNTED | {"accumulate": "sharded"}]
+    cases += [SPLIT | COUNTED | {"accumulate": how, "replicate_degree": 2} for how in ("unsharded", "sharded")]
     cases += [COUNTED | {"reshard_after_forward": False}]
     check_gradients(group, 2, cases, tmp_path)
 
@@ -122,7 +128,7 @@ def test_four_ranks_have_the_gradient_of_one(group, tmp_path):
     """The same on four ranks as two replicas of two shards, and as four of either."""
     cases = [COUNTED | {"accumulate": how, "replicate_degree": 2} for how in ("unsharded", "sharded")]
     cases = [case | {"budget": 28} for case in cases + [COUNTED, COUNTED | {"replicate_degree": 4}]]
-    cases += [{"dtype": "float64", "layout": "packed", "budget": 28, "replicate_degree": 2, "shard_degree": 2}]
+    cases += [SPLIT | {"layout": "packed", "budget": 28, "replicate_degree": 2, "shard_degree": 2}]
     check_gradients(group, 4, cases, tmp_path)
 
 

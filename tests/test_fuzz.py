@@ -185,8 +185,8 @@ def check(suffix, content, tokenizer, folder):
         for pairs in (True, False, None):
             try:
                 if pairs is None:
-                    found, places, report = data.load_prompts(str(path), cfg, tokenizer)
-                    assert len(found) == len(places) == report["kept"] and all(found)
+                    found, said, places, report = data.load_prompts(str(path), cfg, tokenizer)
+                    assert len(found) == len(said) == len(places) == report["kept"] and all(found)
                 else:
                     found, report = data.load(str(path), cfg, tokenizer, pairs=pairs, cache_dir=Path(folder) / "cache")
                     assert len(found) == report["rows"] and (report["kept"] == len(found) or not pairs)

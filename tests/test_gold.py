@@ -1,7 +1,6 @@
-"""rpo.grammar, rpo.gold, rpo.demo: the task's language and reward by hand, its labels, its KL, the demo's table."""
+"""rpo.grammar, rpo.gold, rpo.demo: the task's language and reward by hand, its labels, the demo's table."""
 
 import gzip
-import itertools
 import json
 from collections import Counter
 
@@ -11,7 +10,7 @@ import torch
 
 from rpo import demo, gold, grammar, tokens
 from rpo.config import Gold
-from rpo.generate import Completion, Sampling, sample
+from rpo.generate import Completion, sample
 from tests.conftest import make_lm
 from tests.test_models import prepared
 
@@ -113,64 +112,7 @@ def test_labels_are_bradley_terry_with_flips(monkeypatch, word_tokenizer, corpus
     assert len(rows) == 1500 and all(row["chosen"] != row["rejected"] for row in rows)
 
 
-# ---- the KL
-
-
-VOCABULARY, STOP, LONGEST, PROMPT = 6, 3, 4, [2, 4]
-
-
-def every_answer():
-    """All answers over 6 tokens that stop at token 3 or are cut at 4 tokens."""
-    for length in range(1, LONGEST + 1):
-        for ids in itertools.product(range(VOCABULARY), repeat=length):
-            if STOP not in ids[:-1] and (ids[-1] == STOP or length == LONGEST):
-                yield Completion(list(ids), ids[-1] == STOP)
-
-
-@torch.no_grad()
-def log_softmax_of(lm, answer):
-    """The model's log-probs of every token at each of an answer's positions, one text at a time."""
-    logits_TV = lm(torch.tensor([PROMPT + answer.ids]), use_cache=False).logits[0, len(PROMPT) - 1 : -1]
-    return logits_TV.double().log_softmax(-1)
-
-
-def test_kl_is_exact_in_expectation(group):
-    """Weighted by the policy's probability of each answer, the estimator's mean is the enumerated KL; per answer it is
-    the sum over positions of full KLs; samples of the policy give the same mean, as does log pi(y)/ref(y) (4 sigma)."""
-    lms = [make_lm(vocab_size=VOCABULARY, seed=seed, scale=2.0) for seed in (0, 1)]
-    answers = list(every_answer())
-    positions = [torch.arange(len(answer.ids)) for answer in answers]
-    full = [[log_softmax_of(lm, answer) for lm in lms] for answer in answers]
-    logp, ref = (
-        np.array([f[side][at, a.ids].sum().item() for f, at, a in zip(full, positions, answers, strict=True)])
-        for side in (0, 1)
-    )
-    assert np.exp(logp).sum() == pytest.approx(1, abs=1e-5)
-    exact = (np.exp(logp) * (logp - ref)).sum()
-    assert exact > 0.1, "the models are too alike for the test to mean anything"
-
-    policy, reference = (prepared(lm, group) for lm in lms)
-    estimate = gold.kl_to_reference(policy, reference, [PROMPT] * len(answers), answers, group)
-    direct = [(pi.exp() * (pi - ref)).sum().item() for pi, ref in full]
-    np.testing.assert_allclose(estimate, direct, rtol=1e-5, atol=1e-5)
-    assert (np.exp(logp) * estimate).sum() == pytest.approx(exact, rel=1e-4)
-
-    count, sampling = 2000, Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=LONGEST)
-    generation = {"device": group, "seed": [0], "batch_size": 1000, "reshard": False}
-    number = {tuple(answer.ids): i for i, answer in enumerate(answers)}
-    drawn = [number[tuple(a.ids)] for a in sample(policy, [PROMPT] * count, sampling, [STOP], **generation)]
-    spread = {}
-    for name, values in {"rb": estimate, "k1": logp - ref}.items():
-        spread[name] = values[drawn].std() / count**0.5
-        assert abs(values[drawn].mean() - exact) <= 4 * spread[name], name
-    assert spread["rb"] < spread["k1"]
-
-
-def test_kl_of_a_model_to_itself(group):
-    """Zero for every answer, whatever was sampled."""
-    policy = prepared(make_lm(vocab_size=VOCABULARY), group)
-    answers = list(every_answer())[:50]
-    np.testing.assert_allclose(gold.kl_to_reference(policy, policy, [PROMPT] * 50, answers, group), 0, atol=1e-6)
+# ---- its evaluation
 
 
 def test_evaluate(group, word_tokenizer):

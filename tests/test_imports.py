@@ -7,30 +7,32 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"redact"},
     {"config"},
-    {"attention", "checks", "losses", "dist", "optim", "logprobs", "grammar", "rows", "store", "stats"},
-    {"packing"},
-    {"models", "tokens", "metrics", "plots", "rundir"},
-    {"checkpoint", "data", "score", "generate", "dryrun", "sweep"},
-    {"faults", "memory", "reference"},
-    {"gold", "demo", "start"},
-    {"tasks"},
+    {"attention", "checks", "losses", "dist", "optim", "logprobs", "grammar", "rows", "store", "stats", "bandits"},
+    {"packing", "overopt", "answers", "closed_forms", "theory"},
+    {"models", "tokens", "metrics", "plots", "rundir", "scaling", "selection", "groups", "theory_checks", "toy"},
+    {"checkpoint", "overopt_plots", "data", "score", "generate", "dryrun", "sweep", "theory_page"},
+    {"faults", "memory", "reference", "drift", "points", "study", "experiment"},
+    {"diagnostics", "gold", "demo", "start", "runs"},
+    {"rewards"},
+    {"tasks.pairs", "tasks.generate", "tasks.gold", "tasks.select"},
+    {"tasks.overopt"},
 ]
 LAYER_OF = {name: i for i, names in enumerate(LAYERS) for name in names}
 DOORS = {
     "omegaconf": {"config"},
     "wandb": {"metrics"},
-    "transformers": {"models", "tokens", "data", "generate"},
+    "transformers": {"models", "tokens", "data", "generate", "rewards"},
     "tokenizers": {"tokens", "data"},
     "datasets": {"rows"},
     "hydra": {"sweep", "memory"},
-    "matplotlib": {"plots", "demo"},
+    "matplotlib": {"plots", "demo", "overopt_plots", "theory_page"},
 }
 
 
 def modules():
     for path in sorted((ROOT / "rpo").rglob("*.py")):
         if path.name != "__init__.py":
-            yield ("tasks" if path.parent.name == "tasks" else path.stem), path
+            yield ".".join(path.relative_to(ROOT / "rpo").with_suffix("").parts), path
 
 
 def imported(path):
@@ -40,10 +42,11 @@ def imported(path):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "rpo" else [node.module]
+            packages = ("rpo", "rpo.tasks")
+            names = [f"{node.module}.{a.name}" for a in node.names] if node.module in packages else [node.module]
         for name in names:
-            parts = name.split(".")
-            yield parts[0], parts[1] if parts[0] == "rpo" and len(parts) > 1 else None
+            package, _, module = name.partition(".")
+            yield package, module if package == "rpo" and module else None
 
 
 def test_every_module_has_a_layer():

@@ -13,10 +13,11 @@ import torch
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-from rpo import config, gold, grammar, metrics, stats, tokens
-from rpo.config import Gold, Task, UserError, Wandb
+from rpo import config, drift, gold, grammar, metrics, stats, tokens
+from rpo.config import GenerateTask, Gold, UserError, Wandb
+from rpo.generate import Completion
 from rpo.losses import PairLogps
-from rpo.tasks import generate, pairs
+from rpo.tasks import generate, overopt, pairs
 from tests.conftest import ROOT, make_lm, make_tokenizer, settings, tiny_args
 from tests.test_models import prepared
 from tests.test_packing import LENGTHS, make_rows
@@ -243,7 +244,7 @@ def test_docs_and_code_have_the_same_names(group):
     """docs/METRICS.md's tables have, once each, exactly what the loop, the gold evaluation and eval.py's tasks report."""
     page = (ROOT / "docs" / "METRICS.md").read_text()
     training, evaluation = page.split("\n## `eval.py`\n")
-    of_training = ALWAYS | set(metrics.TRAIN_ONLY) | set(metrics.GOLD)
+    of_training = ALWAYS | {*metrics.TRAIN_ONLY, *metrics.GRADIENT_SPLIT, *metrics.GOLD}
     assert sorted(documented(training)) == sorted(of_training)
 
     where = {"device": group, "seed": 0}
@@ -251,9 +252,8 @@ def test_docs_and_code_have_the_same_names(group):
     on_pairs, _ = pairs.evaluate(
         policy, policy, make_rows(LENGTHS, vocab_size=40), beta=0.1, noise_floor=0.0, tokens_per_microbatch=999, **where
     )
-    task = Task(
+    task = GenerateTask(
         kind="generate",
-        beta="auto",
         limit=None,
         samples=1,
         temperature=1.0,
@@ -263,7 +263,12 @@ def test_docs_and_code_have_the_same_names(group):
         batch_size=2,
     )
     made, _ = generate.evaluate(policy, make_tokenizer(), [[2, 5]], ["here"], task, [3], **where)
-    of_eval = set(on_pairs) | set(made)
+    asked = overopt.Questions(make_tokenizer(), [[2, 5]], ["b"], ["here"], None, None, None, [3], 128, "")
+    columns = {name: np.ones(1) for name in (*drift.COLUMNS, "gold", "tokens", "ended")}
+    answered = overopt.Measured([Completion([5, 6, 7], True)], ["ba"], columns, None)
+    cfg = settings("task=overopt", "runs=R", "task.samples=1", name="eval")
+    along = overopt.point_of(answered, asked, cfg, beta=1.0, noise_floor=0.0)["metrics"]
+    of_eval = set(on_pairs) | set(made) | set(along)
     assert sorted(documented(evaluation)) == sorted(of_eval - of_training)
     shared = of_eval & of_training
     assert shared <= set(re.findall(r"`([^`]+)`", evaluation)), "eval.py's part does not name all that it gives"

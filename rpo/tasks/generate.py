@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from rpo.config import Task
+from rpo.config import GenerateTask
 from rpo.generate import Sampling, sample
 from rpo.models import Policy, PreTrainedTokenizerBase
 from rpo.stats import clustered_mean
@@ -14,7 +14,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     questions: list[list[int]],
     places: list[str],
-    task: Task,
+    task: GenerateTask,
     stop_ids: list[int],
     *,
     device: torch.device,

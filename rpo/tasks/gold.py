@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from rpo import gold
-from rpo.config import Gold, Task
+from rpo.config import Gold, GoldTask
 from rpo.generate import sample
 from rpo.models import Policy, PreTrainedTokenizerBase
 from rpo.stats import clustered_mean
@@ -15,7 +15,7 @@ def evaluate(
     reference: Policy,
     tokenizer: PreTrainedTokenizerBase,
     questions: list[list[int]],
-    task: Task,
+    task: GoldTask,
     weights: Gold,
     stop_ids: list[int],
     *,

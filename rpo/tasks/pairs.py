@@ -17,20 +17,24 @@ BINS = 10  # of the calibration error
 
 
 def score_rows(
-    policy: Policy, reference: Policy, rows: Rows, device: torch.device, *, tokens_per_microbatch: int
+    policy: Policy, reference: Policy | None, rows: Rows, device: torch.device, *, tokens_per_microbatch: int
 ) -> dict[str, np.ndarray]:
-    """Summed log-probs in nats, one entry per row and side: chosen, rejected, ref_chosen, ref_rejected (all ranks)."""
+    """Summed log-probs in nats, one entry per row and side: chosen, rejected, ref_chosen, ref_rejected (all ranks).
+
+    Without a `reference` its log-probs are the rows' own; where these have none, ref_chosen and ref_rejected are absent.
+    """
     ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
     plan = packing.plan_step(rows, np.arange(len(rows)), layout="padded", budget=tokens_per_microbatch, **ranks)
-    sides = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-    table_4P = torch.zeros(len(sides), len(rows), dtype=torch.float64, device=device)
+    known = reference is not None or rows.ref_logps is not None
+    sides = ("chosen", "rejected", *(("ref_chosen", "ref_rejected") if known else ()))
+    table = torch.zeros(len(sides), len(rows), dtype=torch.float64, device=device)
     with torch.no_grad():
         for members, weight in plan.microbatches:
             pairs = score(policy, reference, packing.padded_batch(rows, members, weight=weight).to(device))
-            values_4P = torch.stack([getattr(pairs, f"{side}_P").to(torch.float64) for side in sides])
-            table_4P[:, torch.from_numpy(members).to(device)] += weight * values_4P
-    torch_dist.all_reduce(table_4P)
-    return dict(zip(sides, table_4P.cpu().numpy(), strict=True))
+            values = torch.stack([getattr(pairs, f"{side}_P").to(torch.float64) for side in sides])
+            table[:, torch.from_numpy(members).to(device)] += weight * values
+    torch_dist.all_reduce(table)
+    return dict(zip(sides, table.cpu().numpy(), strict=True))
 
 
 def calibration_error(margin_P: np.ndarray, seed: int) -> float:
@@ -66,6 +70,18 @@ def evaluate(
     nll is -log sigmoid(beta D), to be held against ln 2 = 0.693 (no information); lengths are in tokens.
     """
     logps = score_rows(policy, reference, rows, device, tokens_per_microbatch=tokens_per_microbatch)
+    samples = [
+        {"row": rows.where(i), "tokens_chosen": int(rows.chosen[i]), "tokens_rejected": int(rows.rejected[i])}
+        | {side: float(values[i]) for side, values in logps.items()}
+        for i in range(len(rows))
+    ]
+    return statistics(logps, rows, beta=beta, noise_floor=noise_floor, seed=seed), samples
+
+
+def statistics(
+    logps: dict[str, np.ndarray], rows: Rows, *, beta: float | None, noise_floor: float, seed: int
+) -> dict[str, dict]:
+    """The metrics of `evaluate` from what `score_rows` gives; without a `beta` those that do not need one."""
     prompts = [rows.row(i)[0].tobytes() for i in range(len(rows))]
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     clusters = np.array([number[prompt] for prompt in prompts])
@@ -75,18 +91,23 @@ def evaluate(
     chosen_P = rows.chosen.astype(np.float64)
     ref_margin_P = logps["ref_chosen"] - logps["ref_rejected"]
 
+    of_beta = {}
+    if beta is not None:
+        of_beta = {
+            "rewards/chosen": beta * shift_P,
+            "rewards/rejected": beta * shift_rejected_P,
+            "rewards/margins": beta * margin_P,
+            "nll/preference": np.logaddexp(0, -beta * margin_P),
+            "brier": _sigmoid(-beta * margin_P) ** 2,
+        }
     columns = {
         "rewards/accuracies": correct_P,
-        "rewards/chosen": beta * shift_P,
-        "rewards/rejected": beta * shift_rejected_P,
-        "rewards/margins": beta * margin_P,
+        **of_beta,
         "logps/chosen": logps["chosen"],
         "logps/rejected": logps["rejected"],
         "shift/chosen": shift_P,
         "shift/rejected": shift_rejected_P,
         "displacement_rate": shift_P < -noise_floor * chosen_P,
-        "nll/preference": np.logaddexp(0, -beta * margin_P),
-        "brier": _sigmoid(-beta * margin_P) ** 2,
         "reference/accuracies": (ref_margin_P > 0) + 0.5 * (ref_margin_P == 0),
     }
     result = {name: clustered_mean(values, clusters) for name, values in columns.items()}
@@ -98,10 +119,6 @@ def evaluate(
         "same_length": rows.chosen == rows.rejected,
     }.items():
         result[f"rewards/accuracies/{name}"] = clustered_mean(correct_P[part_P], clusters[part_P])
-    result["calibration_error"] = {"value": calibration_error(beta * margin_P, seed), "se": None, "n": len(rows)}
-    samples = [
-        {"row": rows.where(i), "tokens_chosen": int(rows.chosen[i]), "tokens_rejected": int(rows.rejected[i])}
-        | {side: float(values[i]) for side, values in logps.items()}
-        for i in range(len(rows))
-    ]
-    return result, samples
+    if beta is not None:
+        result["calibration_error"] = {"value": calibration_error(beta * margin_P, seed), "se": None, "n": len(rows)}
+    return result

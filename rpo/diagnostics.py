@@ -1,0 +1,75 @@
+"""How hard the preference and the SFT term pull on the weights, and whether they pull the same way."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from rpo import faults, losses, score
+from rpo.config import Train
+from rpo.data import Rows
+from rpo.losses import PairLogps
+from rpo.metrics import GRADIENT_SPLIT
+from rpo.models import Policy
+from rpo.packing import Batch, StepPlan
+
+CHUNK = 2**22  # numbers of a shard that are widened to float64 at a time
+
+
+def gradient_split(
+    policy: Policy,
+    reference: Policy | None,
+    rows: Rows,
+    plan: StepPlan,
+    batches: list[Batch],
+    cfg: Train,
+    device: torch.device,
+) -> dict[str, float]:
+    """GRADIENT_SPLIT of one step's pairs at the present weights: |g_p|, |g_s|, and cosine = g_p.g_s / (|g_p| |g_s|).
+
+    g_p and g_s are the gradients of the step's preference and SFT terms (eta included), over all parameters and before
+    clipping; so the update's own g has |g|^2 = |g_p|^2 + |g_s|^2 + 2 |g_p| |g_s| cosine. A zero gradient (hinge with
+    every margin reached) has no direction: the cosine is then left out.
+
+    A collective, to which each rank brings its `plan` and `batches`, while no parameter has a gradient. It takes a forward
+    and a backward pass per term and waits for the device; weights, gradients and random state stay as they were. Raises
+    UserError where memory runs out.
+    """
+
+    def gradient(term: Callable[[PairLogps], Tensor], reference: Policy | None) -> list[DTensor]:
+        """Of one term alone, by parameter, cut and summed as the update's is; it leaves none behind."""
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the update draws the same
+            for i, batch in enumerate(batches, start=1):
+                policy.set_requires_gradient_sync(i == len(batches) or cfg.fsdp.accumulate == "sharded")
+                policy.set_requires_all_reduce(i == len(batches))
+                with faults.naming_memory(rows, plan.microbatches[i - 1][0], cfg):
+                    pairs = score.score(policy, reference, batch.to(device))
+                    (term(pairs).sum() * (batch.weight / plan.pairs)).backward()
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
+        policy.zero_grad()
+        return found
+
+    # A pass for each: where one term is much the smaller, the whole gradient less the other's would be rounding.
+    counts = {"step_pairs": plan.pairs, "step_chosen_tokens": plan.chosen_tokens}
+    preference = gradient(partial(losses.preference_loss, cfg.loss), reference)
+    sft = gradient(partial(losses.sft_loss, cfg.loss, **counts), None)  # which reads no reference
+    norm, sft_norm, product = _products(preference, sft, device)
+    cosine = [product / (norm * sft_norm)] if norm and sft_norm else []
+    return dict(zip(GRADIENT_SPLIT, [norm, sft_norm, *cosine], strict=False))
+
+
+def _products(a: list[DTensor], b: list[DTensor], device: torch.device) -> tuple[float, float, float]:
+    """|a|, |b| and a.b over all parameters, summed in float64; of replicas, which hold the same, one counts."""
+    assert all(isinstance(grad, DTensor) for grad in a + b), "a gradient is gathered: its shards would count twice"
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for both in zip(a, b, strict=True):
+        for x, y in zip(*(grad.to_local().flatten().split(CHUNK) for grad in both), strict=True):
+            x, y = x.to(device).double(), y.to(device).double()  # an offloaded shard is on the host
+            sums += torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum()])
+    dist.all_reduce(sums, group=a[0].device_mesh.get_group("shard"))
+    squared_a, squared_b, product = sums.tolist()
+    return math.sqrt(squared_a), math.sqrt(squared_b), product
