@@ -221,10 +221,12 @@ def _of_runs(cfg: Eval, device: torch.device) -> None:
     run_dir = rundir.choose(cfg.run_dir, f"eval_{cfg.task.kind}", continues=begun)
     seen = rundir.stamp(run_dir)
     dist.on_main(_check_goes_on, run_dir, cfg)
-    found, left_out = runs.find([cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)
+    found, left_out = dist.on_main(runs.find, [cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)
     study.check([{"run": str(run.folder), "settings": run.settings} for run in found])
-    if left_out and dist.is_main():
-        print(f"left out: {'; '.join(map(redacted, left_out))}", flush=True)
+    unfinished = [f"{run.folder} ({run.state})" for run in found if run.state != "finished"]
+    for what, named in (("left out", left_out), ("not finished, and evaluated as far as it is", unfinished)):
+        if named and dist.is_main():
+            print(f"{what}: {'; '.join(map(redacted, named))}", flush=True)
     asked = overopt.ask(found, cfg, device)
     with rundir.recording(run_dir, config.to_yaml(cfg), seen=seen):
         measured = overopt.evaluate(found, asked, cfg, device, Points(run_dir))

@@ -37,7 +37,7 @@ from rpo.rows import (
 )
 from rpo.store import read_arrays, write_arrays
 
-CODE_VERSION = 1  # of the tokens that this module makes from given rows: raise it when they change
+CODE_VERSION = 2  # of the tokens that this module makes from given rows: raise it when they change
 BATCH = 1024  # rows tokenised in one call
 
 

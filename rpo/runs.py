@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from rpo import checkpoint, config, dist, models, reference, rundir, tokens
-from rpo.config import EvalData, Loss, UserError
+from rpo.config import EvalData, Loss, Reference, UserError
 from rpo.config import Model as Start
 from rpo.models import Policy, PreTrainedTokenizerBase
 
@@ -27,6 +27,7 @@ class Run:
     data: EvalData
     reference: Source
     checkpoints: dict[int, Path]  # by step
+    state: str  # finished, interrupted, running (or killed), absent
 
     @property
     def start(self) -> Source:
@@ -64,7 +65,7 @@ def find(specs: list[str]) -> tuple[list[Run], list[str]]:
 
 
 def _natural(folder: Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(folder))]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(folder))]
 
 
 def _look(folder: Path) -> Run | str | None:
@@ -79,11 +80,11 @@ def _look(folder: Path) -> Run | str | None:
     checkpoints = checkpoint.of_run(folder)
     if settings is None or not checkpoints:
         return None if settings is None else "no checkpoints; checkpoint.every=N keeps them"
-    run = run_of(folder, settings, checkpoints)
+    run = run_of(folder, settings, checkpoints, status["state"])
     return run if run.model.path else "began with random weights, so there is no reference"
 
 
-def run_of(folder: Path, settings: dict[str, Any], checkpoints: dict[int, Path]) -> Run:
+def run_of(folder: Path, settings: dict[str, Any], checkpoints: dict[int, Path], state: str) -> Run:
     """Raises UserError where the settings are not those of a run of this version."""
 
     def part(cls: type, name: str, **more: Any) -> Any:
@@ -97,9 +98,9 @@ def run_of(folder: Path, settings: dict[str, Any], checkpoints: dict[int, Path])
             raise UserError(f"{folder}/config.yaml: {error}") from None
 
     model = part(Start, "model", trust_remote_code=False)  # what a run allowed is no permission of this user's
-    given = (settings.get("reference") or {}).get("path")
+    given = part(Reference, "reference").path
     source = (given, None) if given is not None else (model.path, model.revision)
-    return Run(folder, settings, part(Loss, "loss"), model, part(EvalData, "data"), source, checkpoints)
+    return Run(folder, settings, part(Loss, "loss"), model, part(EvalData, "data"), source, checkpoints, state)
 
 
 def tokenizer_of(run: Run, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -68,14 +68,16 @@ class Facts(NamedTuple):
     bos: int | None
     adds_bos: bool  # whether the tokenizer itself begins a text with it
     eos: int
-    special: frozenset[int]
+    special: frozenset[int]  # what no text stands for: not the unknown token, which a word may end a response with
 
 
 def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
     bos = tokenizer.bos_token_id
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    return Facts(tokenizer, bos, adds_bos, tokenizer.eos_token_id, frozenset(special | set(tokenizer.all_special_ids)))
+    eos = tokenizer.eos_token_id
+    special = (special | set(tokenizer.all_special_ids)) - ({tokenizer.unk_token_id} - {eos})  # GPT-2: one token
+    return Facts(tokenizer, bos, adds_bos, eos, frozenset(special))
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

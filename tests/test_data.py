@@ -19,6 +19,7 @@ from transformers import ByT5Tokenizer
 
 from rpo import data, rows, tokens
 from rpo.config import EvalData, UserError
+from tests.conftest import WORDS, make_tokenizer
 from tests.templates import CHATML, FORMATS, LLAMA3, PLAIN, tokenizer_for
 
 DATE = "2021-03-04"
@@ -106,6 +107,18 @@ def test_templates(name: str, add_bos: bool, turns: int, tmp_path: Path) -> None
         assert response[-1] == end and not set(response[:-1]) & set(stops)
     assert tokens.encode_prompt(tokenizer, prompt, DATE) == prompt_ids
     assert report["kept"] == 1
+
+
+def test_a_word_that_is_not_known_ends_nothing(tmp_path: Path) -> None:
+    """An unknown last word is scored and followed by the end-of-turn; it is no stop token (GPT-2's is its EOS, and stays one)."""
+    known = make_tokenizer()
+    messages = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": f"{WORDS[1]} unheard-of"}]
+    ids = known.apply_chat_template(messages, return_dict=False)
+    facts = tokens.facts_of(known)
+    assert tokens.close(ids, facts)[-2:] == [known.unk_token_id, known.eos_token_id]
+    assert tokens.stop_ids(known, DATE) == [known.eos_token_id]
+    known.unk_token = known.eos_token
+    assert known.eos_token_id in tokens.facts_of(known).special
 
 
 def test_template_date(tmp_path: Path) -> None:

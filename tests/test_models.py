@@ -203,7 +203,9 @@ def test_sharded_logps_are_the_models_own(family, group, small_tiles):
     logps_N = policy(batch)
     torch.testing.assert_close(logps_N, own_N, rtol=1e-6, atol=1e-6)
     assert_same_gradients(gradients(policy, logps_N), own)
-    torch.testing.assert_close(policy.logits_of(policy.hidden(batch)).log_softmax(-1).gather(-1, batch.target_N[:, None])[:, 0], logps_N)
+    torch.testing.assert_close(
+        policy.logits_of(policy.hidden(batch)).log_softmax(-1).gather(-1, batch.target_N[:, None])[:, 0], logps_N
+    )
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "phi"])

@@ -482,13 +482,18 @@ def test_points_of_other_things_are_made_anew(group, tmp_path):
     assert again.get("sha256 b", run="r", bon=1) is None
 
 
-def test_a_new_checkpoint_is_measured(made, tmp_path, monkeypatch):
-    """A run that went on after it was evaluated has its new checkpoint added, the others stay."""
+def test_a_new_checkpoint_is_measured(made, tmp_path, capsys):
+    """A run that goes on after it was evaluated has its new checkpoint added, the others stay; that it was not finished
+    is said."""
     run = copied(made, tmp_path)
+    rundir.write_status(run, "interrupted", "SIGTERM", 2)
     held_back = shutil.move(run / "checkpoints/step_00000003", tmp_path / "later")
     assert len(overopt_of(run, tmp_path / "eval")["runs"][0]["curve"]) == STEPS
+    assert f"not finished, and evaluated as far as it is: {run} (interrupted)\n" in capsys.readouterr().out
+    rundir.write_status(run, "finished", "", 3)
     shutil.move(held_back, run / "checkpoints/step_00000003")
     (found,) = overopt_of(run, tmp_path / "eval")["runs"]
+    assert "not finished" not in capsys.readouterr().out
     assert [point["step"] for point in found["curve"]] == [0, 1, 2, 3]
     steps = [point.get("step") for point in lines(tmp_path / "eval/points.jsonl")]
     assert sorted(step for step in steps if step is not None) == [0, 1, 2, 3]

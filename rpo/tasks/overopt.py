@@ -92,7 +92,7 @@ def questions(run: Run, cfg: Eval, source: rewards.Gold | None) -> Questions:
         )
     rows = _pairs(run, spec, read_as, cfg, tokenizer)
     models.check_fit(configs, tokenizer, max([*map(len, prompts), *([packing.longest(rows)] if rows else [])]))
-    parts = [json.dumps([prompts, task.gold]).encode(), rewards.identity(task.gold)]
+    parts = [json.dumps([prompts, task.gold, str(weights)]).encode(), rewards.identity(task.gold)]
     return Questions(
         tokenizer,
         prompts,
