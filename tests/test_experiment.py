@@ -39,7 +39,7 @@ def run(seed, golds, *overrides):
     curve = []
     for i, gold in enumerate(golds):
         values = {"gold": gold, "kl": 2.0 * i, "rewards/accuracies": 0.6, "shift/chosen": -1.0 * i}
-        values |= {"entropy/top10": 1.0, "displacement_rate": 0.5 if i < 2 else 0.95, "samples/ended": 1.0}
+        values["entropy/top10"] = (1.0, 1.1, 1.0, 0.9)[i]
         metrics = {name: {"value": value, "se": 0.1, "n": 2} for name, value in values.items()}
         metrics["samples/length"] = {"value": 10.0 + i, "se": 0.1, "n": 2}
         curve.append({"step": 50 * i, "metrics": metrics})
@@ -48,7 +48,7 @@ def run(seed, golds, *overrides):
 
 
 def test_tables(tmp_path):
-    """Means over seeds by hand: peak, end, drop, KL 2 and 4, stopping by an oracle and without labels, differences."""
+    """Means over seeds by hand: peak, end, drop, gold at equal KL, stopping by an oracle and by rules, differences."""
     rpo = ("loss=rpo_sum", "loss.beta=0.02", "loss.eta=0.25")
     arms = {
         "dpo": [run(seed, [1, 3 + seed, 2, 0], "loss=dpo", "loss.beta=0.02") for seed in (0, 1)],
@@ -59,13 +59,13 @@ def test_tables(tmp_path):
         (tmp_path / "eval" / arm / "results.json").write_text(json.dumps({"runs": runs}))
     found = experiment.read(tmp_path, list(arms))
     dpo, rpo = experiment.table(found).splitlines()[2:]
-    assert (
-        dpo == "| DPO beta 0.02 | 3.50 | 0.00 ± 0.00 | 3.50 ± 0.71 | 3.50 | 2.00 | 6.0 | -3.0 | 0.600 | 0.600 | 13.0 |"
+    assert dpo == (  # gold at KL .5, in sqrt(KL) half the way to 2 from step 0's KL of 0: 1 + (3 or 4 - 1) / 2
+        "| DPO beta 0.02 | 3.50 | 0.00 ± 0.00 | 3.50 ± 0.71 | 6.0 | -3.0 | 0.600 | 0.600 | 2.25 | 2.77 | 3.50 | 13.0 |"
     )
-    assert rpo.startswith("| RPO sum beta 0.02 eta 0.25 | 2.50 | 2.50 ± 0.00 | 0.00 ± 0.00 | 2.00 | 2.50 |")
-    # By the oracle at step 50; without labels there too, since at step 100 95% of chosen responses have fallen.
+    assert rpo.startswith("| RPO sum beta 0.02 eta 0.25 | 2.50 | 2.50 ± 0.00 | 0.00 ± 0.00 |")
+    # By the oracle at step 50; KL is 4 at step 100; the entropy falls at steps 100 and 150.
     assert experiment.stopping(found).splitlines()[2] == (
-        "| DPO beta 0.02 | 0.00 ± 0.00 | 3.50 ± 0.71 | 50 | 3.50 ± 0.71 | 50 |"
+        "| DPO beta 0.02 | 0.00 ± 0.00 | 3.50 ± 0.71 | 50 | 2.00 ± 0.00 | 100 | 2.00 ± 0.00 | 100 |"
     )
     assert experiment.differences(found, experiment.RPO_NAME).splitlines()[2:] == [
         "| DPO beta 0.02 | -2.50 [-2.50, -2.50] | +3.50 [-2.85, +9.85] |"  # t with one degree: 12.706 x .5
