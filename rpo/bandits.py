@@ -39,8 +39,8 @@ def table(name: str, values: Any, shape: tuple | None = None) -> Tensor:
     try:
         numbers = torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        message = " ".join(str(error).split())[:80]
-        raise UserError(f"{name}={str(values)[:60]}: expected a rectangular table of numbers ({message})") from None
+        message, shown = (" ".join(str(thing).split()) for thing in (error, values))
+        raise UserError(f"{name}={shown[:60]}: expected a rectangular table of numbers ({message[:80]})") from None
     if shape is not None and numbers.shape != shape:
         raise UserError(f"{name}: shape {tuple(numbers.shape)}; expected {tuple(shape)}, to go with d0 and ref")
     if not numbers.isfinite().all():

@@ -18,7 +18,7 @@ def compared_pair(*, p: float, base: tuple, ref: tuple, beta: float, eta: float)
     """
     p, beta, eta = number("p", p, 0.0, 1.0, closed=True), number("beta", beta, 0.0), number("eta", eta, 0.0)
     for name, pair in (("base", base), ("ref", ref)):
-        if len(pair) != 2:
+        if not isinstance(pair, tuple) or len(pair) != 2:
             raise UserError(f"{name}={pair}: expected the two numbers of the winner and the loser")
         for value in pair:
             number(name, value, 0.0, 1.0, closed=name == "base")

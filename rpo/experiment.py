@@ -1,11 +1,12 @@
 """The study of overoptimisation: every arm trained and evaluated over paired seeds, then one table and its figures.
 
-    python -m rpo.experiment FOLDER [SEEDS]      # make overopt; begun again, it goes on where it was
+    python -m rpo.experiment FOLDER      # make overopt; begun again, it goes on where it was
 
 An arm is one `train.py -m recipe=overopt` over all seeds and its own grid, and one `eval.py task=overopt` of its runs.
 A seed decides pairs, labels and order, so arms of one task are compared on the same data, step for step.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -56,7 +57,7 @@ TABLES = {
 DRAWN = (DPO_NAME, "DPO beta 0.1", "DPO beta 0.3", "DPO beta 1")
 DRAWN += ("RPO sum beta 0.02 eta 0.005", "RPO sum beta 0.02 eta 0.05", RPO_NAME, AVG_NAME)
 # Where a run would have been stopped without gold: within a KL, or before the top-10 entropy fell twice in a row, a
-# warning sign of arXiv 2410.11677. No threshold was chosen by what came out.
+# warning sign of arXiv 2410.11677. Both were picked with results in view, the same for all arms.
 STOPS = {
     "KL within 4 nats": Limits(max_kl=4, entropy_falls=None, max_displacement=None, min_ended=None),
     "entropy": Limits(max_kl=None, entropy_falls=2, max_displacement=None, min_ended=None),
@@ -75,34 +76,16 @@ def _run(script: str, *args: str) -> None:
 
 
 def _train(folder: Path, arm: str, seeds: list[int]) -> None:
+    overrides = ["recipe=overopt", *ARMS[arm]]
     if arm != "sft":
         # The seed is the outer loop: a sweep keeps model, data and reference from one cell to the next.
-        return _run(
-            "train.py",
-            "-m",
-            "recipe=overopt",
-            f"seed={','.join(map(str, seeds))}",
-            *ARMS[arm],
-            f"run_dir={folder / arm}",
-        )
-    for seed in seeds:  # the files of the pairs, which data=gold with loss=sft would not read
-        pairs = config.read_yaml(
-            next(
-                path
-                for path in sorted((folder / "dpo").glob("*/config.yaml"))
-                if config.read_yaml(path)["seed"] == seed
-            )
-        )
-        files = (f"data.train={pairs['data']['train']}", f"data.eval={pairs['data']['eval']}")
-        _run(
-            "train.py",
-            "recipe=overopt",
-            f"seed={seed}",
-            *ARMS[arm],
-            *files,
-            f"model.path={pairs['model']['path']}",
-            f"run_dir={folder / arm / str(seed)}",
-        )
+        return _run("train.py", "-m", f"seed={','.join(map(str, seeds))}", *overrides, f"run_dir={folder / arm}")
+    # data=gold with loss=sft would read the corpus: here it is the chosen answers of the pairs.
+    paired = {run["seed"]: run for run in map(config.read_yaml, sorted((folder / "dpo").glob("*/config.yaml")))}
+    for seed in seeds:
+        files = [f"data.{split}={paired[seed]['data'][split]}" for split in ("train", "eval")]
+        model = f"model.path={paired[seed]['model']['path']}"
+        _run("train.py", f"seed={seed}", *overrides, *files, model, f"run_dir={folder / arm / str(seed)}")
 
 
 def make(folder: Path, seeds: list[int]) -> None:
@@ -214,8 +197,17 @@ def report(folder: Path) -> str:
 
 
 def main() -> None:
-    folder, seeds = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 5
-    make(folder, list(range(seeds)))
+    parser = argparse.ArgumentParser(prog="python -m rpo.experiment", description="The study of overoptimisation.")
+    parser.add_argument("folder", type=Path, help="of its runs and results; begun again with the same, it goes on")
+    parser.add_argument("--seeds", type=int, default=5, help="how many (default 5); a task of its own for each")
+    args = parser.parse_args()
+    folder = args.folder.resolve()
+    if args.seeds < 1:
+        sys.exit(f"error: --seeds={args.seeds}: expected at least 1")
+    try:
+        make(folder, list(range(args.seeds)))
+    except subprocess.CalledProcessError as error:  # it has said why
+        sys.exit(f"error: python {' '.join(error.cmd[1:])}: exit code {error.returncode}")
     print(report(folder), (folder / "overoptimisation.md").resolve(), sep="\n")
 
 

@@ -217,7 +217,13 @@ def reward(prompt: str, words: list[str], answer: Completion, gold: Gold) -> flo
 
 
 def rewards(tokenizer: PreTrainedTokenizerBase, asked: list[str], answers: list[Completion], gold: Gold) -> np.ndarray:
-    """The exact gold reward of each answer to the text that asked for it."""
+    """The exact gold reward of each answer to the text that asked for it. Raises UserError where that names no topic."""
+    for text in asked:
+        if not text.split() or grammar.topic_of(text) not in grammar.TOPICS:
+            raise UserError(
+                f"data.eval: the prompt {text[:60]!r} is none of the embedded task's, which has no reward for answers to "
+                "it; give prompts of its own (data.eval=null), or with task=overopt another task.gold"
+            )
     words = [answer_words(tokenizer, answer) for answer in answers]
     return np.array([reward(*row, gold) for row in zip(asked, words, answers, strict=True)])
 
@@ -261,8 +267,9 @@ def evaluate(
 
 
 def _asked(rendered: str) -> str:
-    """The user's text in a rendered prompt of this task's template."""
-    return rendered.split("<user>")[1].split("<assistant>")[0].strip()
+    """The user's text in a rendered prompt of this task's template; any other text as it is."""
+    _, marked, rest = rendered.partition("<user>")
+    return rest.partition("<assistant>")[0].strip() if marked else rendered
 
 
 if __name__ == "__main__":

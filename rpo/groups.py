@@ -131,7 +131,8 @@ def group(runs: Sequence[dict]) -> list[Group]:
 def interval(values: Sequence[float]) -> dict[str, Any]:
     """{"mean", "sd", "ci", "n"} over seeds: ci = mean +- t sd / sqrt(n) at 95%, Student's t with n - 1 degrees.
 
-    sd and ci are None of one value, all three of none.
+    sd and ci are None of one value, all three of none. Runs evaluated together share prompts and the random stream of
+    their samples, so that ci is of training anew and not of other prompts.
     """
     values = np.asarray(values, dtype=np.float64)
     result = {"mean": None, "sd": None, "ci": None, "n": len(values)}

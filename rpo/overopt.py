@@ -1,6 +1,7 @@
 """Overoptimisation of one run: gold reward along its checkpoints, where it peaked, how far it fell, and how surely.
 
-A curve is a list of points, one per checkpoint in the order of steps; the first is step 0, the reference itself:
+A curve is a list of points, one per checkpoint in the order of steps; the first is step 0, the weights that the run
+started from, which are its reference unless reference.path names others, and are called so here:
 
     {"step": 50, "metrics": {"gold": {"value": 3.1, "se": .1, "n": 512}, "kl": ..., "rewards/accuracies": ...},
      "clusters": {"gold": {"mean": [...], "size": [...]}}}
@@ -167,7 +168,12 @@ def summarise(curve: Sequence[dict], levels: Sequence[float] = LEVELS) -> dict[s
         "kl/peak": value(peak, "kl"),
         "accuracy/peak": value(peak, "rewards/accuracies"),
         "step/below_reference": next(
-            (step for step, gap in zip(steps, below, strict=True) if gap["value"] > noise * (gap["se"] or 0)), None
+            (
+                s
+                for s, gap in zip(steps, below, strict=True)
+                if gap["se"] is not None and gap["value"] > noise * gap["se"]
+            ),
+            None,
         ),
     }
     return summary | ({f"gold/at_{level:g}": gold_at(curve, level) for level in levels} if has_kl else {})

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from rpo import overopt, scaling
+from rpo import overopt
 from rpo.groups import Group
 
 # Told apart with any colour vision (Okabe and Ito), and dark enough for a thin line on white.
@@ -34,18 +34,15 @@ _HEALTH = (
 )
 
 
-def draw_study(
-    groups: Sequence[Group], folder: Path, best_of_n: Sequence[dict] = (), form: str | None = None
-) -> list[Path]:
+def draw_study(groups: Sequence[Group], folder: Path, best_of_n: Sequence[dict] = ()) -> list[Path]:
     """Writes into `folder` every figure whose metrics were measured; returns the paths.
 
-    `best_of_n` is the reference's own curve (answers.best_of_n), a yardstick; `form` draws that law of `scaling`,
-    fitted to each group, dashed.
+    `best_of_n` is the reference's own curve (answers.best_of_n), a yardstick.
     """
     folder.mkdir(parents=True, exist_ok=True)
     how = _styles(groups)
     figures = {
-        "overoptimisation": lambda: _distance_figure(groups, how, best_of_n, form),
+        "overoptimisation": lambda: _distance_figure(groups, how, best_of_n),
         "beta": lambda: _beta_figure(groups),
         "signals": lambda: _step_figure(groups, how, _SIGNALS, columns=2),
         "accuracy": lambda: _accuracy_figure(groups, how),
@@ -135,7 +132,7 @@ def _steps(curve: Sequence[dict]) -> np.ndarray:
     return np.array([point["step"] for point in curve])
 
 
-def _distance_figure(groups: Sequence[Group], how: dict, best_of_n: Sequence[dict], form: str | None) -> Figure | None:
+def _distance_figure(groups: Sequence[Group], how: dict, best_of_n: Sequence[dict]) -> Figure | None:
     """Gold reward, and beside it the proxy that training raises, against sqrt(KL)."""
     shown = {name: _measured(groups, "kl", name) for name in ("gold", "proxy")}
     names = [name for name, having in shown.items() if having]
@@ -145,15 +142,8 @@ def _distance_figure(groups: Sequence[Group], how: dict, best_of_n: Sequence[dic
     for axes, name in zip(panels, names, strict=True):
         for group in shown[name]:
             _line(axes, group, how[group.label], overopt.distance, name)
-            if name == "gold" and form:
-                _law(axes, group, how[group.label]["color"], form)
         axes.set(xlabel=_DISTANCE, ylabel={"gold": "gold reward", "proxy": "implicit reward (beta x nats)"}[name])
-        axes.set_title(
-            {
-                "gold": f"Gold reward{f' (dashed: the {form} law)' if form else ''}",
-                "proxy": "Proxy: the implicit reward",
-            }[name]
-        )
+        axes.set_title({"gold": "Gold reward", "proxy": "Proxy: the implicit reward"}[name])
     if "gold" in names:
         start = np.mean([overopt.column(run["curve"], "gold")[0] for group in shown["gold"] for run in group.runs])
         panels[0].axhline(start, **_REFERENCE, label="reference")
@@ -164,19 +154,6 @@ def _distance_figure(groups: Sequence[Group], how: dict, best_of_n: Sequence[dic
             panels[0].errorbar(d, gold, error, color="0.45", lw=1.8, elinewidth=1, zorder=4, label=label)
     _legend(figure, panels)
     return figure
-
-
-def _law(axes: Axes, group: Group, color: str, form: str) -> None:
-    """The law fitted to the group's checkpoints, over the distances that they cover."""
-    curves = [run["curve"] for run in group.runs]
-    fitted = scaling.fit_curves(curves, form)
-    if fitted["reason"] is None:
-        start = np.mean([overopt.column(curve, "gold")[0] for curve in curves])
-        covered = np.concatenate([overopt.distance(curve) for curve in curves])
-        d = np.linspace(covered[covered > 0].min(), covered.max(), 200)
-        axes.plot(
-            d, start + scaling.predict(form, fitted["alpha"], fitted["beta"], d), color=color, ls=(0, (4, 2)), lw=1
-        )
 
 
 def _beta_figure(groups: Sequence[Group]) -> Figure | None:

@@ -7,6 +7,7 @@ RUN_DIR/samples.jsonl    answers, each with the key of its measurement
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class Points:
         self.known: dict[tuple, dict] = dist.on_main(self._read)
 
     def _read(self) -> dict[tuple, dict]:
-        """The whole lines of an earlier start; what a kill left half written is cut off."""
+        """The whole lines of an earlier start; what a kill left half written is taken out."""
         points = _whole_lines(self.points)
         known = {_key(point): point for point in points}  # of two of one key the later
         samples = [sample for sample in _whole_lines(self.samples) if _key(sample) in known]
@@ -61,9 +62,7 @@ def _key(line: dict) -> tuple:
 
 def _whole_lines(path: Path) -> list[dict]:
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with suppress(ValueError):  # a kill came while it was written; what was measured after it stays
             lines.append(json.loads(line))
-        except ValueError:  # a kill came while it was written: the last one
-            break
     return [line for line in lines if isinstance(line, dict)]

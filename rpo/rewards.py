@@ -162,7 +162,7 @@ class RewardModel:
         width, pad = max(map(len, texts)), self.pad or 0
         ids_BT = torch.tensor([ids + [pad] * (width - len(ids)) for ids in texts], device=self.device)
         mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in texts], device=self.device)
-        return self.model(input_ids=ids_BT, attention_mask=mask_BT).logits.float().flatten().tolist()
+        return self.model(input_ids=ids_BT, attention_mask=mask_BT).logits.flatten().tolist()
 
     def __call__(
         self, prompts: Sequence[str | Messages], answers: Sequence[Completion], texts: Sequence[str]

@@ -143,14 +143,16 @@ def read_json(path: Path) -> Any:
 
 def read_status(folder: Path) -> dict:
     """The run's `status.json`; a state of "absent" where it never came to write one, or a machine that died left half."""
+    absent = {"state": "absent", "reason": "", "step": None}
     with suppress(FileNotFoundError, ValueError):
-        return read_json(folder / "status.json")
-    return {"state": "absent", "reason": "", "step": None}
+        found = read_json(folder / "status.json")
+        return absent | found if isinstance(found, dict) else absent
+    return absent
 
 
 def stamp(folder: Path) -> tuple[int, int] | None:
     """What changes whenever a process writes the status of `folder`; None before the first."""
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):  # a file in the folder's place is refused by `recording`
         found = (folder / "status.json").stat()
         return found.st_ino, found.st_mtime_ns
 

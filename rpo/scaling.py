@@ -66,78 +66,65 @@ def _solve(design: np.ndarray, gain: np.ndarray, weight: np.ndarray) -> np.ndarr
         return (moment - cosine[..., None] * moment[..., ::-1]) / rest[..., None] / scale
 
 
-def fit(form: str, d: ArrayLike, gain: ArrayLike, se: ArrayLike | None = None) -> dict:
+def fit(form: str, d: ArrayLike, gain: ArrayLike) -> dict:
     """Least squares of R(d): {"form", "alpha", "beta", "r2", "d_peak", "gain_peak", "points", "reason"}.
 
-    `gain` is R, `se` weights its points by 1/se^2. Points with d = 0 are left out: they are the reference. r2 = 1 - sum
-    of squared residuals / sum of squared deviations from the mean (weighted alike), negative where a constant does
-    better. With fewer than three points or a single d every number is None and `reason` says why; else `reason` is
-    None. UserError where a number is not finite or an error is not positive.
+    `gain` is R. Points with d = 0 are left out: they are the reference. r2 = 1 - sum of squared residuals / sum of
+    squared deviations from the mean, negative where a constant does better. With fewer than three points or a single d
+    every number is None and `reason` says why; else `reason` is None. UserError where a number is not finite.
     """
     d, gain = np.asarray(d, dtype=np.float64), np.asarray(gain, dtype=np.float64)
-    weight = np.ones_like(d) if se is None else 1 / _positive(se) ** 2
     if not (np.isfinite(d).all() and np.isfinite(gain).all()):
         raise UserError(f"form={form}: a distance or a reward is not finite; expected numbers")
     kept = d > 0
-    d, gain, weight = d[kept], gain[kept], weight[kept]
+    d, gain = d[kept], gain[kept]
     result = {"form": form, "points": len(d)} | dict.fromkeys(("alpha", "beta", "r2", "d_peak", "gain_peak", "reason"))
     if len(d) < MIN_POINTS:
         return result | {"reason": f"{len(d)} checkpoints away from the reference; the fit needs {MIN_POINTS}"}
-    alpha, beta = _solve(_design(form, d), gain, weight)
+    alpha, beta = _solve(_design(form, d), gain, np.ones_like(d))
     if not np.isfinite([alpha, beta]).all():
         return result | {"reason": "all checkpoints are at one distance; the fit needs several"}
-    spread = (weight * (gain - (weight * gain).sum() / weight.sum()) ** 2).sum()
-    left = (weight * (gain - predict(form, alpha, beta, d)) ** 2).sum()
+    spread, left = ((gain - gain.mean()) ** 2).sum(), ((gain - predict(form, alpha, beta, d)) ** 2).sum()
     result |= {"alpha": float(alpha), "beta": float(beta), "r2": float(1 - left / spread) if spread else None}
     return result | dict(zip(("d_peak", "gain_peak"), peak(form, alpha, beta), strict=True))
 
 
-def _positive(se: ArrayLike) -> np.ndarray:
-    if any(error is None or not error > 0 for error in se):
-        raise UserError("weighted fit: a standard error is missing or zero; fit without weights")
-    return np.asarray(se, dtype=np.float64)
-
-
 def fit_curves(
-    curves: Sequence[Sequence[dict]],
-    form: str,
-    *,
-    weighted: bool = False,
-    over: str | None = None,
-    draws: int = 2000,
-    seed: int = 0,
+    curves: Sequence[Sequence[dict]], form: str, *, over: str | None = None, draws: int = 2000, seed: int = 0
 ) -> dict:
     """`fit` of all checkpoints of `curves` pooled, each against its own reference, with bootstrapped "intervals".
 
-    `over` is what is drawn anew: "points" (checkpoints as if independent), "runs" (whole curves: seeds), "prompts"
-    (all curves on the same prompts, reference included, which needs `clusters`; see overopt) or None. The intervals are
-    percentiles 2.5 and 97.5 of `draws` refits; a bound on a peak is None where it is at infinity. Percentiles of few
-    units are too narrow: of fewer than about ten runs or twenty points they are an indication. Draws that do not
-    determine the law are left out. UserError as `fit`, and where there is nothing to draw from.
+    `over` is what is drawn anew: "runs" (whole curves: seeds), "prompts" (all curves on the same prompts, reference
+    included, which needs `clusters`; see overopt) or None. The intervals are percentiles 2.5 and 97.5 of `draws` refits;
+    a bound on a peak is None where it is at infinity, and there are none of one prompt. Percentiles of few units are
+    too narrow: of fewer than about ten runs or twenty prompts they are an indication. Draws that do not determine the
+    law are left out. Where step 0 is further than overopt.STAYED from the reference nothing is fitted: the laws begin
+    there. UserError as `fit`, and where there is nothing to draw from.
     """
     d = np.concatenate([overopt.distance(curve) for curve in curves])
     gains = [overopt.difference(point, curve[0], "gold") for curve in curves for point in curve]
     run = np.repeat(np.arange(len(curves)), [len(curve) for curve in curves])
     trained = np.concatenate([np.arange(len(curve)) > 0 for curve in curves])
     gain, kept = np.array([gap["value"] for gap in gains]), (d > 0) & trained
-    se = [gap["se"] for gap, keep in zip(gains, kept, strict=True) if keep] if weighted else None
-    result = fit(form, d[kept], gain[kept], se) | {"over": over, "intervals": None}
+    if (start := d[~trained].max() ** 2) > overopt.STAYED:
+        result = fit(form, [], []) | {"points": int(kept.sum())}
+        return result | {"reason": f"step 0 is {start:.3g} nats from the reference", "over": over, "intervals": None}
+    result = fit(form, d[kept], gain[kept]) | {"over": over, "intervals": None}
     if over is None or result["reason"]:
         return result
-    rng, weight = np.random.default_rng(seed), np.ones(kept.sum()) if se is None else 1 / _positive(se) ** 2
-    d_DN, gain_DN, count_DN = d[kept], gain[kept], np.ones(kept.sum())
+    rng, d_DN, gain_DN, count_DN = np.random.default_rng(seed), d[kept], gain[kept], np.ones(kept.sum())
     match over:
-        case "points":
-            count_DN = rng.multinomial(kept.sum(), np.full(kept.sum(), 1 / kept.sum()), size=draws)
         case "runs":
             if len(curves) < 2:
-                raise UserError("over=runs: there is one run; draw over=points or over=prompts")
+                raise UserError("over=runs: there is one run; draw over=prompts")
             count_DN = rng.multinomial(len(curves), np.full(len(curves), 1 / len(curves)), size=draws)[:, run[kept]]
         case "prompts":
             d_DN, gain_DN = (table[:, kept] for table in _redrawn(curves, d, draws, rng))
+            if len(curves[0][0]["clusters"]["gold"]["size"]) < 2:
+                return result
         case _:
-            raise UserError(f"over={over}: expected points, runs, prompts or null")
-    alpha_D, beta_D = np.moveaxis(_solve(_design(form, d_DN), gain_DN, weight * count_DN), -1, 0)
+            raise UserError(f"over={over}: expected runs, prompts or null")
+    alpha_D, beta_D = np.moveaxis(_solve(_design(form, d_DN), gain_DN, count_DN), -1, 0)
     known = np.isfinite(alpha_D) & np.isfinite(beta_D)
     alpha_D, beta_D = alpha_D[known], beta_D[known]
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -157,7 +144,7 @@ def _redrawn(curves: Sequence, d: np.ndarray, draws: int, rng: np.random.Generat
     """(d, gain), each (D, all points), with the prompts drawn anew, the same ones for every point of every curve."""
     clusters = [point.get("clusters", {}) for curve in curves for point in curve]
     if not all("gold" in cluster for cluster in clusters):
-        raise UserError("over=prompts: a checkpoint has no gold per prompt (clusters); draw over=points or over=runs")
+        raise UserError("over=prompts: a checkpoint has no gold per prompt (clusters); draw over=runs")
     with_kl = all("kl" in cluster for cluster in clusters)
     sizes = np.asarray(clusters[0]["gold"]["size"], dtype=np.float64)
     names = ("gold", "kl") if with_kl else ("gold",)

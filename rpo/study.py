@@ -30,7 +30,7 @@ def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], 
     """(runs with their summary, verdict and fits; a record per group of runs that differ in seeds alone; the groups).
 
     `runs` are {"run", "settings", "curve", ...}. A group's fits pool its curves, with intervals that draw runs anew
-    (checkpoints, where there is one run); a run's have none.
+    (prompts, where there is one run); a run's have none.
     """
     runs = [run | {"summary": overopt.summarise(run["curve"])} for run in runs]
     runs = [
@@ -48,7 +48,7 @@ def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], 
             "seeds": [list(seeds) for seeds in g.seeds],
             "verdict": overopt.group_verdict([run["summary"] for run in g.runs]),
             "summary": intervals[g.label],
-            "fits": _fits(g.runs, over="runs" if len(g.runs) > 1 else "points", seed=seed),
+            "fits": _fits(g.runs, over="runs" if len(g.runs) > 1 else "prompts", seed=seed),
         }
         for g in groups
     ]

@@ -115,13 +115,14 @@ def _components_XAA(game: Bandit) -> Tensor:
 
 
 def _newton(
-    value: Callable, derivatives: Callable, start: Tensor, box: float, tolerance: float = 1e-13
+    value: Callable, derivatives: Callable, start: Tensor, box: float, tolerance: float
 ) -> tuple[Tensor, Tensor]:
     """The minimiser over [0, box]^A of a convex function of each row, all rows side by side, and which rows ran away.
 
     Damped Newton; in a box by projection, coordinates held at a bound following the gradient alone (Bertsekas 1982).
-    `box` is inf for the whole space. A row is done where its projected gradient is at most `tolerance`, or its last
-    step promised a fall of less than 1e-20; it ran away where it passes 1e6, as it does if there is no minimum.
+    `box` is inf for the whole space. A row is done where its projected gradient is at most `tolerance`, or at most 1e6
+    times that and its last step promised a fall of less than 1e-7 of it: rounding's floor. On the whole space it ran
+    away where it passes 1e6, as it does if there is no minimum.
     Raises UserError where neither happens in 200 steps, or no step leads down: probabilities too small for float64.
     """
     low = 0.0 if math.isfinite(box) else -math.inf
@@ -129,8 +130,8 @@ def _newton(
     done = torch.zeros_like(start[..., :1], dtype=torch.bool)
     for _ in range(200):
         gradient, hessian = derivatives(point)
-        residual = (point - (point - gradient).clamp(low, box)).abs().amax(-1, keepdim=True)
-        away = point.abs().amax(-1, keepdim=True) > 1e6
+        residual = gradient.clamp(point - box, point - low).abs().amax(-1, keepdim=True)
+        away = (point.abs().amax(-1, keepdim=True) > 1e6) & math.isinf(box)
         done |= (residual <= tolerance) | away
         if done.all():
             return point, away[..., 0]
@@ -153,7 +154,7 @@ def _newton(
         else:
             break
         point = torch.where(done, point, trial)
-        done |= (fall.abs() <= 1e-20) & (scale == 1)
+        done |= (fall.abs() <= 1e-7 * tolerance) & (scale == 1) & (residual <= 1e6 * tolerance)
     slope = float(residual[~done].max())
     raise UserError(f"beta, eta: Newton is stuck at a slope of {slope:.1e}; expected values nearer 1")
 
@@ -177,14 +178,21 @@ def _autograd_derivatives(value: Callable) -> Callable:
 
 def _check_game(game: Bandit, box: float | None) -> float:
     number("eta", game.eta, 0.0)
-    return math.inf if box is None else number("box", box, 0.0)
+    return math.inf if box is None else number("box", box, 0.0, 1e4)
+
+
+def _check_found(reward_XA: Tensor, away_X: Tensor) -> None:
+    if away_X.any():
+        most = float(reward_XA[away_X].abs().max())
+        raise UserError(f"beta, eta: a reward passes {most:.1g} at the optimum; expected values nearer 1")
 
 
 def minimax(game: Bandit, box: float | None = None) -> Optimum:
     """min_r F(r) and its policy p_r, over all rewards or those in [0, box]; Newton with the exact Hessian.
 
     Where an action has base 0 and never wins, and no box holds it, F falls for ever towards r_a = -inf: what comes out
-    is the point where the slope is below 1e-13, and pi(a) is then zero to that accuracy. UserError where eta = 0.
+    is the point where the slope is below 1e-13, and pi(a) is then zero to that accuracy. UserError where eta = 0,
+    and where a reward passes 1e6 (beta above 1e4).
     """
     limit = _check_game(game, box)
     scale_X1 = (game.eta * game.d0_X)[..., None]
@@ -196,8 +204,8 @@ def minimax(game: Bandit, box: float | None = None) -> Optimum:
         return gradient_XA, scale_X1[..., None] / game.beta * spread_XAA + _laplacian_XAA(game, reward_XA)
 
     start_XA = torch.full_like(game.ref_XA, 0.0 if box is None else limit / 2)
-    reward_XA, away_X = _newton(lambda r: _best_X(game, r), derivatives, start_XA, limit)
-    assert not away_X.any(), f"F never slopes downwards for ever: {reward_XA[away_X]}"
+    reward_XA, away_X = _newton(lambda r: _best_X(game, r), derivatives, start_XA, limit, 1e-13 * max(1.0, game.eta))
+    _check_found(reward_XA, away_X)
     return Optimum(_best_X(game, reward_XA).sum(-1), _gibbs_XA(game, reward_XA), reward_XA)
 
 
@@ -207,6 +215,9 @@ def worst_case(game: Bandit, policy: Any, box: float | None = None) -> Tensor:
     -inf where phi(p, .) has no lower bound: on the whole space that is every p that does not give each connected
     component of a prompt's comparisons the mass that base gives it (and every p that would need more pull than the
     comparisons have). T(pi_hat) = F(r_hat) is a certificate for both: T(pi_hat) <= max T <= min F <= F(r_hat).
+    No policy in float64 has base's mass exactly: a miss of up to 1e-9, or 1e-12 / (eta d0) where that is more, is
+    spread over its component before r is sought.
+    Where pi_hat needs rewards beyond about 30, its rounding may already ask for too much: -inf, or a UserError.
     """
     limit = _check_game(game, box)
     policy_XA = law("policy", policy, game.ref_XA.shape)
@@ -214,7 +225,8 @@ def worst_case(game: Bandit, policy: Any, box: float | None = None) -> Tensor:
     if box is None:
         # No curvature along a component's shift: a slope there, however small, would be followed for ever.
         excess_XA, size_XA = mass_excess(game, policy_XA), _components_XAA(game).sum(-1)
-        off_X, drift_XA = excess_XA.abs().amax(-1) > 1e-9, drift_XA - excess_XA / size_XA
+        allowed_X = (1e-12 / (game.eta * game.d0_X)).clamp(min=1e-9)  # what a solver's last slope of 1e-13 may leave
+        off_X, drift_XA = excess_XA.abs().amax(-1) > allowed_X, drift_XA - excess_XA / size_XA
     slope_XA = (game.eta * game.d0_X)[..., None] * drift_XA
 
     def derivatives(reward_XA: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +236,7 @@ def worst_case(game: Bandit, policy: Any, box: float | None = None) -> Tensor:
         return (slope_XA * reward_XA).sum(-1) + _preference_X(game, reward_XA)
 
     start_XA = torch.full_like(policy_XA, 0.0 if box is None else limit / 2)
-    reward_XA, away_X = _newton(value, derivatives, start_XA, limit)
+    reward_XA, away_X = _newton(value, derivatives, start_XA, limit, 1e-13 * max(1.0, game.eta))
     value_X = _phi_X(game, policy_XA, reward_XA)
     return torch.where(off_X | away_X, -math.inf, value_X).sum(-1)
 
@@ -238,7 +250,7 @@ def maximin(game: Bandit) -> Optimum:
 
     (H: binary entropy in nats.) It shares no equation with `minimax`. `reward` is read off the policy: beta log(p/ref).
     Raises UserError where eta = 0 or base has a zero, for which p_u need not be a law.
-    Below a policy's least probability of 1e-12 the dual loses accuracy; the certificate (`worst_case`) does not.
+    So it does where a probability is below about 1e-9, or a pull nearer 0 or 1 than float64 tells (rewards beyond 30).
     """
     _check_game(game, None)
     if game.base_XA.min() == 0:
@@ -273,7 +285,7 @@ def maximin(game: Bandit) -> Optimum:
     # So small a pull that no action can lose all of base's mass.
     room_XA = scale_X1 * game.base_XA / game.wins_XAA.sum(-2).clamp(min=1e-300)
     start_XP = (0.5 * room_XA.amin(-1, keepdim=True).clamp(max=1.0)).expand_as(weight_XP).clone()
-    u_XP, _ = _newton(value, derivatives, start_XP, math.inf, 1e-15)
+    u_XP, _ = _newton(value, derivatives, start_XP, math.inf, 1e-14)
     policy_XA = policy(u_XP)
     return Optimum(-value(u_XP).sum(-1), policy_XA, game.beta * (policy_XA / game.ref_XA).log())
 
@@ -334,9 +346,16 @@ def practical_optimum(game: Bandit, loss: Loss | None = None, ridge: float = 0.0
     def value(reward_XA: Tensor) -> Tensor:
         return loss_X(log_ref_XA + reward_XA / loss.beta) + ridge / 2 * reward_XA.square().sum(-1)
 
+    by_autograd = _autograd_derivatives(value)
+
+    def derivatives(reward_XA: Tensor) -> tuple[Tensor, Tensor]:
+        gradient_XA, hessian_XAA = by_autograd(reward_XA)
+        # Shifts of r move no loss, but autograd's rounding would move r along them: curvature there keeps its mean 0.
+        return gradient_XA, hessian_XAA + hessian_XAA.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+
     start_XA = torch.zeros_like(game.ref_XA)
-    reward_XA, away_X = _newton(value, _autograd_derivatives(value), start_XA, math.inf)
-    assert not away_X.any(), f"a convex loss bounded below never slopes downwards for ever: {reward_XA[away_X]}"
+    reward_XA, away_X = _newton(value, derivatives, start_XA, math.inf, 1e-13 * max(1.0, game.eta))
+    _check_found(reward_XA, away_X)
     logits_XA = log_ref_XA + reward_XA / loss.beta
     return Optimum(loss_X(logits_XA).sum(-1), torch.softmax(logits_XA, -1), reward_XA)
 

@@ -1,7 +1,7 @@
 """The theorem's checks as data: what theory says, what the code that trains (or a second solver) computes.
 
-`golden` and `equivalence` fail if `losses` is wrong by half a percent in a coefficient: values hardly feel that (the
-optimum is flat), policies do, so every problem is held to its policy.
+`golden` and `equivalence` fail if `losses` is wrong by half a percent in a coefficient. Every problem is held to its
+policy as well as to its value: a policy trained with the wrong coefficient loses little (the optimum is flat).
 """
 
 import math

@@ -123,7 +123,7 @@ def test_summary_by_hand():
 
 
 def test_summary_without_gold_or_kl():
-    """What was not measured is None, under the same names."""
+    """What was not measured is None, under the same names; without an error nothing is below the reference for sure."""
     full = overopt.summarise(make_curve([1.0, 2.0]))
     without = overopt.summarise([make_point(0, kl=0.0), make_point(50, kl=1.0)])
     assert without.keys() == full.keys()
@@ -131,6 +131,8 @@ def test_summary_without_gold_or_kl():
     without = overopt.summarise([make_point(0, gold=0.0), make_point(50, gold=1.0)])
     assert without.keys() == full.keys()
     assert without["gold/at_1"] is None and without["kl/max"] is None and without["gold/peak"] == 1.0
+    unsure = overopt.summarise(make_curve([2.0, 1.0], se=None))
+    assert unsure["gold/drop"] == 1.0 and unsure["gold/drop_se"] is unsure["step/below_reference"] is None
 
 
 def test_noise_is_seldom_called_overoptimisation():

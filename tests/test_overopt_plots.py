@@ -29,7 +29,7 @@ def make_group(label="DPO", beta=0.1, seeds=2, checkpoints=4, names=METRICS, se=
 def test_every_figure(tmp_path):
     """All five, with every option, are pictures of more than one colour, and no figure stays open."""
     groups = [make_group(label, beta) for label in ("DPO", "RPO sum eta 0.25") for beta in (0.02, 0.1)]
-    paths = overopt_plots.draw_study(groups, tmp_path / "new" / "figures", BEST, form="rl")
+    paths = overopt_plots.draw_study(groups, tmp_path / "new" / "figures", BEST)
     assert [path.name for path in paths] == [
         "overoptimisation.png",
         "beta.png",
@@ -62,7 +62,7 @@ def test_a_group_without_a_metric_is_left_out_of_its_panel(tmp_path):
     """Gold that one checkpoint of one seed lacks is not drawn for its group, and the others are."""
     whole, part = make_group(beta=0.1), make_group(beta=0.2)
     part.runs[1]["curve"][2]["metrics"]["gold"]["value"] = None
-    figure = overopt_plots._distance_figure([whole, part], overopt_plots._styles([whole, part]), (), None)
+    figure = overopt_plots._distance_figure([whole, part], overopt_plots._styles([whole, part]), ())
     drawn = [axes.get_legend_handles_labels()[1] for axes in figure.axes]
     assert drawn == [["reference", "DPO beta 0.1"], ["DPO beta 0.1", "DPO beta 0.2"]]
     plt.close(figure)
@@ -74,7 +74,7 @@ def test_means_and_errors_by_hand(seeds):
     group = make_group(seeds=seeds)
     if seeds > 1:
         del group.runs[0]["curve"][-1]  # a seed that ended early
-    figure = overopt_plots._distance_figure([group], overopt_plots._styles([group]), (), None)
+    figure = overopt_plots._distance_figure([group], overopt_plots._styles([group]), ())
     line, _, (bars,) = figure.axes[0].containers[0]
     curves = [run["curve"] for run in group.runs]
     count = min(map(len, curves))
@@ -105,7 +105,7 @@ def test_many_groups_stay_apart(tmp_path):
     groups = [make_group(f"RPO sum eta 0.{i:02d} optim.lr=0.0005", 0.02, seeds=1) for i in range(20)]
     styles = overopt_plots._styles(groups)
     assert len({(s["color"], s["ls"]) for s in styles.values()}) == 20
-    figure = overopt_plots._distance_figure(groups, styles, (), None)
+    figure = overopt_plots._distance_figure(groups, styles, ())
     figure.canvas.draw()
     (legend,) = figure.legends
     top = legend.get_window_extent().y1

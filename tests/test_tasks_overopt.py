@@ -312,7 +312,8 @@ def test_supervised_run(tiny, tmp_path):
 
 
 def test_a_reference_of_its_own(made, tmp_path):
-    """With reference.path the KL is to that model, at step 0 too, where the policy is the starting weights."""
+    """With reference.path the KL is to that model, at step 0 too, where the policy is the starting weights, and Gao's laws,
+    which begin at the reference, are not fitted."""
     vocab_size = AutoModelForCausalLM.from_pretrained(made / "model").config.vocab_size
     make_lm(vocab_size=vocab_size, seed=5).save_pretrained(tmp_path / "other")
     where = [f"model.path={made / 'model'}", f"reference.path={tmp_path / 'other'}"]
@@ -323,7 +324,8 @@ def test_a_reference_of_its_own(made, tmp_path):
     assert first["step"] == 0 and first["split"] == "eval"
     for name in ("shift/chosen", "rewards/margins", "nll/chosen"):
         assert values(run["curve"][0])[name] == pytest.approx(first[name], rel=1e-4), name
-    assert values(run["curve"][0])["kl"] > 1
+    assert (kl := values(run["curve"][0])["kl"]) > 1
+    assert [fit["reason"] for fit in run["fits"]] == [f"step 0 is {kl:.3g} nats from the reference"] * 2
 
 
 # ---- what is refused
@@ -335,9 +337,12 @@ def copied(made, tmp_path):
 
 def test_folders_without_runs(made, tmp_path):
     """Nothing there, no run in it, none with checkpoints, one that failed: one line, and nothing is written."""
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "odd"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "odd/status.json").write_text("[]")
     sweep = made / "sweep"
     for found, message in {
+        tmp_path / "odd": f"runs={tmp_path}/odd: no run with checkpoints there;",
         tmp_path / "nowhere": f"runs={tmp_path}/nowhere: no such folder; give a run's, or a sweep's",
         tmp_path / "empty": f"runs={tmp_path}/empty: no run with checkpoints there; a run's folder has a config.yaml",
         sweep / "10": f"runs={sweep}/10: no run with checkpoints there: {sweep}/10 (no checkpoints;",
@@ -402,6 +407,8 @@ def test_checkpoints_of_another_model(made, tmp_path):
         (["task.max_new_tokens=500"], "task.max_new_tokens=500: beside a prompt of"),
         (["model.dtype=float64"], "model.dtype=float64: the run's weights are float32"),
         (["data.eval=PROMPTS"], "PROMPTS:1: field chosen"),
+        (["data.eval=OTHER", "task.pairs=0"], "data.eval: the prompt 'hi there' is none of the embedded task's"),
+        (["data.eval=EMPTY", "task.pairs=0"], "data.eval: the prompt ' ' is none of the embedded task's"),
         (
             ["task.bon=[1,8]", "task.bon_samples=4"],
             "task.bon_samples=4 with task.bon=[1, 8]: the best of n needs n answers",
@@ -419,6 +426,9 @@ def test_settings_that_do_not_fit(made, tmp_path, more, message):
     """Each in one line with the key, its value and what was expected."""
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": row["prompt"]} for row in lines(made / "eval.jsonl")])
     names = {"MODEL": str(made / "model"), "PROMPTS": str(prompts)}
+    for name, text in (("OTHER", "hi there"), ("EMPTY", " ")):
+        row = {"prompt": [{"role": "user", "content": text}]}
+        names[name] = str(write_jsonl(tmp_path / f"{name}.jsonl", [row]))
     for name, path in names.items():
         more, message = [arg.replace(name, path) for arg in more], message.replace(name, path)
     assert refused(made / "sweep" / "0", tmp_path / "eval", *more).startswith(message)
@@ -460,7 +470,7 @@ def test_a_killed_evaluation_goes_on(made, results, tmp_path, monkeypatch):
 
 
 def test_settings_within_one_evaluation(made, results, tmp_path):
-    """Another setting, or a folder of something else, is refused and not touched."""
+    """Another setting, a folder of something else, or a file in its place is refused and not touched."""
     folder = shutil.copytree(made / "results", tmp_path / "eval")
     before = (folder / "points.jsonl").read_bytes()
     message = refused(made / "sweep", folder, "seed=5")
@@ -469,10 +479,11 @@ def test_settings_within_one_evaluation(made, results, tmp_path):
     )
     assert (folder / "points.jsonl").read_bytes() == before
     assert "of another kind; give another folder" in refused(made / "sweep/0", made / "sweep/1")
+    assert "can not be written (" in refused(made / "sweep/0", folder / "results.json")
 
 
 def test_points_of_other_things_are_made_anew(group, tmp_path):
-    """A point counts only for what it was made of; of two with one key the later one stands."""
+    """A point counts only for what it was made of; of two with one key the later one stands. A torn line costs no other."""
     points = Points(tmp_path)
     points.add("sha256 a", {"metrics": 1}, [{"response": "x"}], run="r", step=1)
     assert points.get("sha256 b", run="r", step=1) is None and points.get("sha256 a", run="r", step=2) is None
@@ -480,6 +491,11 @@ def test_points_of_other_things_are_made_anew(group, tmp_path):
     again = Points(tmp_path)
     assert again.get("sha256 b", run="r", step=1)["metrics"] == 2 and again.get("sha256 a", run="r", step=1) is None
     assert again.get("sha256 b", run="r", bon=1) is None
+    with again.points.open("ab") as file:
+        file.write(b'{"torn \xff\n')
+    again.add("sha256 c", {"metrics": 3}, run="r", step=2)
+    assert Points(tmp_path).get("sha256 c", run="r", step=2)["metrics"] == 3
+    assert [line["metrics"] for line in lines(tmp_path / "points.jsonl")] == [1, 2, 3]
 
 
 def test_a_new_checkpoint_is_measured(made, tmp_path, capsys):
