@@ -350,7 +350,7 @@ def practical_optimum(game: Bandit, loss: Loss | None = None, ridge: float = 0.0
 
     def derivatives(reward_XA: Tensor) -> tuple[Tensor, Tensor]:
         gradient_XA, hessian_XAA = by_autograd(reward_XA)
-        # Shifts of r move no loss, but autograd's rounding would move r along them: curvature there keeps its mean 0.
+        # Shifts of r move no loss, but autograd's rounding would move r along them: curvature there keeps its mean near 0.
         return gradient_XA, hessian_XAA + hessian_XAA.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
 
     start_XA = torch.zeros_like(game.ref_XA)

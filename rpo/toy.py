@@ -24,7 +24,10 @@ RIDGE = 1e-8  # on rewards, for DPO alone: it has no minimiser (or many), the ri
 
 
 def draw(num_comparisons: int, seeds: int) -> Tensor:
-    """Win counts wins_S1AA of `seeds` data sets; seed s is the same whatever `seeds` is."""
+    """Win counts wins_S1AA of `seeds` data sets; seed s is the same whatever `seeds` is.
+
+    Its rare comparisons are the same at every N too, so that errors of different N are not independent.
+    """
     wins = torch.zeros(seeds, 1, len(REWARD_A), len(REWARD_A), dtype=torch.float64)
     upset = torch.sigmoid(torch.tensor(-1.0))  # the worse of two actions that are a reward of 1 apart wins
     for seed in range(seeds):

@@ -162,6 +162,29 @@ def test_best_response_is_the_best_of_many():
     assert (theory.phi(wide, policies, reward.expand(2000, 3, 5)) <= value + 1e-13).all()
 
 
+@pytest.mark.parametrize(("beta", "eta"), [(1, 1e-4), (0.2, 1e-4), (0.1, 1000), (1, 1e-8), (1, 1e6)])
+def test_the_certificate_holds_far_from_one(beta, eta):
+    """T(pi_hat) = F(r_hat) to 1e-10 of its size, where eta is tiny or huge too."""
+    game = bandits.random(4, beta=beta, eta=eta, seed=11)
+    best = theory.minimax(game)
+    torch.testing.assert_close(theory.worst_case(game, best.policy_XA), best.value, rtol=1e-10, atol=1e-10)
+
+
+def test_the_dual_is_right_or_refuses():
+    """With pulls that float64 can not tell from 0 or 1 the dual stops in one line: no wrong policy comes out."""
+    game = bandits.random(3, beta=100, eta=1e-3, seed=1)
+    with pytest.raises(UserError, match="^beta, eta: Newton is stuck"):
+        theory.maximin(game)
+
+
+def test_one_way_wins_with_the_chosen_law():
+    """One pair, always won, base all on it: the infimum is at infinity; training's reward does not drift by c(x) on the way."""
+    game = bandits.empirical([[0.5, 0.5]], [[[0, 5], [0, 0]]], beta=0.1, eta=0.1)
+    best = theory.practical_optimum(game)
+    torch.testing.assert_close(best.policy_XA, float64([1.0, 0.0]), rtol=0, atol=1e-12)
+    assert float(best.value) < 1e-12 and abs(float(best.reward_XA.mean())) < 1e-3
+
+
 def test_shifts_of_the_reward_change_nothing():
     """phi and F are the same for r + c(x): what subtracting the baseline's reward is for."""
     game = bandits.random(4, beta=0.4, eta=0.5, seed=2)
@@ -293,6 +316,7 @@ GOOD = {"d0": [1.0], "ref": [[0.5, 0.5]], "base": [[0.3, 0.7]], "wins": [[[0, 3]
         ({"ref": [0.5, 0.5]}, "ref: shape"),
         ({"ref": [[0.5, 0.5], [1.0]]}, "ref=.*rectangular"),
         ({"ref": "uniform"}, "ref=uniform: expected a rectangular table"),
+        ({"ref": "two\nlines"}, "ref=two lines: expected a rectangular table"),
         ({"base": [[0.3, 0.6]]}, "base: probabilities sum to 0.9"),
         ({"base": [[-0.5, 1.5]]}, "base: holds -0.5"),
         ({"base": [[0.3, 0.3, 0.4]]}, r"base: shape \(1, 3\); expected \(1, 2\)"),
@@ -320,6 +344,12 @@ def test_bad_games_are_named(change, message):
         (lambda g: theory.maximin(replace(g, beta=1e-6)), "beta, eta: Newton is stuck"),
         (lambda g: theory.minimax(g, box=0.0), "box=0.0"),
         (lambda g: theory.minimax(g, box=math.nan), "box=nan"),
+        (lambda g: theory.minimax(g, box=3e6), "box=3000000.0"),
+        (lambda g: theory.worst_case(g, g.ref_XA, box=3e6), "box=3000000.0"),
+        (
+            lambda g: theory.minimax(bandits.empirical([[0.5, 0.5]], [[[0, 1], [0, 0]]], beta=1e6, eta=1.0)),
+            "beta, eta: a reward passes",
+        ),
         (lambda g: theory.worst_case(g, [[0.5, 0.6]]), "policy: probabilities sum to 1.1"),
         (lambda g: theory.phi(g, [[0.5, 0.5]], [[0.0, math.inf]]), "reward: holds inf"),
         (lambda g: theory.gibbs(g, [[0.0, 1.0, 2.0]]), "reward: shape"),
@@ -355,6 +385,7 @@ def test_bad_questions_are_named(call, message):
         ({"base": (0.5, 0.6)}, "base=.*sums to 1.1"),
         ({"base": (0.0, 0.0)}, "base=.*sums to 0"),
         ({"base": (0.5, 0.2, 0.3)}, "base=.*two numbers"),
+        ({"base": 0.5}, "base=0.5: expected the two numbers"),
         ({"ref": (0.0, 1.0)}, "ref=0.0"),
         ({"ref": (0.8, 0.8)}, "ref=.*sums to 1.6"),
         ({"p": 1.0, "base": (1.0, 0.0)}, "root is infinite"),
