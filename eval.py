@@ -12,6 +12,7 @@ goes through the checkpoints of all runs below a folder, and goes on where it wa
 
 import gc
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import hydra
@@ -37,6 +38,7 @@ from rpo import gold as embedded
 from rpo.config import Eval, GenerateTask, Gold, GoldTask, OveroptTask, PairsTask, SelectTask, UserError
 from rpo.points import Points
 from rpo.redact import redacted
+from rpo.reference import weights_digest
 from rpo.tasks import generate, gold, overopt, pairs, select
 
 
@@ -108,9 +110,10 @@ def _of_models(cfg: Eval, device: torch.device) -> None:
         }
         reference = None
         if reference_path is not None:
-            reference = models.prepare(
-                models.load(reference_path, None, master, key="reference.path", **trust), **shard
-            )
+            lm = models.load(reference_path, None, master, key="reference.path", **trust)
+            if cfg.reference.path is None:
+                _check_reference(lm, reference_path, paths, made_by, device)
+            reference = models.prepare(lm, **shard)
         stop_ids = tokens.stop_ids(tokenizer, cfg.data.template_date)
         where = {"device": device, "seed": cfg.seed}
         results, samples, noise_floors = {}, [], {}
@@ -169,6 +172,28 @@ def _from_runs(made_by: list[dict | None], key: str) -> str | list[str]:
             f"{key}=null: the models' runs used {' and '.join(sorted(set(map(str, found))))}; give {key}=..."
         )
     return found[0]
+
+
+def _check_reference(
+    lm: models.PreTrainedModel, path: str, model_paths: list[str], made_by: list[dict], device: torch.device
+) -> None:
+    """Raises UserError where the weights at `path` are not those that a model's run recorded. A collective."""
+    now = weights_digest(lm)
+    for model, run in zip(model_paths, made_by, strict=True):
+        width = torch.promote_types(models.compute_dtype(run["model"]["dtype"], device), torch.float32)
+        then = _recorded_reference(Path(model).parent / "environment.json")
+        if lm.dtype == width and then not in (None, now):  # a digest is of weights as wide as the run's
+            raise UserError(
+                f"reference.path=null: the run of {model} was compared with {path} of digest {then[:24]}, now it is "
+                f"{now[:24]}; put it back as it was, or give reference.path={path} to compare with its present weights"
+            )
+
+
+def _recorded_reference(environment: Path) -> str | None:
+    """The digest of the weights that a run had for its reference; None where nothing says so."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return rundir.read_json(environment)["reference"]["train"]["weights"]
+    return None
 
 
 def _beta(task: PairsTask, run: dict | None, path: str) -> float:

@@ -179,6 +179,8 @@ def train(cfg: Train) -> str:
         if dist.is_main():
             measured = {"noise_floor": noise_floor, "layout": layout, "attention": policy.attention}
             measured |= {"reference": {name: report for name, (_, report) in looked_up.items()}}
+            if live:
+                measured["reference"]["train"] = {"weights": facts["reference.path"]}
             rundir.write_environment(run_dir, device, first_step=first_step, **measured)
 
         # ---- accumulators, and what the loop calls -----------------------------------------------------------------

@@ -91,17 +91,12 @@ def _check_checkpoint(cfg: Train) -> None:
 
 
 def _check_log(cfg: Train) -> None:
-    every, loss = cfg.log.gradient_split, cfg.loss
+    every = cfg.log.gradient_split
     _require(every >= 0, f"log.gradient_split={every}: expected 0 (off) or a number of steps")
     _require(
         every % cfg.log_every == 0,
         f"log.gradient_split={every} with log_every={cfg.log_every}: what it finds stands in those lines; make it a "
         "multiple of log_every",
-    )
-    _require(
-        not every or (loss.preference != "none" and loss.eta > 0),
-        f"log.gradient_split={every} with loss.preference={loss.preference}, loss.eta={loss.eta}: one term alone has "
-        "nothing to be compared with; set it to 0",
     )
 
 

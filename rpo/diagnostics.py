@@ -33,7 +33,7 @@ def gradient_split(
 
     g_p and g_s are the gradients of the step's preference and SFT terms (eta included), over all parameters and before
     clipping; so the update's own g has |g|^2 = |g_p|^2 + |g_s|^2 + 2 |g_p| |g_s| cosine. A zero gradient (hinge with
-    every margin reached) has no direction: the cosine is then left out.
+    every margin reached) has no direction: the cosine is then left out. Of a term that is off nothing is said.
 
     A collective, to which each rank brings its `plan` and `batches`, while no parameter has a gradient. It takes a forward
     and a backward pass per term and waits for the device; weights, gradients and random state stay as they were. Raises
@@ -54,12 +54,16 @@ def gradient_split(
         return found
 
     # A pass for each: where one term is much the smaller, the whole gradient less the other's would be rounding.
-    counts = {"step_pairs": plan.pairs, "step_chosen_tokens": plan.chosen_tokens}
-    preference = gradient(partial(losses.preference_loss, cfg.loss), reference)
-    sft = gradient(partial(losses.sft_loss, cfg.loss, **counts), None)  # which reads no reference
-    norm, sft_norm, product = _products(preference, sft, device)
-    cosine = [product / (norm * sft_norm)] if norm and sft_norm else []
-    return dict(zip(GRADIENT_SPLIT, [norm, sft_norm, *cosine], strict=False))
+    (name, sft_name, cosine_name), terms = GRADIENT_SPLIT, {}
+    if cfg.loss.preference != "none":
+        terms[name] = gradient(partial(losses.preference_loss, cfg.loss), reference)
+    if cfg.loss.sft != "none" and cfg.loss.eta:
+        counts = {"step_pairs": plan.pairs, "step_chosen_tokens": plan.chosen_tokens}
+        terms[sft_name] = gradient(partial(losses.sft_loss, cfg.loss, **counts), None)  # which reads no reference
+    first, *_, last = [*terms.values()] * 2
+    norm, other, product = _products(first, last, device)
+    split = dict(zip(terms, (norm, other), strict=False))
+    return split | ({cosine_name: product / (norm * other)} if len(terms) == 2 and norm and other else {})
 
 
 def _products(a: list[DTensor], b: list[DTensor], device: torch.device) -> tuple[float, float, float]:

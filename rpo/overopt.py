@@ -27,6 +27,7 @@ ALPHA = 0.05  # chance of a run whose gold is flat being called overoptimised
 SLIGHT = 0.1  # of the gain over the reference: a smaller drop is no overoptimisation, however sure
 LARGE = 0.5  # of the gain: where noise leaves room for such a drop, nothing is said
 STAYED = 0.1  # nats: a policy that never was further than this has not left the reference
+ENDED = 0.9  # share of answers: where fewer end of themselves, gold is of cut ones
 
 
 def value(point: dict, name: str) -> float | None:
@@ -221,15 +222,33 @@ def _beside(summary: dict) -> str:
     return f", while {' and '.join(parts)}" if parts else ""
 
 
-def _drop(summary: dict, drop: str) -> str:
-    """`drop` said with where it began and where it led."""
-    at_kl = "" if summary["kl/peak"] is None else f" (KL {_number(summary['kl/peak'])} nats)"
-    end, margin = summary["gold/final_gain"], summary["gold/noise"] * (summary["gold/final_gain_se"] or 0)
-    level = "to below the reference" if end < -margin else "and is still above the reference"
-    level = "to the reference's level" if abs(end) <= margin else level
+def cut(curves: Sequence[Sequence[dict]], max_new_tokens: int) -> str | None:
+    """One sentence where fewer than ENDED of the answers of a checkpoint ended of themselves; the worst of all curves."""
+    shares = [(value(point, "samples/ended"), point["step"]) for curve in curves for point in curve]
+    share, step = min((each for each in shares if each[0] is not None), default=(1.0, 0))
+    if share >= ENDED:
+        return None
+    of_gold = "; gold is of cut answers" if any("gold" in point["metrics"] for point in curves[0]) else ""
+    return f"up to {1 - share:.0%} of the answers (step {step}) were cut at {max_new_tokens} tokens{of_gold}"
+
+
+def _drop(summary: dict, drop: str, end: str) -> str:
+    """`drop` said with where it began and where it led: `end`, how far from the reference, with its error."""
     if summary["step/peak"] == 0:
         return f"gold fell {drop} from the reference, which no checkpoint was above"
-    return f"gold fell {drop} from its peak at step {_number(summary['step/peak'])}{at_kl} {level}"
+    at = f"at step {_number(summary['step/peak'])}"
+    at += "" if summary["kl/peak"] is None else f" (KL {_number(summary['kl/peak'])} nats)"
+    over, margin = (summary["gold/final_gain"], summary["gold/noise"] * (summary["gold/final_gain_se"] or 0))
+    level = f"{'and is still' if over > margin else 'to'} {end} {'above' if over >= 0 else 'below'} the reference"
+    if summary["gold/gain"] <= summary["gold/noise"] * (summary["gold/gain_se"] or 0):
+        return f"gold never rose beyond noise, and fell {drop} from its highest {at} {level}"
+    return f"gold fell {drop} from its peak {at} {level}"
+
+
+def _constant(summary: dict) -> bool:
+    """Whether gold did not move at all, on any prompt: noise of training or sampling would have shown."""
+    parts = [f"gold/{name}{part}" for name in ("drop", "gain", "final_gain") for part in ("", "_se")]
+    return summary["step/below_reference"] is None and all(summary[part] == 0 for part in parts)
 
 
 def verdict(summary: dict) -> str:
@@ -240,12 +259,12 @@ def verdict(summary: dict) -> str:
     if summary["gold/drop_se"] is None or summary["gold/gain_se"] is None:
         return "Can not tell: gold has no standard error; sample more prompts."
     drop, gain, end = (
-        _with_error(summary[f"gold/{name}"], summary[f"gold/{name}_se"]) for name in ("drop", "gain", "final_gain")
+        _with_error(abs(summary[f"gold/{name}"]), summary[f"gold/{name}_se"]) for name in ("drop", "gain", "final_gain")
     )
     bound = summary["gold/drop"] + summary["gold/noise"] * summary["gold/drop_se"]
     match found:
         case "overoptimised":
-            return f"Overoptimised: {_drop(summary, drop)}{_beside(summary)}."
+            return f"Overoptimised: {_drop(summary, drop, end)}{_beside(summary)}."
         case "none":
             last = summary["step/peak"] == summary["step/final"]
             fell = (
@@ -258,6 +277,8 @@ def verdict(summary: dict) -> str:
             return (
                 f"Under-optimised: the policy never left the reference (KL at most {_number(kl)} nats), nor did gold."
             )
+    if _constant(summary):
+        return "Can not tell: gold is the same for every answer to a prompt."
     if summary["gold/gain"] > summary["gold/noise"] * summary["gold/gain_se"]:
         return f"Can not tell: gold rose {gain}; its drop of {drop} is within noise, which allows {_number(bound)}."
     return f"Can not tell: gold neither rose ({gain}) nor fell ({drop}) beyond noise; sample more prompts."
@@ -280,10 +301,13 @@ def group_verdict(summaries: Sequence[dict]) -> str:
     if means["gold/drop"] is None:
         return f"{words[most]} in {count} of {seeds} seeds{rest}: not every seed has a gold reward."
     drop = f"{_number(means['gold/drop'])} (sd {_number(stdev(summary['gold/drop'] for summary in summaries), 2)})"
+    over = means["gold/final_gain"]
     if most == "overoptimised":
-        said = _drop(means, drop).replace("at step", "near step")
+        end = f"{_number(abs(over))} (sd {_number(stdev(summary['gold/final_gain'] for summary in summaries), 2)})"
+        said = _drop(means, drop, end).replace("at step", "near step")
+    elif most == "unclear" and all(map(_constant, summaries)):
+        said = "gold is the same for every answer to a prompt"
     else:
-        end = means["gold/final_gain"]
-        side = "above" if end >= 0 else "below"
-        said = f"gold ended {_number(abs(end))} {side} the reference and {drop} below its peak"
+        side = "above" if over >= 0 else "below"
+        said = f"gold ended {_number(abs(over))} {side} the reference and {drop} below its peak"
     return f"{words[most]} in {count} of {seeds} seeds{rest}: {said}{_beside(means)}."

@@ -31,6 +31,7 @@ _HEALTH = (
     ("entropy/top10", "entropy of the top 10 (nats)"),
     ("mass/top10", "probability of the top 10"),
     ("samples/length", "length of answers (tokens)"),
+    ("samples/ended", "share of answers that ended"),
 )
 
 
@@ -46,7 +47,7 @@ def draw_study(groups: Sequence[Group], folder: Path, best_of_n: Sequence[dict] 
         "beta": lambda: _beta_figure(groups),
         "signals": lambda: _step_figure(groups, how, _SIGNALS, columns=2),
         "accuracy": lambda: _accuracy_figure(groups, how),
-        "health": lambda: _step_figure(groups, how, _HEALTH, columns=2),
+        "health": lambda: _step_figure(groups, how, _HEALTH, columns=3),
     }
     paths = []
     for name, draw in figures.items():

@@ -72,7 +72,7 @@ def identity(weights: str, policy: Policy, *, compute_dtype: torch.dtype, device
     return {
         **({} if module.startswith("transformers.") else {"code": module}),
         "weights": weights,
-        "config": _computed(json.loads(policy.lm.config.to_json_string(use_diff=False))),
+        "config": computed(json.loads(policy.lm.config.to_json_string(use_diff=False))),
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "layout": layout,
         "attention": policy.attention if layout == "packed" else "the model's own",
@@ -85,10 +85,10 @@ def identity(weights: str, policy: Policy, *, compute_dtype: torch.dtype, device
     }
 
 
-def _computed(config: dict) -> dict:
+def computed(config: dict) -> dict:
     """A model's config, and those nested in it, without NOT_COMPUTED."""
     kept = {name: value for name, value in config.items() if name not in NOT_COMPUTED}
-    return {name: _computed(value) if isinstance(value, dict) else value for name, value in kept.items()}
+    return {name: computed(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 def key_of(facts: dict) -> str:

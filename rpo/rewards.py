@@ -5,8 +5,10 @@ T tokens.
 """
 
 import importlib.util
+import json
 import math
 import numbers
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from rpo import config, dist, gold, tokens
+from rpo import config, dist, gold, reference, runs, tokens
 from rpo.config import UserError
 from rpo.generate import Completion
 from rpo.rows import Messages, RowError, one_line
@@ -42,8 +44,11 @@ def source(spec: str, *, device: torch.device, dtype: torch.dtype, date: str, tr
     return RewardModel(spec, device=device, dtype=dtype, date=date, trust_remote_code=trust_remote_code)
 
 
-def identity(spec: str) -> bytes:
-    """What `task.gold` is, for a digest: the text of a verifier's file, else its name."""
+def identity(spec: str, source: Gold | None) -> bytes:
+    """What `task.gold` is, for a digest: a reward model's weights, config and tokenizer, the text of a verifier's file
+    (of what it imports nothing), else the name. `source` is what `spec` was read as, None where nothing was."""
+    if isinstance(source, RewardModel):
+        return source.identity
     file = Path(spec.rpartition(":")[0]).expanduser()
     return file.read_bytes() if spec.rpartition(":")[0].endswith(".py") else spec.encode()
 
@@ -65,6 +70,13 @@ def _shared(work: Callable[[slice], np.ndarray], count: int) -> np.ndarray:
     return found
 
 
+def _raised(error: BaseException, file: Path) -> str:
+    """An error of the user's code in one line, with the line of `file` that it came through, if any."""
+    frames, own = traceback.extract_tb(error.__traceback__), file.resolve()
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == own]
+    return f"{type(error).__name__}: {one_line(error)}" + (f" ({file}:{lines[-1]})" if lines else "")
+
+
 def verifier(file: Path, name: str) -> Gold:
     """The function `name` of a Python file of the user's: f(prompt, response) -> a finite number.
 
@@ -78,8 +90,8 @@ def verifier(file: Path, name: str) -> Gold:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
-        raise UserError(f"{key}: importing it raised {type(error).__name__}: {one_line(error)}") from None
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise UserError(f"{key}: importing it raised {_raised(error, file)}") from None
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{key}: the file has no function {name}")
@@ -88,8 +100,8 @@ def verifier(file: Path, name: str) -> Gold:
         where = f"{key}: for the prompt {prompt[:60]!r}"
         try:
             value = function(prompt, response)
-        except Exception as error:
-            raise UserError(f"{where} it raised {type(error).__name__}: {one_line(error)}") from None
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{where} it raised {_raised(error, file)}") from None
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
             raise UserError(f"{where} it returned {repr(value)[:60]}; expected a finite number")
         return float(value)
@@ -136,8 +148,11 @@ class RewardModel:
             raise UserError(f"{self.key}: the weights could not be loaded ({one_line(error)})") from None
         if info["missing_keys"]:
             raise UserError(f"{self.key}: the checkpoint lacks {sorted(info['missing_keys'])[0]}; it is incomplete")
-        self.model = model.eval().requires_grad_(False).to(device)
         self.tokenizer = tokens.load_tokenizer(path, **trust)
+        settings = reference.computed(json.loads(found.to_json_string(use_diff=False)))
+        facts = [reference.weights_digest(model), type(model).__module__, settings, runs.identity_of(self.tokenizer)]
+        self.identity = json.dumps([path, *facts], sort_keys=True).encode()
+        self.model = model.eval().requires_grad_(False).to(device)
         self.pad = found.get_text_config().pad_token_id  # None: a decoder would not know where a short text ends
         self.positions = getattr(found.get_text_config(), "max_position_embeddings", None) or math.inf
 

@@ -78,8 +78,11 @@ def select(curve: Sequence[dict], limits: Limits, *, score: str | None = None, d
         first = next((i for i in range(1, len(curve)) if failed[i]), len(curve))
         feasible = [i for i in feasible if i < first]
     if not feasible:
+        words = {"max_kl": "kl ", "max_displacement": "displacement_rate ", "entropy_falls": "entropy/top10 "}
+        mend = [f"raise task.{key}" for key, word in words.items() if any(f.startswith(word) for f in failed[1])]
+        mend += ["lower task.min_ended"] * any(f.startswith("samples/ended ") for f in failed[1])
         raise UserError(
-            f"no checkpoint is feasible: step {curve[1]['step']} has {', '.join(failed[1])}; raise the limit"
+            f"no checkpoint is feasible: step {curve[1]['step']} has {', '.join(failed[1])}; {', '.join(mend)}"
         )
     if score is None:
         why = "the last checkpoint: none fails"

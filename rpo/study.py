@@ -29,7 +29,7 @@ def check(runs: Sequence[dict]) -> None:
 def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], list[Group]]:
     """(runs with their summary, verdict and fits; a record per group of runs that differ in seeds alone; the groups).
 
-    `runs` are {"run", "settings", "curve", ...}. A group's fits pool its curves, with intervals that draw runs anew
+    `runs` are {"run", "settings", "max_new_tokens", "curve", ...}. A group's fits pool its curves, with intervals that draw runs anew
     (prompts, where there is one run); a run's have none.
     """
     runs = [run | {"summary": overopt.summarise(run["curve"])} for run in runs]
@@ -47,6 +47,7 @@ def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], 
             "runs": [run["run"] for run in g.runs],
             "seeds": [list(seeds) for seeds in g.seeds],
             "verdict": overopt.group_verdict([run["summary"] for run in g.runs]),
+            "cut": overopt.cut([run["curve"] for run in g.runs], max(run["max_new_tokens"] for run in g.runs)),
             "summary": intervals[g.label],
             "fits": _fits(g.runs, over="runs" if len(g.runs) > 1 else "prompts", seed=seed),
         }
@@ -66,13 +67,14 @@ def _fits(runs: Sequence[dict], **how: Any) -> list[dict]:
 def mean_best_of_n(runs: Sequence[dict]) -> list[dict]:
     """Best-of-n of the reference, averaged over the runs whose implicit rewards ranked its answers; [] where none did.
 
-    Gold's `se` is over those runs (null of one): how much it depends on which of them ranked.
+    Gold's `se` is the mean of theirs, each clustered by prompt: they rank the same answers to the same prompts, so that
+    more runs make it no smaller. Null where a run has none.
     """
     curves = [run["bon"] for run in runs if run.get("bon")]
     mean = []
     for points in zip(*curves, strict=True):
-        gold = [point["gold"]["value"] for point in points]
-        se = float(np.std(gold, ddof=1) / len(gold) ** 0.5) if len(gold) > 1 else points[0]["gold"]["se"]
+        gold, errors = ([point["gold"][part] for point in points] for part in ("value", "se"))
+        se = None if None in errors else float(np.mean(errors))
         mean.append(
             {key: points[0][key] for key in ("n", "kl")}
             | {"gold": {"value": float(np.mean(gold)), "se": se, "n": len(gold)}}
@@ -81,7 +83,7 @@ def mean_best_of_n(runs: Sequence[dict]) -> list[dict]:
 
 
 def lines(records: Sequence[dict]) -> str:
-    """A row per group: means over seeds, with the drop's standard deviation; below it a sentence each."""
+    """A row per group: means over seeds, with the drop's standard deviation; below it a sentence each, or two."""
     cells = [["", *(heading for heading, *_ in _SHOWN), "seeds"]]
     for record in records:
         row = [record["label"]]
@@ -95,4 +97,5 @@ def lines(records: Sequence[dict]) -> str:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in cells
     ]
-    return "\n".join([*made, *(f"{record['label']}: {record['verdict']}" for record in records)])
+    said = [f"{record['label']}: {text}" for record in records for text in (record["verdict"], record["cut"]) if text]
+    return "\n".join([*made, *said])

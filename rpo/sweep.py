@@ -206,7 +206,8 @@ def write_table(folder: Path) -> int:
     swept = [key for key in table[0] if key not in ("cell", "seed") and len({row.get(key) for row in table}) > 1]
     swept = sorted((key for key in swept if "." in key), key=lambda key: key not in ("loss.beta", "loss.eta"))[:2]
     if swept and any(value in row for row in table for value in _SHOWN):
-        plots.draw_heatmap(table, swept[0], swept[-1], _SHOWN, folder / "sweep.png")
+        draw = plots.draw_line if len(swept) == 1 else plots.draw_heatmap
+        draw(table, *swept, _SHOWN, folder / "sweep.png")
     num_failed = sum(row["state"] == "failed" for row in table)
     print(f"{folder / 'sweep.csv'}: {len(table)} cells, {num_failed} failed", flush=True)
     return num_failed

@@ -97,7 +97,9 @@ def draw_grid(values: Tensor, path: Path) -> Path:
     image = axes.imshow(values.numpy(), origin="lower", aspect="auto", vmin=-1, vmax=1, cmap="RdYlBu")
     for i, row in enumerate(values.tolist()):
         for j, value in enumerate(row):
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)
+            axes.text(
+                j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, bbox={"fc": "white", "alpha": 0.7, "lw": 0}
+            )
     axes.set(
         xlabel="eta (0: DPO)",
         ylabel="beta",

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from rpo import diagnostics, metrics, packing, score
-from rpo.config import UserError
-from tests.conftest import float64_throughout, make_lm, settings, tiny_args
+from tests.conftest import float64_throughout, make_lm
 from tests.step_gradient import LENGTHS, LOSS, VOCABULARY, logp, moved_copy, reference_logps, rows, step_and_facts
 from tests.test_models import prepared
 from tests.test_train import run, timeless, weights
@@ -101,17 +100,12 @@ def test_nothing_of_a_run_changes(tiny, tmp_path, monkeypatch):
     assert timeless(later[2:]) == timeless(every_second[2:])
 
 
-@pytest.mark.parametrize(
-    ("loss", "found"),
-    [
-        ("dpo", "loss.preference=sigmoid, loss.eta=0.0"),
-        ("sft", "loss.preference=none, loss.eta=1.0"),
-    ],
-)
-def test_one_term_alone_is_refused(tiny, loss, found):
-    """Without a preference term, or without an SFT term, there is nothing to compare: one line says so."""
-    with pytest.raises(
-        UserError, match=f"^log.gradient_split=10 with {found}: one term alone has nothing .* set it to 0$"
-    ):
-        settings(*tiny_args(tiny, f"loss={loss}", "log.gradient_split=10"))
-    assert settings(*tiny_args(tiny, f"loss={loss}")).log.gradient_split == 0, "it is off unless asked for"
+@pytest.mark.parametrize(("loss", "name"), [("rpo_sum", NORM), ("dpo", NORM), ("sft", SFT_NORM)])
+def test_one_term_alone_is_the_whole_gradient(tiny, tmp_path, loss, name):
+    """Where a term is off, a run logs the other's norm, which is the update's before clipping."""
+    args = [f"loss={loss}", "data.eval=null", "optim.max_grad_norm=0.01", "log.gradient_split=2"]
+    events = run(tiny, tmp_path / "run", *args, *(["loss.eta=0"] if loss == "rpo_sum" else []))
+    assert [set(NAMES) & set(event) for event in events] == [set(), {name}] * 2
+    assert all(
+        event[name] == pytest.approx(event["grad_norm"], rel=1e-5) and event[name] > 0.01 for event in events[1::2]
+    )

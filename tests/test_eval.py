@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -235,6 +236,29 @@ def test_a_run_says_what_it_was_compared_with(tiny, tmp_path):
         more = [f"reference.path={tiny / 'model'}", "task.beta=1", f"data.eval={tiny / 'eval.jsonl.gz'}"]
         evaluate(tmp_path / "no", "task=pairs", f"model.path={tmp_path}/none", *more)
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("kind", ["cached", "live"])
+def test_a_reference_that_was_replaced_is_refused(tiny, tmp_path, kind):
+    """Other weights at the path that a run took for its reference: one line, unless that path is asked for by name, the
+    run recorded nothing, or its weights were of another width, which makes digests differ.
+    """
+    start, run, asked = tmp_path / "start", tmp_path / "run", "task=pairs"
+    shutil.copytree(tiny / "model", start)
+    args = [f"reference={kind}", f"model.path={start}", "batch_size=8", "max_steps=1", f"run_dir={run}"]
+    train.train(settings(*tiny_args(tiny, "loss=dpo", "checkpoint.every=0", *args)))
+    dist.shutdown()
+    model, only = f"model.path={run / 'model'}", "task.limit=2"
+    evaluate(tmp_path / "before", asked, model, only)
+    evaluate(tmp_path / "wider", asked, model, only, "model.dtype=float64")
+    make_lm(seed=7).save_pretrained(start)
+    message = f"^reference.path=null: the run of {run}/model was compared with {start} of digest .{{24}}, now it is "
+    with pytest.raises(UserError, match=f"{message}.{{24}}; put it back as it was, or give reference.path={start} to "):
+        evaluate(tmp_path / "after", asked, model, only)
+    evaluate(tmp_path / "asked", asked, model, only, f"reference.path={start}")
+    for n, text in enumerate(("", "{}", '{"reference": {}}')):
+        (run / "environment.json").write_text(text)
+        evaluate(tmp_path / f"silent_{n}", asked, model, only)
 
 
 def test_generate(tiny, tmp_path):

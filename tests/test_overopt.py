@@ -158,20 +158,29 @@ PAIRS = {"rewards/accuracies": [0.5, 0.601, 0.605, 0.605], "shift/chosen": [0.0,
             "overoptimised",
             [2.9, 4.25, 2.0, 0.05],
             PAIRS,
-            "Overoptimised: gold fell 4.2 +- 0.14 from its peak at step 50 (KL 1 nats) to below the reference, "
-            "while held-out accuracy moved by 0.004 and chosen log-probs fell 63.2 nats.",
+            "Overoptimised: gold fell 4.2 +- 0.14 from its peak at step 50 (KL 1 nats) to 2.85 +- 0.14 below the "
+            "reference, while held-out accuracy moved by 0.004 and chosen log-probs fell 63.2 nats.",
         ),
         (
             "overoptimised",
             [2.9, 4.25, 3.8, 3.6],
             {},
-            "Overoptimised: gold fell 0.65 +- 0.14 from its peak at step 50 (KL 1 nats) and is still above the reference.",
+            "Overoptimised: gold fell 0.65 +- 0.14 from its peak at step 50 (KL 1 nats) and is still 0.7 +- 0.14 above the "
+            "reference.",
         ),
         (
             "overoptimised",
             [2.9, 4.25, 3.3, 2.8],
             {},
-            "Overoptimised: gold fell 1.45 +- 0.14 from its peak at step 50 (KL 1 nats) to the reference's level.",
+            "Overoptimised: gold fell 1.45 +- 0.14 from its peak at step 50 (KL 1 nats) to 0.1 +- 0.14 below the "
+            "reference.",
+        ),
+        (
+            "overoptimised",  # 0.1 is within noise
+            [2.9, 3.0, 2.5, 2.0],
+            {},
+            "Overoptimised: gold never rose beyond noise, and fell 1 +- 0.14 from its highest at step 50 (KL 1 nats) to "
+            "0.9 +- 0.14 below the reference.",
         ),
         (
             "overoptimised",
@@ -211,6 +220,7 @@ PAIRS = {"rewards/accuracies": [0.5, 0.601, 0.605, 0.605], "shift/chosen": [0.0,
             {},
             "Can not tell: gold neither rose (0.1 +- 0.14) nor fell (0.15 +- 0.14) beyond noise; sample more prompts.",
         ),
+        ("unclear", [1.0] * 4, {"se": 0.0}, "Can not tell: gold is the same for every answer to a prompt."),
         (
             "unclear",
             [2.9, 3.3, 3.25, 3.1],
@@ -245,8 +255,8 @@ def test_group_verdict():
     fine = overopt.summarise(make_curve([2.9, 4.0, 4.2, 4.2], **PAIRS))
     bare = overopt.summarise([make_point(0, kl=0.0), make_point(50, kl=1.0)])
     assert overopt.group_verdict(collapsed) == (
-        "Overoptimised in 2 of 2 seeds: gold fell 3.5 (sd 0.71) from its peak near step 50 (KL 1 nats) to below the "
-        "reference, while held-out accuracy moved by 0.004 and chosen log-probs fell 63.2 nats."
+        "Overoptimised in 2 of 2 seeds: gold fell 3.5 (sd 0.71) from its peak near step 50 (KL 1 nats) to 2.4 (sd 0.71) "
+        "below the reference, while held-out accuracy moved by 0.004 and chosen log-probs fell 63.2 nats."
     )
     assert overopt.group_verdict([*collapsed, fine]).startswith(
         "Overoptimised in 2 of 3 seeds, no overoptimisation seen in 1: gold fell 2.33 (sd 2.1) from its peak near"
@@ -259,7 +269,25 @@ def test_group_verdict():
         "Can not tell in 2 of 2 seeds: gold ended 0.15 below the reference and 0.2 (sd 0.071) below its peak."
     )
     assert overopt.group_verdict([fine]) == overopt.verdict(fine)
+    constant = overopt.summarise(make_curve([1.0] * 3, se=0.0))
+    assert overopt.group_verdict([constant] * 2) == (
+        "Can not tell in 2 of 2 seeds: gold is the same for every answer to a prompt."
+    )
     assert overopt.group_verdict([bare, bare]) == "Can not tell in 2 of 2 seeds: not every seed has a gold reward."
+
+
+def test_cut_answers_are_told():
+    """The worst checkpoint of all curves, where fewer than nine answers of ten ended; nothing at the border, or where
+    it was not measured; gold is spoken of where there is one."""
+    curves = [make_curve([1.0] * 3, samples__ended=shares) for shares in ([1.0, 0.9, 0.95], [1.0, 0.06, 0.5])]
+    for point in curves[0] + curves[1]:
+        point["metrics"]["samples/ended"] = point["metrics"].pop("samples__ended")
+    said = "up to 94% of the answers (step 50) were cut at 48 tokens; gold is of cut answers"
+    assert overopt.cut(curves, 48) == said
+    assert overopt.cut(curves[:1], 48) is None and overopt.cut([make_curve([1.0, 2.0])], 48) is None
+    for point in curves[1]:
+        del point["metrics"]["gold"]
+    assert overopt.cut(curves[1:], 48) == said.replace("; gold is of cut answers", "")
 
 
 @pytest.mark.parametrize(

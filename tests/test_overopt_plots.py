@@ -11,7 +11,7 @@ from rpo import answers, overopt_plots
 from rpo.groups import Group
 
 METRICS = ("gold", "proxy", "kl", "rewards/accuracies", "shift/chosen", "entropy", "entropy/top10", "mass/top10")
-METRICS += ("samples/length",)
+METRICS += ("samples/length", "samples/ended")
 BEST = [{"n": n, "kl": answers.best_of_n_kl(n), "gold": {"value": 1.0, "se": 0.1, "n": 9}} for n in (1, 4, 16)]
 
 

@@ -55,17 +55,18 @@ def test_verifier(group, tmp_path):
         ("def score(prompt, response):\n    return 'good'\n", "it returned 'good'; expected a finite number"),
         ("def score(prompt, response):\n    return None\n", "it returned None; expected a finite number"),
         ("def score(prompt, response):\n    return float('nan')\n", "it returned nan; expected a finite number"),
-        ("def score(prompt, response):\n    return 1 / 0\n", "it raised ZeroDivisionError: division by zero"),
+        ("def score(prompt, response):\n    return 1 / 0\n", "it raised ZeroDivisionError: division by zero (FILE:2)"),
+        ("def score(prompt, response):\n    raise SystemExit(3)\n", "it raised SystemExit: 3 (FILE:2)"),
         ("def score(prompt):\n    return 1\n", "it raised TypeError: "),
     ],
-    ids=["text", "none", "nan", "raises", "arguments"],
+    ids=["text", "none", "nan", "raises", "exits", "arguments"],
 )
 def test_a_verifier_that_gives_no_number(group, tmp_path, body, message):
-    """One line names file, function, the prompt and what came back."""
+    """One line names file, function, the prompt and what came back, or the line that raised."""
     source = verifier(tmp_path, body)
     with pytest.raises(UserError) as error:
         source(PROMPTS[:1], ANSWERS[:1], TEXTS[:1])
-    said = PROMPTS[0][-1]["content"]
+    said, message = PROMPTS[0][-1]["content"], message.replace("FILE", f"{tmp_path}/verify.py")
     assert str(error.value).startswith(f"task.gold={tmp_path}/verify.py:score: for the prompt {said[:60]!r} {message}")
     assert "\n" not in str(error.value)
 
@@ -77,6 +78,7 @@ def test_a_verifier_that_gives_no_number(group, tmp_path, body, message):
         ("def score(p, r): return 1\n", "other", "the file has no function other"),
         ("import no_such_module\n", "score", "importing it raised ModuleNotFoundError"),
         ("def score(:\n", "score", "importing it raised SyntaxError"),
+        ("import sys\nsys.exit('bye')\n", "score", r"importing it raised SystemExit: bye \(.*/verify.py:2\)$"),
         (None, "score", "no such file; expected FILE.py:FUNCTION"),
     ],
 )
@@ -109,6 +111,35 @@ def test_reward_model(group, tmp_path, pad):
     with torch.no_grad():
         whole = model(input_ids=torch.tensor([tokenizer("ba be bi").input_ids])).logits.item()
     assert strings.tolist() == pytest.approx([whole], rel=1e-4)
+
+
+def test_what_a_gold_is(group, tmp_path):
+    """Weights, a config or a chat template changed in place are another gold, and so is a verifier's changed text; the
+    same files are the same; a name alone stands for itself."""
+    spec = str(tmp_path / "model")
+    model = make_reward_model(spec)
+
+    def identity():
+        return rewards.identity(spec, rewards.source(spec, **HOW))
+
+    seen = [identity()]
+    assert identity() == seen[0]
+    with torch.no_grad():
+        model.score.weight[0, 0] += 1
+    model.save_pretrained(spec)
+    seen.append(identity())
+    model.config.rms_norm_eps = 0.5
+    model.save_pretrained(spec)
+    seen.append(identity())
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template += " "
+    tokenizer.save_pretrained(spec)
+    seen.append(identity())
+    for value in (1, 2):
+        source = verifier(tmp_path, f"def score(p, r): return {value}\n")
+        seen.append(rewards.identity(f"{tmp_path}/verify.py:score", source))
+    assert len(set(seen)) == 6
+    assert rewards.identity("auto", None) == b"auto"
 
 
 def test_what_is_no_reward_model(group, tiny, tmp_path):

@@ -101,7 +101,11 @@ def test_label_free_rule():
     [
         (
             lambda: select(HEALTH, Limits(0.5, None, None, None), score="gold"),
-            "step 50 has kl 1 > 0.5; raise the limit",
+            "step 50 has kl 1 > 0.5; raise task.max_kl",
+        ),
+        (
+            lambda: select(HEALTH, Limits(0.5, None, 0.3, 0.999)),
+            "samples/ended 0.995 < 0.999; raise task.max_kl, raise task.max_displacement, lower task.min_ended",
         ),
         (lambda: select(make_curve(kl=[0.0, 3.0, 1.0]), Limits(2, None, None, None)), "no checkpoint is feasible"),
         (lambda: select(HEALTH, OFF, score="win_rate"), "step 0: has no win_rate"),

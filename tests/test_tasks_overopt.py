@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import eval as evaluation
 import train
-from rpo import answers, checkpoint, data, dist, gold, grammar, overopt, rundir, runs, stats, tokens
+from rpo import answers, checkpoint, data, dist, gold, grammar, overopt, rundir, runs, stats, study, tokens
 from rpo.config import UserError
 from rpo.generate import Sampling, sample
 from rpo.points import Points
@@ -295,7 +295,7 @@ def test_sources_of_gold(made, tmp_path):
     assert run["verdict"] == "Can not tell: no gold reward was measured."
 
 
-def test_supervised_run(tiny, tmp_path):
+def test_supervised_run(tiny, tmp_path, capsys):
     """A run of loss=sft has a KL and, where its held-out rows are pairs, shifts; nothing that needs a beta."""
     args = [a for a in tiny_args(tiny) if not a.startswith("optim")]
     trained(tmp_path / "run", "loss=sft", *args)
@@ -304,6 +304,11 @@ def test_supervised_run(tiny, tmp_path):
     assert {"kl", "shift/chosen", "rewards/accuracies", "nll/chosen"} <= names
     assert not {"proxy", "rewards/chosen", "rewards/margins", "nll/preference", "brier", "calibration_error"} & names
     assert run["label"] == "SFT" and run["bon"] is None
+    said = capsys.readouterr().out
+    assert (
+        said.count("task.gold=auto: no gold for runs on other data than the embedded task's; give task.gold=DIR") == 1
+    )
+    assert ("SFT: up to " in said) == any(values(point)["samples/ended"] < 0.9 for point in run["curve"])
     answers_only = [{"prompt": r["prompt"], "chosen": r["chosen"]} for r in make_rows_json(5)]
     path = write_jsonl(tmp_path / "answers.jsonl", answers_only)
     more = (f"data.eval={path}", "task.max_new_tokens=8")
@@ -326,6 +331,19 @@ def test_a_reference_of_its_own(made, tmp_path):
         assert values(run["curve"][0])[name] == pytest.approx(first[name], rel=1e-4), name
     assert (kl := values(run["curve"][0])["kl"]) > 1
     assert [fit["reason"] for fit in run["fits"]] == [f"step 0 is {kl:.3g} nats from the reference"] * 2
+
+
+def test_best_of_n_of_runs_that_share_the_answers():
+    """Means over runs; the error is the mean of the runs' own, as one run's is, and no smaller for there being more."""
+    point = {"n": 4, "kl": 0.6, "proxy": {}}
+    runs_made = [
+        {"bon": [point | {"gold": {"value": gold, "se": se, "n": 9}}]} for gold, se in ((1.0, 0.1), (3.0, 0.3))
+    ]
+    (one,), (both,) = study.mean_best_of_n(runs_made[:1]), study.mean_best_of_n([*runs_made, {"bon": None}])
+    assert one["gold"] == {"value": 1.0, "se": 0.1, "n": 1}
+    assert both["gold"] == {"value": 2.0, "se": pytest.approx(0.2), "n": 2}
+    runs_made[0]["bon"][0]["gold"]["se"] = None
+    assert study.mean_best_of_n(runs_made)[0]["gold"]["se"] is None and study.mean_best_of_n([{"bon": None}]) == []
 
 
 # ---- what is refused
@@ -437,7 +455,7 @@ def test_settings_that_do_not_fit(made, tmp_path, more, message):
 # ---- going on
 
 
-def test_a_killed_evaluation_goes_on(made, results, tmp_path, monkeypatch):
+def test_a_killed_evaluation_goes_on(made, results, tmp_path, monkeypatch, capsys):
     """Killed at its sixth measurement with a line half written, the same command measures the rest and leaves the same
     results.json, points and samples as an undisturbed one; once more, nothing is measured."""
     measured = []
@@ -460,8 +478,13 @@ def test_a_killed_evaluation_goes_on(made, results, tmp_path, monkeypatch):
     with (folder / "samples.jsonl").open("a") as file:
         file.write(json.dumps(kept[0] | {"step": 99, "response": "of a point that was never written"}) + "\n")
     monkeypatch.setattr(task, "point_of", point_of)
+    capsys.readouterr()
     again = overopt_of(made / "sweep", folder)
     assert again == results
+    assert (
+        f"2 runs, at each checkpoint 6 prompts x {SAMPLES} answers and 16 pairs; 6 of {2 * (STEPS + 2)} points are done; "
+        f"to go on after a stop give run_dir={folder}\n"
+    ) in capsys.readouterr().out
     for name in ("points.jsonl", "samples.jsonl"):
         assert lines(folder / name) == lines(made / "results" / name), name
 
@@ -527,12 +550,20 @@ def test_select(made, results, tmp_path, capsys):
         chosen = run["chosen"]
         assert chosen["checkpoint"] == f"{run['run']}/checkpoints/step_{chosen['step']:08d}" and "report" not in chosen
         assert run["label_free"]["step"] == STEPS and "none fails" in run["label_free"]["reason"]
-    assert f"max:gold: step {made_by['runs'][0]['chosen']['step']}, " in capsys.readouterr().out
+    said, chosen = capsys.readouterr().out, made_by["runs"][0]["chosen"]
+    assert f"max:gold: step {chosen['step']}, " in said and f"\n    {chosen['checkpoint']}\n" in said
+    assert "  limits alone: step " in said
+    file = ("task=select", f"task.results={made / 'results/results.json'}", "task.min_ended=null")
+    unlimited = evaluate(tmp_path / "file", *file)
+    assert [run["chosen"]["step"] for run in unlimited["runs"]] == [run["chosen"]["step"] for run in made_by["runs"]]
+    assert "limits alone" not in capsys.readouterr().out
     least = evaluate(tmp_path / "kl", *more[:3], "task.score=min:kl", "task.max_kl=null")
     assert all(run["chosen"]["step"] == 1 for run in least["runs"])
     none = evaluate(tmp_path / "none", *more[:3], "task.max_kl=1e-9")
     assert none["runs"][0]["chosen"]["step"] is None
     assert none["runs"][0]["chosen"]["reason"].startswith("no checkpoint is feasible: step 1 has kl")
+    said = capsys.readouterr().out
+    assert "max:gold: no checkpoint is feasible: step 1 has kl" in said and "step None" not in said
 
 
 def planted(golds, prompts=8):

@@ -8,7 +8,7 @@ import torch
 
 from rpo import bandits, closed_forms, losses, theory, theory_checks, toy
 from rpo.config import UserError
-from tests.conftest import settings
+from tests.conftest import ROOT, settings
 
 
 def float64(*values):
@@ -433,3 +433,12 @@ def test_toy_training_overoptimises_without_the_sft_term():
 def test_slope_recovers_a_power():
     """Gaps 3 N^-0.7 have the slope -0.7."""
     assert toy.slope([10, 100, 1000], [3 * n**-0.7 for n in (10, 100, 1000)]) == pytest.approx(-0.7)
+
+
+def test_the_example_of_the_docs():
+    """The code in docs/THEORY.md runs, and prints what its comments say."""
+    code = (ROOT / "docs" / "THEORY.md").read_text().split("```python")[1].split("```")[0]
+
+    exec(code.replace("print(", "shown.append("), {"shown": (shown := [])})
+    *zeros, slack = shown
+    assert len(zeros) == 3 and all(float(zero.abs().max()) < 1e-8 for zero in zeros) and float(slack.min()) >= 0

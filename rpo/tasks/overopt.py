@@ -92,7 +92,7 @@ def questions(run: Run, cfg: Eval, source: rewards.Gold | None) -> Questions:
         )
     rows = _pairs(run, spec, read_as, cfg, tokenizer)
     models.check_fit(configs, tokenizer, max([*map(len, prompts), *([packing.longest(rows)] if rows else [])]))
-    parts = [json.dumps([prompts, task.gold, str(weights)]).encode(), rewards.identity(task.gold)]
+    parts = [json.dumps([prompts, task.gold, str(weights)]).encode(), rewards.identity(task.gold, source)]
     return Questions(
         tokenizer,
         prompts,
@@ -270,6 +270,12 @@ def ask(found: Sequence[Run], cfg: Eval, device: torch.device) -> dict[str, Ques
     for run in found:
         if data_key(run) not in asked:
             asked[data_key(run)] = questions(run, cfg, source)
+    if cfg.task.gold == "auto" and any(each.gold is None for each in asked.values()) and dist.is_main():
+        print(
+            "task.gold=auto: no gold for runs on other data than the embedded task's; give task.gold=DIR (a reward "
+            "model) or task.gold=FILE.py:FUNCTION, or none",
+            flush=True,
+        )
     return asked
 
 
@@ -283,19 +289,23 @@ def data_key(run: Run) -> str:
 def evaluate(
     found: Sequence[Run], asked: dict[str, Questions], cfg: Eval, device: torch.device, points: Points
 ) -> list[dict]:
-    """For each run {"run", "settings", "prompts" (digests), "curve", "bon"}, measured now or, where `points` knows it, by an earlier start.
+    """For each run {"run", "settings", "prompts" (digests), "max_new_tokens", "curve", "bon"}, measured now or, where
+    `points` knows it, by an earlier start.
 
     Raises UserError where weights or a checkpoint are not what the run had; what was measured until then is kept.
     """
+    if dist.is_main():
+        print(redacted(_plan(found, asked, cfg, points)), flush=True)
     families: dict[tuple, list[Run]] = {}
     for run in found:
         families.setdefault((run.start, run.reference, run.model.dtype), []).append(run)
     results: dict[Path, dict] = {}
     for family in families.values():  # models stay for all runs that share them, and then make room
         for run, curve, bon in _family(family, asked, cfg, device, points):
-            prompts = [checkpoint.digest(json.dumps(prompt).encode()) for prompt in asked[data_key(run)].prompts]
-            result = {"run": str(run.folder), "settings": run.settings, "prompts": prompts, "curve": curve, "bon": bon}
-            results[run.folder] = result
+            of = asked[data_key(run)]
+            prompts = [checkpoint.digest(json.dumps(prompt).encode()) for prompt in of.prompts]
+            facts = {"settings": run.settings, "prompts": prompts, "max_new_tokens": of.sampling.max_new_tokens}
+            results[run.folder] = {"run": str(run.folder), **facts, "curve": curve, "bon": bon}
         gc.collect()  # a sharded model is full of cycles
     return [results[run.folder] for run in found]
 
@@ -359,6 +369,20 @@ def _load(run: Run, which: str, cfg: Eval, device: torch.device) -> runs.Model:
     source = {"reference": run.reference, "model": run.start}[which]
     how = {"dtype": run.model.dtype, "asked": cfg.model.dtype, "trust_remote_code": cfg.model.trust_remote_code}
     return runs.load(source, f"{which}.path", device, **how)
+
+
+def _plan(found: Sequence[Run], asked: dict[str, Questions], cfg: Eval, points: Points) -> str:
+    """What is going to be measured, and how much of it is known already."""
+    sizes = dict.fromkeys(
+        f"{len(of.prompts)} prompts x {cfg.task.samples} answers and {len(of.rows) if of.rows else 0} pairs"
+        for of in asked.values()
+    )
+    todo = [each for run in found for each in _measurements(run, asked[data_key(run)], cfg)]
+    done = sum(points.get(of, **key) is not None for key, of, _ in todo)
+    return (
+        f"{len(found)} run{'s' * (len(found) > 1)}, at each checkpoint {' or '.join(sizes)}; {done} of {len(todo)} points are done; "
+        f"to go on after a stop give run_dir={points.points.parent}"
+    )
 
 
 def _line(run: Run, curve: list[dict], seconds: float) -> str:

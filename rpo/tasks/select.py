@@ -13,8 +13,8 @@ LEAST = 4  # prompts in a half: fewer have no standard error to speak of
 
 
 def read(folder: Path) -> dict:
-    """The results.json of task=overopt in `folder`. Raises UserError where there is none."""
-    file = folder / "results.json"
+    """The results.json of task=overopt in `folder`, or that file itself. Raises UserError where there is none."""
+    file = folder if folder.name == "results.json" and folder.is_file() else folder / "results.json"
     if not file.is_file():
         raise UserError(
             f"task.results={folder}: has no results.json; give the run_dir of an evaluation by task=overopt that is done"
@@ -100,7 +100,8 @@ def reported_on(curve: Sequence[dict], step: int) -> dict:
 
 
 def lines(made: Sequence[dict], task: SelectTask) -> str:
-    """A line per run: the step that either rule takes, and why."""
+    """For each run the step that either rule takes, why, and its folder; the second rule where there is a limit."""
+    limited = any(x is not None for x in (task.max_kl, task.entropy_falls, task.max_displacement, task.min_ended))
     shown = []
     for run in made:
         chosen = run["chosen"]
@@ -109,6 +110,9 @@ def lines(made: Sequence[dict], task: SelectTask) -> str:
             gold, over = chosen["report"]["gold"], chosen["report"]["over_reference"]
             report = f"; on the other half of the prompts gold {gold['value']:.3g}, {over['value']:+.2g} +- {over['se']:.2g} over the reference"
         shown.append(f"{run['run']} ({run['label']})")
-        shown.append(f"  {task.score}: step {chosen['step']}, {chosen['reason']}{report}")
-        shown.append(f"  limits alone: step {run['label_free']['step']}, {run['label_free']['reason']}")
+        rules = {task.score: chosen} | ({"limits alone": run["label_free"]} if limited else {})
+        for name, taken in rules.items():
+            step = "" if taken["step"] is None else f"step {taken['step']}, "
+            shown.append(f"  {name}: {step}{taken['reason']}{report if taken is chosen else ''}")
+            shown += [f"    {taken['checkpoint']}"] * (taken["step"] is not None)
     return "\n".join(shown)
