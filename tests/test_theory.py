@@ -11,6 +11,15 @@ from rpo.config import UserError
 from tests.conftest import ROOT, settings
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tables of a few numbers: a second thread costs more than it computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def float64(*values):
     return torch.tensor(values, dtype=torch.float64)
 
