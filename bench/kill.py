@@ -272,7 +272,8 @@ def campaign(args: list, folder: Path, kills: int, *, total: int, seed: int = 0,
     while len(done.kills) < kills:
         first, at_most = max(steps(run_dir), default=0), total * len(done.kills) / (0.9 * kills)
         kill = Kill(first, int(rng.integers(1, 4)), int(rng.integers(1, 4)), bool(rng.integers(2)), "")
-        near, early, by_time = first >= total - 8, first > at_most, bool(rng.integers(2))
+        near, early = first >= total - 8, first > at_most
+        by_time = bool(rng.integers(2)) and not near  # near its end a run may be done before its time has come
         at, moment = None, float(rng.uniform())
         until = 0 if early or near else first + int(rng.integers(0, 9))  # a step, and a moment more
         if not by_time:
