@@ -20,21 +20,13 @@ from rpo.points import Points
 from rpo.tasks import overopt as task
 from rpo.tasks import select
 from tests.conftest import command, make_lm, make_rows_json, script_env, settings, tiny_args, write_jsonl
+from tests.test_eval import evaluate
 
 BETA, STEPS, SAMPLES = 0.3, 3, 4
 TRAINING = (f"max_steps={STEPS}", "batch_size=8", "checkpoint.every=1", "checkpoint.keep=all", "eval_every=0")
 TRAINING += ("optim.lr=1e-2", "optim.warmup_ratio=0", "wandb.mode=disabled", f"loss.beta={BETA}")
 ASKED = (f"task.samples={SAMPLES}", f"task.written={SAMPLES}", "task.batch_size=8", "tokens_per_microbatch=600")
 ASKED += ("task.bon=[1,4]",)
-
-
-def evaluate(run_dir, *more):
-    """results.json of an evaluation made in this process."""
-    try:
-        assert evaluation.evaluate(settings(*more, f"run_dir={run_dir}", name="eval")) == "finished"
-    finally:
-        dist.shutdown()
-    return json.loads((run_dir / "results.json").read_text())
 
 
 def overopt_of(found, run_dir, *more):
