@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from rpo import (
-    checks,
     config,
     data,
     dist,
+    eval_checks,
     models,
     overopt_plots,
     packing,
@@ -35,7 +35,8 @@ from rpo import (
     tokens,
 )
 from rpo import gold as embedded
-from rpo.config import Eval, GenerateTask, Gold, GoldTask, OveroptTask, PairsTask, SelectTask, UserError
+from rpo.config import Gold, UserError
+from rpo.eval_config import Eval, GenerateTask, GoldTask, OveroptTask, PairsTask, SelectTask
 from rpo.points import Points
 from rpo.redact import redacted
 from rpo.reference import weights_digest
@@ -301,7 +302,7 @@ def _of_results(cfg: Eval, task: SelectTask) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
 def main(cfg) -> None:
     """One evaluation; exit codes: 0 finished, 2 a user's error, 1 anything else."""
-    sweep.run_job(lambda: evaluate(checks.eval_config(cfg)))
+    sweep.run_job(lambda: evaluate(eval_checks.eval_config(cfg)))
 
 
 if __name__ == "__main__":

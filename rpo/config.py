@@ -1,4 +1,4 @@
-"""What can be set: frozen dataclasses, filled once from Hydra's composed YAML and checked for types.
+"""What can be set for a run: frozen dataclasses, filled once from Hydra's composed YAML and checked for types.
 
 Values live in `conf/*.yaml` alone: no dataclass here has a default, so what a run used is what its
 `config.yaml` says. This is the only module that imports omegaconf, and only to convert: the library is usable
@@ -148,15 +148,6 @@ class Train:
 
 
 @dataclass(frozen=True)
-class EvalModel:
-    path: str | list[str] | None
-    revision: str | None
-    tokenizer: str | None
-    trust_remote_code: bool
-    dtype: Literal["auto", "bfloat16", "float32", "float64"]
-
-
-@dataclass(frozen=True)
 class EvalData:
     eval: str | list[str] | None
     revision: str | None
@@ -165,83 +156,6 @@ class EvalData:
     max_length: int
     truncation: Literal["drop", "prompt_left", "response_right"]
     on_bad_row: Literal["error", "drop"]
-
-
-@dataclass(frozen=True)
-class EvalReference:
-    path: str | None
-
-
-@dataclass(frozen=True)
-class PairsTask:
-    kind: Literal["pairs"]
-    beta: float | Literal["auto"]
-    limit: int | None
-
-
-@dataclass(frozen=True)
-class GenerateTask:
-    kind: Literal["generate"]
-    limit: int | None
-    samples: int
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class GoldTask:
-    kind: Literal["gold"]
-    limit: int | None
-    samples: int
-    batch_size: int
-
-
-@dataclass(frozen=True)
-class OveroptTask:
-    kind: Literal["overopt"]
-    gold: str
-    limit: int | None
-    samples: int
-    max_new_tokens: int | Literal["auto"]
-    batch_size: int
-    written: int
-    pairs: int | None
-    bon: list[int]
-    bon_samples: int | None
-
-
-@dataclass(frozen=True)
-class SelectTask:
-    kind: Literal["select"]
-    results: str | None
-    score: str
-    split: bool
-    max_kl: float | None
-    entropy_falls: int | None
-    max_displacement: float | None
-    min_ended: float | None
-
-
-# A task's `kind` says which of these its settings are.
-ModelTask = PairsTask | GenerateTask | GoldTask  # of models: model.path
-RunTask = OveroptTask  # of runs' checkpoints: runs
-Task = ModelTask | RunTask | SelectTask
-
-
-@dataclass(frozen=True)
-class Eval:
-    task: Task
-    runs: str | list[str] | None
-    model: EvalModel
-    reference: EvalReference
-    data: EvalData
-    seed: int
-    tokens_per_microbatch: int
-    run_dir: str | None
-    cache_dir: str
 
 
 def _describe(hint: Any) -> str:
@@ -328,7 +242,7 @@ def plain(cfg: "DictConfig") -> dict:
     return node
 
 
-def to_yaml(cfg: Train | Eval) -> str:
+def to_yaml(cfg: Any) -> str:
     """The settings as YAML, every key resolved, in the order of the dataclasses; secrets are `***`."""
     from omegaconf import OmegaConf
 

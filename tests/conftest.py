@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rpo import checks, dist, tokens
+from rpo import checks, dist, eval_checks, tokens
 
 ROOT = Path(__file__).parent.parent
 WORDS = tuple(f"{first}{second}" for first in "bcdfg" for second in ("a", "e", "i", "o", "u", "an", "en", "in"))
@@ -153,7 +153,7 @@ def settings(*overrides, name="train"):
     """The checked settings of a command line."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose(name, overrides=[str(o) for o in overrides])
-    return {"train": checks.train_config, "eval": checks.eval_config}[name](cfg)
+    return {"train": checks.train_config, "eval": eval_checks.eval_config}[name](cfg)
 
 
 def tiny_args(tiny, *more):

@@ -8,7 +8,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rpo import checks, config
+from rpo import checks, config, eval_checks
 from tests.conftest import ROOT, settings
 
 CONF = ROOT / "conf"
@@ -101,7 +101,16 @@ def test_every_choice_is_accepted(group, name):
 
 
 # What a task evaluates; a model's reference, data and beta may come from its run.
-TASK_NEEDS = {"overopt": "runs=RUNS", "select": "task.results=DIR"}
+TASK_NEEDS = {
+    "overopt": "runs=RUNS",
+    "select": "task.results=DIR",
+    "compare": "task.results=DIR",
+    "report": "runs=RUNS",
+    "winrate": "annotations=FILE",
+    "mt_bench": "annotations=FILE",
+    "alpaca_eval": "annotations=FILE",
+    "judge_check": "annotations=FILE",
+}
 
 
 @pytest.mark.parametrize("name", names("task"))
@@ -109,7 +118,7 @@ def test_every_task_is_accepted(name):
     """eval.py's tasks compose with nothing but what they evaluate, and each file holds its own task's keys alone."""
     cfg = settings(f"task={name}", TASK_NEEDS.get(name, "model.path=RUN/model"), name="eval")
     assert cfg.task.kind == name and cfg.data.eval is None
-    assert checks.eval_config(OmegaConf.create(config.to_yaml(cfg))) == cfg
+    assert eval_checks.eval_config(OmegaConf.create(config.to_yaml(cfg))) == cfg
 
 
 def test_groups_are_those_of_the_tests():

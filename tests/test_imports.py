@@ -7,10 +7,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"redact"},
     {"config"},
+    {"eval_config"},
     {"attention", "checks", "losses", "dist", "optim", "logprobs", "grammar", "rows", "store", "stats", "bandits"},
-    {"packing", "overopt", "answers", "closed_forms", "theory"},
+    {"packing", "overopt", "answers", "closed_forms", "theory", "eval_checks", "verdicts", "length_control", "sandbox", "gsm8k"},
     {"models", "tokens", "metrics", "plots", "rundir", "scaling", "selection", "groups", "theory_checks", "toy"},
-    {"checkpoint", "overopt_plots", "data", "score", "generate", "dryrun", "sweep", "theory_page"},
+    {"checkpoint", "results", "overopt_plots", "data", "score", "generate", "dryrun", "sweep", "theory_page"},
     {"faults", "memory", "reference", "drift", "points", "study", "experiment"},
     {"diagnostics", "gold", "demo", "start", "runs"},
     {"rewards"},

@@ -14,7 +14,8 @@ import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
 from rpo import config, drift, gold, grammar, metrics, stats, tokens
-from rpo.config import GenerateTask, Gold, UserError, Wandb
+from rpo.config import Gold, UserError, Wandb
+from rpo.eval_config import GenerateTask
 from rpo.generate import Completion
 from rpo.losses import PairLogps
 from rpo.tasks import generate, overopt, pairs

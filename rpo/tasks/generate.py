@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from rpo.config import GenerateTask
+from rpo.eval_config import GenerateTask
 from rpo.generate import Sampling, sample
 from rpo.models import Policy, PreTrainedTokenizerBase
 from rpo.stats import clustered_mean

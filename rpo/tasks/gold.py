@@ -4,7 +4,8 @@ import numpy as np
 import torch
 
 from rpo import gold
-from rpo.config import Gold, GoldTask
+from rpo.config import Gold
+from rpo.eval_config import GoldTask
 from rpo.generate import sample
 from rpo.models import Policy, PreTrainedTokenizerBase
 from rpo.stats import clustered_mean

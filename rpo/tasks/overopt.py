@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from rpo import answers, checkpoint, data, dist, drift, gold, models, packing, rewards, runs, score, tokens
-from rpo.config import Eval, EvalData, UserError
+from rpo.config import EvalData, UserError
 from rpo.data import Rows
+from rpo.eval_config import Eval
 from rpo.generate import Completion, Sampling, sample
 from rpo.models import Policy, PreTrainedTokenizerBase
 from rpo.points import Points

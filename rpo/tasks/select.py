@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from rpo import overopt, rundir, selection
-from rpo.config import SelectTask, UserError
+from rpo.config import UserError
+from rpo.eval_config import SelectTask
 from rpo.stats import clustered_mean
 
 LEAST = 4  # prompts in a half: fewer have no standard error to speak of

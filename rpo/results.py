@@ -1,0 +1,114 @@
+"""What an evaluation leaves: results.json, samples.jsonl and a table on screen, in one form for all that read them.
+
+results.json    {"task", what it is of ..., "models": {model: {metric: cell}}, "config", "versions"}
+a cell          {"value", "se", "interval", "n", "n_error"}: the mean, its standard error, its 95% interval, what it is the
+                mean of, and what would belong to it and failed
+samples.jsonl   one object per item: "model", "id" (the same item has the same one in every evaluation), "cluster" (what
+                belongs together), "scores" ({metric: number}, what cells are means of), "error" (null, or why it has none)
+"""
+
+import importlib.metadata
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from rpo import config, rundir
+from rpo.config import UserError
+from rpo.eval_config import Eval
+from rpo.redact import redacted
+
+MAX_ERRORS = 0.05  # a larger share of failures makes a result unusable: what failed is rarely like the rest
+_VERSIONS = ("rpo", "torch", "transformers", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`models`: model -> metric -> cell; `samples`: one per item; `facts`: what else results.json says."""
+
+    models: dict[str, dict[str, dict]]
+    samples: list[dict]
+    facts: dict
+
+
+@dataclass(frozen=True)
+class Results:
+    """An evaluation as read back from `folder`."""
+
+    folder: Path
+    task: str
+    models: dict[str, dict[str, dict]]
+    samples: list[dict]
+    facts: dict
+
+
+def with_errors(cell: dict, n_error: int) -> dict:
+    """The cell with the number of items that would belong to it and failed."""
+    return cell | {"n_error": n_error}
+
+
+def unusable(samples: list[dict]) -> str | None:
+    """Why a model's results can not be used: more than 5% of its items failed; None where they can."""
+    failed = [sample["error"] for sample in samples if sample.get("error")]
+    if len(failed) <= MAX_ERRORS * len(samples):
+        return None
+    reason, count = Counter(failed).most_common(1)[0]
+    return f"{len(failed)} of {len(samples)} items failed, {count} with: {reason}"
+
+
+def write(run_dir: Path, cfg: Eval, made: Evaluation, versions: tuple[str, ...] = ()) -> None:
+    """Writes both files and prints the table. Raises UserError, all written, where a model's results are unusable."""
+    models, why = dict(made.models), {}
+    for name in models:
+        if reason := unusable([sample for sample in made.samples if sample.get("model") == name]):
+            blank = {"value": None, "se": None, "interval": None}
+            models[name] = {metric: cell | blank | {"unusable": reason} for metric, cell in models[name].items()}
+            why[name] = reason
+    installed = {name: importlib.metadata.version(name) for name in (*_VERSIONS, *versions)}
+    facts = {"models": models, "config": config.to_dict(cfg), "versions": installed}
+    with (run_dir / "samples.jsonl").open("w") as file:
+        for sample in made.samples:  # text of models and data stays as it is, paths may hold a secret
+            secretless = {key: redacted(sample[key]) for key in ("model", "row") if key in sample}
+            file.write(json.dumps(sample | secretless) + "\n")
+    rundir.write_json(run_dir / "results.json", {"task": cfg.task.kind, **made.facts, **facts})
+    print(redacted(table(models)), run_dir / "results.json", run_dir / "samples.jsonl", sep="\n", flush=True)
+    if why:
+        name, reason = next(iter(why.items()))
+        raise UserError(
+            f"{redacted(name)}: {reason}; more than {MAX_ERRORS:.0%} failed, so results.json has no score of it. Mend the "
+            "cause and start again: what was answered is kept"
+        )
+
+
+def read(given: str | Path) -> Results:
+    """The evaluation in a folder, or in its results.json. Raises UserError where there is none."""
+    path = Path(given).expanduser()
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        facts = rundir.read_json(path)
+        text = path.with_name("samples.jsonl").read_text() if path.with_name("samples.jsonl").exists() else ""
+        samples = [json.loads(line) for line in text.splitlines()]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{given}: no evaluation can be read there ({reason}); give the run_dir of one") from None
+    models = facts.get("models") if isinstance(facts, dict) else None
+    if not isinstance(models, dict) or "task" not in facts:
+        raise UserError(f"{path}: holds no results by model; give the run_dir of an evaluation of models")
+    rest = {key: value for key, value in facts.items() if key not in ("task", "models")}
+    return Results(path.parent, facts["task"], models, samples, rest)
+
+
+def table(models: dict[str, dict[str, dict]]) -> str:
+    """Metrics down, models across, each value +- its standard error."""
+    names = list(dict.fromkeys(name for result in models.values() for name in result))
+    lines = [["", *models]]
+    for name in names:
+        lines.append([name, *(_cell(result.get(name)) for result in models.values())])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _cell(cell: dict | None) -> str:
+    if cell is None or cell["value"] is None:
+        return "unusable" if cell and "unusable" in cell else "-"
+    return f"{cell['value']:.4g}" + ("" if cell["se"] is None else f" +- {cell['se']:.2g}")
