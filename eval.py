@@ -1,18 +1,24 @@
 """One evaluation task: a table on screen, results.json and what it is made of in its folder.
 
-    python eval.py task=pairs    model.path=[RUN/model,OTHER] reference.path=DIR data.eval=FILE
-    python eval.py task=generate model.path=RUN/model data.eval=PROMPTS.jsonl task.temperature=0
-    python eval.py task=gold     model.path=RUN/model
-    python eval.py task=overopt  runs=SWEEP run_dir=DIR
-    python eval.py task=select   task.results=DIR
+    python eval.py task=pairs       model.path=[RUN/model,OTHER] reference.path=DIR data.eval=FILE
+    python eval.py task=generate    model.path=RUN/model data.eval=PROMPTS.jsonl task.temperature=0
+    python eval.py task=gold        model.path=RUN/model
+    python eval.py task=overopt     runs=SWEEP run_dir=DIR
+    python eval.py task=select      task.results=DIR
+    python eval.py task=winrate     outputs=[A.json,B.json] judge.model=NAME judge.base_url=URL
+    python eval.py task=mt_bench    annotations=FILE
+    python eval.py task=alpaca_eval outputs=FILE baseline=FILE judge.model=NAME
+    python eval.py task=lm_eval     model.path=[RUN/model,OTHER] baseline=OTHER
+    python eval.py task=compare     task.results=[DIR,DIR2]
+    python eval.py task=report      runs=SWEEP
 
 Where a model is a run's `model/`, what is not given (reference, data, beta) comes from that run's config.yaml. task=overopt
-goes through the checkpoints of all runs below a folder, and goes on where it was killed.
+and all that asks a judge or answers questions go on where they were killed, given their run_dir.
 """
 
 import gc
-import json
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -24,9 +30,11 @@ from rpo import (
     data,
     dist,
     eval_checks,
+    judge,
     models,
     overopt_plots,
     packing,
+    results,
     rundir,
     runs,
     score,
@@ -35,24 +43,58 @@ from rpo import (
     tokens,
 )
 from rpo import gold as embedded
+from rpo.answering import Answerer
 from rpo.config import Gold, UserError
-from rpo.eval_config import Eval, GenerateTask, GoldTask, OveroptTask, PairsTask, SelectTask
+from rpo.eval_config import (
+    EVAL_MAY_CHANGE,
+    AlpacaEvalTask,
+    CompareTask,
+    Eval,
+    GenerateTask,
+    GoldTask,
+    JudgeCheckTask,
+    LmEvalTask,
+    MbppTask,
+    MtBenchTask,
+    OveroptTask,
+    PairsTask,
+    ReportTask,
+    SelectTask,
+    WinrateTask,
+)
 from rpo.points import Points
 from rpo.redact import redacted
 from rpo.reference import weights_digest
-from rpo.tasks import generate, gold, overopt, pairs, select
+from rpo.results import Evaluation
+from rpo.tasks import (
+    alpaca_eval,
+    compare,
+    generate,
+    gold,
+    judge_check,
+    lm_eval,
+    mbpp,
+    mt_bench,
+    overopt,
+    pairs,
+    report,
+    select,
+    winrate,
+)
 
 
 def evaluate(cfg: Eval) -> str:
     """Runs the task; returns "finished". Raises UserError, for all that can be known by then before a model is loaded."""
     device = dist.init()
     match cfg.task:
-        case SelectTask():
-            _of_results(cfg, cfg.task)
+        case PairsTask() | GenerateTask() | GoldTask():
+            _of_models(cfg, device)
         case OveroptTask():
             _of_runs(cfg, device)
+        case SelectTask() | CompareTask() | ReportTask():
+            _of_results(cfg)
         case _:
-            _of_models(cfg, device)
+            _of_answers(cfg, device)
     return "finished"
 
 
@@ -87,8 +129,8 @@ def _of_models(cfg: Eval, device: torch.device) -> None:
         rows = rows.head(task.limit or len(rows))
         longest = packing.longest(rows)
     else:
-        prompts, _, places, report = data.load_prompts(spec, cfg.data, tokenizer)
-        prompts, places = prompts[: task.limit], places[: task.limit]
+        prompts, said, places, report = data.load_prompts(spec, cfg.data, tokenizer)
+        prompts, said, places = prompts[: task.limit], said[: task.limit], places[: task.limit]
         longest = max(map(len, prompts))
         new = task.max_new_tokens if isinstance(task, GenerateTask) else embedded.SAMPLING.max_new_tokens
         room = models.positions_of(hf) - longest
@@ -117,7 +159,7 @@ def _of_models(cfg: Eval, device: torch.device) -> None:
             reference = models.prepare(lm, **shard)
         stop_ids = tokens.stop_ids(tokenizer, cfg.data.template_date)
         where = {"device": device, "seed": cfg.seed}
-        results, samples, noise_floors = {}, [], {}
+        measured, samples, noise_floors = {}, [], {}
         for path in paths:
             policy = models.prepare(models.load(path, cfg.model.revision, master, **trust), **shard)
             match task:
@@ -133,31 +175,21 @@ def _of_models(cfg: Eval, device: torch.device) -> None:
                         policy, reference, rows, beta=betas[path], noise_floor=floor, **budget, **where
                     )
                 case GenerateTask():
-                    result, made = generate.evaluate(policy, tokenizer, prompts, places, task, stop_ids, **where)
+                    result, made = generate.evaluate(policy, tokenizer, prompts, said, places, task, stop_ids, **where)
                 case GoldTask():
                     result, made = gold.evaluate(
                         policy, reference, tokenizer, prompts, task, weights, stop_ids, **where
                     )
-            results[path] = result
+            measured[path] = result
             samples += [{"model": path} | sample for sample in made]
             del policy
             gc.collect()  # a sharded model is full of cycles; the next one needs its memory
 
         if dist.is_main():
             facts = {"reference": reference_path, "data": spec, "beta": betas, "noise_floor": noise_floors}
-            _write(run_dir, {"task": task.kind, **facts, "models": results}, samples)
             rundir.write_environment(run_dir, device)
             rundir.write_json(run_dir / "data_report.json", report)
-
-
-def _write(run_dir: Path, results: dict, samples: list[dict]) -> None:
-    rundir.write_json(run_dir / "results.json", results)
-    with (run_dir / "samples.jsonl").open("w") as file:
-        for sample in samples:  # text of models and data stays as it is, paths may hold a secret
-            file.write(json.dumps(sample | {k: redacted(sample[k]) for k in ("model", "row") if k in sample}) + "\n")
-    print(
-        redacted(_table(results["models"])), run_dir / "results.json", run_dir / "samples.jsonl", sep="\n", flush=True
-    )
+            results.write(run_dir, cfg, Evaluation(measured, samples, facts))
 
 
 def _from_runs(made_by: list[dict | None], key: str) -> str | list[str]:
@@ -221,32 +253,12 @@ def _note_other_settings(cfg: Eval, paths: list[str], made_by: list[dict | None]
                 print(f"note: data.{name}={ours}, but the run of {path} had {theirs}", flush=True)
 
 
-def _table(results: dict[str, dict]) -> str:
-    """Metrics down, models across, each value +- its standard error."""
-    names = list(dict.fromkeys(name for result in results.values() for name in result))
-    lines = [["", *results]]
-    for name in names:
-        cells = [result[name] for result in results.values()]
-        lines.append([name, *(_cell(cell) for cell in cells)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
-
-
-def _cell(cell: dict) -> str:
-    if cell["value"] is None:
-        return "-"
-    return f"{cell['value']:.4g}" + ("" if cell["se"] is None else f" +- {cell['se']:.2g}")
-
-
 # ---- runs
 
 
 def _of_runs(cfg: Eval, device: torch.device) -> None:
     """The checkpoints of all runs below `runs`; what the folder has of them already is not measured again."""
-    begun = dist.on_main(lambda: _begun(cfg.run_dir))
-    run_dir = rundir.choose(cfg.run_dir, f"eval_{cfg.task.kind}", continues=begun)
-    seen = rundir.stamp(run_dir)
-    dist.on_main(_check_goes_on, run_dir, cfg)
+    run_dir, seen = _go_on(cfg)
     found, left_out = dist.on_main(runs.find, [cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)
     study.check([{"run": str(run.folder), "settings": run.settings} for run in found])
     unfinished = [f"{run.folder} ({run.state})" for run in found if run.state != "finished"]
@@ -265,10 +277,41 @@ def _of_runs(cfg: Eval, device: torch.device) -> None:
             print(redacted(study.lines(of_groups)), run_dir / "results.json", *drawn, sep="\n", flush=True)
 
 
-def _begun(run_dir: str | None) -> str:
-    """The file by which `run_dir` would be known for an evaluation of runs: one that is done may find new ones to do."""
-    done = run_dir is not None and (Path(run_dir).expanduser() / "results.json").exists()
-    return "results.json" if done else "config.yaml"
+# ---- answers
+
+
+def _of_answers(cfg: Eval, device: torch.device) -> None:
+    """The task on answers: a model's, a file's, or ones that a judge has seen; what the folder has is not made again."""
+    task, (run_dir, seen) = cfg.task, _go_on(cfg)
+    cache = Path(cfg.cache_dir).expanduser() / "judgments"
+    ask = partial(judge.ask, judge=cfg.judge, cache=cache) if cfg.judge.model is not None else None
+    with rundir.recording(run_dir, config.to_yaml(cfg), seen=seen):
+        answer = Answerer(cfg, run_dir, device, task.batch_size) if cfg.model.path is not None else None
+        match task:
+            case WinrateTask():
+                made = winrate.evaluate(cfg, answer, ask, run_dir=run_dir)
+            case MtBenchTask():
+                made = mt_bench.evaluate(cfg, answer, ask, run_dir=run_dir)
+            case AlpacaEvalTask():
+                made = alpaca_eval.evaluate(cfg, answer, ask, run_dir=run_dir)
+            case JudgeCheckTask():
+                made = judge_check.evaluate(cfg, ask, run_dir=run_dir)
+            case LmEvalTask():
+                made = lm_eval.evaluate(cfg, device, run_dir=run_dir)
+            case MbppTask():
+                made = mbpp.evaluate(cfg, answer, run_dir=run_dir)
+        if dist.is_main():
+            rundir.write_environment(run_dir, device)
+        dist.on_main(results.write, run_dir, cfg, made)
+
+
+def _go_on(cfg: Eval) -> tuple[Path, tuple[int, int] | None]:
+    """The folder, which may hold a part of this very evaluation, and its stamp. Raises UserError where it holds another."""
+    done = cfg.run_dir is not None and dist.on_main((Path(cfg.run_dir).expanduser() / "results.json").exists)
+    run_dir = rundir.choose(cfg.run_dir, f"eval_{cfg.task.kind}", continues="results.json" if done else "config.yaml")
+    seen = rundir.stamp(run_dir)
+    dist.on_main(_check_goes_on, run_dir, cfg)
+    return run_dir, seen
 
 
 def _check_goes_on(run_dir: Path, cfg: Eval) -> None:
@@ -279,7 +322,8 @@ def _check_goes_on(run_dir: Path, cfg: Eval) -> None:
     there = config.read_yaml(file)
     if not isinstance(there, dict) or "task" not in there:
         raise UserError(f"run_dir={run_dir}: already holds a run (config.yaml) of another kind; give another folder")
-    if differing := config.differences(there, redacted(config.to_dict(cfg))):
+    begun = {path.name for path in run_dir.iterdir()} - {"config.yaml", "status.json", "lock"}
+    if begun and (differing := config.differences(there, redacted(config.to_dict(cfg)), EVAL_MAY_CHANGE)):
         raise UserError(
             f"run_dir={run_dir}: holds an evaluation with other settings ({'; '.join(differing[:5])}); give its "
             "settings, or another run_dir"
@@ -289,14 +333,26 @@ def _check_goes_on(run_dir: Path, cfg: Eval) -> None:
 # ---- results
 
 
-def _of_results(cfg: Eval, task: SelectTask) -> None:
-    """A choice among the checkpoints that an evaluation by task=overopt measured."""
+def _of_results(cfg: Eval) -> None:
+    """What can be said of other evaluations' results: a choice of checkpoints, a comparison, a page."""
+    task = cfg.task
     run_dir = rundir.choose(cfg.run_dir, f"eval_{task.kind}")
-    made = select.evaluate(select.read(Path(task.results).expanduser()), task)
+    if isinstance(task, SelectTask):
+        made = select.evaluate(select.read(Path(task.results).expanduser()), task)
+    elif isinstance(task, CompareTask):
+        made = compare.evaluate(cfg)
     with rundir.recording(run_dir, config.to_yaml(cfg)):
-        if dist.is_main():
-            rundir.write_json(run_dir / "results.json", {"task": task.kind, "results": task.results, "runs": made})
-            print(redacted(select.lines(made, task)), run_dir / "results.json", sep="\n", flush=True)
+        if not dist.is_main():
+            return
+        match task:
+            case SelectTask():
+                rundir.write_json(run_dir / "results.json", {"task": task.kind, "results": task.results, "runs": made})
+                print(redacted(select.lines(made, task)), run_dir / "results.json", sep="\n", flush=True)
+            case CompareTask():
+                results.write(run_dir, cfg, made)
+                print(redacted(compare.lines(made)), flush=True)
+            case ReportTask():
+                print(*report.evaluate(cfg, run_dir=run_dir), sep="\n", flush=True)
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")

@@ -7,6 +7,7 @@ without it.
 
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -260,15 +261,15 @@ MAY_CHANGE = ("max_steps", "epochs", "eval_every", "sample_every", "log_every", 
 MAY_CHANGE += ("run_dir", "resume", "timeout", "cache_dir", "reference.cache_dir", "tokens_per_microbatch", "fsdp")
 
 
-def differences(there: dict, here: dict, prefix: str = "") -> list[str]:
-    """The keys outside MAY_CHANGE whose values differ between two settings, each as `key: there, here value`."""
+def differences(there: dict, here: dict, may_change: Sequence[str] = MAY_CHANGE, prefix: str = "") -> list[str]:
+    """The keys outside `may_change` whose values differ between two settings, each as `key: there, here value`."""
     found = []
     for name in dict.fromkeys([*there, *here]):
         key, a, b = prefix + name, there.get(name), here.get(name)
-        if key in MAY_CHANGE or a == b:
+        if key in may_change or a == b:
             continue
         both = isinstance(a, dict) and isinstance(b, dict)
-        found += differences(a, b, f"{key}.") if both else [f"{key}={a}, here {b}"]
+        found += differences(a, b, may_change, f"{key}.") if both else [f"{key}={a}, here {b}"]
     return found
 
 

@@ -1,5 +1,6 @@
 """Settings of one evaluation, made from Hydra's composed YAML and checked for contradictions, before a model is loaded."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,18 @@ def _check_at_least(least: int, task: Task, *names: str) -> None:
         require(value is None or value == "auto" or value >= least, f"task.{name}={value}: expected at least {least}")
 
 
+def _check_sampling(task: Task) -> None:
+    require(task.temperature >= 0, f"task.temperature={task.temperature}: expected >= 0 (0: greedy)")
+    require(0 < task.top_p <= 1, f"task.top_p={task.top_p}: expected in (0, 1]")
+
+
+def _check_bootstrap(task: Task) -> None:
+    require(
+        task.bootstrap == 0 or task.bootstrap >= 20,
+        f"task.bootstrap={task.bootstrap}: expected 0 (no standard error) or at least 20 draws",
+    )
+
+
 def _check_overopt(task: OveroptTask) -> None:
     _check_at_least(1, task, "limit", "samples", "max_new_tokens", "batch_size", "bon_samples")
     _check_at_least(0, task, "pairs", "written")
@@ -63,6 +76,67 @@ def _check_select(task: SelectTask) -> None:
         require(value is None or 0 <= value <= 1, f"task.{name}={value}: expected null or a share, 0 to 1")
 
 
+def _check_compare(task: CompareTask) -> None:
+    require(task.results is not None, "task.results=null: give the folders of evaluations by one task")
+    for name in ("results", "metrics"):
+        require(getattr(task, name) != [], f"task.{name}=[]: expected one or a list of them")
+    _check_at_least(1000, task, "draws")
+
+
+def _check_alpaca_eval(task: AlpacaEvalTask) -> None:
+    _check_at_least(1, task, "limit", "max_new_tokens", "batch_size")
+    _check_sampling(task)
+    _check_bootstrap(task)
+    form, given = task.length_control, {name for name in ("difficulty", "gamed", "weights") if getattr(task, name)}
+    needs = {"full": {"difficulty", "gamed"}, "no_gamed": {"difficulty"}, "minimal": set(), "none": set()}
+    if form == "auto":
+        missing = {"difficulty"} - given if given else set()
+        surplus = {"gamed"} & given if "weights" in given else set()
+    else:
+        missing, surplus = needs[form] - given, given - needs[form]
+    require(not missing, f"task.length_control={form}: needs task.{' and task.'.join(sorted(missing))}; give the file")
+    require(
+        not surplus,
+        f"task.{' and task.'.join(sorted(surplus))} with task.length_control={form}"
+        f"{' and task.weights' if 'weights' in given - surplus else ''}: would not be read; leave it out",
+    )
+    require(
+        task.compat == "instruction" or task.difficulty is not None,
+        f"task.compat={task.compat} without task.difficulty: says how that is matched; give the file, or leave it out",
+    )
+
+
+def _check_lm_eval(task: LmEvalTask) -> None:
+    _check_at_least(1, task, "limit", "batch_size")
+    require(task.tasks != [], "task.tasks=[]: expected names of lm-evaluation-harness's tasks")
+    require(len(set(task.tasks)) == len(task.tasks), f"task.tasks={task.tasks}: one is there twice; leave it out")
+    require(task.shots == "standard" or task.shots >= 0, f"task.shots={task.shots}: expected standard, or 0 or more")
+
+
+def _check_mbpp(task: MbppTask) -> None:
+    require(
+        task.allow_code_execution,
+        "task.allow_code_execution=false: task=mbpp runs programs that models wrote, in a sandbox; set it to true if they may",
+    )
+    require(task.data is not None, "task.data=null: give the data set's mbpp.jsonl")
+    _check_at_least(1, task, "limit", "samples", "max_new_tokens", "batch_size", "seconds")
+    require(task.memory_gib >= 0.125, f"task.memory_gib={task.memory_gib}: expected at least 0.125, for Python itself")
+    _check_sampling(task)
+    require(bool(task.k) and min(task.k) >= 1, f"task.k={task.k}: expected numbers of programs, each at least 1")
+
+
+def _check_mbpp_samples(task: MbppTask) -> None:
+    """What holds where programs are sampled, not read from `outputs`."""
+    require(
+        max(task.k) <= task.samples,
+        f"task.k={task.k} with task.samples={task.samples}: pass@k needs k programs; set task.samples={max(task.k)} or more",
+    )
+    require(
+        task.samples == 1 or task.temperature > 0,
+        f"task.samples={task.samples} with task.temperature=0: greedy programs are all the same; set task.temperature",
+    )
+
+
 def _check_task(task: Task) -> None:
     match task:
         case PairsTask():
@@ -70,8 +144,7 @@ def _check_task(task: Task) -> None:
             _check_at_least(1, task, "limit")
         case GenerateTask():
             _check_at_least(1, task, "limit", "samples", "max_new_tokens", "batch_size")
-            require(task.temperature >= 0, f"task.temperature={task.temperature}: expected >= 0 (0: greedy)")
-            require(0 < task.top_p <= 1, f"task.top_p={task.top_p}: expected in (0, 1]")
+            _check_sampling(task)
             require(task.top_k >= 0, f"task.top_k={task.top_k}: expected 0 (off) or more")
         case GoldTask():
             _check_at_least(1, task, "limit", "samples", "batch_size")
@@ -79,20 +152,24 @@ def _check_task(task: Task) -> None:
             _check_overopt(task)
         case SelectTask():
             _check_select(task)
-        case WinrateTask() | MtBenchTask():
+        case WinrateTask():
+            _check_at_least(1, task, "limit", "max_new_tokens", "batch_size")
+            _check_bootstrap(task)
+            _check_sampling(task)
+        case MtBenchTask():
             _check_at_least(1, task, "limit", "max_new_tokens", "batch_size")
         case AlpacaEvalTask():
-            _check_at_least(1, task, "limit", "max_new_tokens", "batch_size")
-            _check_at_least(0, task, "bootstrap")
+            _check_alpaca_eval(task)
         case JudgeCheckTask():
             _check_at_least(1, task, "limit", "repeats")
         case LmEvalTask():
-            _check_at_least(1, task, "limit", "batch_size")
+            _check_lm_eval(task)
         case MbppTask():
-            _check_at_least(1, task, "limit", "samples", "max_new_tokens", "batch_size")
+            _check_mbpp(task)
         case CompareTask():
-            _check_at_least(1, task, "draws")
+            _check_compare(task)
         case ReportTask():
+            require(task.results != [], "task.results=[]: expected one or a list of them")
             _check_at_least(0, task, "worst")
 
 
@@ -109,7 +186,7 @@ _READS = {
     "judge_check": {"annotations", "judge.model"},
     "lm_eval": {"model.path", "baseline"},
     "mbpp": {"model.path", "outputs", "baseline"},
-    "compare": set(),
+    "compare": {"baseline"},
     "report": {"runs"},
 }
 
@@ -137,6 +214,8 @@ def _check_what(cfg: Eval) -> None:
             f"judge.model={cfg.judge.model}, annotations={cfg.annotations}: task={kind} asks a judge (judge.model and "
             "judge.base_url) or reads stored judgments (annotations); give one of them",
         )
+    if isinstance(cfg.task, MbppTask) and cfg.outputs is None:
+        _check_mbpp_samples(cfg.task)
     own = {"model.revision": cfg.model.revision, "model.tokenizer": cfg.model.tokenizer}
     for key, value in own.items():
         require(
@@ -150,12 +229,97 @@ def _check_what(cfg: Eval) -> None:
     require(cfg.data.eval != [], "data.eval=[]: expected a file, a list of files, or NAME:SPLIT; null: the runs' own")
 
 
+def _check_winrate(cfg: Eval) -> None:
+    """Two models' answers, and one way to ask."""
+    given = {"outputs": cfg.outputs, "model.path": cfg.model.path}
+    for key, value in given.items():
+        count = (1 if isinstance(value, str) else len(value or [])) + (cfg.baseline is not None and key == "outputs")
+        require(
+            value is None or count == 2,
+            f"{key}={value}, baseline={cfg.baseline} with task=winrate: expected two models: {key}=[A,B]"
+            + (", or outputs=A baseline=B" if key == "outputs" else ""),
+        )
+    require(
+        cfg.outputs is not None or cfg.baseline is None,
+        f"baseline={cfg.baseline} with task=winrate: goes with outputs=FILE alone; leave it out, or give outputs",
+    )
+    require(
+        cfg.model.path is None or cfg.data.eval is not None,
+        "data.eval=null with task=winrate and model.path: give the prompts to be answered, data.eval=FILE",
+    )
+    _check_pair_prompts(cfg)
+
+
+def _check_judge_check(cfg: Eval) -> None:
+    """Pairs, or what a judge said of them."""
+    require(
+        (cfg.annotations is None) != (cfg.data.eval is None),
+        f"data.eval={cfg.data.eval}, annotations={cfg.annotations} with task=judge_check: judges labelled pairs "
+        "(data.eval=FILE) or reads stored judgments, which hold their pairs (annotations); give one of them",
+    )
+    _check_pair_prompts(cfg)
+
+
+def _check_pair_prompts(cfg: Eval) -> None:
+    require(
+        cfg.task.prompts is None or cfg.judge.verdict != "logprobs",
+        f"judge.verdict=logprobs with task.prompts={cfg.task.prompts}: its templates ask for a verdict in words; set "
+        "judge.verdict=text or task.prompts=null",
+    )
+    _check_stored(cfg, "prompts")
+
+
+def _check_mt_bench(cfg: Eval) -> None:
+    """Questions to go with answers, a baseline to go with pairs, verdicts in words."""
+    task, stored = cfg.task, cfg.annotations is not None
+    require(
+        stored or task.questions is not None, "task.questions=null with task=mt_bench: give FastChat's question.jsonl"
+    )
+    require(
+        stored or (cfg.baseline is not None) == (task.mode == "pairwise"),
+        f"task.mode={task.mode}, baseline={cfg.baseline} with task=mt_bench: mode pairwise compares with a baseline's answers "
+        "(baseline=FILE), single reads none",
+    )
+    require(
+        not stored or cfg.baseline is None,
+        f"baseline={cfg.baseline} with annotations: stored judgments name their models; leave it out",
+    )
+    require(
+        cfg.judge.verdict != "logprobs",
+        "judge.verdict=logprobs with task=mt_bench: its judges say ratings and verdicts in words; set judge.verdict=auto",
+    )
+    _check_stored(cfg, "prompts", "references")
+
+
+def _check_stored(cfg: Eval, *names: str) -> None:
+    """With stored judgments nobody is asked anything."""
+    for name in names:
+        value = getattr(cfg.task, name)
+        require(
+            cfg.annotations is None or value is None,
+            f"task.{name}={value} with annotations: is for asking a judge; leave it out",
+        )
+
+
 def _check_judge(judge: Judge) -> None:
+    require(
+        judge.base_url is None or re.fullmatch(r"https?://[^\s/]+\S*", judge.base_url) is not None,
+        f"judge.base_url={judge.base_url}: expected http:// or https:// and a server, such as http://localhost:8000/v1",
+    )
+    require(
+        judge.base_url is None or not judge.base_url.rstrip("/").endswith("/completions"),
+        f"judge.base_url={judge.base_url}: expected the URL before /chat/completions (most end in /v1); leave that out",
+    )
+    # Not the value: it may be the key itself.
+    require(
+        re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", judge.api_key_env) is not None,
+        "judge.api_key_env: expected the name of an environment variable, such as OPENAI_API_KEY; a key is never a setting",
+    )
     require(0 <= judge.temperature <= 2, f"judge.temperature={judge.temperature}: expected 0 to 2")
     for name, least in {"max_tokens": 1, "concurrency": 1, "retries": 0}.items():
         value = getattr(judge, name)
         require(value >= least, f"judge.{name}={value}: expected at least {least}")
-    require(judge.timeout > 0, f"judge.timeout={judge.timeout}: expected a number of seconds above 0")
+    require(0 < judge.timeout <= 86400, f"judge.timeout={judge.timeout}: expected seconds, above 0 and at most a day")
     for name in ("price_in", "price_out", "max_cost"):
         value = getattr(judge, name)
         require(value is None or value >= 0, f"judge.{name}={value}: expected null or dollars, 0 or more")
@@ -168,6 +332,18 @@ def _check_judge(judge: Judge) -> None:
 def _check_eval(cfg: Eval) -> None:
     _check_task(cfg.task)
     _check_what(cfg)
+    match cfg.task:
+        case WinrateTask():
+            _check_winrate(cfg)
+        case MtBenchTask():
+            _check_mt_bench(cfg)
+        case JudgeCheckTask():
+            _check_judge_check(cfg)
+        case ReportTask():
+            require(
+                bool(cfg.runs or cfg.task.results),
+                "runs=null, task.results=null with task=report: nothing to report on; give runs=FOLDER or task.results=FOLDER",
+            )
     _check_judge(cfg.judge)
     require(cfg.tokens_per_microbatch >= 1, f"tokens_per_microbatch={cfg.tokens_per_microbatch}: expected at least 1")
     check_date(cfg.data.template_date)

@@ -81,6 +81,7 @@ class WinrateTask:
     kind: Literal["winrate"]
     limit: int | None
     prompts: str | None
+    bootstrap: int
     temperature: float
     top_p: float
     max_new_tokens: int
@@ -142,11 +143,12 @@ class MbppTask:
     limit: int | None
     allow_code_execution: bool
     samples: int
+    k: list[int]
     temperature: float
     top_p: float
     max_new_tokens: int
     batch_size: int
-    seconds: float
+    seconds: int
     memory_gib: float
 
 
@@ -206,3 +208,9 @@ class Eval:
     tokens_per_microbatch: int
     run_dir: str | None
     cache_dir: str
+
+
+# What may differ between two starts of one evaluation: how its judge is asked and what that may cost, and places.
+EVAL_MAY_CHANGE = ("run_dir", "cache_dir", "tokens_per_microbatch")
+EVAL_MAY_CHANGE += tuple(f"judge.{name}" for name in ("concurrency", "timeout", "retries", "max_cost"))
+EVAL_MAY_CHANGE += ("judge.price_in", "judge.price_out", "judge.api_key_env")

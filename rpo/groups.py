@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rpo import overopt
+from rpo import stats
 from rpo.config import UserError
 
 SEEDS = ("seed", "data.gold.seed")
@@ -140,7 +140,7 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
         result["mean"] = float(values.mean())
     if len(values) > 1:
         result["sd"] = float(values.std(ddof=1))
-        half = overopt.t_quantile((1 + LEVEL) / 2, len(values) - 1) * result["sd"] / math.sqrt(len(values))
+        half = stats.t_quantile((1 + LEVEL) / 2, len(values) - 1) * result["sd"] / math.sqrt(len(values))
         result["ci"] = [result["mean"] - half, result["mean"] + half]
     return result
 

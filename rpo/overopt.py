@@ -14,12 +14,12 @@ error. Letters: G prompts. Gold is in its own unit, KL in nats.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from statistics import NormalDist, mean, stdev
+from statistics import mean, stdev
 
 import numpy as np
 
 from rpo.config import UserError
-from rpo.stats import clustered_mean
+from rpo.stats import clustered_mean, t_quantile
 
 LEVELS = (1.0, 2.0, 4.0, 8.0)  # nats at which runs are compared
 # What `verdict` goes by. A difference is "beyond noise" where it exceeds `gold/noise` standard errors (see `summarise`).
@@ -49,34 +49,6 @@ def column(curve: Sequence[dict], name: str) -> np.ndarray:
 def distance(curve: Sequence[dict]) -> np.ndarray:
     """d = sqrt(KL) at every point, nats^0.5; an estimate below zero counts as zero."""
     return np.sqrt(np.maximum(column(curve, "kl"), 0))
-
-
-def t_quantile(p: float, df: int | None) -> float:
-    """The p-quantile (.5 <= p < 1) of Student's t with a whole number of degrees of freedom; None: of the normal.
-
-    Bisection on the closed form of its distribution (Abramowitz and Stegun, 26.7.3 and 26.7.4).
-    """
-    assert 0.5 <= p < 1 and (df is None or df >= 1), (p, df)
-    if df is None:
-        return NormalDist().inv_cdf(p)
-    i = np.arange(1, df // 2 if df % 2 == 0 else (df - 1) // 2)
-    terms = np.concatenate([[1.0], np.cumprod((2 * i - 1) / (2 * i) if df % 2 == 0 else 2 * i / (2 * i + 1))])
-
-    def inside(t: float) -> float:
-        """P(|T| < t)."""
-        angle = math.atan(t / math.sqrt(df))
-        series = math.sin(angle) * float((terms * math.cos(angle) ** (2 * np.arange(len(terms)))).sum())
-        if df % 2 == 0:
-            return series
-        return 2 / math.pi * (angle + (math.cos(angle) * series if df > 1 else 0))
-
-    low, high = 0.0, 1.0
-    while inside(high) < 2 * p - 1:
-        low, high = high, 2 * high
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 2 * p - 1 else (low, middle)
-    return (low + high) / 2
 
 
 def difference(a: dict, b: dict, name: str) -> dict:

@@ -19,7 +19,7 @@ from rpo.eval_config import Eval
 from rpo.redact import redacted
 
 MAX_ERRORS = 0.05  # a larger share of failures makes a result unusable: what failed is rarely like the rest
-_VERSIONS = ("rpo", "torch", "transformers", "tokenizers", "numpy")
+_VERSIONS = ("torch", "transformers", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ def unusable(samples: list[dict]) -> str | None:
 
 def write(run_dir: Path, cfg: Eval, made: Evaluation, versions: tuple[str, ...] = ()) -> None:
     """Writes both files and prints the table. Raises UserError, all written, where a model's results are unusable."""
-    models, why = dict(made.models), {}
-    for name in models:
+    models, why = {}, {}
+    for name, cells in made.models.items():
+        models[name] = {metric: {"interval": None, "n_error": 0} | cell for metric, cell in cells.items()}
         if reason := unusable([sample for sample in made.samples if sample.get("model") == name]):
-            blank = {"value": None, "se": None, "interval": None}
-            models[name] = {metric: cell | blank | {"unusable": reason} for metric, cell in models[name].items()}
+            models[name] = {metric: _blank(cell) | {"unusable": reason} for metric, cell in models[name].items()}
             why[name] = reason
     installed = {name: importlib.metadata.version(name) for name in (*_VERSIONS, *versions)}
     facts = {"models": models, "config": config.to_dict(cfg), "versions": installed}
@@ -78,6 +78,11 @@ def write(run_dir: Path, cfg: Eval, made: Evaluation, versions: tuple[str, ...] 
             f"{redacted(name)}: {reason}; more than {MAX_ERRORS:.0%} failed, so results.json has no score of it. Mend the "
             "cause and start again: what was answered is kept"
         )
+
+
+def _blank(cell: dict) -> dict:
+    """The cell's counts alone."""
+    return {key: value if isinstance(value, int) else None for key, value in cell.items()}
 
 
 def read(given: str | Path) -> Results:

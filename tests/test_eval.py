@@ -149,7 +149,11 @@ def test_what_an_evaluation_leaves(result, folder, tiny, capsys):
         "beta": dict.fromkeys(paths, BETA),
     }
     assert list(result["models"]) == paths
-    assert all(set(cell) == {"value", "se", "n"} for found in result["models"].values() for cell in found.values())
+    assert all(
+        set(cell) == {"value", "se", "interval", "n", "n_error"}
+        for found in result["models"].values()
+        for cell in found.values()
+    )
     run = folder / "run"
     files = {
         "config.yaml",
@@ -173,13 +177,14 @@ def test_clustered_errors_by_hand():
     """One row a cluster is the ordinary standard error; duplicated rows do not shrink it; one cluster has none."""
     values = np.random.default_rng(0).normal(size=30)
     plain = stats.clustered_mean(values, np.arange(30))
-    assert plain == {"value": pytest.approx(values.mean()), "se": pytest.approx(values.std(ddof=1) / 30**0.5), "n": 30}
+    assert plain["value"] == pytest.approx(values.mean()) and plain["n"] == 30
+    assert plain["se"] == pytest.approx(values.std(ddof=1) / 30**0.5)
     double = stats.clustered_mean(np.repeat(values, 2), np.repeat(np.arange(30), 2))
     assert double["se"] == pytest.approx(plain["se"]) and double["n"] == 60
     # Clusters {1, 2}, {6}: mean 3, deviations (-2 - 1), 3: sqrt(2/1 (9 + 9)) / 3.
     assert stats.clustered_mean([1, 2, 6], [0, 0, 1])["se"] == pytest.approx(2.0)
     assert stats.clustered_mean([1, 2], [0, 0])["se"] is None
-    assert stats.clustered_mean([], []) == {"value": None, "se": None, "n": 0}
+    assert stats.clustered_mean([], []) == {"value": None, "se": None, "interval": None, "n": 0}
 
 
 def test_calibration_by_hand():
@@ -275,7 +280,19 @@ def test_generate(tiny, tmp_path):
     assert [a["row"] for a in answers] == [f"{path}:{i}" for i in range(1, 6)]
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(tiny / "model"), make_tokenizer()
     for answer, row in zip(answers, rows, strict=True):
-        assert set(answer) == {"model", "row", "prompt", "response", "tokens", "ended"}
+        assert set(answer) == {
+            "model",
+            "id",
+            "cluster",
+            "scores",
+            "row",
+            "messages",
+            "prompt",
+            "response",
+            "tokens",
+            "ended",
+        }
+        assert answer["messages"] == row["prompt"] and answer["scores"]["samples/length"] == answer["tokens"]
         text = f"<bos> [user] {row['prompt'][0]['content']} [assistant]"
         assert answer["prompt"] == text
         ids = tokenizer(text, add_special_tokens=False).input_ids

@@ -13,7 +13,7 @@ import torch
 import wandb
 from wandb.proto.wandb_internal_pb2 import Record
 
-from rpo import config, drift, gold, grammar, metrics, stats, tokens
+from rpo import config, drift, gold, grammar, metrics, tokens
 from rpo.config import Gold, UserError, Wandb
 from rpo.eval_config import GenerateTask
 from rpo.generate import Completion
@@ -263,7 +263,7 @@ def test_docs_and_code_have_the_same_names(group):
         max_new_tokens=3,
         batch_size=2,
     )
-    made, _ = generate.evaluate(policy, make_tokenizer(), [[2, 5]], ["here"], task, [3], **where)
+    made, _ = generate.evaluate(policy, make_tokenizer(), [[2, 5]], ["b"], ["here"], task, [3], **where)
     asked = overopt.Questions(make_tokenizer(), [[2, 5]], ["b"], ["here"], None, None, None, [3], 128, "")
     columns = {name: np.ones(1) for name in (*drift.COLUMNS, "gold", "tokens", "ended")}
     answered = overopt.Measured([Completion([5, 6, 7], True)], ["ba"], columns, None)
@@ -284,19 +284,6 @@ def test_gold_names(group):
     where = {"device": group, "seed": 0, "reshard": False}
     values = gold.evaluate(policy, policy, tokenizer, [prompt], [tokenizer.eos_token_id], weights, **where)
     assert tuple(values) == metrics.GOLD
-
-
-# ---- eval.py's statistics on pairs
-
-
-def test_clustered_standard_error():
-    """By hand: four rows in two clusters; one row per cluster is the ordinary error; one cluster has none."""
-    result = stats.clustered_mean([1, 2, 4, 5], [0, 0, 1, 1])  # sums of deviations -3 and 3, times 2/1, over 4
-    assert result == {"value": 3.0, "se": pytest.approx(math.sqrt(2 * 18) / 4), "n": 4}
-    values = np.random.default_rng(0).normal(size=50)
-    plain = stats.clustered_mean(values, range(50))["se"]
-    assert plain == pytest.approx(values.std(ddof=1) / math.sqrt(50))
-    assert stats.clustered_mean([1, 2], [0, 0])["se"] is None and stats.clustered_mean([], [])["value"] is None
 
 
 def test_a_model_against_itself(group):

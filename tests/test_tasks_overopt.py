@@ -424,11 +424,11 @@ def test_checkpoints_of_another_model(made, tmp_path):
             "task.bon_samples=4 with task.bon=[1, 8]: the best of n needs n answers",
         ),
         (["task.bon=[0]"], "task.bon=[0]: expected numbers of answers, each at least 1"),
-        (["model.path=X"], "model.path=X with task=overopt: it reads no model of yours; leave it out"),
-        (["reference.path=X"], "reference.path=X with task=overopt: a run has its own; leave it out"),
+        (["model.path=X"], "model.path=X with task=overopt: it reads none; leave it out"),
+        (["reference.path=X"], "reference.path=X with task=overopt: it reads none; leave it out"),
         (["task.samples=0"], "task.samples=0: expected at least 1"),
-        (["runs=null"], "runs=None: task=overopt evaluates runs: give a run's folder, a sweep's, or a list"),
-        (["task.kind=overfit"], "task.kind=overfit: expected pairs, generate, gold, overopt, select"),
+        (["runs=null"], "runs: missing; task=overopt evaluates what it names"),
+        (["task.kind=overfit"], "task.kind=overfit: expected pairs, generate, gold, overopt, winrate"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -581,7 +581,7 @@ def test_split_halves():
 
     curve = planted([1.0, 3.0, 2.0])
     part = select.part_of(curve, [1, 3, 5, 7])
-    assert part[1]["metrics"]["gold"] == {"value": 4.0, "se": 0.0, "n": 4}
+    assert part[1]["metrics"]["gold"] == {"value": 4.0, "se": 0.0, "interval": [4.0, 4.0], "n": 4}
     cfg = settings("task=select", "task.results=R", "task.split=true", name="eval").task
     run = {"run": "R", "label": "DPO", "prompts": [f"{g:02d}" for g in range(8)], "curve": curve}
     ((made),) = select.evaluate({"runs": [run]}, cfg)
@@ -612,7 +612,7 @@ def test_what_can_not_be_selected_from(made, results, tmp_path):
             "task.split=true",
         ): "task.split=true with task.score=min:kl",
         (f"task.results={made}/results", "task.min_ended=2"): "task.min_ended=2: expected null or a share, 0 to 1",
-        (f"task.results={made}/results", "runs=x"): "runs=x with task=select: it reads no runs; leave it out",
+        (f"task.results={made}/results", "runs=x"): "runs=x with task=select: it reads none; leave it out",
     }.items():
         with pytest.raises(UserError) as error:
             evaluate(tmp_path / "select", "task=select", *more)

@@ -6,6 +6,7 @@ import torch
 from rpo.eval_config import GenerateTask
 from rpo.generate import Sampling, sample
 from rpo.models import Policy, PreTrainedTokenizerBase
+from rpo.rows import Messages
 from rpo.stats import clustered_mean
 
 
@@ -13,6 +14,7 @@ def evaluate(
     policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     questions: list[list[int]],
+    said: list[str | Messages],
     places: list[str],
     task: GenerateTask,
     stop_ids: list[int],
@@ -23,7 +25,7 @@ def evaluate(
     """(length, ended and truncated shares with standard errors; one sample per answer).
 
     `task.samples` answers per prompt; stop tokens and template are those of training. An answer is truncated where
-    max_new_tokens came before a stop token.
+    max_new_tokens came before a stop token. `said` has the questions as their rows say them, for a judge to read.
     """
     sampling = Sampling(task.temperature, task.top_p, task.top_k, task.max_new_tokens)
     prompts = [question for question in questions for _ in range(task.samples)]
@@ -40,12 +42,16 @@ def evaluate(
     rendered = tokenizer.batch_decode(prompts)
     samples = [
         {
+            "id": f"{places[row]}#{i % task.samples}",
+            "cluster": places[row],
+            "scores": {"samples/length": len(answer.ids), "samples/ended": float(answer.ended)},
             "row": places[row],
+            "messages": [{"role": "user", "content": said[row]}] if isinstance(said[row], str) else said[row],
             "prompt": prompt,
             "response": text,
             "tokens": len(answer.ids),
             "ended": answer.ended,
         }
-        for row, prompt, text, answer in zip(clusters, rendered, texts, answers, strict=True)
+        for i, (row, prompt, text, answer) in enumerate(zip(clusters, rendered, texts, answers, strict=True))
     ]
     return result, samples

@@ -36,8 +36,9 @@ def evaluate(
     clusters = np.array([number[tuple(prompt)] for prompt in prompts])
     result = {name: clustered_mean(values, clusters) for name, values in table.items()}
     texts = tokenizer.batch_decode([answer.text_ids for answer in answers])
-    samples = [
-        {"prompt": prompt, "response": text} | {name: float(values[i]) for name, values in table.items()}
-        for i, (prompt, text) in enumerate(zip(tokenizer.batch_decode(prompts), texts, strict=True))
-    ]
+    samples = []
+    for i, (prompt, text) in enumerate(zip(tokenizer.batch_decode(prompts), texts, strict=True)):
+        scores = {name: float(values[i]) for name, values in table.items()}
+        same = {"id": f"{prompt}#{i}", "cluster": prompt, "scores": scores}
+        samples.append(same | {"prompt": prompt, "response": text} | scores)
     return result, samples

@@ -3,6 +3,8 @@
 Letters: P pairs. All standard errors are clustered by prompt.
 """
 
+import hashlib
+
 import numpy as np
 import torch
 import torch.distributed as torch_dist
@@ -53,6 +55,11 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return np.where(x >= 0, 1 / (1 + np.exp(-np.abs(x))), np.exp(-np.abs(x)) / (1 + np.exp(-np.abs(x))))
 
 
+def _won(margin_P: np.ndarray) -> np.ndarray:
+    """1 where the chosen response is ahead, a tie is half."""
+    return (margin_P > 0) + 0.5 * (margin_P == 0)
+
+
 def evaluate(
     policy: Policy,
     reference: Policy,
@@ -70,8 +77,11 @@ def evaluate(
     nll is -log sigmoid(beta D), to be held against ln 2 = 0.693 (no information); lengths are in tokens.
     """
     logps = score_rows(policy, reference, rows, device, tokens_per_microbatch=tokens_per_microbatch)
+    margin_P = (logps["chosen"] - logps["ref_chosen"]) - (logps["rejected"] - logps["ref_rejected"])
     samples = [
-        {"row": rows.where(i), "tokens_chosen": int(rows.chosen[i]), "tokens_rejected": int(rows.rejected[i])}
+        {"id": rows.where(i), "cluster": hashlib.sha256(rows.row(i)[0].tobytes()).hexdigest()[:16]}
+        | {"scores": {"rewards/accuracies": _won(margin_P[i]), "rewards/margins": beta * float(margin_P[i])}}
+        | {"row": rows.where(i), "tokens_chosen": int(rows.chosen[i]), "tokens_rejected": int(rows.rejected[i])}
         | {side: float(values[i]) for side, values in logps.items()}
         for i in range(len(rows))
     ]
@@ -87,7 +97,7 @@ def statistics(
     clusters = np.array([number[prompt] for prompt in prompts])
     shift_P, shift_rejected_P = logps["chosen"] - logps["ref_chosen"], logps["rejected"] - logps["ref_rejected"]
     margin_P = shift_P - shift_rejected_P
-    correct_P = (margin_P > 0) + 0.5 * (margin_P == 0)
+    correct_P = _won(margin_P)
     chosen_P = rows.chosen.astype(np.float64)
     ref_margin_P = logps["ref_chosen"] - logps["ref_rejected"]
 
@@ -108,7 +118,7 @@ def statistics(
         "shift/chosen": shift_P,
         "shift/rejected": shift_rejected_P,
         "displacement_rate": shift_P < -noise_floor * chosen_P,
-        "reference/accuracies": (ref_margin_P > 0) + 0.5 * (ref_margin_P == 0),
+        "reference/accuracies": _won(ref_margin_P),
     }
     result = {name: clustered_mean(values, clusters) for name, values in columns.items()}
     for name, values in {"nll/chosen": -logps["chosen"], "shift_per_token/chosen": shift_P}.items():

@@ -1,0 +1,175 @@
+"""Both sides of an exam: one process holds a program, another its tests. A script for `sandbox`, standard library alone.
+
+    python -c "$(cat harness.py)" serve      the program's side: requests on stdin, replies on stdout, a JSON line each
+    python -c "$(cat harness.py)" examine    the tests' side: the exam on stdin, the verdict on stdout, the program's
+                                             side by two further file descriptors
+
+What a program in the same process as its tests can not be kept from (leaving before they run, patching what they compare
+by, reading what they expect off a frame, printing whatever a pass prints) it can not do from another: it is sent arguments
+and sends values back, and only the tests' side, which no code of the program ever enters, compares them. Values are those
+of Python's own types; anything else that a function returns can only be given back to the program, and equals nothing.
+"""
+
+import builtins
+import contextlib
+import json
+import os
+import sys
+
+LONGEST = 2**24  # bytes of one reply
+_PLAIN = (bool, int, float, str)
+_GROUPS = {"tuple": tuple, "list": list, "set": set, "frozenset": frozenset}
+
+
+def encode(value: object, held: list | None = None) -> object:
+    """A value as JSON holds it, its type beside it where JSON has none; subclasses as what they are a kind of.
+
+    The program's side gives `held`, the values that have no such form: they stay there and go by their number.
+    """
+    if value is None or type(value) in _PLAIN:
+        return value
+    for plain in _PLAIN:
+        if isinstance(value, plain):
+            return plain(value)
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
+    if isinstance(value, bytes | bytearray):
+        return {"bytes": value.hex()}
+    if isinstance(value, dict):
+        return {"dict": [[encode(k, held), encode(v, held)] for k, v in value.items()]}
+    for name, group in _GROUPS.items():
+        if isinstance(value, group):
+            return {name: [encode(item, held) for item in value]}
+    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+        return {"type": value.__name__}
+    if isinstance(value, Remote):
+        return {"name": value._name}
+    if isinstance(value, Other):
+        return {"held": value._number}
+    held.append(value)
+    return {"other": [type(value).__name__, len(held) - 1]}
+
+
+def decode(value: object, names: dict | None = None, held: list | None = None) -> object:
+    """What `encode` was given. The program's side knows its own `names` and what it has `held`."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind in _GROUPS:
+        return _GROUPS[kind](decode(item, names, held) for item in content)
+    match kind:
+        case "dict":
+            return {decode(k, names, held): decode(v, names, held) for k, v in content}
+        case "complex":
+            return complex(*content)
+        case "bytes":
+            return bytes.fromhex(content)
+        case "type":
+            return getattr(builtins, content)
+        case "name":
+            return names[content]
+        case "held":
+            return held[content]
+        case "other":
+            return Other(*content)
+    raise ValueError(kind)
+
+
+class Other:
+    """A value of the program's that is not one of Python's own types: it can be given back, and equals nothing else."""
+
+    def __init__(self, kind: str, number: int):
+        self._kind, self._number = kind, number
+
+    def __repr__(self) -> str:
+        return f"<{self._kind}>"
+
+
+class Remote:
+    """A function of the program, or whatever else has that name there."""
+
+    def __init__(self, name: str, ask):
+        self._name, self._ask = name, ask
+
+    def __call__(self, *args, **kwargs):
+        return self._ask({"call": self._name, "args": encode(args), "kwargs": encode(kwargs)})
+
+
+class ProgramFailed(Exception):
+    """What the program raised, or that it is no longer there."""
+
+
+# ---- the program's side
+
+
+def serve() -> None:
+    """Runs the program, then the calls it is asked for, until there are no more."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 0)  # what the program reads and prints goes nowhere
+    os.dup2(2, 1)
+    _send(replies, "ready")
+    names, held = {"__name__": "program"}, []  # of that name, so that what it does as a script stays undone
+    for request in map(json.loads, requests):
+        try:
+            reply = json.dumps({"value": encode(_answer(request, names, held), held)})
+        except BaseException as error:  # SystemExit too
+            reply = json.dumps({"raised": f"{type(error).__name__}: {error}"[:300]})
+        replies.write(reply.encode() + b"\n")
+        replies.flush()
+
+
+def _answer(request: dict, names: dict, held: list) -> object:
+    if "run" in request:
+        exec(compile(request["run"], "program", "exec"), names)
+        return None
+    function = eval(request["call"], names)
+    return function(*decode(request["args"], names, held), **decode(request["kwargs"], names, held))
+
+
+# ---- the tests' side
+
+
+def examine(give: int, take: int) -> dict:
+    """{"passed", "why"}, or {"error"} where there was no program's side to ask. A first verdict is printed at once."""
+    exam = json.loads(sys.stdin.read())
+    requests, replies = os.fdopen(give, "wb"), os.fdopen(take, "rb")
+
+    def ask(request: dict) -> object:
+        with contextlib.suppress(BrokenPipeError):
+            _send(requests, request)
+        line = replies.readline(LONGEST)
+        if not line.endswith(b"\n"):
+            raise ProgramFailed("a value too large" if line else "it ended")
+        reply = json.loads(line)
+        if "raised" in reply:
+            raise ProgramFailed(str(reply["raised"]))
+        return decode(reply["value"])
+
+    if replies.readline(100) != b'"ready"\n':
+        return {"error": "the program's side did not start"}
+    print(json.dumps({"passed": False, "why": "the tests' side was stopped at a limit"}), flush=True)  # unless more follows
+    at = "the program"
+    try:
+        names = {name: Remote(name, ask) for name in exam["names"]}
+        exec("\n".join(exam["imports"]), names)
+        ask({"run": exam["program"]})
+        ask({"run": exam["setup"]})
+        for at in exam["tests"]:
+            exec(compile(at, "test", "exec"), names)
+    except Exception as error:
+        kind = {ProgramFailed: "", AssertionError: "not so"}.get(type(error), type(error).__name__)
+        text = ": ".join(filter(None, (kind, str(error))))
+        return {"passed": False, "why": f"{at}: {text}"[:500]}
+    return {"passed": True, "why": None}
+
+
+def _send(file, message: object) -> None:
+    file.write(json.dumps(message).encode() + b"\n")
+    file.flush()
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        serve()
+    else:
+        print(json.dumps(examine(*map(int, sys.argv[2:]))))

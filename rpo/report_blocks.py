@@ -1,0 +1,347 @@
+"""The blocks of a report's page, in the order in which it is read: verdicts, runs, figures, evaluations, answers, provenance."""
+
+import datetime
+import math
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rpo import findings, gather, groups, report_plots, worst
+from rpo.batches import Batch, Gathered, Member, overrides, short
+from rpo.page import Block, Code, Figure, Fold, Heading, Page, Points, Prose, Section, Table, Verdict
+from rpo.results import Results
+from rpo.svg import Forest, number
+from rpo.tasks import compare
+
+_COLUMNS = 6  # of swept settings
+_ROWS = 24  # of an evaluation's table; the rest is folded
+
+
+def layout(gathered: Gathered, title: str, of: Sequence[str], most: int, environment: dict) -> Page:
+    """The page; `environment` is this report's own."""
+    num = len(gathered.evaluations) + len(gathered.studies) + len(gathered.choices)
+    counted = [_count(n, what) for n, what in ((len(gathered.members), "run"), (num, "evaluation")) if n]
+    facts = [
+        f"{datetime.datetime.now():%Y-%m-%d %H:%M}, code {_revision(environment)}",
+        f"On {' and '.join(counted)}: {', '.join(of)}",
+    ]
+    parts = [_verdicts(gathered), _runs(gathered.batches), _figures(gathered.batches), _evaluated(gathered)]
+    parts += [_worst(gathered, most), _provenance(gathered)]
+    return Page(title, facts, [block for part in parts for block in part])
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _revision(environment: dict) -> str:
+    revision = str(environment.get("git_revision") or "of no known revision")[:12]
+    return revision + (" with uncommitted changes" if environment.get("git_dirty") else "")
+
+
+def _verdicts(gathered: Gathered) -> list[Block]:
+    blocks: list[Block] = [Heading("Verdict")]
+    kinds = Counter(batch.finding.kind for batch in gathered.batches)
+    if kinds:
+        told = "; ".join(f"{kind}: {count}" for kind, count in kinds.items())
+        of = f"{_count(len(gathered.members), 'run')} in {_count(len(gathered.batches), 'group')} that differ in more than their seeds"
+        blocks.append(Prose(f"{of}. {told[0].upper()}{told[1:]}."))
+    for batch in gathered.batches:
+        found = batch.finding
+        blocks.append(Verdict(_subject(batch), found.kind, found.tone, _typeset(found.says), found.notes, batch.style))
+    said = [sentence for each in gathered.evaluations if each.task == "compare" for sentence in _differences(each)]
+    if said:
+        blocks += [Heading("Differences between models", 3), Points(said[:10])]
+        blocks += [Fold(f"{len(said) - 10} more", [Points(said[10:])])] if len(said) > 10 else []
+    if bad := [line for each in gathered.evaluations for line in _unusable(each)]:
+        blocks += [Heading("Unusable", 3), Points(bad)]
+    if gathered.notes:
+        blocks += [Heading("Left out, or to be read with care", 3), Points(gathered.notes)]
+    return [*blocks, Fold("How the verdicts are made", [Points(findings.RULES)])] if kinds else blocks
+
+
+def _typeset(says: str) -> str:
+    return says.replace(" +- ", " \u00b1 ").replace(" -", " \u2212")
+
+
+def _subject(batch: Batch) -> str:
+    if len(batch.members) > 1:
+        return f"{batch.label} ({len(batch.members)} seeds)"
+    name = batch.members[0].name
+    return batch.label if name in batch.label else f"{batch.label} (run {name})"
+
+
+def _differences(found: Results) -> list[str]:
+    """What task=compare says, in its own words; adjusted p smallest first."""
+    said = []
+    for (first, second), metrics in zip(_compared(found), found.models.values(), strict=True):
+        for name, cell in metrics.items():
+            try:
+                text = compare.verdict(cell, first, second, int(found.facts.get("comparisons") or 1))
+                said.append((float(cell["p_holm"]), f"{name}: {text}."))
+            except (KeyError, TypeError, ValueError):  # made by another version: its table stands below all the same
+                continue
+    return [text for _, text in sorted(said)]
+
+
+def _compared(found: Results) -> list[list[str]]:
+    """The two models of each comparison, without the folders that all share."""
+    pairs = found.facts.get("pairs")
+    if not (isinstance(pairs, list) and len(pairs) == len(found.models) and all(len(pair) == 2 for pair in pairs)):
+        pairs = [(f"{name}, the first", "the second") for name in found.models]
+    names = list(dict.fromkeys(str(name) for pair in pairs for name in pair))
+    name_of = dict(zip(names, short(names), strict=True))
+    return [[name_of[str(name)] for name in pair] for pair in pairs]
+
+
+def _unusable(found: Results) -> list[str]:
+    why = {
+        model: next((c["unusable"] for c in cells.values() if "unusable" in c), None)
+        for model, cells in found.models.items()
+    }
+    return [f"{model} by task={found.task} ({found.folder}): {reason}" for model, reason in why.items() if reason]
+
+
+# ---- runs
+
+
+def _swept(members: Sequence[Member]) -> list[str]:
+    """The keys that differ and mean something: not paths, and not the embedded task's file names."""
+    keys = gather.differing([member.settings for member in members if member.settings])
+    ignored = [key for key in groups.IGNORED if key not in groups.SEEDS]
+    kept = [key for key in keys if not any(key == no or key.startswith(f"{no}.") for no in ignored)]
+    flats = [gather.flat(member.settings) for member in members if member.settings]
+    if all(flat.get("data.gold.seed") == flat.get("seed") for flat in flats):
+        kept = [key for key in kept if key != "data.gold.seed"]
+    return kept
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _runs(batches: Sequence[Batch]) -> list[Block]:
+    members = [member for batch in batches for member in batch.members]
+    if not members:
+        return []
+    swept = _swept(members)
+    names = [name for name in report_plots.SHOWN if any(name in m.curve[-1] for m in members if m.curve)]
+    rows: list[list[str] | Section] = []
+    for batch in batches:
+        rows.append(Section(batch.label, batch.style))
+        rows += [_run_row(member, swept[:_COLUMNS], names) for member in batch.members]
+        ends = [
+            member.curve[-1] for member in batch.members if member.curve and member.state in ("finished", "evaluated")
+        ]
+        if len(ends) > 1:
+            rows.append(["mean \u00b1 sd", *[""] * (len(swept[:_COLUMNS]) + 2), *(_spread(ends, n) for n in names)])
+    more = f" Settings that differ besides: {', '.join(swept[_COLUMNS:])}." if swept[_COLUMNS:] else ""
+    note = (
+        "The last evaluation of each run. \u00b1 is one standard error, by prompt, where task=overopt measured it; a bare number is "
+        f"the run's own, whose error is not known; in rows of means it is the standard deviation over seeds.{more}"
+    )
+    head = ["run", *swept[:_COLUMNS], "state", "step", *names]
+    return [Heading("Runs"), Table("Runs by settings, seeds below one another", head, rows, note)]
+
+
+def _run_row(member: Member, swept: Sequence[str], names: Sequence[str]) -> list[str]:
+    settings, end, errors = gather.flat(member.settings), member.curve[-1] if member.curve else {}, member.errors()
+    if not settings:
+        settings = dict(override.split("=", 1) for override in overrides(member))
+    step = member.run.step if member.run and member.run.step is not None else end.get("step")
+    cells = [_pm(end[n], errors.get((end["step"], n))) if n in end else "-" for n in names]
+    return [member.name, *(_value(settings.get(key)) for key in swept), member.state, _value(step), *cells]
+
+
+def _pm(value: float, error: float | None) -> str:
+    """As many decimals as the error's two digits have."""
+    if not error:
+        return number(value)
+    decimals = min(max(0, 1 - math.floor(math.log10(abs(error)))), 12)
+    return f"{value:.{decimals}f} \u00b1\u00a0{error:.{decimals}f}".replace("-", "\u2212")
+
+
+def _spread(ends: Sequence[dict], name: str) -> str:
+    found = groups.interval([end[name] for end in ends if name in end])
+    return "-" if found["mean"] is None else _pm(found["mean"], found["sd"])
+
+
+def _figures(batches: Sequence[Batch]) -> list[Block]:
+    members = [member for batch in batches for member in batch.members]
+    swept = _swept(members)
+    curves = []
+    for batch in batches:
+        ran = [member for member in batch.members if member.curve]
+        settings = gather.flat(batch.members[0].settings)
+        values = {key: settings[key] for key in swept if key in settings and key not in groups.SEEDS}
+        values = {key: value if isinstance(value, int | float) else str(value) for key, value in values.items()}
+        errors = ran[0].errors() if len(ran) == 1 else {}
+        curves.append(report_plots.Curves(batch.label, batch.style, [member.curve for member in ran], errors, values))
+    numeric = [
+        key
+        for key in dict.fromkeys(key for each in curves for key in each.swept)
+        if all(gather.finite(each.swept[key]) for each in curves if key in each.swept)
+    ]
+    drawn = [
+        *report_plots.along(curves),
+        *report_plots.against_distance(curves),
+        *report_plots.against_swept(curves, numeric),
+    ]
+    return [Heading("Figures"), *drawn] if drawn else []
+
+
+# ---- evaluations
+
+
+def _evaluated(gathered: Gathered) -> list[Block]:
+    blocks: list[Block] = []
+    for i, each in enumerate(gathered.evaluations):
+        blocks.append(Heading(f"{each.task}: {each.folder.name}", 3))
+        blocks += _comparisons(each, i) if each.task == "compare" else _table(each)
+    for choice in gathered.choices:
+        rows = [[run, label, _value(step), reason] for run, label, step, reason in choice.rows]
+        blocks += [
+            Heading(f"select: {choice.folder.name}", 3),
+            Table("Checkpoints", ["run", "group", "step", "why"], rows),
+        ]
+    return [Heading("Evaluations"), *blocks] if blocks else []
+
+
+def _cells(cell: dict) -> list[str]:
+    if "unusable" in cell:
+        return ["unusable", "-", _value(cell["n"]), _value(cell["n_error"])]
+    value = "-" if cell["value"] is None else _pm(cell["value"], cell["se"])
+    interval = f"[{', '.join(map(number, cell['interval']))}]" if cell["interval"] else "-"
+    return [value, interval, _value(cell["n"]), _value(cell["n_error"])]
+
+
+def _table(found: Results) -> list[Block]:
+    """A row per metric and model, metrics together; what is past _ROWS is folded."""
+    models = dict(zip(found.models, short(list(found.models)), strict=True))
+    names = list(dict.fromkeys(name for cells in found.models.values() for name in cells))
+    rows = [
+        [name, models[m], *_cells(found.models[m][name])] for name in names for m in models if name in found.models[m]
+    ]
+    head = ["metric", "model", "value \u00b1 se", "95% interval", "n", "errors"]
+    caption = f"{found.task}, {found.folder}"
+    blocks: list[Block] = [Table(caption, head, rows[:_ROWS])] if rows else [Prose("It has no metrics.")]
+    if rows[_ROWS:]:
+        blocks.append(Fold(f"{len(rows) - _ROWS} more rows", [Table(f"{caption}, continued", head, rows[_ROWS:])]))
+    return blocks
+
+
+def _comparisons(found: Results, i: int) -> list[Block]:
+    """A forest per metric, and the table of all."""
+    pairs = [" \u2212 ".join(pair) for pair in _compared(found)]
+    forests, rows = {}, []
+    for pair, metrics in zip(pairs, found.models.values(), strict=True):
+        for name, cell in metrics.items():
+            value, interval, *counts = _cells(cell)
+            ps = [f"{cell[key]:.2g}" if gather.finite(cell.get(key)) else "-" for key in ("p", "p_holm", "detectable")]
+            rows.append([name, pair, value, interval, *ps, *counts])
+            if cell["value"] is not None and cell["interval"]:
+                said = f"{number(cell['value'])} {interval}"
+                forests.setdefault(name, []).append((pair, cell["value"], *cell["interval"], said))
+    charts = [
+        Forest(name, "paired difference, first minus second, 95% interval", lines) for name, lines in forests.items()
+    ]
+    head = [
+        "metric",
+        "first \u2212 second",
+        "difference \u00b1 se",
+        "95% interval",
+        "p",
+        "Holm p",
+        "detectable",
+        "n",
+        "errors",
+    ]
+    note = "detectable: the smallest true difference that is seen in 80% of such comparisons."
+    blocks: list[Block] = []
+    if charts:
+        caption = "Paired differences by item with 95% intervals; an interval on both sides of the dotted line tells no difference."
+        blocks.append(Figure(f"differences_{i + 1}", caption, charts[:6]))
+    notes = found.facts.get("notes")
+    blocks.append(Table(f"compare, {found.folder}", head, rows, note))
+    return [*blocks, Points(list(map(str, notes)))] if isinstance(notes, list) and notes else blocks
+
+
+def _worst(gathered: Gathered, most: int) -> list[Block]:
+    shown: list[list[Block]] = []
+    sources = [each for each in gathered.evaluations if each.task != "compare"]
+    for task in dict.fromkeys(each.task for each in sources):
+        models: list[tuple[str, str, dict[str, worst.Item]]] = []
+        for each in sources:
+            if each.task == task:
+                models += [(m, str(each.folder), worst.items_of(each.samples, m)) for m in each.models]
+        twice = Counter(model for model, *_ in models)
+        full = [model if twice[model] == 1 else f"{folder}/{model}" for model, folder, _ in models]
+        items = dict(zip(short(full), (items for *_, items in models), strict=True))
+        config = [
+            each.facts["config"] for each in sources if each.task == task and isinstance(each.facts.get("config"), dict)
+        ]
+        named = [i for i, (model, *_) in enumerate(models) if any(model == c.get("baseline") for c in config)]
+        base = list(items)[named[0] if named else 0] if items else None
+        shown += [worst.compared(base, items[base], other, items[other], most) for other in items if other != base]
+    for study in gathered.studies:
+        for batch in gathered.batches:
+            runs = [run["run"] for run in study.runs if any(run is member.studied for member in batch.members)]
+            before, after = worst.study_items(study.samples, runs)
+            shown.append(worst.compared("the start", before, f"{batch.label}, last checkpoint", after, most))
+    shown = [blocks for blocks in shown if blocks]
+    return [Heading("Where it got worse"), *worst.folded(shown)] if shown else []
+
+
+# ---- provenance
+
+
+def _provenance(gathered: Gathered) -> list[Block]:
+    members = gathered.members
+    blocks: list[Block] = [Heading("Provenance")]
+    settings = {m.name: gather.flat(m.settings) for m in members if m.settings}
+    rows = []
+    for key in gather.differing([m.settings for m in members if m.settings]):
+        having: dict[str, list[str]] = {}
+        for name, flat in settings.items():
+            having.setdefault(_value(flat.get(key)), []).append(name)
+        told = [f"{value} ({_few(names)})" for value, names in having.items()]
+        rows.append([key, "; ".join(told[:8]) + (f"; {len(told) - 8} more" if len(told) > 8 else "")])
+    if rows:
+        blocks.append(Fold("Settings that differ between runs", [Table("Settings", ["key", "value (runs)"], rows)]))
+    environments = [("run", m.run.environment) for m in members if m.run and m.run.environment]
+    folders = [each.folder for each in (*gathered.evaluations, *gathered.studies, *gathered.choices)]
+    environments += [("evaluation", found) for folder in folders if (found := gather.environment(folder))]
+    kinds = [
+        ("code", _revision),
+        ("device", lambda e: str(e.get("device"))),
+        ("python", lambda e: str(e.get("python"))),
+    ]
+    packages = dict.fromkeys(p for _, e in environments if isinstance(e.get("versions"), dict) for p in e["versions"])
+    kinds += [(name, lambda e, name=name: str((e.get("versions") or {}).get(name))) for name in packages]
+    rows = []
+    for what, read in kinds:
+        counts = Counter(read(environment) for _, environment in environments)
+        told = [
+            value if len(counts) == 1 else f"{value} ({count} of {len(environments)})"
+            for value, count in counts.items()
+        ]
+        rows += [[what, "; ".join(told)]] if told else []
+    if rows:
+        blocks.append(Table("What runs and evaluations were made with", ["what", "version"], rows))
+    read = {"data.train": {}, "data.eval": {}, "model.path": {}}
+    for flat in settings.values():
+        for key, values in read.items():
+            values[_value(flat.get(key))] = None
+    rows = [[key, "; ".join(values)] for key, values in read.items() if values]
+    blocks += [Table("What runs read", ["setting", "value"], rows)] if rows else []
+    commands = dict.fromkeys(
+        shlex.join(map(str, e["command"])) for _, e in environments if isinstance(e.get("command"), list)
+    )
+    if commands:
+        blocks.append(Fold(f"Commands ({len(commands)})", [Code(command) for command in commands]))
+    return blocks if len(blocks) > 1 else []
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -1,0 +1,306 @@
+"""Models against each other on the same items: what other evaluations measured, paired, with the chance of it being luck.
+
+Two models that answer the same questions share what makes a question hard, so that the difference item by item has a
+smaller error than two means apart (arXiv 2411.00640). Letters: N items that both models have scores of.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from rpo import config, results, stats
+from rpo.config import UserError
+from rpo.eval_config import EVAL_MAY_CHANGE, Eval
+from rpo.results import Evaluation, Results
+
+# What two evaluations that are compared differ in by nature: their subject, and how much of the data they took.
+_SUBJECT = (*EVAL_MAY_CHANGE, "model.path", "model.revision", "outputs", "annotations", "runs", "task.limit")
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model's items by id, as samples.jsonl has them."""
+
+    name: str
+    folder: str
+    items: dict[str, dict]
+
+    def metrics(self) -> list[str]:
+        return list(dict.fromkeys(name for item in self.items.values() for name in item["scores"]))
+
+
+def evaluate(cfg: Eval) -> Evaluation:
+    """All pairs of models, or each against `baseline`: "A - B" -> metric -> cell; a sample has an item's differences.
+
+        value, se, interval    of the mean difference, by cluster (`stats.clustered_mean`), in the metric's unit
+        n, clusters            items with scores of both models, and clusters of them
+        n_error                items that both models have, of which one failed or both
+        n_first, n_second      items with a score of one model alone, without failures: they are left out
+        p, p_holm              of `stats.sign_flip_test` with task.draws; adjusted for all comparisons made (`stats.holm`)
+        detectable             the smallest true difference that is seen in 80% of such comparisons (two-sided 5%)
+        needed                 clusters that one as large as the difference seen would take; null where there is none
+
+    Raises UserError where the evaluations are not of one task, or two models have no items in common.
+    """
+    given = [cfg.task.results] if isinstance(cfg.task.results, str) else cfg.task.results
+    found = [results.read(folder) for folder in given]
+    models = _models(found)
+    names = _metrics(models, cfg.task.metrics)
+    pairs, notes = _pairs(models, cfg.baseline), _notes(found)
+    cells, samples = {}, []
+    for first, second in pairs:
+        key = f"{first.name} - {second.name}"
+        made = {name: _cell(first, second, name, cfg) for name in names}
+        cells[key] = {name: cell for name, cell in made.items() if cell is not None}
+        if not cells[key]:
+            raise UserError(
+                f"{first.name} ({first.folder}) and {second.name} ({second.folder}): no item has scores of both by "
+                f"{', '.join(names)}; their ids are like {next(iter(first.items))} and {next(iter(second.items))}"
+            )
+        notes += [f"{key}: no item has scores of both by {name}" for name in names if name not in cells[key]]
+        samples += [{"model": key} | sample for sample in _samples(first, second, names)]
+    made = [cell for by_metric in cells.values() for cell in by_metric.values()]
+    for cell, p in zip(made, stats.holm([cell["p"] for cell in made]), strict=True):
+        cell["p_holm"] = p
+    many = max(cell["clusters"] for cell in made) > stats.ENUMERATED
+    if many and len(made) > stats.ALPHA * (1 + cfg.task.draws):
+        notes.append(
+            f"of {len(made)} comparisons with task.draws={cfg.task.draws} none by more than {stats.ENUMERATED} clusters can "
+            f"be told from chance (Holm p at least {len(made) / (1 + cfg.task.draws):.2g}); raise task.draws, or give baseline"
+        )
+    facts = {
+        "results": [str(each.folder) for each in found],
+        "of_task": found[0].task,
+        "pairs": [[first.name, second.name] for first, second in pairs],  # in the order of models
+        "comparisons": len(made),
+        "notes": notes,
+    }
+    return Evaluation(cells, samples, facts)
+
+
+# ---- what is compared
+
+
+def _models(found: Sequence[Results]) -> list[Model]:
+    """The models of all evaluations; one that is in several is told apart by the folder. Raises UserError."""
+    tasks = {each.task: each.folder for each in reversed(found)}
+    if len(tasks) > 1:
+        of = ", ".join(f"{folder} (task={task})" for task, folder in reversed(tasks.items()))
+        raise UserError(
+            f"task.results: {of}; expected evaluations by one task, for scores of different ones do not pair"
+        )
+    if found[0].task == "compare":
+        raise UserError(f"task.results={found[0].folder}: is a comparison itself; give the evaluations it was made of")
+    folders = Counter(each.folder.resolve() for each in found)
+    if twice := [str(folder) for folder, count in folders.items() if count > 1]:
+        raise UserError(f"task.results: {twice[0]} is given twice")
+    of_name = Counter(name for each in found for name in each.models)
+    ends = Counter(each.folder.resolve().name for each in found)
+    models = []
+    for each in found:
+        end = each.folder.resolve().name
+        place = end if ends[end] == 1 else str(each.folder)
+        for name, cells in each.models.items():
+            for cell in cells.values():
+                if isinstance(cell, dict) and "unusable" in cell:
+                    raise UserError(
+                        f"{each.folder}: the results of {name} are unusable ({cell['unusable']}); mend them first"
+                    )
+            own = [sample for sample in each.samples if sample.get("model") == name]
+            label = name if of_name[name] == 1 else f"{name} ({place})"
+            models.append(Model(label, str(each.folder), _by_id(own, name, each)))
+    if len(models) < 2:
+        there = f"has one model, {models[0].name}" if models else "has no models"
+        raise UserError(f"task.results={found[0].folder}: {there}; give another folder of the same task beside it")
+    return models
+
+
+def _by_id(samples: Sequence[dict], name: str, of: Results) -> dict[str, dict]:
+    """The items by id. UserError where one has none, is there twice, or has a score that is no finite number."""
+    items = {}
+    for sample in samples:
+        if not {"id", "cluster", "scores"} <= sample.keys():
+            raise UserError(
+                f"{of.folder}: samples of task={of.task} have no id, cluster and scores, so there is nothing to pair"
+            )
+        place = f"{of.folder}/samples.jsonl: {name}: id {sample['id']}"
+        if sample["id"] in items:
+            raise UserError(f"{place} is there twice; expected each item once, to know which to pair")
+        for metric, score in sample["scores"].items():
+            if not isinstance(score, int | float) or not math.isfinite(score):
+                raise UserError(f"{place}: {metric}={score}: expected a finite number")
+        items[sample["id"]] = sample
+    if not any(item["scores"] for item in items.values()):
+        raise UserError(f"{of.folder}: samples.jsonl has no scores of {name}; there is nothing to pair")
+    return items
+
+
+def _metrics(models: Sequence[Model], wanted: str | list[str] | None) -> list[str]:
+    there = list(dict.fromkeys(name for model in models for name in model.metrics()))
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    for name in wanted or []:
+        if name not in there:
+            raise UserError(f"task.metrics: no item has a score {name}; there are {', '.join(there)}")
+    return wanted or there
+
+
+def _pairs(models: Sequence[Model], baseline: str | None) -> list[tuple[Model, Model]]:
+    if baseline is None:
+        return list(combinations(models, 2))
+    against = [model for model in models if model.name == baseline]
+    if not against:
+        raise UserError(f"baseline={baseline}: expected one of {', '.join(model.name for model in models)}")
+    return [(model, against[0]) for model in models if model is not against[0]]
+
+
+def _notes(found: Sequence[Results]) -> list[str]:
+    """Where an evaluation was made otherwise than the first, so that a difference may not be the models'."""
+    notes = []
+    for other in found[1:]:
+        a, b = (
+            {name: each.facts.get(name) for name in ("data", "reference", "versions")} for each in (found[0], other)
+        )
+        settings = (each.facts.get("config", {}) for each in (found[0], other))
+        if differing := config.differences(*settings, _SUBJECT) + config.differences(a, b, ()):
+            notes.append(f"{found[0].folder} and {other.folder} were not made alike: {'; '.join(differing)}")
+    return notes
+
+
+# ---- one comparison
+
+
+def _shared(first: Model, second: Model) -> list[tuple[str, dict, dict]]:
+    """(id, the first's item, the second's) of the items that both have, in the order of the first."""
+    return [(name, item, second.items[name]) for name, item in first.items.items() if name in second.items]
+
+
+def _cell(first: Model, second: Model, metric: str, cfg: Eval) -> dict | None:
+    """The cell of one metric; None where no item has a score of both."""
+    paired, failed = [], set()
+    for name, a, b in _shared(first, second):
+        known, broken = ([has(item) for item in (a, b)] for has in (lambda x: metric in x["scores"], _error))
+        if all(known):
+            paired.append((name, a, b))
+        elif any(broken) and (any(known) or all(broken)):  # one that works has no such score: it is not of this metric
+            failed.add(name)
+    if not paired:
+        return None
+    clusters = _clusters(first, second, paired)
+    differences = [a["scores"][metric] - b["scores"][metric] for _, a, b in paired]
+    cell = results.with_errors(stats.clustered_mean(differences, clusters), len(failed))
+    num_clusters, se = len(set(clusters)), cell["se"]
+    scored = [{name for name, item in model.items.items() if metric in item["scores"]} for model in (first, second)]
+    return cell | {
+        "clusters": num_clusters,
+        "n_first": len(scored[0] - scored[1] - failed),
+        "n_second": len(scored[1] - scored[0] - failed),
+        "p": stats.sign_flip_test(differences, clusters, cfg.seed, cfg.task.draws),
+        "detectable": None if se is None else stats.detectable(se),
+        "needed": None if se is None or not cell["value"] else stats.clusters_needed(cell["value"], se, num_clusters),
+    }
+
+
+def _error(item: dict) -> str | None:
+    return item.get("error")
+
+
+def _clusters(first: Model, second: Model, paired: Sequence[tuple[str, dict, dict]]) -> list[int]:
+    """The number of each item's cluster, on which both have to agree, though under names of their own. UserError."""
+    pairs = [(a["cluster"], b["cluster"]) for _, a, b in paired]
+    number = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+    if not len(number) == len({a for a, _ in pairs}) == len({b for _, b in pairs}):
+        raise UserError(
+            f"{first.name} ({first.folder}) and {second.name} ({second.folder}): the items that belong together (cluster "
+            "in samples.jsonl) are not the same ones, so neither are the questions; evaluate both on one file"
+        )
+    return [number[pair] for pair in pairs]
+
+
+def _samples(first: Model, second: Model, metrics: Sequence[str]) -> list[dict]:
+    """The differences of every item that both have, with the scores they are of."""
+    samples = []
+    for name, a, b in _shared(first, second):
+        failed = [f"{model.name}: {_error(item)}" for model, item in ((first, a), (second, b)) if _error(item)]
+        both = [metric for metric in metrics if metric in a["scores"] and metric in b["scores"]]
+        samples.append(
+            {
+                "id": name,
+                "cluster": a["cluster"],
+                "scores": {metric: a["scores"][metric] - b["scores"][metric] for metric in both},
+                "error": "; ".join(failed) or None,
+                "first": a["scores"],
+                "second": b["scores"],
+            }
+        )
+    return samples
+
+
+# ---- in words
+
+
+def lines(made: Evaluation) -> str:
+    """A table of all comparisons, what each says in words, and what may make them unfair."""
+    short = _short([name for pair in made.facts["pairs"] for name in pair])
+    table = [["metric", "first - second", "difference", "95%", "p", "Holm", "n", "clusters", "errors", "detectable"]]
+    said = []
+    for metric in dict.fromkeys(name for cells in made.models.values() for name in cells):
+        for cells, pair in zip(made.models.values(), made.facts["pairs"], strict=True):
+            if metric not in cells:
+                continue
+            cell, (first, second) = cells[metric], (short[name] for name in pair)
+            interval = " to ".join(map(_number, cell["interval"] or ())) or "-"
+            detectable = "-" if cell["detectable"] is None else _number(cell["detectable"])
+            ps = [f"{cell[name]:.2g}" for name in ("p", "p_holm")]
+            counts = [str(cell[name]) for name in ("n", "clusters", "n_error")]
+            table.append([metric, f"{first} - {second}", _number(cell["value"]), interval, *ps, *counts, detectable])
+            said.append(f"{metric}: {verdict(cell, first, second, made.facts['comparisons'])}")
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    rows = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return "\n".join([*rows, *said, *(f"note: {note}" for note in made.facts["notes"])])
+
+
+def _number(x: float) -> str:
+    return f"{x:.3g}"
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """Each name without the folders that all begin with and all end in: runs/a/model and runs/b/model are a and b."""
+    parts = {name: name.split("/") for name in names}
+    for end in (0, -1):
+        while len({part[end] for part in parts.values()}) == 1 and min(map(len, parts.values())) > 1:
+            for part in parts.values():
+                del part[end]
+    return {name: "/".join(part) for name, part in parts.items()}
+
+
+def verdict(cell: dict, first: str, second: str, comparisons: int) -> str:
+    """One plain sentence on one comparison: by its Holm-adjusted p at 5%; which way is better is for the reader to say.
+
+    A difference that only its own p supports is said to be one of so many comparisons; where none is seen, how large
+    one would have been seen; and where so few clusters have no p below 5%, that nothing can be told.
+    """
+    value, (above, below) = cell["value"], (first, second) if cell["value"] > 0 else (second, first)
+    ps = f"p {cell['p']:.2g}" + (f", Holm {cell['p_holm']:.2g}" if comparisons > 1 else "")
+    one_sided = [(cell["n_first"], first), (cell["n_second"], second)]
+    left = " and ".join(f"{count} that only {name} has" for count, name in one_sided if count)
+    left = f"; left out: {left}" if left else ""
+    left += f"; {cell['n_error']} failed" if cell["n_error"] else ""
+    least = 2 / 2 ** cell["clusters"]
+    if least > stats.ALPHA:
+        return f"can not tell: of {cell['clusters']} clusters no p can be below {least:.2g}; compare on more{left}"
+    if not value and not cell["se"]:
+        return f"{first} and {second} have the same mean in each of {cell['clusters']} clusters{left}"
+    low, high = cell["interval"] if value > 0 else (-x for x in reversed(cell["interval"]))
+    size = f"{_number(abs(value))} (95% {_number(low)} to {_number(high)}; {ps})"
+    if cell["p_holm"] <= stats.ALPHA:
+        return f"{above} is above {below} by {size}{left}"
+    if cell["p"] <= stats.ALPHA:
+        return f"{above} is above {below} by {size}, which among {comparisons} comparisons may be luck{left}"
+    return (
+        f"no difference seen between {first} and {second}: {above} is above by {size}; a true difference of "
+        f"{_number(cell['detectable'])} would be seen in 80% of such comparisons, a smaller one in fewer"
+        + (f"; one as large as that seen needs about {cell['needed']} clusters" if cell["needed"] else "")
+        + left
+    )

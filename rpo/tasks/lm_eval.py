@@ -1,0 +1,266 @@
+"""Benchmarks by lm-evaluation-harness, with what it lacks: errors by question and differences paired by question.
+
+The harness says what a question looks like, when an answer ends and what is right; the model is loaded as for any other
+task here, and generates by the task's settings alone: what its generation_config.json says is left out.
+
+RUN_DIR/lm_eval/*.json    what is done, one file per model and task: a start after it goes on from there
+"""
+
+import difflib
+import gc
+import hashlib
+import importlib.util
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rpo import dist, gsm8k, models, rundir, tokens
+from rpo.config import UserError
+from rpo.eval_config import Eval, LmEvalTask
+from rpo.paired import differences
+from rpo.results import Evaluation, with_errors
+from rpo.rows import one_line
+from rpo.stats import clustered_mean
+
+STANDARD = {"gsm8k": 5, "arc_challenge": 25, "arc_easy": 25}  # of the other tasks the harness's own number
+# Files below task.data, and what in the harness's task is another name there.
+_ARC = {"doc_to_target": "gold", "doc_to_choice": "choices", "validation_split": None}
+LOCAL: dict[str, tuple[str, dict]] = {
+    "gsm8k": ("gsm8k/{}.jsonl", {}),
+    "arc_challenge": ("arc/arc_challenge_{}.jsonl", _ARC),
+    "arc_easy": ("arc/arc_easy_{}.jsonl", _ARC),
+}
+
+
+def evaluate(cfg: Eval, device: torch.device, *, run_dir: Path) -> Evaluation:
+    """The harness's metrics of each model on each task, as "TASK/METRIC" ("TASK/METRIC,FILTER" where it has filters).
+
+    With `baseline`, one of the models: "difference/..." of each other. Raises UserError: harness not installed, more than
+    one rank, a task or file that is not there, a model that can not be loaded.
+    """
+    task, paths = cfg.task, [cfg.model.path] if isinstance(cfg.model.path, str) else cfg.model.path
+    if dist.world_size() > 1:
+        raise UserError(f"task=lm_eval on {dist.world_size()} ranks: it runs on one; start it without torchrun")
+    if cfg.baseline not in (None, *paths):
+        raise UserError(f"baseline={cfg.baseline}: expected one of model.path ({', '.join(paths)})")
+    for path in paths:
+        models.check(path, cfg.model.revision, trust_remote_code=cfg.model.trust_remote_code)
+    specs = _specs(task, Path(cfg.cache_dir).expanduser() / "datasets")
+    done: dict[tuple[str, str], dict] = {}
+    for path in paths:
+        files = {name: _file(run_dir, path, name) for name in specs}
+        missing = [name for name, file in files.items() if not file.exists()]
+        model = _model(cfg, path, device) if missing else None
+        for name in missing:
+            files[name].parent.mkdir(exist_ok=True)
+            part = files[name].with_suffix(".part")  # not `rundir.write_json`: text of models and data stays as it is
+            part.write_text(json.dumps(_measured(model, name, specs[name], cfg)))
+            part.rename(files[name])
+        done |= {(path, name): rundir.read_json(file) for name, file in files.items()}
+        del model
+        gc.collect()  # the next one needs its memory
+    cells: dict[str, dict[str, dict]] = {path: {} for path in paths}
+    samples = []
+    for (path, _), found in done.items():
+        made = [{"model": path, **sample} for sample in found["samples"]]
+        cells[path] |= _cells(made, found["totals"])
+        samples += made
+    if cfg.baseline is not None:
+        for path, made in differences(samples, cfg.baseline).items():
+            cells[path] |= made
+    facts = {name: done[paths[0], name]["facts"] for name in specs}
+    return Evaluation(cells, samples, {"data": task.data or "Hub", "chat_template": task.chat_template, "tasks": facts})
+
+
+def _file(run_dir: Path, path: str, name: str) -> Path:
+    """Where what a model did on a task is kept; all other settings are those of the folder."""
+    return run_dir / "lm_eval" / f"{name.replace('/', '_')}_{hashlib.sha256(path.encode()).hexdigest()[:12]}.json"
+
+
+# ---- tasks
+
+
+def _specs(task: LmEvalTask, cache: Path) -> dict[str, str | dict]:
+    """What the harness is given for each task: its name, or its own settings with the data's place changed.
+
+    Raises UserError for what it does not know or can not read, before a model is loaded.
+    """
+    for package in ("lm_eval", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"task=lm_eval: {package} is not installed; pip install 'rpo[eval]'")
+    manager = _manager()
+    specs: dict[str, str | dict] = {}
+    for name in task.tasks:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, 3)
+            raise UserError(
+                f"task.tasks: lm-evaluation-harness has no {name}; "
+                + (f"did you mean {' or '.join(near)}?" if near else "give names that `lm-eval ls tasks` lists")
+            )
+        specs[name] = name if task.data is None else _local(manager, name, task, cache)
+        try:
+            loaded = manager.load([specs[name]])
+        except Exception as error:  # the network, files, a task's own code: each its own type
+            raise UserError(
+                f"task.tasks: {name} can not be loaded ({one_line(error)}); without a network give task.data, and see "
+                "that its files are whole"
+            ) from None
+        if unsafe := [leaf for leaf, made in loaded["tasks"].items() if getattr(made, "UNSAFE_CODE", False)]:
+            raise UserError(f"task.tasks: {unsafe[0]} runs what models write, unprotected; use task=mbpp or leave it out")
+    return specs
+
+
+@lru_cache
+def _manager() -> Any:
+    """The harness's list of tasks, which takes it seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _local(manager: Any, name: str, task: LmEvalTask, cache: Path) -> dict:
+    """The harness's settings of the task, its data from files of `task.data`."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    if name not in LOCAL:
+        raise UserError(f"task.data={task.data}: holds {', '.join(LOCAL)}, not {name}; leave it out, or set task.data=null")
+    pattern, others = LOCAL[name]
+    files = {}
+    for split in ("train", "test") if task.shots else ("test",):
+        stem = Path(task.data).expanduser() / pattern.format(split)
+        found = [path for path in (stem, stem.with_name(stem.name + ".gz")) if path.is_file()]
+        if not found:
+            raise UserError(f"task.data={task.data}: has no {pattern.format(split)}(.gz); task.tasks={name} reads it")
+        files[split] = str(found[0].resolve())
+    splits = {} if task.shots else {"training_split": None, "fewshot_split": None}
+    data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files, "cache_dir": str(cache)}}
+    return load_yaml(manager.task_index[name].yaml_path) | others | splits | data
+
+
+# ---- models
+
+
+def _model(cfg: Eval, path: str, device: torch.device) -> Any:
+    """The harness's own wrapper around the model at `path`. Raises UserError as `models.load` does."""
+    from lm_eval.models.huggingface import HFLM
+
+    given, trust = cfg.model, {"trust_remote_code": cfg.model.trust_remote_code}
+    compute = models.compute_dtype(given.dtype, device)
+    wide = torch.promote_types(compute, torch.float32)
+    tokenizer = tokens.load_tokenizer(
+        given.tokenizer or path, revision=given.revision, chat_template=cfg.data.chat_template, **trust
+    )
+    if cfg.task.chat_template and tokenizer.chat_template is None:
+        raise UserError(f"task.chat_template=true: the tokenizer of {path} has none; give data.chat_template")
+    lm = models.load(path, given.revision, wide, **trust).to(device, compute)
+    stop_ids = tokens.stop_ids(tokenizer, cfg.data.template_date)
+    # A generation_config.json may ask for a repetition penalty, which "greedy" does not turn off.
+    lm.generation_config = type(lm.generation_config)(eos_token_id=stop_ids, pad_token_id=stop_ids[0])
+    model = HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=cfg.task.batch_size, softmax_dtype=wide)
+
+    def rendered(history: list[dict], add_generation_prompt: bool = True) -> str:  # its own would print today's date
+        return tokens.render(tokenizer, history, cfg.data.template_date, prompt=add_generation_prompt)
+
+    model.apply_chat_template = rendered
+    return model
+
+
+def _measured(model: Any, name: str, spec: str | dict, cfg: Eval) -> dict:
+    """{"samples", "totals", "facts"} of one model on one task, by the harness."""
+    import lm_eval
+
+    task = cfg.task
+    seeds = {f"{of}_seed": cfg.seed for of in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    try:
+        made = lm_eval.simple_evaluate(
+            model=model,
+            tasks=[spec],
+            num_fewshot=STANDARD.get(name) if task.shots == "standard" else task.shots,
+            limit=task.limit,
+            apply_chat_template=task.chat_template,
+            bootstrap_iters=2,  # 0 would leave out the errors that need none, too
+            **seeds,
+        )
+    except ValueError as error:
+        raise UserError(f"task.tasks: {name} can not be run ({one_line(error)}); leave it out") from None
+    samples = [sample for leaf, logged in made["samples"].items() for sample in _samples(leaf, logged)]
+    totals = {
+        f"{leaf}/{_metric(*key.split(','))}": [float(value), _number(result.get(key.replace(",", "_stderr,", 1)))]
+        for leaf, result in made["results"].items()
+        for key, value in result.items()
+        if "," in key and "_stderr," not in key and _number(value) is not None
+    }
+    facts = {key: made[key] for key in ("n-shot", "versions")}
+    if name == "gsm8k":
+        facts["scored_otherwise"] = _scored_otherwise(samples)
+    return {"samples": samples, "totals": totals, "facts": facts}
+
+
+def _metric(metric: str, filtered: str) -> str:
+    return metric if filtered == "none" else f"{metric},{filtered}"
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, bool | int | float | np.number) else None
+
+
+def _samples(task: str, logged: Sequence[dict]) -> list[dict]:
+    """One sample per question, the scores of all of the harness's filters together."""
+    made: dict[int, dict] = {}
+    seen: dict[str, int] = {}
+    for line in logged:
+        if line["doc_id"] not in made:
+            item = f"{task}/{line['doc_hash'][:16]}"
+            seen[item] = seen.get(item, 0) + 1
+            item += f"#{seen[item]}" if seen[item] > 1 else ""  # the same question again
+            about = {"id": item, "cluster": item.partition("#")[0], "task": task, "scores": {}, "error": None}
+            made[line["doc_id"]] = about | _shown(line)
+        scores = {_metric(name, line["filter"]): _number(line[name]) for name in line["metrics"]}
+        made[line["doc_id"]]["scores"] |= {f"{task}/{key}": v for key, v in scores.items() if v is not None}
+    return list(made.values())
+
+
+def _shown(line: dict) -> dict:
+    """What was asked and said: the text generated, or the choice found likeliest and the log-prob in nats of each."""
+    asked, said = line["arguments"], [answer[0] for answer in line["resps"]]
+    target = line["target"]
+    if isinstance(said[0], str):
+        return {"prompt": asked[0][0], "answer": said[0], "target": str(target)}
+    choices = [request[1] for request in asked]
+    logps = [float(answer[0] if isinstance(answer, Sequence) else answer) for answer in said]
+    right = choices[target] if isinstance(target, int) and 0 <= target < len(choices) else str(target)
+    return {"prompt": asked[0][0], "answer": choices[int(np.argmax(logps))], "target": right, "logps": logps}
+
+
+def _scored_otherwise(samples: Sequence[dict]) -> list[str]:
+    """The ids of answers to GSM8K that our scorer judges otherwise than the harness: none, or its rules have changed."""
+    rules = {"strict-match": gsm8k.strict, "flexible-extract": gsm8k.flexible}
+    return [
+        sample["id"]
+        for sample in samples
+        if any(
+            bool(sample["scores"][f"gsm8k/exact_match,{name}"])
+            != gsm8k.same(rule(sample["answer"]), gsm8k.strict(sample["target"]))
+            for name, rule in rules.items()
+        )
+    ]
+
+
+# ---- cells
+
+
+def _cells(samples: Sequence[dict], totals: dict[str, list]) -> dict[str, dict]:
+    """A cell for each of the harness's totals: our own where that is the mean over questions, else as it says."""
+    cells = {}
+    for name, (value, se) in totals.items():
+        scored = [sample for sample in samples if name in sample["scores"]]
+        cell = clustered_mean([s["scores"][name] for s in scored], [s["cluster"] for s in scored])
+        if cell["value"] is None or abs(cell["value"] - value) > 1e-9:  # perplexity, F1 of a whole set, a group
+            cell = {"value": value, "se": se, "interval": None, "n": len(scored)}
+        cells[name] = with_errors(cell, 0)
+    return cells

@@ -1,0 +1,206 @@
+"""MBPP (arXiv 2108.07732): whether the programs that a model writes pass their tests, each tried in a sandbox.
+
+The prompt is the paper's, with problems 2, 3 and 4 shown and solved; problems 11 to 510 are the test. It is a text that
+goes on, so no chat template is used.
+"""
+
+import ast
+import builtins
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rpo import dist, rows, sandbox
+from rpo.config import UserError
+from rpo.eval_config import Eval, MbppTask
+from rpo.generate import Sampling
+from rpo.paired import differences
+from rpo.results import Evaluation, with_errors
+from rpo.rows import RowError
+from rpo.stats import clustered_mean
+
+SHOWN, TEST = (2, 3, 4), range(11, 511)  # task ids
+END = "[DONE]"
+_FIELDS = {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str}
+_PROGRAM = ("program", "completion", "response", "output")  # the first of them that a row of outputs has
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row of the data set, and what its tests know by name: the program's functions, and imports."""
+
+    task_id: int
+    text: str
+    code: str
+    tests: tuple[str, ...]
+    setup: str
+    names: tuple[str, ...]
+    imports: tuple[str, ...]
+
+
+def evaluate(cfg: Eval, answer: Callable | None, *, run_dir: Path) -> Evaluation:
+    """pass@k of each model (`answer`), or of each file of `outputs`; a collective, programs are run by rank 0.
+
+    Raises UserError: no data, problems without a program, or a machine that can not make a sandbox that holds.
+    """
+    task, limits = cfg.task, sandbox.Limits(cfg.task.seconds, cfg.task.memory_gib)
+    dist.on_main(sandbox.check, limits)
+    problems, digest = read(task.data)
+    asked = [problems[i] for i in TEST if i in problems][: task.limit]
+    given = cfg.model.path if answer else cfg.outputs
+    names = [given] if isinstance(given, str) else given
+    if cfg.baseline not in (None, *names):
+        raise UserError(f"baseline={cfg.baseline}: expected one of {'model.path' if answer else 'outputs'} ({names})")
+    samples = []
+    for name in names:
+        if answer:
+            prompts = [prompt(problems, problem) for problem in asked for _ in range(task.samples)]
+            sampling = Sampling(task.temperature, task.top_p, 0, task.max_new_tokens)
+            texts = [made.text for made in answer(name, prompts, sampling)]
+            programs = [texts[i : i + task.samples] for i in range(0, len(texts), task.samples)]
+        else:
+            programs = stored(name, asked, max(task.k))
+        samples += dist.on_main(_scored, name, asked, programs, task.k, limits)
+    models = {name: _cells([s for s in samples if s["model"] == name], task) for name in names}
+    if cfg.baseline is not None:
+        for name, cells in differences(samples, cfg.baseline).items():
+            models[name] |= cells
+    facts = {"data": {"file": task.data, "digest": digest, "problems": len(asked)}, "shown": list(SHOWN)}
+    return Evaluation(models, samples, facts)
+
+
+def _cells(samples: Sequence[dict], task: MbppTask) -> dict[str, dict]:
+    good = [sample for sample in samples if sample["error"] is None]
+    clusters = [sample["cluster"] for sample in good]
+    return {
+        f"pass@{k}": with_errors(
+            clustered_mean([sample["scores"][f"pass@{k}"] for sample in good], clusters), len(samples) - len(good)
+        )
+        for k in task.k
+    }
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): the chance that k of n programs, of which c pass, have one that does (arXiv 2107.03374)."""
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+# ---- data
+
+
+def read(data: str) -> tuple[dict[int, Problem], str]:
+    """(problems by task id, digest of the file). Raises UserError where the file is none of MBPP's."""
+    (source,) = rows.open_sources(data, None)
+    problems = {}
+    for line, row in source.rows():
+        place = f"task.data={data}:{line}"
+        try:
+            problem = _problem(row)
+        except (RowError, SyntaxError) as error:
+            raise UserError(f"{place}: {rows.one_line(error)}; give the data set's mbpp.jsonl") from None
+        if problem.task_id in problems:
+            raise UserError(f"{place}: task_id {problem.task_id} is there twice; give the data set's mbpp.jsonl")
+        problems[problem.task_id] = problem
+    if missing := [i for i in SHOWN if i not in problems]:
+        raise UserError(f"task.data={data}: lacks task_id {missing}, which every prompt shows; give all of mbpp.jsonl")
+    if not any(i in problems for i in TEST):
+        raise UserError(f"task.data={data}: has no task_id from 11 to 510, the test; give all of mbpp.jsonl")
+    return problems, source.digest
+
+
+def _problem(row: object) -> Problem:
+    if isinstance(row, RowError):
+        raise row
+    for name, kind in _FIELDS.items():
+        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+            raise RowError("wrong_type", f"field {name}: expected one of type {kind.__name__}")
+    tests = tuple(row["test_list"])
+    if not tests or not all(isinstance(test, str) for test in tests):
+        raise RowError("wrong_type", "field test_list: expected statements")
+    body = [*ast.parse(row["code"]).body, *ast.parse(row["test_setup_code"]).body]
+    used = {node.id for test in tests for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
+    imports, imported, defined = [], set(), set()
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound = {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            imported |= bound
+            imports += [ast.unparse(node)] if bound & used else []
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+    # A built-in's name is the program's where the data set's solution has a function of that name (`sum`, in one).
+    names = sorted(name for name in used if name in defined or not (name in imported or hasattr(builtins, name)))
+    fields = row["task_id"], row["text"], row["code"], tests, row["test_setup_code"]
+    return Problem(*fields, tuple(names), tuple(imports))
+
+
+def prompt(problems: dict[int, Problem], problem: Problem) -> str:
+    """The problem after three that are solved, as lm-evaluation-harness (mbpp, version 1) writes them."""
+    shown = [f"{_question(problems[i])}{problems[i].code}\n{END}" for i in SHOWN]
+    return "\n\n".join([*shown, _question(problem)])
+
+
+def _question(problem: Problem) -> str:
+    tests = "\n".join(problem.tests[:3])
+    return (
+        f"You are an expert Python programmer, and here is your task: {problem.text} Your code should pass these "
+        f"tests:\n\n{tests}\n[BEGIN]\n"
+    )
+
+
+def stored(file: str, asked: Sequence[Problem], least: int) -> list[list[str]]:
+    """The programs of each problem in a file of rows with task_id and program (or completion, response, output).
+
+    Raises UserError: a row that has them not, or a problem with fewer than `least`.
+    """
+    found: dict[int, list[str]] = {problem.task_id: [] for problem in asked}
+    (source,) = rows.open_sources(file, None)
+    for line, row in source.rows():
+        texts = [row[name] for name in _PROGRAM if isinstance(row.get(name), str)] if isinstance(row, dict) else []
+        if not texts or not isinstance(row.get("task_id"), int):
+            raise UserError(
+                f"outputs={file}:{line}: expected an object with task_id (a number) and {' or '.join(_PROGRAM)}"
+            )
+        if row["task_id"] in found:  # of the whole data set only the test is asked for
+            found[row["task_id"]].append(texts[0])
+    if few := [i for i, programs in found.items() if len(programs) < least]:
+        raise UserError(
+            f"outputs={file}: {len(few)} of {len(found)} problems have fewer than {least} programs (task_id {few[:5]}); "
+            "add them, an empty one where a model gave none, or set task.limit or task.k"
+        )
+    return list(found.values())
+
+
+# ---- scores
+
+
+def _scored(
+    name: str, asked: Sequence[Problem], programs: Sequence[Sequence[str]], ks: Sequence[int], limits: sandbox.Limits
+) -> list[dict]:
+    """One sample per problem, its programs tried as many at once as there are processors."""
+    exams = [
+        exam_of(problem, text) for problem, texts in zip(asked, programs, strict=True) for text in texts
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads that wait for processes
+        outcomes = iter(list(pool.map(lambda exam: sandbox.examine(exam, limits), exams)))
+    samples = []
+    for problem, texts in zip(asked, programs, strict=True):
+        tried = [(text, next(outcomes)) for text in texts]
+        error = next((outcome.error for _, outcome in tried if outcome.error), None)
+        passed = sum(outcome.passed for _, outcome in tried)
+        scores = {} if error else {f"pass@{k}": pass_at_k(len(tried), passed, k) for k in ks}
+        item = f"mbpp/{problem.task_id}"
+        about = {"task_id": problem.task_id, "prompt": problem.text, "tests": problem.tests}
+        made = [{"program": text, "passed": outcome.passed, "why": outcome.why} for text, outcome in tried]
+        samples.append(
+            {"model": name, "id": item, "cluster": item, "scores": scores, "error": error, **about, "programs": made}
+        )
+    return samples
+
+
+def exam_of(problem: Problem, text: str) -> sandbox.Exam:
+    """The problem's tests of the program that `text` begins with."""
+    program = text.partition(END)[0]
+    return sandbox.Exam(program, list(problem.tests), list(problem.names), problem.setup, list(problem.imports))

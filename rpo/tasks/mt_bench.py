@@ -1,0 +1,348 @@
+"""MT-Bench (arXiv 2306.05685): answers to 80 questions of two turns, rated from 1 to 10 or compared with a baseline's.
+
+RUN/model_answer/MODEL.jsonl, RUN/model_judgment/JUDGE_{single,pair}.jsonl    what was answered and judged, in FastChat's
+forms (`fastchat`). Everything is computed from rows of these forms, ours and stored ones alike; standard errors are
+clustered by question. Letters: N judged items.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from rpo import dist, fastchat, judge, judge_prompts, verdicts
+from rpo.config import UserError
+from rpo.eval_config import Eval
+from rpo.fastchat import ModelAnswers, Question
+from rpo.generate import Sampling
+from rpo.judge import Reply, Request
+from rpo.judge_prompts import Kind, Template
+from rpo.rates import cell, rates
+from rpo.redact import redacted
+from rpo.results import Evaluation
+
+# Of the answers, as in FastChat's gen_model_answer; of other categories OTHER.
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+TEMPERATURES |= {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}
+OTHER = 0.7
+WITH_REFERENCE = ("math", "reasoning", "coding")
+_SCORES = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}  # of model_1
+_UNPARSED, _UNANSWERED = "no verdict in the judge's reply", "the judge gave no reply"
+
+
+def evaluate(
+    cfg: Eval, answer: Callable | None, ask: Callable[[Sequence[Request]], list[Reply]] | None, *, run_dir: Path
+) -> Evaluation:
+    """Scores by turn and category (mode single), or win rates of both models of each pair (pairwise).
+
+    `answer` makes answers (`answering.Answerer`), `ask` asks the judge. Raises UserError for files that do not belong
+    together.
+    """
+    asked = fastchat.questions(cfg.task.questions) if cfg.task.questions else None
+    if cfg.annotations is not None:
+        kind, rows = fastchat.judgments(cfg.annotations)
+        categories = _categories(asked, rows, cfg)
+        kept = list(dict.fromkeys(row["question_id"] for row in rows))[: cfg.task.limit]
+        rows = [row for row in rows if row["question_id"] in kept]
+        facts = {"annotations": cfg.annotations, "judges": _judges(rows), "reread": _reread(rows)}
+        made = of_judgments(kind, rows, categories)
+    else:
+        kind = "pair" if cfg.task.mode == "pairwise" else "single"
+        questions = asked[: cfg.task.limit]
+        templates = judge_prompts.load(cfg.task.prompts, kind) if cfg.task.prompts else judge_prompts.OURS
+        references = _references(cfg, questions)
+        known, facts = _answers(cfg, asked, answer, run_dir)
+        rows, requests = _asked(cfg.judge.model, kind, questions, known, references, templates)
+        replies = ask(requests)
+        facts["judge"] = judge.facts(requests, replies, cfg.judge)
+        rows = _filled(kind, rows, replies)
+        name = f"{fastchat.file_name(cfg.judge.model)}_{kind}.jsonl"
+        dist.on_main(fastchat.write_judgments, run_dir / "model_judgment" / name, rows)
+        made = of_judgments(kind, rows, {question.id: question.category for question in questions})
+        _add_texts(made.samples, {question.id: question for question in questions}, known)
+    return Evaluation(made.models, made.samples, {"kind": kind} | facts)
+
+
+# ---- stored judgments
+
+
+def _categories(asked: Sequence[Question] | None, rows: Sequence[dict], cfg: Eval) -> dict[int, str]:
+    """The category of every question that was judged: the questions file's, else by MT-Bench's own numbers."""
+    numbers = list(dict.fromkeys(row["question_id"] for row in rows))
+    known = {number: fastchat.category_of(number) for number in numbers}
+    if asked is not None:
+        known = {question.id: question.category for question in asked}
+    if unknown := [number for number in numbers if known.get(number) is None]:
+        where = "it is not MT-Bench's (81 to 160)" if asked is None else f"it is not in {cfg.task.questions}"
+        raise UserError(
+            f"annotations={cfg.annotations}: question {unknown[0]} ({len(unknown)} such): {where}; give the file of these "
+            "questions as task.questions"
+        )
+    return known
+
+
+def _judges(rows: Sequence[dict]) -> list[str]:
+    """Who judged, as the rows say it: [name, prompt], or a name."""
+    said = [row.get("judge") for row in rows]
+    return sorted({str(one[0]) if isinstance(one, list) and one else str(one) for one in said})
+
+
+def _reread(rows: Sequence[dict]) -> dict[str, int]:
+    """How many stored judgments our own parsers read, and how many of them otherwise than the file says.
+
+    Rows with our own reason for an error are left out: what was said there was not all that counted.
+    """
+    said = [one for row in rows if "error" not in row for one in _stored_and_read(row)]
+    return {"judgments": len(said), "differ": sum(stored != read for stored, read in said)}
+
+
+def _stored_and_read(row: dict) -> list[tuple]:
+    """(what the file says, what its text says to us) of each judgment in the row that has a text."""
+    if "score" in row:
+        texts = {"judgment": (row["score"], lambda text: verdicts.rating(text) or -1)}
+    else:
+        texts = {
+            "g1_judgment": (row["g1_winner"], lambda text: _winner(text, "model_1", "model_2")),
+            "g2_judgment": (row["g2_winner"], lambda text: _winner(text, "model_2", "model_1")),
+        }
+    return [(stored, read(row[field])) for field, (stored, read) in texts.items() if isinstance(row.get(field), str)]
+
+
+def _winner(text: str, first: str, second: str) -> str:
+    return {"A": first, "B": second, "C": "tie", None: "error"}[verdicts.pair_letter(text)]
+
+
+# ---- answers
+
+
+def _answers(
+    cfg: Eval, asked: Sequence[Question], answer: Callable | None, run_dir: Path
+) -> tuple[list[ModelAnswers], dict]:
+    """The answers of all models, the baseline's last where there is one, and facts."""
+    files = [] if cfg.outputs is None else [cfg.outputs] if isinstance(cfg.outputs, str) else [*cfg.outputs]
+    files += [] if cfg.baseline is None else [cfg.baseline]
+    known, cut = [fastchat.answers(file) for file in files], {}
+    for one in known:
+        _check_covers(one, asked, cfg)
+    if cfg.outputs is None:
+        paths = [cfg.model.path] if isinstance(cfg.model.path, str) else cfg.model.path
+        made = [_generated(cfg, asked[: cfg.task.limit], answer, path, run_dir) for path in paths]
+        known = [one for one, _ in made] + known
+        cut = {"cut_answers": {one.model: count for one, count in made}}
+    for i, one in enumerate(known):
+        if one.model in [other.model for other in known[:i]]:
+            raise UserError(f"{one.file}: answers of {one.model}, as are those of another file; give each model once")
+    return known, {"outputs": [one.file for one in known], "questions": cfg.task.questions} | cut
+
+
+def _check_covers(one: ModelAnswers, asked: Sequence[Question], cfg: Eval) -> None:
+    """Raises UserError where the answers are to other questions, or not to all."""
+    numbers = [question.id for question in asked]
+    if unknown := [number for number in one.turns if number not in numbers]:
+        raise UserError(
+            f"{one.file}: {len(unknown)} of {len(one.turns)} answers are to questions that {cfg.task.questions} does "
+            f"not have, such as {unknown[0]}; give the questions that were answered"
+        )
+    numbers = numbers[: cfg.task.limit]
+    if lacking := [number for number in numbers if number not in one.turns]:
+        raise UserError(
+            f"{one.file}: lacks answers to {len(lacking)} of {len(numbers)} questions, such as {lacking[0]}; answer them "
+            "too, or set task.limit"
+        )
+
+
+def _generated(
+    cfg: Eval, questions: Sequence[Question], answer: Callable, path: str, run_dir: Path
+) -> tuple[ModelAnswers, int]:
+    """A model's answers, the second turn's after its own first, and how many were cut at task.max_new_tokens."""
+    samplings = [
+        Sampling(TEMPERATURES.get(question.category, OTHER), 1.0, 0, cfg.task.max_new_tokens) for question in questions
+    ]
+    conversations = [[{"role": "user", "content": question.turns[0]}] for question in questions]
+    first = answer(path, conversations, samplings)
+    conversations = [
+        [*said, {"role": "assistant", "content": made.text}, {"role": "user", "content": question.turns[1]}]
+        for said, made, question in zip(conversations, first, questions, strict=True)
+    ]
+    second = answer(path, conversations, samplings)
+    turns = {q.id: [a.text, b.text] for q, a, b in zip(questions, first, second, strict=True)}
+    file = dist.on_main(fastchat.write_answers, run_dir / "model_answer", redacted(path), turns)
+    return ModelAnswers(redacted(path), str(file), turns), sum(not made.ended for made in (*first, *second))
+
+
+# ---- the judge
+
+
+def _references(cfg: Eval, questions: Sequence[Question]) -> dict[int, list[str]]:
+    """The reference answers by question, where they are given and the category wants one; UserError where one is missing."""
+    if cfg.task.references is None:
+        return {}
+    found = fastchat.answers(cfg.task.references).turns
+    wanting = [question for question in questions if question.category in WITH_REFERENCE]
+    for question in wanting:
+        if question.id not in found:
+            raise UserError(
+                f"task.references={cfg.task.references}: has no answer to question {question.id} ({question.category}); "
+                "add it, or give no references"
+            )
+    return {question.id: found[question.id] for question in wanting}
+
+
+def _asked(
+    judge_name: str,
+    kind: str,
+    questions: Sequence[Question],
+    known: Sequence[ModelAnswers],
+    references: Mapping[int, list[str]],
+    templates: Mapping[Kind, Template],
+) -> tuple[list[dict], list[Request]]:
+    """(rows of FastChat's form but for what the judge says, the requests: one a row, of a pair two)."""
+    rows, requests = [], []
+    models = known if kind == "single" else known[:-1]
+    for one, turn, question in product(models, range(1, fastchat.TURNS + 1), questions):
+        said, own = question.turns[:turn], one.turns[question.id][:turn]
+        refs = references[question.id][:turn] if question.id in references else None
+        name = templates[kind, refs is not None, turn].name
+        row = {"question_id": question.id, "turn": turn, "judge": [judge_name, name]}
+        if kind == "single":
+            asked = [judge_prompts.single(said, own, refs, templates=templates)]
+            row |= {"model": one.model, "user_prompt": asked[0][1]["content"]}
+        else:
+            other = known[-1].turns[question.id][:turn]
+            shown = ((own, other), (other, own))
+            asked = [judge_prompts.pair_turns(said, a, b, refs, templates=templates) for a, b in shown]
+            row |= {"model_1": one.model, "model_2": known[-1].model}
+            row |= {f"g{game}_user_prompt": asked[game - 1][1]["content"] for game in (1, 2)}
+        rows.append(row)
+        requests += [Request(messages) for messages in asked]
+    return rows, requests
+
+
+def _filled(kind: str, rows: Sequence[dict], replies: Sequence[Reply]) -> list[dict]:
+    """The rows with what the judge said."""
+    if kind == "single":
+        return [row | _rating_of(reply) for row, reply in zip(rows, replies, strict=True)]
+    return [
+        row | _games_of(*games) for row, games in zip(rows, zip(replies[::2], replies[1::2], strict=True), strict=True)
+    ]
+
+
+def _rating_of(reply: Reply) -> dict:
+    """The fields of a single judgment that the reply fills."""
+    score, why = verdicts.rating(reply.text), reply.error
+    if reply.finish_reason == "length":  # a number so far may be one that the judge only quotes
+        score, why = None, verdicts.CUT
+    if reply.error is not None or score is None:
+        said = reply.text if reply.error is None else fastchat.FAILED
+        return {"judgment": said, "score": -1, "error": why or "no rating from 1 to 10 in the judge's reply"}
+    return {"judgment": reply.text, "score": score}
+
+
+def _games_of(first: Reply, second: Reply) -> dict:
+    """The fields of a pairwise judgment that the replies to both orders fill."""
+    made, reasons = {}, []
+    for game, (reply, names) in enumerate(((first, ("model_1", "model_2")), (second, ("model_2", "model_1"))), start=1):
+        score, why = verdicts.first_score("text", vars(reply))
+        winner = {1.0: names[0], 0.0: names[1], 0.5: "tie", None: "error"}[score]
+        said = reply.text if reply.error is None else fastchat.FAILED
+        made |= {f"g{game}_winner": winner, f"g{game}_judgment": said}
+        reasons += [why] * (why is not None)
+    return made | ({"error": reasons[0]} if reasons else {})
+
+
+# ---- statistics
+
+
+def of_judgments(kind: str, rows: Sequence[dict], categories: Mapping[int, str]) -> Evaluation:
+    """Metrics of every model that the rows judge, and a sample per model, question and turn (of a pair two).
+
+    single: score, the mean rating. pair: those of `rates.rates`; a win is one in both orders, all else but two losses is a
+    tie (FastChat's adjusted win rate). Either also as NAME/turn_1, NAME/turn_2 and NAME/CATEGORY, and where a model meets
+    several others as win_rate/against/OTHER.
+    """
+    samples = [sample for row in rows for sample in _samples(kind, row, categories)]
+    _name_apart(samples)
+    models = list(dict.fromkeys(sample["model"] for sample in samples))
+    of_model = {model: [sample for sample in samples if sample["model"] == model] for model in models}
+    return Evaluation({model: _metrics(kind, own) for model, own in of_model.items()}, samples, {})
+
+
+def _metrics(kind: str, samples: Sequence[dict]) -> dict[str, dict]:
+    """The cells of the one model whose samples these are."""
+    name = "score" if kind == "single" else "win_rate"
+    values_N = np.array([sample["scores"].get(name, np.nan) for sample in samples])
+    clusters_N = np.array([sample["cluster"] for sample in samples])
+    failed_N = np.isnan(values_N)
+    if kind == "single":
+        metrics = {name: cell(values_N, clusters_N, failed_N)}
+    else:
+        agree_N = np.array([bool(sample["orders_agree"]) for sample in samples])
+        first_N = np.array([_first_position(sample) for sample in samples])
+        metrics = rates(values_N, agree_N, first_N, clusters_N)
+    by_question_N = np.argsort([sample["question"] for sample in samples], kind="stable")
+    parts = {"turn_{}": "turn", "{}": "category"} | ({} if kind == "single" else {"against/{}": "against"})
+    for label, field in parts.items():
+        own_N = np.array([str(sample[field]) for sample in samples])
+        for part in dict.fromkeys(own_N[by_question_N]):
+            part_N = own_N == part
+            if field != "against" or not part_N.all():
+                among = cell(values_N[part_N], clusters_N[part_N], failed_N[part_N])
+                metrics[f"{name}/{label.format(part)}"] = among
+    return metrics
+
+
+def _first_position(sample: dict) -> float:
+    """The mean score of the answer shown first, over both orders; NaN where the judgment failed."""
+    if sample["error"] is not None:
+        return np.nan
+    shown = [(game["shown_first"] == sample["model"], game["score"]) for game in sample["judgments"]]
+    return sum(score if own else 1 - score for own, score in shown) / len(shown)
+
+
+def _samples(kind: str, row: dict, categories: Mapping[int, str]) -> list[dict]:
+    """What a row says of the one model, or of either of the two."""
+    number, turn = row["question_id"], row["turn"]
+    item = {"id": f"{number}:{turn}", "cluster": str(number)}
+    about = {"question": number, "turn": turn, "category": categories[number]}
+    if kind == "single":
+        failed = row["score"] == -1
+        error = row.get("error") or (_UNANSWERED if row.get("judgment") == fastchat.FAILED else _UNPARSED)
+        sample = {"model": row["model"], **item, "scores": {} if failed else {"score": float(row["score"])}}
+        return [sample | {"error": error if failed else None} | about | {"judgment": row.get("judgment")}]
+    models = (row["model_1"], row["model_2"])
+    games = [_SCORES[row["g1_winner"]], _SCORES[row["g2_winner"]]]
+    both = verdicts.two_orders(*games)
+    unanswered = fastchat.FAILED in (row.get("g1_judgment"), row.get("g2_judgment"))
+    error = None if both else row.get("error") or (_UNANSWERED if unanswered else _UNPARSED)
+    made = []
+    for m, model in enumerate(models):
+        own = [score if score is None or m == 0 else 1 - score for score in (*games, both and both.score)]
+        judgments = [
+            {"shown_first": models[k], "score": own[k], "reply": row.get(f"g{k + 1}_judgment")} for k in (0, 1)
+        ]
+        sample = {"model": model, **item, "scores": {"win_rate": own[2]} if both else {}, "error": error}
+        sample |= about | {"against": models[1 - m], "orders_agree": both and both.agree, "judgments": judgments}
+        made.append(sample)
+    return made
+
+
+def _name_apart(samples: Sequence[dict]) -> None:
+    """Where a model meets several others, the other's name is part of an item's id."""
+    met: dict[str, set[str]] = {}
+    for sample in samples:
+        met.setdefault(sample["model"], set()).add(sample.get("against", ""))
+    for sample in samples:
+        if len(met[sample["model"]]) > 1:
+            sample["id"] += f":{sample['against']}"
+
+
+def _add_texts(samples: Sequence[dict], questions: Mapping[int, Question], known: Sequence[ModelAnswers]) -> None:
+    """Question and answers beside each judgment of them."""
+    turns = {one.model: one.turns for one in known}
+    for sample in samples:
+        number, turn = sample["question"], sample["turn"] - 1
+        sample["prompt"] = questions[number].turns[turn]
+        sample["response"] = turns[sample["model"]][number][turn]
+        if "against" in sample:
+            sample["other_response"] = turns[sample["against"]][number][turn]

@@ -1,0 +1,52 @@
+"""One page about runs and evaluations: verdicts in plain words, tables, figures, worst answers, provenance.
+
+RUN/report.html      one file that needs no server, no network and no script
+RUN/report.md        the same; its charts are SVG files in RUN/report_figures
+RUN/results.json     the verdicts and what they are of
+"""
+
+from pathlib import Path
+
+import torch
+
+from rpo import gather, page, report_blocks, rundir
+from rpo.batches import gather_all
+from rpo.eval_config import Eval
+from rpo.redact import redacted
+from rpo.svg import visible
+
+
+def evaluate(cfg: Eval, *, run_dir: Path) -> list[str]:
+    """Writes the page of `runs` and `task.results` into `run_dir`; returns the verdicts and the files, to be printed.
+
+    Raises UserError where there is nothing to report on, or what was named can not be read. What lies below `runs` and
+    can not be read is named on the page.
+    """
+    specs, given = (_listed(value) for value in (cfg.runs, cfg.task.results))
+    found = gather.find(specs) if specs else gather.Found([], [], [])
+    gathered = gather_all(found, given)
+    rundir.write_environment(run_dir, torch.device("cpu"))
+    title = cfg.task.title or ", ".join(Path(spec).expanduser().resolve().name for spec in specs or given)
+    made = report_blocks.layout(
+        gathered, title, [*specs, *given], cfg.task.worst, rundir.read_json(run_dir / "environment.json")
+    )
+    text, figures = page.markdown(made, "report_figures")
+    files = [run_dir / "report.html", run_dir / "report.md"]
+    (run_dir / "report_figures").mkdir(exist_ok=True)
+    for path, content in {files[0]: page.html(made), files[1]: text}.items():
+        path.write_text(content, encoding="utf-8")
+    for name, content in figures.items():
+        (run_dir / "report_figures" / name).write_text(content, encoding="utf-8")
+    verdicts = [
+        {"label": b.label, "runs": [m.name for m in b.members], "verdict": b.finding.kind, "says": b.finding.says}
+        | {"notes": b.finding.notes}
+        for b in gathered.batches
+    ]
+    facts = {"task": "report", "of": [*specs, *given], "title": title, "groups": verdicts, "notes": gathered.notes}
+    rundir.write_json(run_dir / "results.json", facts)
+    said = [f"{b.label}: {b.finding.kind}. {b.finding.says}" for b in gathered.batches] + gathered.notes
+    return [visible(redacted(line)) for line in [*said, *map(str, files)]]
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])

@@ -1,0 +1,289 @@
+"""Which of two models' answers does a judge prefer? Every pair is judged in both orders.
+
+RUN/outputs_1.jsonl, outputs_2.jsonl    the answers, where models made them; outputs= reads them
+RUN/annotations.jsonl                   all that the judge said, one object per prompt; annotations= reads it
+
+A tie is half a win, and so is a prompt on which the orders disagree (`verdicts.two_orders`). Letters: N prompts.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rpo import dist, judge_prompts, outputs, pairwise, verdicts
+from rpo.config import UserError
+from rpo.eval_config import Eval
+from rpo.generate import Sampling
+from rpo.judge import Reply, Request
+from rpo.length_control import length_controlled
+from rpo.outputs import Output, Outputs
+from rpo.pairwise import Shown
+from rpo.rates import cell, rates
+from rpo.redact import redacted
+from rpo.results import Evaluation, with_errors
+from rpo.rows import Messages, RowError, open_sources
+from rpo.stats import clustered_mean, sign_test
+
+_SAID = ("text", "top_logprobs", "finish_reason", "error")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One prompt: both models' answers, and what the judge said with the first model's shown first, then second.
+
+    `verdict` is text or logprobs, `said` two objects with text, top_logprobs, finish_reason and error.
+    """
+
+    prompt: str | Messages
+    models: tuple[str, str]
+    answers: tuple[str, str]
+    verdict: str
+    said: tuple[dict, dict]
+
+    @property
+    def id(self) -> str:
+        return outputs.id_of(outputs.key_of(self.prompt))
+
+
+def evaluate(
+    cfg: Eval, answer: Callable | None, ask: Callable[[Sequence[Request]], list[Reply]] | None, *, run_dir: Path
+) -> Evaluation:
+    """Win rates of both models with what they have to be read with: ties, order, position, lengths.
+
+    `answer` makes answers (`answering.Answerer`), `ask` asks the judge. Raises UserError for files that can not be paired.
+    """
+    if cfg.annotations is not None:
+        judged = read(cfg.annotations)[: cfg.task.limit]
+        facts = {"annotations": cfg.annotations}
+    else:
+        if cfg.task.prompts is not None:  # a bad file is to be found before models answer
+            judge_prompts.load(cfg.task.prompts, "pair")
+        pairs, names, facts = _answers(cfg, answer, run_dir)
+        judged, judge_facts = _judged(cfg, pairs, names, ask)
+        facts |= {"judge": judge_facts}
+        dist.on_main(write, run_dir / "annotations.jsonl", judged)
+    made = summarise(judged, seed=cfg.seed, bootstrap=cfg.task.bootstrap)
+    return Evaluation(made.models, made.samples, facts | made.facts)
+
+
+# ---- answers
+
+
+def _answers(
+    cfg: Eval, answer: Callable | None, run_dir: Path
+) -> tuple[list[tuple[Output, Output]], tuple[str, str], dict]:
+    """(answers to the same prompts, names of the two models, facts)."""
+    if cfg.outputs is None:
+        return _generated(cfg, answer, run_dir)
+    files = [cfg.outputs] if isinstance(cfg.outputs, str) else list(cfg.outputs)
+    both = [outputs.read(file) for file in (files if cfg.baseline is None else [*files, cfg.baseline])]
+    names = (both[0].name, both[1].name)
+    if names[0] == names[1]:  # two decodings of one model, or files that do not say whose they are
+        names = (redacted(both[0].file), redacted(both[1].file))
+    if names[0] == names[1]:
+        raise UserError(
+            f"outputs={cfg.outputs}, baseline={cfg.baseline}: one file twice; give the answers of two models"
+        )
+    return outputs.aligned(*both)[: cfg.task.limit], names, {"outputs": [both[0].file, both[1].file]}
+
+
+def _generated(cfg: Eval, answer: Callable, run_dir: Path) -> tuple[list[tuple[Output, Output]], tuple[str, str], dict]:
+    task = cfg.task
+    prompts, report = outputs.prompts(cfg.data.eval, cfg.data.revision, cfg.data.on_bad_row)
+    prompts = prompts[: task.limit]
+    sampling = Sampling(task.temperature, task.top_p, 0, task.max_new_tokens)
+    both, names, cut = [], tuple(map(redacted, cfg.model.path)), {}
+    for number, (path, name) in enumerate(zip(cfg.model.path, names, strict=True), start=1):
+        answers = answer(path, prompts, sampling)
+        rows = [Output(prompt, made.text) for prompt, made in zip(prompts, answers, strict=True)]
+        file = run_dir / f"outputs_{number}.jsonl"
+        dist.on_main(outputs.write, file, name, rows)
+        both.append(Outputs(name, str(file), rows))
+        cut[name] = sum(not made.ended for made in answers)
+    facts = {"data": {"eval": cfg.data.eval} | report, "outputs": [made.file for made in both], "cut_answers": cut}
+    return outputs.aligned(*both), names, facts
+
+
+# ---- the judge
+
+
+def _judged(
+    cfg: Eval, pairs: Sequence[tuple[Output, Output]], names: tuple[str, str], ask: Callable
+) -> tuple[list[Judged], dict]:
+    """Every pair with what the judge said of it, and the facts about the judge."""
+    shown = [Shown(a.prompt, *texts) for a, b in pairs for texts in ((a.text, b.text), (b.text, a.text))]
+    verdict, replies, facts = pairwise.judged(shown, cfg.judge, cfg.task.prompts, ask)
+    said = [{field: getattr(reply, field) for field in _SAID} for reply in replies]
+    judged = [
+        Judged(a.prompt, names, (a.text, b.text), verdict, (said[2 * i], said[2 * i + 1]))
+        for i, (a, b) in enumerate(pairs)
+    ]
+    return judged, facts
+
+
+# ---- stored annotations
+
+
+def write(file: Path, judged: Sequence[Judged]) -> None:
+    """One object per prompt, that `read` reads back."""
+    with file.open("w") as stream:
+        for one in judged:
+            row = {"prompt": one.prompt, "models": one.models, "answers": one.answers, "verdict": one.verdict}
+            stream.write(json.dumps(row | {"said": one.said}) + "\n")
+
+
+def read(spec: str | list[str]) -> list[Judged]:
+    """The annotations of one or more files. Raises UserError: none, of another kind, of other models, a prompt twice."""
+    judged, places = [], {}
+    for source in open_sources(spec, None):
+        for number, row in source.rows():
+            where = f"{source.name}:{number}"
+            one = _parse(row, where)
+            if judged and (one.models, one.verdict) != (judged[0].models, judged[0].verdict):
+                raise UserError(
+                    f"{where}: of {' and '.join(one.models)} by {one.verdict}, expected {' and '.join(judged[0].models)} by "
+                    f"{judged[0].verdict} as before it; give annotations of one pair of models"
+                )
+            if one.id in places:
+                excerpt = outputs.excerpt(outputs.key_of(one.prompt))
+                raise UserError(f"{where}: the prompt {excerpt} is there already ({places[one.id]}); keep one of them")
+            places[one.id] = where
+            judged.append(one)
+    if not judged:
+        raise UserError(
+            f"annotations={spec}: no annotations there; give annotations.jsonl of an evaluation by task=winrate"
+        )
+    return judged
+
+
+def _parse(row: Any, where: str) -> Judged:
+    if isinstance(row, RowError):
+        raise UserError(f"{where}: {row}")
+    row = row if isinstance(row, dict) else {}
+    for field, task in {"g1_winner": "mt_bench", "score": "mt_bench", "preference": "alpaca_eval"}.items():
+        if field in row:
+            raise UserError(f"{where}: has {field}, as judgments for task={task} have; evaluate it by that task")
+    models, answers, said = row.get("models"), row.get("answers"), row.get("said")
+    well_formed = (
+        row.get("verdict") in ("text", "logprobs")
+        and all(_is_pair_of(str, value) for value in (models, answers))
+        and models[0] != models[1]
+        and _is_pair_of(dict, said)
+        and all(_is_said(one) for one in said)
+    )
+    if not well_formed:
+        raise UserError(f"{where}: is no annotation of task=winrate; give annotations.jsonl of an evaluation by it")
+    try:
+        prompt = outputs.prompt_of(row)
+    except RowError as error:
+        raise UserError(f"{where}: {error}") from None
+    return Judged(prompt, tuple(models), tuple(answers), row["verdict"], tuple(said))
+
+
+def _is_pair_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(one, kind) for one in value)
+
+
+def _is_said(one: dict) -> bool:
+    if not set(_SAID) <= one.keys() or not isinstance(one["text"], str) or not isinstance(one["error"], str | None):
+        return False
+    logprobs = one["top_logprobs"]
+    if not isinstance(logprobs, dict):
+        return logprobs is None
+    return all(type(value) in (int, float) and math.isfinite(value) for value in logprobs.values())
+
+
+# ---- statistics
+
+
+def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluation:
+    """Metrics of both models, two samples per prompt (one per model), and the sign test.
+
+    Those of `rates.rates`, with items clustered by prompt, and
+    win_rate/length_controlled  as it would be at equal lengths: the minimal form of `length_control`
+    longer_wins                 mean score of the longer answer, where lengths differ
+    length                      mean characters of the model's answers
+
+    A prompt whose judgment failed in either order has no score: it is in n_error, and in no mean but that of lengths.
+    """
+    models, table = judged[0].models, [_scored(one) for one in judged]
+    ids_N = [one.id for one in judged]
+    length_2N = np.array([[len(one.answers[m]) for one in judged] for m in (0, 1)])
+    score_N = np.array([both.score if both else np.nan for both, _, _ in table])
+    agree_N = np.array([bool(both and both.agree) for both, _, _ in table])
+    first_N = np.array([(scores[0] + 1 - scores[1]) / 2 if both else np.nan for both, scores, _ in table])
+    failed_N = np.isnan(score_N)
+    controlled, _ = length_controlled(score_N, length_2N[1] - length_2N[0], draws=bootstrap, seed=seed)
+    controlled = with_errors(_share(controlled), int(failed_N.sum()))
+    differ_N = np.flatnonzero(length_2N[0] != length_2N[1])
+    longer_N = np.where(length_2N[0] > length_2N[1], score_N, 1 - score_N)[differ_N]
+
+    metrics = {}
+    for m, model in enumerate(models):
+        own = rates(score_N if m == 0 else 1 - score_N, agree_N, first_N, ids_N)
+        metrics[model] = {"win_rate": own.pop("win_rate")}
+        metrics[model]["win_rate/length_controlled"] = controlled if m == 0 else _opposite(controlled)
+        metrics[model] |= own
+        metrics[model]["longer_wins"] = cell(longer_N, np.array(ids_N)[differ_N], failed_N[differ_N])
+        metrics[model]["length"] = with_errors(clustered_mean(length_2N[m], ids_N), 0)
+    wins, losses = int((score_N > 0.5).sum()), int((score_N < 0.5).sum())
+    even = int((score_N == 0.5).sum())
+    facts = {
+        "verdict": judged[0].verdict,
+        "sign_test": {"of": models[0], "wins": wins, "losses": losses, "even": even, "p": sign_test(wins, losses)},
+        "empty_answers": {model: sum(not one.answers[m].strip() for one in judged) for m, model in enumerate(models)},
+    }
+    samples = [_sample(one, m, *scored) for m in (0, 1) for one, scored in zip(judged, table, strict=True)]
+    return Evaluation(metrics, samples, facts)
+
+
+def _scored(one: Judged) -> tuple[verdicts.TwoOrders | None, tuple[float | None, float | None], str | None]:
+    """(the first model's score or None, its score in either order, why there is none)."""
+    (first, why), (second, also) = (verdicts.first_score(one.verdict, said) for said in one.said)
+    scores = (first, None if second is None else 1 - second)
+    return verdicts.two_orders(*scores), scores, why or also
+
+
+def _share(percent: dict) -> dict:
+    """A cell in shares, of one in percent."""
+    scaled = {name: None if percent[name] is None else percent[name] / 100 for name in ("value", "se")}
+    return percent | scaled | {"interval": percent["interval"] and [bound / 100 for bound in percent["interval"]]}
+
+
+def _opposite(cell: dict) -> dict:
+    """The other model's cell of a rate."""
+    if cell["value"] is None:
+        return cell
+    return cell | {
+        "value": 1 - cell["value"],
+        "interval": cell["interval"] and [1 - bound for bound in reversed(cell["interval"])],
+    }
+
+
+def _sample(
+    one: Judged,
+    m: int,
+    both: verdicts.TwoOrders | None,
+    scores: tuple[float | None, float | None],
+    error: str | None,
+) -> dict:
+    """The item as model `m` sees it."""
+    own = [score if score is None or m == 0 else 1 - score for score in (*scores, both and both.score)]
+    return {
+        "model": one.models[m],
+        "id": one.id,
+        "cluster": one.id,
+        "scores": {} if both is None else {"win_rate": own[2]},
+        "error": error,
+        "prompt": one.prompt,
+        "response": one.answers[m],
+        "against": one.models[1 - m],
+        "other_response": one.answers[1 - m],
+        "orders_agree": both and both.agree,
+        "judgments": [{"shown_first": one.models[k], "score": own[k], "reply": one.said[k]["text"]} for k in (0, 1)],
+    }
