@@ -283,8 +283,11 @@ def _of_runs(cfg: Eval, device: torch.device) -> None:
 def _of_answers(cfg: Eval, device: torch.device) -> None:
     """The task on answers: a model's, a file's, or ones that a judge has seen; what the folder has is not made again."""
     task, (run_dir, seen) = cfg.task, _go_on(cfg)
-    cache = Path(cfg.cache_dir).expanduser() / "judgments"
-    ask = partial(judge.ask, judge=cfg.judge, cache=cache) if cfg.judge.model is not None else None
+    ask = None
+    if cfg.judge.model is not None:
+        judge.check(cfg.judge)
+        cache = Path(cfg.cache_dir).expanduser() / "judgments"
+        ask = partial(judge.ask, judge=cfg.judge, cache=cache, account=judge.Account())
     with rundir.recording(run_dir, config.to_yaml(cfg), seen=seen):
         answer = Answerer(cfg, run_dir, device, task.batch_size) if cfg.model.path is not None else None
         match task:

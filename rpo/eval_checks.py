@@ -247,7 +247,13 @@ def _check_winrate(cfg: Eval) -> None:
         cfg.model.path is None or cfg.data.eval is not None,
         "data.eval=null with task=winrate and model.path: give the prompts to be answered, data.eval=FILE",
     )
+    _check_distinct_models(cfg)
     _check_pair_prompts(cfg)
+
+
+def _check_distinct_models(cfg: Eval) -> None:
+    paths = cfg.model.path if isinstance(cfg.model.path, list) else []
+    require(len(set(paths)) == len(paths), f"model.path={paths}: one is there twice; give each model once")
 
 
 def _check_judge_check(cfg: Eval) -> None:
@@ -288,6 +294,7 @@ def _check_mt_bench(cfg: Eval) -> None:
         cfg.judge.verdict != "logprobs",
         "judge.verdict=logprobs with task=mt_bench: its judges say ratings and verdicts in words; set judge.verdict=auto",
     )
+    _check_distinct_models(cfg)
     _check_stored(cfg, "prompts", "references")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rpo import config, results, rundir
+from rpo import config, overopt, results, rundir
 from rpo.config import UserError
 from rpo.results import Results
 
@@ -237,6 +237,7 @@ def _studied(run: dict) -> dict:
     needed = set() if summary.get("gold/drop") is None else _OF_GOLD
     if not curve or not _SUMMARY <= summary.keys() or any(summary[name] is None for name in needed):
         raise ValueError("a curve or its summary is not whole")
+    overopt.verdict(summary)  # which reads all of it
     settings = run["settings"]
     if not isinstance(settings["loss"], dict):
         raise TypeError("settings without a loss")

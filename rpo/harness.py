@@ -95,7 +95,7 @@ class Remote:
         return self._ask({"call": self._name, "args": encode(args), "kwargs": encode(kwargs)})
 
 
-class ProgramFailed(Exception):
+class ProgramError(Exception):
     """What the program raised, or that it is no longer there."""
 
 
@@ -139,15 +139,17 @@ def examine(give: int, take: int) -> dict:
             _send(requests, request)
         line = replies.readline(LONGEST)
         if not line.endswith(b"\n"):
-            raise ProgramFailed("a value too large" if line else "it ended")
+            raise ProgramError("a value too large" if line else "it ended")
         reply = json.loads(line)
         if "raised" in reply:
-            raise ProgramFailed(str(reply["raised"]))
+            raise ProgramError(str(reply["raised"]))
         return decode(reply["value"])
 
     if replies.readline(100) != b'"ready"\n':
         return {"error": "the program's side did not start"}
-    print(json.dumps({"passed": False, "why": "the tests' side was stopped at a limit"}), flush=True)  # unless more follows
+    print(
+        json.dumps({"passed": False, "why": "the tests' side was stopped at a limit"}), flush=True
+    )  # unless more follows
     at = "the program"
     try:
         names = {name: Remote(name, ask) for name in exam["names"]}
@@ -157,7 +159,7 @@ def examine(give: int, take: int) -> dict:
         for at in exam["tests"]:
             exec(compile(at, "test", "exec"), names)
     except Exception as error:
-        kind = {ProgramFailed: "", AssertionError: "not so"}.get(type(error), type(error).__name__)
+        kind = {ProgramError: "", AssertionError: "not so"}.get(type(error), type(error).__name__)
         text = ": ".join(filter(None, (kind, str(error))))
         return {"passed": False, "why": f"{at}: {text}"[:500]}
     return {"passed": True, "why": None}

@@ -17,7 +17,11 @@ import sys
 
 USER, ALL = 0x10000000, 0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000  # mount, UTS, IPC, PID, network
 MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
-SYS_MOUNT_SETATTR, AT_RECURSIVE, READ_ONLY_NOSUID_NODEV = 442, 0x8000, 1 | 2 | 4  # the same number on every architecture
+SYS_MOUNT_SETATTR, AT_RECURSIVE, READ_ONLY_NOSUID_NODEV = (
+    442,
+    0x8000,
+    1 | 2 | 4,
+)  # the same number on every architecture
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 SCRATCH = 2**24  # bytes in /scratch, and of any one file
 NOBODY = 65534
@@ -28,7 +32,9 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def call(name: str, *args) -> None:
     """The C function of that name. Raises OSError where it says -1."""
-    args = [arg.encode() if isinstance(arg, str) else ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
+    args = [
+        arg.encode() if isinstance(arg, str) else ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args
+    ]
     if getattr(libc, name)(*args) == -1:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")

@@ -7,7 +7,6 @@ CPU time, memory, files, processes (none) and time on the clock. The kernel is t
 
 import contextlib
 import json
-import math
 import os
 import signal
 import subprocess
@@ -100,7 +99,7 @@ def _outcome(said: bytes, program: "_Jailed", tests: "_Jailed") -> Outcome:
     for jailed in (program, tests):
         if jailed.refusal:
             return Outcome(False, None, f"no sandbox can be made here ({jailed.refusal})")
-    lines = said.decode().splitlines()
+    lines = said.decode().split("\n")[:-1]  # what a kill cut off is none
     if not lines:
         return Outcome(False, None, f"the tests' side ended with status {tests.process.returncode}")
     verdict = json.loads(lines[-1])
@@ -167,7 +166,7 @@ def _jail_argv(settings: str) -> list[str]:
 @lru_cache
 def _see(python: str) -> list[str]:
     """The folders that the interpreter needs: its own, and the system's libraries."""
-    own = [sys.base_prefix, sys.base_exec_prefix, os.path.dirname(python)]
+    own = [*map(os.path.realpath, (sys.base_prefix, sys.base_exec_prefix)), os.path.dirname(python)]
     found = [path for path in ("/usr", "/lib", "/lib32", "/lib64", *own) if os.path.exists(path)]
     return [path for path in dict.fromkeys(found) if not any(path.startswith(f"{other}/") for other in found)]
 
@@ -204,7 +203,9 @@ def escapes():
 def check(limits: Limits) -> None:
     """Raises UserError unless a sandbox can be made here and holds: a program that tries to get out of it fails to."""
     if sys.platform != "linux":
-        raise UserError(f"task.allow_code_execution=true: the sandbox is made of Linux's namespaces, this is {sys.platform}")
+        raise UserError(
+            f"task.allow_code_execution=true: the sandbox is made of Linux's namespaces, this is {sys.platform}"
+        )
     exam = Exam(_BREAK_OUT.replace("PORT", "9"), ["found = escapes()", "assert not found, found"], ["escapes"])
     outcome = examine(exam, limits)
     if outcome.error:
@@ -213,4 +214,6 @@ def check(limits: Limits) -> None:
             "namespaces (in a container: its seccomp profile), or use a machine that has them"
         )
     if not outcome.passed:
-        raise UserError(f"task.allow_code_execution=true: the sandbox does not hold here ({outcome.why}); nothing is run")
+        raise UserError(
+            f"task.allow_code_execution=true: the sandbox does not hold here ({outcome.why}); nothing is run"
+        )

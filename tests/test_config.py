@@ -110,13 +110,14 @@ TASK_NEEDS = {
     "mt_bench": "annotations=FILE",
     "alpaca_eval": "annotations=FILE",
     "judge_check": "annotations=FILE",
+    "mbpp": "model.path=RUN/model task.data=FILE task.allow_code_execution=true",
 }
 
 
 @pytest.mark.parametrize("name", names("task"))
 def test_every_task_is_accepted(name):
     """eval.py's tasks compose with nothing but what they evaluate, and each file holds its own task's keys alone."""
-    cfg = settings(f"task={name}", TASK_NEEDS.get(name, "model.path=RUN/model"), name="eval")
+    cfg = settings(f"task={name}", *TASK_NEEDS.get(name, "model.path=RUN/model").split(), name="eval")
     assert cfg.task.kind == name and cfg.data.eval is None
     assert eval_checks.eval_config(OmegaConf.create(config.to_yaml(cfg))) == cfg
 

@@ -59,7 +59,7 @@ LAYERS = [
         "worst",
     },
     {"checkpoint", "results", "overopt_plots", "data", "score", "generate", "dryrun", "sweep", "theory_page"},
-    {"faults", "memory", "reference", "drift", "points", "study", "experiment", "rates", "gather"},
+    {"faults", "memory", "reference", "drift", "points", "study", "experiment", "rates", "gather", "answering"},
     {"diagnostics", "gold", "demo", "start", "runs", "batches"},
     {"rewards"},
     {

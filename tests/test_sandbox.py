@@ -41,7 +41,17 @@ def test_right_and_wrong():
 
 @pytest.mark.parametrize(
     "value",
-    ["None", "True", "-7", "2.5", r"'\u00e9\ud800'", "(1, (2, [3]))", "{1: 'a', (2, 3): {4}}", "{1, 2}", "frozenset({1})"]
+    [
+        "None",
+        "True",
+        "-7",
+        "2.5",
+        r"'\u00e9\ud800'",
+        "(1, (2, [3]))",
+        "{1: 'a', (2, 3): {4}}",
+        "{1, 2}",
+        "frozenset({1})",
+    ]
     + ["b'ab'", "1 + 2j", "float('inf')", "10 ** 40", "int"],
 )
 def test_values_cross_whole(value):
@@ -116,7 +126,9 @@ def test_harm_is_refused(program, why):
 def test_scratch_is_there_and_empty():
     """A program may write into its folder, which holds nothing of another's."""
     for _ in range(2):
-        program = "import os\nbefore = os.listdir()\nopen('x', 'w').write('y')\ndef f(x): return before, open('x').read()"
+        program = (
+            "import os\nbefore = os.listdir()\nopen('x', 'w').write('y')\ndef f(x): return before, open('x').read()"
+        )
         assert tried(program, "assert f(0) == ([], 'y')").passed
 
 
@@ -182,13 +194,19 @@ def test_refuses_where_it_can_not_be_made(monkeypatch):
     broken = "import os, sys, json\nos.write(json.loads(sys.argv[1])['report'], b'OSError: unshare: no'); sys.exit(125)"
     with monkeypatch.context() as patch:
         patch.setattr(sandbox, "_jail_argv", lambda settings: [sys.executable, "-c", broken, settings])
-        with pytest.raises(UserError, match=r"no sandbox can be made here \(OSError: unshare: no\); programs are not run"):
+        with pytest.raises(
+            UserError, match=r"no sandbox can be made here \(OSError: unshare: no\); programs are not run"
+        ):
             sandbox.check(LIMITS)
         assert tried("def f(x): return 4").error == "no sandbox can be made here (OSError: unshare: no)"
-    leaky = "import json, os, sys\ns = json.loads(sys.argv[1])\nos.close(s['report'])\nos.execv(s['argv'][0], s['argv'])"
+    leaky = (
+        "import json, os, sys\ns = json.loads(sys.argv[1])\nos.close(s['report'])\nos.execv(s['argv'][0], s['argv'])"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(sandbox, "_jail_argv", lambda settings: [sys.executable, "-c", leaky, settings])
-        patch.setattr(sandbox, "_BREAK_OUT", "def escapes(): return [n for n in __import__('os').listdir('/') if n == 'etc']")
+        patch.setattr(
+            sandbox, "_BREAK_OUT", "def escapes(): return [n for n in __import__('os').listdir('/') if n == 'etc']"
+        )
         with pytest.raises(UserError, match=r"the sandbox does not hold here .*'etc'.*; nothing is run"):
             sandbox.check(LIMITS)
     with monkeypatch.context() as patch:

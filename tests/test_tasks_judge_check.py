@@ -196,7 +196,7 @@ def test_a_server_on_a_bad_day_changes_nothing(cfg, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     cfg = replace(cfg, task=replace(cfg.task, repeats=1))
     host = JudgeServer(logprobs=False).start()
-    how = replace(cfg.judge, base_url=host.url, retries=100, verdict="auto", timeout=0.5)
+    how = replace(cfg.judge, base_url=host.url, retries=100, verdict="auto", timeout=2.0)
 
     def measured(cache):
         asked = replace(cfg, judge=how)
@@ -219,6 +219,8 @@ def test_a_server_on_a_bad_day_changes_nothing(cfg, tmp_path, monkeypatch):
         if number == start + 20:
             host.die()
             threading.Timer(0.3, host.start).start()
+        if number == start + 10:
+            return slow(20)
         return bad[number % 16] if number % 16 < len(bad) else None
 
     host.mishap = mishap

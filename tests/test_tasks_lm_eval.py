@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +23,7 @@ ARC = [
     {"question": f"What is {a} and {b}?", "choices": [f"{a * b}", f"the number {a + b}", "no"], "gold": (a + b) % 3}
     for a, b in [(1, 2), (3, 4), (5, 7), (2, 2), (9, 1), (4, 6), (8, 8)]
 ]
-GSM8K = [{"question": f"{i} and {i}?", "answer": f"It is <<{i}+{i}={2 * i}>>.\n#### {2 * i}"} for i in range(1, 6)]
+GSM8K = [{"question": f"{i} and {i}?", "answer": f"It is <<{i}+{i}={2 * i}>>.\n#### {2 * i}"} for i in range(1, 4)]
 TEMPLATE = (
     "{{ bos_token }}{{ strftime_now('%d %B %Y') }}{% for message in messages %}[{{ message['role'] }}] "
     "{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -40,7 +42,7 @@ def byte_tokenizer():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """first/ and second/ (models), data/ (five questions of GSM8K, seven of ARC, and as many to show)."""
+    """first/ and second/ (models), data/ (three questions of GSM8K, seven of ARC, and as many to show)."""
     folder, tokenizer = tmp_path_factory.mktemp("lm_eval"), byte_tokenizer()
     for seed, name in enumerate(("first", "second")):
         lm = make_lm(vocab_size=len(tokenizer), seed=seed, max_position_embeddings=1024)
@@ -120,7 +122,8 @@ def test_generated_answers_are_greedy(made, folder):
         with torch.no_grad():
             for _ in range(30):
                 ids.append(lm(torch.tensor([ids])).logits[0, -1].argmax().item())
-        assert sample["answer"].startswith(tokenizer.decode(ids[start:]).rstrip("\ufffd")[:20])
+        expected = tokenizer.decode(ids[start:]).lstrip().rstrip("\ufffd")  # a character of several bytes may be cut
+        assert len(expected) > 5 and sample["answer"].lstrip().startswith(expected), (expected, sample["answer"])
         assert set(sample["scores"]) == {f"gsm8k/exact_match,{rule}" for rule in ("strict-match", "flexible-extract")}
 
 
@@ -129,7 +132,9 @@ def test_differences_are_paired(made, folder):
     evaluation = made[0]
     first, second = (of(evaluation, folder / name, "arc_challenge") for name in ("first", "second"))
     assert [s["id"] for s in first] == [s["id"] for s in second] and len({s["id"] for s in first}) == 7
-    values = [a["scores"]["arc_challenge/acc"] - b["scores"]["arc_challenge/acc"] for a, b in zip(first, second, strict=True)]
+    values = [
+        a["scores"]["arc_challenge/acc"] - b["scores"]["arc_challenge/acc"] for a, b in zip(first, second, strict=True)
+    ]
     mean = sum(values) / 7
     cell = evaluation.models[str(folder / "first")]["difference/arc_challenge/acc"]
     assert cell["value"] == pytest.approx(mean) and cell["n"] == 7 and cell["n_error"] == 0
@@ -153,7 +158,9 @@ def test_goes_on(made, group, monkeypatch):
     gone = sorted((run_dir / "lm_eval").glob("arc*.json"))[0]
     gone.unlink()
     asked, measure = [], task._measured
-    monkeypatch.setattr(task, "_measured", lambda model, name, *rest: (asked.append(name), measure(model, name, *rest))[1])
+    monkeypatch.setattr(
+        task, "_measured", lambda model, name, *rest: (asked.append(name), measure(model, name, *rest))[1]
+    )
     again = task.evaluate(cfg, group, run_dir=run_dir)
     assert asked == ["arc_challenge"] and again.models == evaluation.models
 
@@ -173,19 +180,25 @@ def test_shots(folder, group, tmp_path):
     assert made.facts["tasks"]["arc_easy"]["n-shot"] == {"arc_easy": 3}
 
 
-def test_standard_shots_reach_the_harness(folder, monkeypatch):
-    """standard is 5 for GSM8K and 25 for ARC, for other tasks what the harness says."""
-    asked = []
-
-    def simple_evaluate(**how):
-        asked.append(how["num_fewshot"])
-        return {"samples": {}, "results": {}, "n-shot": {}, "versions": {}}
-
-    monkeypatch.setattr("lm_eval.simple_evaluate", simple_evaluate)
-    cfg = configured(folder, "task.shots=standard")
-    for name in ("gsm8k", "arc_challenge", "arc_easy", "hellaswag"):
-        task._measured(None, name, name, cfg)
-    assert asked == [5, 25, 25, None]
+@pytest.mark.parametrize(
+    ("name", "shots", "own", "used"),
+    [("gsm8k", "standard", 3, 5), ("arc_easy", "standard", None, 25), ("mmlu", "standard", 3, 3), ("mmlu", 7, 3, 7)]
+    + [("gsm8k", 0, 5, 0), ("truthful", 4, 0, 0)],
+)
+def test_standard_shots(folder, monkeypatch, name, shots, own, used):
+    """standard is 5 for GSM8K, 25 for ARC, else the harness's own; what it says is zero-shot by definition stays so."""
+    config = {"num_fewshot": own}
+    leaf = SimpleNamespace(
+        get_config=config.get,
+        set_config=lambda key, value: config.update({key: value}),
+        set_fewshot_seed=lambda seed: config.update(seed=seed),
+    )
+    monkeypatch.setattr(task, "_manager", lambda: SimpleNamespace(load=lambda specs: {"tasks": {name: leaf}}))
+    monkeypatch.setattr("lm_eval.evaluate", lambda **how: {"samples": {}, "results": {}, "n-shot": {}, "versions": {}})
+    random_before, torch_before = random.getstate(), torch.get_rng_state()
+    task._measured(None, name, name, configured(folder, f"task.shots={shots}", "task.tasks=[arc_easy]", "seed=6"))
+    assert config == {"num_fewshot": used, "seed": 6}
+    assert random.getstate() == random_before and torch.equal(torch.get_rng_state(), torch_before)
 
 
 def test_chat_template(folder, group, tmp_path):
@@ -226,7 +239,6 @@ def test_questions_that_repeat():
         (["task.tasks=[gsm9k]"], "has no gsm9k; did you mean gsm8k"),
         (["task.tasks=[qqqqqqqqq]"], "has no qqqqqqqqq; give names that"),
         (["task.tasks=[hellaswag]"], "holds gsm8k, arc_challenge, arc_easy, not hellaswag"),
-        (["task.tasks=[hellaswag]", "task.data=null"], "hellaswag can not be loaded .*without a network give task.data"),
         (["baseline=other"], "baseline=other: expected one of model.path"),
         (["model.path=/nowhere"], "model.path=/nowhere: no Hugging Face model there"),
         (["task.data=/nowhere"], r"task.data=/nowhere: has no gsm8k/test.jsonl\(.gz\)"),
@@ -272,6 +284,14 @@ def test_refusals(folder, group, tmp_path, monkeypatch):
         unsafe = SimpleNamespace(all_tasks=["x"], load=lambda s: {"tasks": {"x": SimpleNamespace(UNSAFE_CODE=True)}})
         patch.setattr(task, "_manager", lambda: unsafe)
         refused("x runs what models write, unprotected; use task=mbpp", "task.tasks=[x]", "task.data=null")
+    with monkeypatch.context() as patch:
+
+        def load(specs):
+            raise ConnectionError("no route\nto the Hub")
+
+        patch.setattr(task, "_manager", lambda: SimpleNamespace(all_tasks=["x"], load=load))
+        more = ("task.tasks=[x]", "task.data=null")
+        refused(r"x can not be loaded \(no route to the Hub\); without a network give task.data", *more)
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k/test.jsonl").write_text(json.dumps(GSM8K[0])[:-5])
     refused("gsm8k can not be loaded", "task.tasks=[gsm8k]", f"task.data={tmp_path}")

@@ -118,7 +118,9 @@ def test_prompt_is_the_harness_s(data):
 
     Loader.add_constructor("!function", lambda loader, node: node.value)
     task = yaml.load((folder / "mbpp.yaml").read_text(), Loader)
-    (listed,) = [n for n in ast.walk(ast.parse((folder / "utils.py").read_text())) if isinstance(n, ast.FunctionDef)][-1:]
+    (listed,) = [n for n in ast.walk(ast.parse((folder / "utils.py").read_text())) if isinstance(n, ast.FunctionDef)][
+        -1:
+    ]
     shown = ast.literal_eval(listed.body[-1].value)
     text, target = (jinja2.Template(task[key], keep_trailing_newline=True) for key in ("doc_to_text", "doc_to_target"))
     asked = PROBLEMS[3]
@@ -135,8 +137,6 @@ def test_names_that_tests_know():
     row["test_list"] = ["assert sum(1) == int('1')", "assert sys.getsizeof(sum(P())) == g"]
     read = mbpp._problem(row)
     assert read.names == ("P", "g", "sum") and read.imports == ("import sys, math",)
-
-
 
 
 @pytest.mark.parametrize(

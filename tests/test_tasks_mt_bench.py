@@ -13,7 +13,8 @@ from rpo.answering import Answer
 from rpo.config import UserError
 from rpo.judge import Reply
 from rpo.tasks import mt_bench
-from tests.conftest import settings, write_jsonl
+from tests.conftest import WORDS, settings, write_jsonl
+from tests.judge_server import JudgeServer
 
 IDS = (81, 91, 101, 111, 121, 131, 141, 151)
 DATA = pytest.mark.skipif("RPO_TEST_DATA" not in os.environ, reason="RPO_TEST_DATA names no folder with real data")
@@ -450,3 +451,30 @@ def test_stored_answers_are_read():
     for file in sorted(real("rpo_repo_model_answer").glob("*.jsonl.gz")):
         assert len(fastchat.answers(str(file)).turns) == 80
     assert len(fastchat.answers(str(real("reference_answer_gpt-4.jsonl"))).turns) == 30
+
+
+# ---- the command
+
+
+def test_the_command_on_a_model_and_a_judge(tiny, files):
+    """eval.py answers with a real (tiny) model, asks a server, and writes FastChat's files; again with both, it asks nothing."""
+    short = [
+        {"question_id": n, "category": fastchat.category_of(n), "turns": [WORDS[i], WORDS[i + 1]]}
+        for i, n in enumerate(IDS)
+    ]
+    write_jsonl(files / "question.jsonl", short)
+    more = (f"task.questions={files / 'question.jsonl'}", "task.max_new_tokens=6", "task.batch_size=8")
+    more += (f"model.path={tiny / 'model'}", f"run_dir={files / 'run'}", f"cache_dir={files / 'cache'}")
+    with JudgeServer(answer=lambda body: "Fine. Rating: [[7]]") as host:
+        for _ in range(2):
+            try:
+                evaluation.evaluate(settings(*JUDGED, f"judge.base_url={host.url}", *more, name="eval"))
+            finally:
+                dist.shutdown()
+            assert host.tried <= 16
+    found = json.loads((files / "run" / "results.json").read_text())
+    assert found["models"][str(tiny / "model")]["score"] | {"interval": None} == {
+        "value": 7, "se": 0, "interval": None, "n": 16, "n_error": 0}  # fmt: skip
+    (answered,) = (files / "run" / "model_answer").glob("*.jsonl")
+    assert fastchat.answers(str(answered)).turns.keys() == set(IDS)
+    assert len(lines(files / "run" / "model_judgment" / "org_judge_single.jsonl")) == 16

@@ -1,6 +1,5 @@
 """Win rates by judges that are plain functions, whose verdicts and so the rates are known."""
 
-import dataclasses
 import json
 import math
 import re
@@ -306,9 +305,9 @@ def test_models_answer_and_their_answers_can_be_judged_again(tmp_path, group):
 
 def test_equal_names_are_told_apart(files, tmp_path, group):
     """Two files of one model, or of none that they name, go by their paths; one file twice is refused."""
-    rows = [dataclasses.replace(row) for row in outputs.read(files[0]).rows]
-    outputs.write(tmp_path / "again.jsonl", "a", [Output(row.prompt, "1 x") for row in rows])
-    cfg = settings(*JUDGED, f"outputs=[{files[0]},{tmp_path / 'again.jsonl'}]", name="eval")
+    rows = [Output(row.prompt, "1 x") for row in outputs.read(files[0]).rows]
+    outputs.write(tmp_path / "again.jsonl", "a", rows)
+    cfg = settings(*JUDGED, f"outputs=[{files[0]},{tmp_path / 'again.jsonl'}]", "task.bootstrap=0", name="eval")
     assert list(winrate.evaluate(cfg, None, judge_of(better), run_dir=tmp_path).models) == [
         files[0],
         str(tmp_path / "again.jsonl"),
@@ -351,6 +350,7 @@ def test_a_disturbed_server_changes_nothing(files, tmp_path, group, monkeypatch,
         (("model.path=[a,b,c]", "data.eval=p"), "expected two models"),
         (("model.path=[a,b]", "data.eval=p", "baseline=c"), "goes with outputs=FILE alone"),
         (("model.path=[a,b]",), "data.eval=null"),
+        (("model.path=[a,a]", "data.eval=p"), "one is there twice"),
         (("outputs=[a,b]", "judge.verdict=logprobs", "task.prompts=p"), "its templates ask for a verdict in words"),
         (("outputs=[a,b]", "task.bootstrap=1"), "task.bootstrap=1"),
         (("outputs=[a,b]", "task.top_p=0"), "task.top_p=0"),

@@ -9,8 +9,10 @@ RUN_DIR/lm_eval/*.json    what is done, one file per model and task: a start aft
 import difflib
 import gc
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
+import random
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -50,20 +52,20 @@ def evaluate(cfg: Eval, device: torch.device, *, run_dir: Path) -> Evaluation:
         raise UserError(f"baseline={cfg.baseline}: expected one of model.path ({', '.join(paths)})")
     for path in paths:
         models.check(path, cfg.model.revision, trust_remote_code=cfg.model.trust_remote_code)
-    specs = _specs(task, Path(cfg.cache_dir).expanduser() / "datasets")
-    done: dict[tuple[str, str], dict] = {}
-    for path in paths:
-        files = {name: _file(run_dir, path, name) for name in specs}
-        missing = [name for name, file in files.items() if not file.exists()]
-        model = _model(cfg, path, device) if missing else None
-        for name in missing:
-            files[name].parent.mkdir(exist_ok=True)
-            part = files[name].with_suffix(".part")  # not `rundir.write_json`: text of models and data stays as it is
+    files = {(path, name): _file(cfg, run_dir, path, name) for path in paths for name in task.tasks}
+    missing = [key for key, file in files.items() if not file.exists()]
+    specs = _specs(task, Path(cfg.cache_dir).expanduser() / "datasets") if missing else {}
+    for path in dict.fromkeys(path for path, _ in missing):
+        model = _model(cfg, path, device)
+        for name in [name for of, name in missing if of == path]:
+            file = files[path, name]
+            file.parent.mkdir(exist_ok=True)
+            part = file.with_suffix(".part")  # not `rundir.write_json`: text of models and data stays as it is
             part.write_text(json.dumps(_measured(model, name, specs[name], cfg)))
-            part.rename(files[name])
-        done |= {(path, name): rundir.read_json(file) for name, file in files.items()}
+            part.rename(file)
         del model
         gc.collect()  # the next one needs its memory
+    done = {key: rundir.read_json(file) for key, file in files.items()}
     cells: dict[str, dict[str, dict]] = {path: {} for path in paths}
     samples = []
     for (path, _), found in done.items():
@@ -73,13 +75,16 @@ def evaluate(cfg: Eval, device: torch.device, *, run_dir: Path) -> Evaluation:
     if cfg.baseline is not None:
         for path, made in differences(samples, cfg.baseline).items():
             cells[path] |= made
-    facts = {name: done[paths[0], name]["facts"] for name in specs}
+    facts = {name: done[paths[0], name]["facts"] for name in task.tasks}
     return Evaluation(cells, samples, {"data": task.data or "Hub", "chat_template": task.chat_template, "tasks": facts})
 
 
-def _file(run_dir: Path, path: str, name: str) -> Path:
-    """Where what a model did on a task is kept; all other settings are those of the folder."""
-    return run_dir / "lm_eval" / f"{name.replace('/', '_')}_{hashlib.sha256(path.encode()).hexdigest()[:12]}.json"
+def _file(cfg: Eval, run_dir: Path, path: str, name: str) -> Path:
+    """Where what a model did on a task is kept: by its path and its files' times; the folder has all other settings."""
+    folder = Path(path).expanduser()
+    weights = [(file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*"))] if folder.is_dir() else []
+    digest = hashlib.sha256(json.dumps([path, cfg.model.revision, weights]).encode()).hexdigest()
+    return run_dir / "lm_eval" / f"{name.replace('/', '_')}_{digest[:12]}.json"
 
 
 # ---- tasks
@@ -111,7 +116,9 @@ def _specs(task: LmEvalTask, cache: Path) -> dict[str, str | dict]:
                 "that its files are whole"
             ) from None
         if unsafe := [leaf for leaf, made in loaded["tasks"].items() if getattr(made, "UNSAFE_CODE", False)]:
-            raise UserError(f"task.tasks: {unsafe[0]} runs what models write, unprotected; use task=mbpp or leave it out")
+            raise UserError(
+                f"task.tasks: {unsafe[0]} runs what models write, unprotected; use task=mbpp or leave it out"
+            )
     return specs
 
 
@@ -128,7 +135,9 @@ def _local(manager: Any, name: str, task: LmEvalTask, cache: Path) -> dict:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if name not in LOCAL:
-        raise UserError(f"task.data={task.data}: holds {', '.join(LOCAL)}, not {name}; leave it out, or set task.data=null")
+        raise UserError(
+            f"task.data={task.data}: holds {', '.join(LOCAL)}, not {name}; leave it out, or set task.data=null"
+        )
     pattern, others = LOCAL[name]
     files = {}
     for split in ("train", "test") if task.shots else ("test",):
@@ -138,7 +147,11 @@ def _local(manager: Any, name: str, task: LmEvalTask, cache: Path) -> dict:
             raise UserError(f"task.data={task.data}: has no {pattern.format(split)}(.gz); task.tasks={name} reads it")
         files[split] = str(found[0].resolve())
     splits = {} if task.shots else {"training_split": None, "fewshot_split": None}
-    data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files, "cache_dir": str(cache)}}
+    data = {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": files, "cache_dir": str(cache)},
+    }
     return load_yaml(manager.task_index[name].yaml_path) | others | splits | data
 
 
@@ -174,20 +187,32 @@ def _measured(model: Any, name: str, spec: str | dict, cfg: Eval) -> dict:
     """{"samples", "totals", "facts"} of one model on one task, by the harness."""
     import lm_eval
 
-    task = cfg.task
-    seeds = {f"{of}_seed": cfg.seed for of in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    task, loaded = cfg.task, _manager().load([spec])
+    shots = STANDARD.get(name) if task.shots == "standard" else task.shots
+    for leaf in loaded["tasks"].values():
+        if shots is not None and leaf.get_config("num_fewshot") != 0:  # 0: zero-shot by definition
+            leaf.set_config(key="num_fewshot", value=shots)
+        leaf.set_fewshot_seed(seed=cfg.seed)
+    seeds = np.random.SeedSequence([cfg.seed]).generate_state(3)
+    state = random.getstate(), np.random.get_state()
+    random.seed(int(seeds[0])), np.random.seed(seeds[1])
     try:
-        made = lm_eval.simple_evaluate(
-            model=model,
-            tasks=[spec],
-            num_fewshot=STANDARD.get(name) if task.shots == "standard" else task.shots,
-            limit=task.limit,
-            apply_chat_template=task.chat_template,
-            bootstrap_iters=2,  # 0 would leave out the errors that need none, too
-            **seeds,
-        )
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(int(seeds[2]))
+            # Not its simple_evaluate, which calls pip and other programs to describe the machine: 20 seconds a task.
+            made = lm_eval.evaluate(
+                lm=model,
+                task_dict=loaded,
+                limit=task.limit,
+                apply_chat_template=task.chat_template,
+                fewshot_as_multiturn=True,
+                bootstrap_iters=2,  # 0 would leave out the errors that need none, too
+            )
     except ValueError as error:
         raise UserError(f"task.tasks: {name} can not be run ({one_line(error)}); leave it out") from None
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
     samples = [sample for leaf, logged in made["samples"].items() for sample in _samples(leaf, logged)]
     totals = {
         f"{leaf}/{_metric(*key.split(','))}": [float(value), _number(result.get(key.replace(",", "_stderr,", 1)))]
@@ -195,7 +220,7 @@ def _measured(model: Any, name: str, spec: str | dict, cfg: Eval) -> dict:
         for key, value in result.items()
         if "," in key and "_stderr," not in key and _number(value) is not None
     }
-    facts = {key: made[key] for key in ("n-shot", "versions")}
+    facts = {key: made[key] for key in ("n-shot", "versions")} | {"lm_eval": importlib.metadata.version("lm_eval")}
     if name == "gsm8k":
         facts["scored_otherwise"] = _scored_otherwise(samples)
     return {"samples": samples, "totals": totals, "facts": facts}

@@ -8,6 +8,7 @@ import ast
 import builtins
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,16 +54,21 @@ def evaluate(cfg: Eval, answer: Callable | None, *, run_dir: Path) -> Evaluation
     given = cfg.model.path if answer else cfg.outputs
     names = [given] if isinstance(given, str) else given
     if cfg.baseline not in (None, *names):
-        raise UserError(f"baseline={cfg.baseline}: expected one of {'model.path' if answer else 'outputs'} ({names})")
+        raise UserError(
+            f"baseline={cfg.baseline}: expected one of {'model.path' if answer else 'outputs'} ({', '.join(names)})"
+        )
+    if answer:
+        prompts = [prompt(problems, problem) for problem in asked for _ in range(task.samples)]
+        sampling = Sampling(task.temperature, task.top_p, 0, task.max_new_tokens)
+        texts = {name: [made.text for made in answer(name, prompts, sampling)] for name in names}
+        tried = {
+            name: [said[i : i + task.samples] for i in range(0, len(said), task.samples)]
+            for name, said in texts.items()
+        }
+    else:
+        tried = {name: stored(name, asked, max(task.k)) for name in names}
     samples = []
-    for name in names:
-        if answer:
-            prompts = [prompt(problems, problem) for problem in asked for _ in range(task.samples)]
-            sampling = Sampling(task.temperature, task.top_p, 0, task.max_new_tokens)
-            texts = [made.text for made in answer(name, prompts, sampling)]
-            programs = [texts[i : i + task.samples] for i in range(0, len(texts), task.samples)]
-        else:
-            programs = stored(name, asked, max(task.k))
+    for name, programs in tried.items():
         samples += dist.on_main(_scored, name, asked, programs, task.k, limits)
     models = {name: _cells([s for s in samples if s["model"] == name], task) for name in names}
     if cfg.baseline is not None:
@@ -98,7 +104,8 @@ def read(data: str) -> tuple[dict[int, Problem], str]:
     for line, row in source.rows():
         place = f"task.data={data}:{line}"
         try:
-            problem = _problem(row)
+            with warnings.catch_warnings(action="ignore"):  # of the data's own code: "\d" where r"\d" is meant
+                problem = _problem(row)
         except (RowError, SyntaxError) as error:
             raise UserError(f"{place}: {rows.one_line(error)}; give the data set's mbpp.jsonl") from None
         if problem.task_id in problems:
@@ -180,9 +187,7 @@ def _scored(
     name: str, asked: Sequence[Problem], programs: Sequence[Sequence[str]], ks: Sequence[int], limits: sandbox.Limits
 ) -> list[dict]:
     """One sample per problem, its programs tried as many at once as there are processors."""
-    exams = [
-        exam_of(problem, text) for problem, texts in zip(asked, programs, strict=True) for text in texts
-    ]
+    exams = [exam_of(problem, text) for problem, texts in zip(asked, programs, strict=True) for text in texts]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads that wait for processes
         outcomes = iter(list(pool.map(lambda exam: sandbox.examine(exam, limits), exams)))
     samples = []
