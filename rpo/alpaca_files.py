@@ -96,7 +96,7 @@ def _judgment(row: Any, baseline: Outputs | None, of_baseline: dict, found: dict
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, dict):
-        raise _wrong("an object with a judgment", row)
+        raise RowError("wrong_type", f"expected an object with a judgment, found {row!r:.60}; mend the row")
     if "instruction" not in row and "index" not in row:
         raise RowError(
             "missing_field", "neither instruction nor index: expected one of them, as what was judged; add it"
@@ -172,10 +172,6 @@ def _number(row: dict, field: str) -> float:
     if not math.isfinite(number):
         raise RowError("wrong_type", f"field {field}: expected a number, found {value!r:.40}; mend the row")
     return number
-
-
-def _wrong(expected: str, found: Any) -> RowError:
-    return RowError("wrong_type", f"expected {expected}, found {found!r:.60}; mend the row")
 
 
 # ---- what length control needs

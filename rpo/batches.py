@@ -26,6 +26,10 @@ class Member:
         return "evaluated" if self.run is None else self.run.state
 
     @property
+    def done(self) -> bool:
+        return self.state in ("finished", "evaluated")
+
+    @property
     def curve(self) -> list[dict]:
         """Its evaluations: a study's, which are of more samples, before the run's own."""
         if self.studied is None:
@@ -143,7 +147,7 @@ def overrides(member: Member) -> list[str]:
 
 def _finding(members: Sequence[Member]) -> findings.Finding:
     """The verdict on what finished; where nothing did, on what there is. Runs that did not are named in its notes."""
-    odd = [member for member in members if member.state not in ("finished", "evaluated")]
+    odd = [member for member in members if not member.done]
     judged = [member for member in members if member not in odd] or [m for m in odd if m.state != "failed" and m.curve]
     notes = [_how_ended(member) for member in odd]
     notes += [f"Run {member.name}: {flaw}" for member in members if member.run for flaw in member.run.flaws]
@@ -176,9 +180,9 @@ def _how_ended(member: Member) -> str:
 
 
 def short(names: Sequence[str]) -> list[str]:
-    """Paths without the folders that all of them begin with or end in; a lone one is its last part."""
+    """Paths without the folders that all of them begin with or end in; a lone one is its last part, or RUN of RUN/model."""
     if len(names) < 2:
-        return [name.rstrip("/").rpartition("/")[2] or name for name in names]
+        return [name.rstrip("/").removesuffix("/model").rpartition("/")[2] or name for name in names]
     parts = [name.split("/") for name in names]
     for end in (0, -1):
         while len({part[end] for part in parts}) == 1 and min(map(len, parts)) > 1:

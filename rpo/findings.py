@@ -199,7 +199,7 @@ def _of_logged_gold(logged: dict, seeds: int) -> str:
         return f"Gold of the runs' own samples is at its highest at the end, {end} ({seeds} seeds)."
     return (
         f"Gold of the runs' own samples fell {_number(drop)} +- {_number(se, 2)} ({seeds} seeds) from its peak at step "
-        f"{logged['step/peak']} to {end}; over {_number(logged['gold/noise'], 2)} errors are beyond noise."
+        f"{logged['step/peak']} to {end}; {_number(logged['gold/noise'], 2)} such errors may be noise."
     )
 
 

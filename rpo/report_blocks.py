@@ -131,9 +131,7 @@ def _runs(batches: Sequence[Batch]) -> list[Block]:
     for batch in batches:
         rows.append(Section(batch.label, batch.style))
         rows += [_run_row(member, swept[:_COLUMNS], names) for member in batch.members]
-        ends = [
-            member.curve[-1] for member in batch.members if member.curve and member.state in ("finished", "evaluated")
-        ]
+        ends = [member.curve[-1] for member in batch.members if member.curve and member.done]
         if len(ends) > 1:
             rows.append(["mean \u00b1 sd", *[""] * (len(swept[:_COLUMNS]) + 2), *(_spread(ends, n) for n in names)])
     more = f" Settings that differ besides: {', '.join(swept[_COLUMNS:])}." if swept[_COLUMNS:] else ""
@@ -168,11 +166,11 @@ def _spread(ends: Sequence[dict], name: str) -> str:
 
 
 def _figures(batches: Sequence[Batch]) -> list[Block]:
-    members = [member for batch in batches for member in batch.members]
-    swept = _swept(members)
+    swept = _swept([member for batch in batches for member in batch.members])
     curves = []
     for batch in batches:
         ran = [member for member in batch.members if member.curve]
+        ran = [member for member in ran if member.done] or ran
         settings = gather.flat(batch.members[0].settings)
         values = {key: settings[key] for key in swept if key in settings and key not in groups.SEEDS}
         values = {key: value if isinstance(value, int | float) else str(value) for key, value in values.items()}
@@ -212,7 +210,8 @@ def _cells(cell: dict) -> list[str]:
     if "unusable" in cell:
         return ["unusable", "-", _value(cell["n"]), _value(cell["n_error"])]
     value = "-" if cell["value"] is None else _pm(cell["value"], cell["se"])
-    interval = f"[{', '.join(map(number, cell['interval']))}]" if cell["interval"] else "-"
+    low_high = cell["interval"] and [_pm(bound, cell["se"]).split()[0] for bound in cell["interval"]]
+    interval = f"[{', '.join(low_high)}]" if low_high else "-"
     return [value, interval, _value(cell["n"]), _value(cell["n_error"])]
 
 
@@ -269,15 +268,16 @@ def _comparisons(found: Results, i: int) -> list[Block]:
 
 def _worst(gathered: Gathered, most: int) -> list[Block]:
     shown: list[list[Block]] = []
-    sources = [each for each in gathered.evaluations if each.task != "compare"]
+    sources = [each for each in gathered.evaluations if each.task != "compare" and not _unusable(each)]
     for task in dict.fromkeys(each.task for each in sources):
         models: list[tuple[str, str, dict[str, worst.Item]]] = []
         for each in sources:
             if each.task == task:
                 models += [(m, str(each.folder), worst.items_of(each.samples, m)) for m in each.models]
         twice = Counter(model for model, *_ in models)
-        full = [model if twice[model] == 1 else f"{folder}/{model}" for model, folder, _ in models]
-        items = dict(zip(short(full), (items for *_, items in models), strict=True))
+        name_of = dict(zip(twice, short(list(twice)), strict=True))
+        labels = [name_of[model] + (f" ({folder})" if twice[model] > 1 else "") for model, folder, _ in models]
+        items = dict(zip(labels, (items for *_, items in models), strict=True))
         config = [
             each.facts["config"] for each in sources if each.task == task and isinstance(each.facts.get("config"), dict)
         ]

@@ -45,7 +45,10 @@ def along(groups: Sequence[Curves]) -> list[Figure]:
         if any(len(line.points) > 1 for line in lines):
             level = (0.0, "reference") if name == "shift/chosen" else None
             charts.append(Chart(title, unit, "optimizer step", lines, level=level))
-    caption = "Evaluations along training. Thin lines are seeds, thick ones their mean; bars are one standard error."
+    caption = (
+        "Evaluations along training. Thin lines are seeds, thick ones their mean; bars are one standard error. Runs that did not "
+        "finish are drawn only where none of their group did."
+    )
     return [Figure("training", caption, charts[:_MOST])] if charts else []
 
 

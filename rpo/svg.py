@@ -234,7 +234,8 @@ def _curve(line: Line, at) -> list[str]:
 
 
 def _forest(forest: Forest, standalone: bool) -> str:
-    width, left, right = 760, 300, 590
+    left = 24 + min(280, max(6.6 * len(name) for name, *_ in forest.rows))
+    width, right = 760, 590
     height = _TOP + _ROW * len(forest.rows) + _BOTTOM
     low, high = _span([v for _, *values, _ in forest.rows for v in values] + [forest.zero])
     bottom = height - _BOTTOM

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rpo import outputs, results, verdicts
+from rpo import alpaca_files, outputs, results, verdicts
 from rpo.config import UserError
 from rpo.judge import Reply
 from rpo.tasks import alpaca_eval
@@ -604,7 +604,7 @@ def test_full_files_agree_with_the_table(model):
 @needs_data
 def test_the_published_prompt_is_read():
     """alpaca_eval_clf.txt is a system and a user message, with all three fields."""
-    (system, user) = alpaca_eval.alpaca_files.read_prompt(str(data("judge_prompt_alpaca_eval_clf.txt")))
+    (system, user) = alpaca_files.read_prompt(str(data("judge_prompt_alpaca_eval_clf.txt")))
     assert (system["role"], user["role"]) == ("system", "user")
     assert user["content"].endswith("## Best Model Identifier")
     assert (

@@ -165,6 +165,17 @@ def test_goes_on(made, group, monkeypatch):
     assert asked == ["arc_challenge"] and again.models == evaluation.models
 
 
+def test_other_weights_are_another_model(folder, tmp_path):
+    """A model that was trained on since is measured anew, though its folder's name is the same."""
+    weights, names = tmp_path / "model/model.safetensors", set()
+    weights.parent.mkdir()
+    for time in (1, 2):
+        weights.touch()
+        os.utime(weights, (time, time))
+        names.add(task._file(configured(folder), tmp_path, str(weights.parent), "gsm8k"))
+    assert len(names) == 2
+
+
 def test_shots(folder, group, tmp_path):
     """Standard shots show as many solved questions of the train file; one seed shows the same; limit takes the first."""
     args = ("task.tasks=[arc_easy]", "task.limit=2", f"model.path={folder / 'first'}")

@@ -368,5 +368,6 @@ def _sample(row: Judgment) -> dict:
         "characters": row.len_model,
         "baseline_characters": row.len_baseline,
         "prompt": row.instruction,
-        "answers": [row.answer, row.baseline_answer],
+        "response": row.answer,
+        "baseline_response": row.baseline_answer,
     }

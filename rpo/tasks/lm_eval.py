@@ -146,7 +146,7 @@ def _local(manager: Any, name: str, task: LmEvalTask, cache: Path) -> dict:
         if not found:
             raise UserError(f"task.data={task.data}: has no {pattern.format(split)}(.gz); task.tasks={name} reads it")
         files[split] = str(found[0].resolve())
-    splits = {} if task.shots else {"training_split": None, "fewshot_split": None}
+    splits = {} if task.shots else {"training_split": None, "fewshot_split": None, "num_fewshot": 0}
     data = {
         "dataset_path": "json",
         "dataset_name": None,
