@@ -32,7 +32,8 @@ RULES = (
     "else: can not tell.",
     "Noise, where task=overopt measured gold: the standard error paired by prompt, times as many as the largest of all "
     "comparisons between checkpoints exceeds with a chance of 5% while nothing changes (Bonferroni, Student's t). Each seed is "
-    "judged by itself; a group is called what most of its seeds are.",
+    "judged by itself; a group is called what more than half of its seeds are, else overoptimised in some seeds where any is, "
+    "else can not tell. A group with an overoptimised seed is never said to show none.",
     "Noise, where gold stands in the runs' own logs alone: the standard error over seeds, times as many by the same rule. One "
     "seed decides nothing.",
     "Where gold decides nothing, there are signs, from the last evaluation of held-out pairs and samples: chosen log-probs "
@@ -45,6 +46,7 @@ RULES = (
 )
 _TONES = {
     "overoptimised": "bad",
+    "overoptimised in some seeds": "doubt",
     "no overoptimisation seen": "good",
     "under-optimised": "news",
     "signs of overoptimisation": "doubt",
@@ -81,7 +83,7 @@ def judge(
     notes, found = _missing(last, bool(summaries)), signs(last, sigmoid=sigmoid)
     facts, kind, says = _sentence(_facts(curves, last, pairs)), None, ""
     if any(summary["gold/drop"] is not None for summary in summaries):
-        (kind, _), *_ = Counter(map(overopt.kind, summaries)).most_common()
+        kind = _of_seeds([overopt.kind(summary) for summary in summaries])
         says = overopt.group_verdict(summaries)
         says += f" KL at the end {_number(last['kl'])} nats." if "kl" in last else ""
     elif (logged := spread(curves)) is not None:
@@ -95,6 +97,14 @@ def judge(
     if not last.keys() & {"shift/chosen", "kl", "displacement_rate"}:
         return Finding("not measured", f"{facts} Nothing says how far the policy went.".strip(), notes)
     return Finding("no sign in what was measured", facts, notes)
+
+
+def _of_seeds(kinds: Sequence[str]) -> str:
+    """One kind for all seeds, as RULES say."""
+    (most, count), *_ = Counter(kinds).most_common()
+    if "overoptimised" in kinds and (most != "overoptimised" or 2 * count <= len(kinds)):
+        return "overoptimised in some seeds"
+    return most if 2 * count > len(kinds) else "unclear"
 
 
 def signs(last: dict[str, float], *, sigmoid: bool = True) -> list[str]:

@@ -81,9 +81,8 @@ def _natural(folder: Path) -> list[tuple[int, str]]:
 def _look(folder: Path, runs: dict[Path, Run], evaluations: dict[Path, None], notes: list[str]) -> None:
     """Enters what `folder` is; a note on what it should be and is not."""
     if (folder / "sweep.json").exists():
-        for number, _ in enumerate(_sweep(folder)):
-            if not (folder / str(number)).is_dir():
-                notes.append(f"{folder / str(number)}: this cell of the sweep was not started")
+        absent = [str(i) for i in range(len(_sweep(folder))) if not (folder / str(i)).is_dir()]
+        notes += [f"{folder}: cells of the sweep that were not started: {', '.join(absent)}"] if absent else []
     try:
         settings = config.read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
     except UserError as error:

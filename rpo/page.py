@@ -150,7 +150,7 @@ caption{text-align:left;padding:0 0 .5rem;caption-side:top;font-family:inherit}
 thead th{border-top:1.5px solid var(--ink);border-bottom:1px solid var(--ink);vertical-align:bottom;font-weight:600}
 th,td{padding:.3rem .7rem;text-align:left;vertical-align:top}
 th:first-child,td:first-child{padding-left:.2rem}
-tbody th{font-weight:400;min-width:5.5rem;overflow-wrap:anywhere;position:sticky;left:0;background:var(--paper)}
+tbody th{font-weight:400;min-width:min(8rem,26vw);overflow-wrap:anywhere;position:sticky;left:0;background:var(--paper)}
 .n{text-align:right}td.n{white-space:nowrap}
 .section th{font-weight:600;border-top:1px solid var(--rule);padding-top:.6rem}
 tbody tr:hover>*{background:var(--wash)}

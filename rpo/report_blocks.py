@@ -107,9 +107,9 @@ def _unusable(found: Results) -> list[str]:
 
 
 def _swept(members: Sequence[Member]) -> list[str]:
-    """The keys that differ and mean something: not paths, and not the embedded task's file names."""
+    """The keys that differ and mean something: not where a run lies or how it was carried out, nor what its label says."""
     keys = gather.differing([member.settings for member in members if member.settings])
-    ignored = [key for key in groups.IGNORED if key not in groups.SEEDS]
+    ignored = [key for key in groups.IGNORED if key not in groups.SEEDS] + ["loss.preference", "loss.sft"]
     kept = [key for key in keys if not any(key == no or key.startswith(f"{no}.") for no in ignored)]
     flats = [gather.flat(member.settings) for member in members if member.settings]
     if all(flat.get("data.gold.seed") == flat.get("seed") for flat in flats):
@@ -175,7 +175,9 @@ def _figures(batches: Sequence[Batch]) -> list[Block]:
         values = {key: settings[key] for key in swept if key in settings and key not in groups.SEEDS}
         values = {key: value if isinstance(value, int | float) else str(value) for key, value in values.items()}
         errors = ran[0].errors() if len(ran) == 1 else {}
-        curves.append(report_plots.Curves(batch.label, batch.style, [member.curve for member in ran], errors, values))
+        form = f"{settings.get('loss.preference')} {settings.get('loss.sft')}"
+        seeds = [member.curve for member in ran]
+        curves.append(report_plots.Curves(batch.label, batch.style, seeds, errors, values, form))
     numeric = [
         key
         for key in dict.fromkeys(key for each in curves for key in each.swept)

@@ -35,6 +35,7 @@ class Curves:
     seeds: Sequence[Sequence[dict]]
     errors: dict[tuple[int, str], float]  # (step, metric) -> standard error, of a group of one
     swept: dict[str, Any]
+    form: str  # of the loss, which no number says
 
 
 def along(groups: Sequence[Curves]) -> list[Figure]:
@@ -110,16 +111,17 @@ def against_swept(groups: Sequence[Curves], keys: Sequence[str]) -> list[Figure]
         place = {value: float(i) for i, value in enumerate(values)}
         charts = []
         for name in ("gold", "shift/chosen", "rewards/accuracies"):
-            ends = {i: end for i, group in enumerate(groups) if key in group.swept and (end := _end(group, name))}
-            series: dict[tuple, list[tuple[float, float, float | None]]] = {}
-            for i, (value, _) in ends.items():
-                rest = tuple((k, repr(v)) for k, v in sorted(groups[i].swept.items()) if k != key)
-                series.setdefault(rest, []).append((place[groups[i].swept[key]], value, None))
-            lines = [Line("", _GREY, sorted(points), faint=True) for points in series.values() if len(points) > 1]
+            series: dict[tuple, list[tuple[Curves, tuple[float, float, float | None]]]] = {}
+            for group in groups:
+                if key in group.swept and (end := _end(group, name)):
+                    rest = tuple((k, repr(v)) for k, v in sorted(group.swept.items()) if k != key)
+                    series.setdefault((group.form, rest), []).append((group, (place[group.swept[key]], *end)))
+            joined = [members for members in series.values() if len(members) > 1]
+            lines = [
+                Line("", _GREY, sorted((x, y, None) for _, (x, y, _) in members), faint=True) for members in joined
+            ]
+            lines += [Line(group.label, group.style, [end]) for members in joined for group, end in members]
             if lines:
-                lines += [
-                    Line(groups[i].label, groups[i].style, [(place[groups[i].swept[key]], *e)]) for i, e in ends.items()
-                ]
                 title, unit = SHOWN[name]
                 words = [(x, f"{value:g}" if isinstance(value, float) else str(value)) for value, x in place.items()]
                 charts.append(Chart(title, unit, key, lines, ticks=words))

@@ -62,6 +62,9 @@ CASES = {
     "measured, noise": ([curve(None, None, **HEALTHY)], [summary(*NOISY)], "can not tell"),
     "measured, never left": ([], [summary(*NOISY, kl=0.01)], "under-optimised"),
     "most of the seeds": ([], [summary(*COLLAPSED), summary(*COLLAPSED), summary(*HELD)], "overoptimised"),
+    "half of the seeds": ([], [summary(*COLLAPSED), summary(*HELD)], "overoptimised in some seeds"),
+    "one of three seeds": ([], [summary(*HELD), summary(*COLLAPSED), summary(*HELD)], "overoptimised in some seeds"),
+    "no half": ([], [summary(*HELD), summary(*NOISY)], "can not tell"),
     "gold measured beats signs": (
         [curve(None, None, **HEALTHY | {"shift/chosen": -63.0})],
         [summary(*HELD)],

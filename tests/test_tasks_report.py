@@ -188,7 +188,7 @@ def test_what_did_not_finish_is_named(base, tmp_path):
         "Run 1 was interrupted at step 20: SIGTERM.",
         "Run 3 is running, or was killed at step 20.",
         "Run 6 failed: UserError: loss.beta=-1.",
-        "sweep/7: this cell of the sweep was not started",
+        "sweep: cells of the sweep that were not started: 7",
         "Run 2: kl, gold at step 40 not finite, left out.",
         "Run 2: 1 line of metrics.jsonl not readable, left out.",
         "seed=6 loss.eta=0",
