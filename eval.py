@@ -17,6 +17,7 @@ and all that asks a judge or answers questions go on where they were killed, giv
 """
 
 import gc
+import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -344,9 +345,8 @@ def _of_results(cfg: Eval) -> None:
         made = select.evaluate(select.read(Path(task.results).expanduser()), task)
     elif isinstance(task, CompareTask):
         made = compare.evaluate(cfg)
-    with rundir.recording(run_dir, config.to_yaml(cfg)):
-        if not dist.is_main():
-            return
+
+    def finish() -> None:
         match task:
             case SelectTask():
                 rundir.write_json(run_dir / "results.json", {"task": task.kind, "results": task.results, "runs": made})
@@ -357,10 +357,14 @@ def _of_results(cfg: Eval) -> None:
             case ReportTask():
                 print(*report.evaluate(cfg, run_dir=run_dir), sep="\n", flush=True)
 
+    with rundir.recording(run_dir, config.to_yaml(cfg)):
+        dist.on_main(finish)
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
 def main(cfg) -> None:
     """One evaluation; exit codes: 0 finished, 2 a user's error, 1 anything else."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a model's name may hold what the terminal can not show
     sweep.run_job(lambda: evaluate(eval_checks.eval_config(cfg)))
 
 

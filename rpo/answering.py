@@ -64,6 +64,7 @@ class Answerer:
         cfg, model = self._cfg, self._model
         prompts = [tokens.encode_prompt(model.tokenizer, said, cfg.data.template_date) for said in conversations]
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        self._check_room(prompts, each)  # of all, before the first is answered
         made: dict[int, Answer] = {}
         for group, how in enumerate(dict.fromkeys(each)):
             members = [i for i, own in enumerate(each) if own == how]
@@ -75,12 +76,6 @@ class Answerer:
 
     def _chunk(self, prompts: list[list[int]], how: Sampling, seed: list[int]) -> list[Answer]:
         """The answers to `prompts`: those on disk where all of them are, else made and written."""
-        room = self._model.positions - max(map(len, prompts))
-        if how.max_new_tokens > room:
-            raise UserError(
-                f"task.max_new_tokens={how.max_new_tokens}: beside a prompt of {max(map(len, prompts))} tokens "
-                f"{self._model.path} has positions for {max(room, 0)}; set it to that or less, or leave such prompts out"
-            )
         made_of = [self._model.identity, str(how), seed, self._batch_size, str(self._cfg.model.dtype), prompts]
         digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
         keys = [f"{digest}:{i}" for i in range(len(prompts))]
@@ -95,6 +90,15 @@ class Answerer:
         self._known |= zip(keys, answers, strict=True)
         dist.on_main(self._append, keys, answers)
         return answers
+
+    def _check_room(self, prompts: list[list[int]], each: list[Sampling]) -> None:
+        for prompt, how in zip(prompts, each, strict=True):
+            room = self._model.positions - len(prompt)
+            if how.max_new_tokens > room:
+                raise UserError(
+                    f"task.max_new_tokens={how.max_new_tokens}: beside a prompt of {len(prompt)} tokens "
+                    f"{self._model.path} has positions for {max(room, 0)}; set it to that or less, or leave such prompts out"
+                )
 
     def _open(self, path: str) -> None:
         """The tokenizer of `path` and what its weights are known by; the model before it is let go."""

@@ -35,7 +35,7 @@ def _check_at_least(least: int, task: Task, *names: str) -> None:
 
 
 def _check_sampling(task: Task) -> None:
-    require(task.temperature >= 0, f"task.temperature={task.temperature}: expected >= 0 (0: greedy)")
+    require(0 <= task.temperature < float("inf"), f"task.temperature={task.temperature}: expected >= 0 (0: greedy)")
     require(0 < task.top_p <= 1, f"task.top_p={task.top_p}: expected in (0, 1]")
 
 

@@ -97,8 +97,14 @@ def write_answers(folder: Path, model: str, turns: dict[int, list[str]]) -> Path
 
 
 def file_name(model: str) -> str:
-    """The model's name as part of a file's: its last 80 characters, with _ for what is not a letter, digit, dot or dash."""
-    return re.sub(r"[^\w.-]+", "_", model).strip("_.")[-80:] or "model"
+    """The model's name as a file's: ASCII letters, digits, _, dot and dash as they are, a slash as _, up to 80 characters.
+
+    Of any other name what is left of its end and a digest, or models whose names end alike would share a file.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", model).strip("_.")[-80:]
+    if plain and plain == model.replace("/", "_").strip("_."):
+        return plain
+    return f"{plain}-{hashlib.sha256(model.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}".lstrip("-.")
 
 
 # ---- judgments
@@ -133,6 +139,8 @@ def judgments(spec: str | list[str]) -> tuple[str, list[dict]]:
 def _checked(row: dict, kind: str, where: str) -> tuple[frozenset, int, int]:
     """What the row judges: (models, question, turn). Raises UserError where a field is not what it has to be."""
     number, turn = _number(row, where), row.get("turn")
+    if not isinstance(row.get("error"), str | None):
+        raise UserError(f"{where}: field error: expected a string, found {row['error']!r:.40}; mend the row")
     if turn not in (1, 2) or type(turn) is not int:
         raise UserError(f"{where}: field turn: expected 1 or 2, found {turn!r:.40}; mend the row")
     if kind == "single":

@@ -4,15 +4,18 @@
 
 The jail is a set of new namespaces: no network, no other process to be seen, and a root in memory that holds only what a
 Python interpreter needs (`see`), read-only, and one empty folder to write in, `/scratch`. Where the jail is made by root it
-is then left for `nobody`; anyone else makes it in a user namespace of their own. What goes wrong is written to the
-file descriptor `report`, which the program does not inherit.
+is then left for `nobody`; anyone else makes it in a user namespace of their own. System calls for what no limit counts or no
+namespace holds are refused in it. What goes wrong is written to the file descriptor `report`, which the program does not
+inherit.
 """
 
 import ctypes
+import errno
 import json
 import os
 import resource
 import signal
+import struct
 import sys
 
 USER, ALL = 0x10000000, 0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000  # mount, UTS, IPC, PID, network
@@ -22,8 +25,14 @@ SYS_MOUNT_SETATTR, AT_RECURSIVE, READ_ONLY_NOSUID_NODEV = (
     0x8000,
     1 | 2 | 4,
 )  # the same number on every architecture
-PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
-SCRATCH = 2**24  # bytes in /scratch, and of any one file
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 38, 22
+# Numbers of the refused calls: memory that counts as no process's (shmget, msgget, memfd_create, memfd_secret), the user's
+# keys (add_key, request_key, keyctl), and namespaces in which the program would have root's rights (unshare).
+MACHINES = {  # audit architecture, numbers
+    "x86_64": (0xC000003E, (29, 68, 319, 447, 248, 249, 250, 272)),
+    "aarch64": (0xC00000B7, (194, 186, 279, 447, 217, 218, 219, 97)),
+}
+SCRATCH, FILES = 2**24, 1000  # bytes in /scratch, and of any one file; files and folders there
 NOBODY = 65534
 WALL, REFUSED = 124, 125  # exit status: past its time on the clock; no jail could be made
 
@@ -65,7 +74,8 @@ def build(root: str, see: list[str]) -> None:
     os.makedirs(f"{root}/scratch")
     flags = (ctypes.c_uint64 * 4)(READ_ONLY_NOSUID_NODEV, 0, 0, 0)  # struct mount_attr: attr_set first
     call("syscall", SYS_MOUNT_SETATTR, -1, root, AT_RECURSIVE, flags, ctypes.sizeof(flags))
-    call("mount", "tmpfs", f"{root}/scratch", "tmpfs", MS_NOSUID | MS_NODEV, f"size={SCRATCH},mode=777")
+    room = f"size={SCRATCH},nr_inodes={FILES},mode=777"
+    call("mount", "tmpfs", f"{root}/scratch", "tmpfs", MS_NOSUID | MS_NODEV, room)
     os.chdir(root)
     call("pivot_root", ".", ".")  # the old root now lies over the new one
     call("umount2", ".", MNT_DETACH)
@@ -87,16 +97,34 @@ def limit(seconds: int, memory: int) -> None:
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
 
 
+def forbid() -> None:
+    """Refuses the calls in MACHINES from here on (EPERM), by a filter that can not be taken off (seccomp(2))."""
+    machine = os.uname().machine
+    if machine not in MACHINES:
+        raise OSError(f"no filter of system calls is known for {machine}")
+    arch, numbers = MACHINES[machine]
+    refuse = 4 + len(numbers) + 1  # the last instruction; a jump counts from the next
+    # Load the architecture, and let no other's calls through, which have other numbers; load the number: nor x86's x32.
+    rules = [(0x20, 0, 0, 4), (0x15, 0, refuse - 2, arch), (0x20, 0, 0, 0), (0x35, refuse - 4, 0, 0x40000000)]
+    rules += [(0x15, refuse - i - 1, 0, number) for i, number in enumerate(numbers, len(rules))]
+    rules += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | errno.EPERM)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+    call("prctl", PR_SET_SECCOMP, 2, struct.pack("HP", len(rules), ctypes.addressof(code)), 0, 0)
+
+
 def enter(settings: dict) -> None:
     """In the first process of the jail: everything up to and with the program itself."""
+    os.setsid()  # or a signal to the program's process group would reach the process outside that keeps the time
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     build(settings["root"], settings["see"])
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
+        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # another user's process has lost it
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     limit(settings["seconds"], settings["memory"])
+    forbid()
     os.set_inheritable(settings["report"], False)
     os.execve(settings["argv"][0], settings["argv"], settings["env"])  # as no root: capabilities end here
 

@@ -38,9 +38,11 @@ from rpo.judge_server import (
 from rpo.redact import redacted
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0  # seconds before a request is tried again: doubled each time, and jittered
+SILENT = ("unreachable", "broken", "timeout")  # kinds of failure in which the server said nothing
 NEVER_REACHED = 3  # tries of a server that has not answered yet: its URL is wrong
 IN_A_ROW = 10  # requests that fail for good, none answered between: the server is not well
-GRACE = 5.0  # seconds that replies on their way are waited for when all stops
+GRACE = 5.0  # seconds that replies on their way, which are paid for, are waited for on Ctrl-C
+LAST_WAIT = 60.0  # the same, where an error stops all
 BEAT = 60.0  # seconds between signs of life to the other ranks, whose wait has a limit
 
 
@@ -256,7 +258,7 @@ class _Work:
             self._stop.set()
             with self._changed:
                 self._changed.notify_all()
-            deadline = time.monotonic() + GRACE
+            deadline = time.monotonic() + (GRACE if self._error is None else LAST_WAIT)
             for thread in threads:
                 if thread.ident is not None:
                     thread.join(max(0.0, deadline - time.monotonic()))
@@ -343,13 +345,13 @@ class _Work:
         return None
 
     def _is_wrong_url(self, error: PassingError, tries: int) -> bool:
-        return error.kind in ("unreachable", "broken") and not self._account.reached and tries + 1 >= NEVER_REACHED
+        return error.kind in SILENT and not self._account.reached and tries + 1 >= NEVER_REACHED
 
     def _given_up(self, error: PassingError | LastingError) -> Reply:
         """The error of a request that was tried often enough. Raises UserError where it is the server's."""
         where = f"judge.base_url={redacted(url_of(self._judge))}"
         kind = getattr(error, "kind", None)
-        if kind == "unreachable" or (kind == "broken" and not self._account.reached):
+        if kind == "unreachable" or (kind in SILENT and not self._account.reached):
             what = "stopped answering" if self._account.reached else "can not be reached"
             raise UserError(f"{where}: {what} ({error}); mend the URL or start the server; {KEPT}")
         with self._changed:

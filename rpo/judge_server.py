@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import openai
 
 VENDOR = "https://api.openai.com/v1"
-PATIENCE = 3600.0  # seconds that a server may ask to be left alone
+PATIENCE = 600.0  # seconds that a server may ask to be left alone
 CHARS = 4  # per token, in estimates
 KEPT = "what was answered is kept and not asked for again"
 

@@ -18,6 +18,7 @@ D bootstrap draws, F folds.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -25,8 +26,11 @@ CS = np.logspace(-4, 4, 10)
 FOLDS = 5
 GAMED_WEIGHT = 0.1  # 0.2, shared by the verbose and the concise answers
 LEAST = 2 * FOLDS  # verdicts below which nothing is fitted
+SIDE = 5  # verdicts on answers no longer, and on ones no shorter, below which nothing is fitted without gamed rows
+TOO_SURE = 0.01  # points: no sample of verdicts that differ is so large that its rate has a smaller standard error
 _AT_ONCE = 8  # draws solved together: their rows stay in the processor's cache
-_STEPS, _SWEEPS = 100, 100  # at most, of Newton's method and over the coordinates in each
+_STEPS = 100  # of Newton's method, at most
+_SIGNS = np.array(list(product((-1, 0, 1), repeat=3)))
 
 
 @dataclass(frozen=True)
@@ -107,19 +111,29 @@ def length_controlled(
 ) -> tuple[dict, Weights | None]:
     """(a cell {"value", "se", "interval", "n"} of the rate in percent, the weights), by `fit` and `bootstrap`.
 
-    se is the standard deviation of the draws, the interval their 2.5% and 97.5% quantiles; both are null where `draws` is 0.
-    With fewer than 10 verdicts nothing is fitted: all is null.
+    se is the standard deviation of the draws, the interval their 2.5% and 97.5% quantiles; both are null where `draws` is 0,
+    and where verdicts differ and draws do not: the spread of fits to verdicts that length alone tells is no error. Nothing is
+    fitted, and all is null, with fewer than 10 verdicts, or with fewer than 5 on either side of equal length and no gamed
+    rows: the rate would be a guess beyond what was seen. The cell's "note" then says which it was.
     """
-    n = int(np.isfinite(wins_N).sum())
+    judged_N = np.isfinite(wins_N)
+    n, shorter, longer = (int(of_N[judged_N].sum()) for of_N in (judged_N, length_N >= 0, length_N <= 0))
+    nothing = {"value": None, "se": None, "interval": None, "n": n}
     if n < LEAST:
-        return {"value": None, "se": None, "interval": None, "n": n}, None
+        return nothing | {"note": f"not fitted: {n} verdicts, fewer than {LEAST}"}, None
+    if gamed is None and (few := min(shorter, longer)) < SIDE:
+        note = f"not fitted: one side's answers are the longer ones on all but {few} of {n} items"
+        return nothing | {"note": note}, None
     weights = fit(wins_N, length_N, difficulty_N, gamed)
-    cell = {"value": win_rate(weights, np.zeros(1) if difficulty_N is None else difficulty_N)}
-    cell |= {"se": None, "interval": None, "n": n}
+    cell = nothing | {"value": win_rate(weights, np.zeros(1) if difficulty_N is None else difficulty_N)}
     if draws:
         rates_D = bootstrap(wins_N, length_N, difficulty_N, gamed, draws=draws, seed=seed)
         low, high = np.quantile(rates_D, [0.025, 0.975])
-        cell |= {"se": float(rates_D.std(ddof=1)), "interval": [float(low), float(high)]}
+        se = float(rates_D.std(ddof=1))
+        if se < TOO_SURE and np.ptp(wins_N[judged_N]):
+            note = "no error can be told: draws do not differ, as where length alone tells the verdicts"
+            return cell | {"note": note}, weights
+        cell |= {"se": se, "interval": [float(low), float(high)]}
     return cell, weights
 
 
@@ -218,36 +232,27 @@ def _minimise(X_DRK: np.ndarray, wins_R: np.ndarray, weight_DFR: np.ndarray, sta
 
 
 def _minimum_of_model(coefs: np.ndarray, gradient: np.ndarray, curvature: np.ndarray) -> np.ndarray:
-    """argmin of |u| + gradient . (u - coefs) + (u - coefs)' curvature (u - coefs) / 2, by coordinates in turn.
+    """argmin of |u| + gradient . (u - coefs) + (u - coefs)' curvature (u - coefs) / 2, exact however correlated features are.
 
-    Once the signs stay, what is left is linear, and solved: coordinates alone are slow where features are correlated.
+    With its signs known a minimum is linear, and of three coefficients there are 27 choices of signs: the best is taken.
     """
-    damped = curvature * (1 + 1e-9 * np.eye(coefs.shape[-1])) + 1e-12 * np.eye(coefs.shape[-1])  # never singular
-    u, signs = coefs.copy(), None
-    for _ in range(_SWEEPS):
-        for k in range(u.shape[-1]):
-            slope = gradient[..., k] + ((u - coefs) * damped[..., k]).sum(-1)
-            pulled = damped[..., k, k] * u[..., k] - slope
-            u[..., k] = np.sign(pulled) * np.maximum(np.abs(pulled) - 1, 0) / damped[..., k, k]
-        before, signs = signs, np.sign(u)
-        if before is None or not np.array_equal(before, signs):
-            continue
-        free = signs != 0
-        among_free = damped * (free[..., :, None] & free[..., None, :]) + np.eye(u.shape[-1]) * ~free[..., None]
-        to_zero = np.where(free, 0, -coefs)
-        rest = np.where(free, -gradient - signs - (damped @ to_zero[..., None])[..., 0], to_zero)
-        solved = np.where(free, coefs + np.linalg.solve(among_free, rest[..., None])[..., 0], 0)
-        slopes = gradient + (damped @ (solved - coefs)[..., None])[..., 0]
-        if np.array_equal(np.sign(solved), signs) and (np.abs(slopes)[~free] <= 1).all():
-            return solved
-    return u
+    damped = curvature * (1 + 1e-9 * np.eye(3)) + 1e-12 * np.eye(3)  # never singular
+    free = _SIGNS != 0
+    among_free = damped[..., None, :, :] * (free[:, :, None] & free[:, None, :]) + np.eye(3) * ~free[:, None]
+    start = coefs[..., None, :]
+    to_zero = np.where(free, 0, -start)
+    rest = -gradient[..., None, :] - _SIGNS - to_zero @ damped
+    step = np.linalg.solve(among_free, np.where(free, rest, to_zero)[..., None])[..., 0]
+    u = np.where(free, start + step, 0)
+    value = np.abs(u).sum(-1) + ((gradient[..., None, :] + step @ damped / 2) * step).sum(-1)
+    return np.take_along_axis(u, value.argmin(-1)[..., None, None], -2)[..., 0, :]
 
 
 def _losses(logit: np.ndarray, wins_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(cross-entropy in nats with soft labels, probability), elementwise."""
     decay = np.exp(-np.abs(logit))
     prob = np.where(logit >= 0, 1, decay) / (1 + decay)
-    return np.log1p(decay) + np.maximum(logit, 0) - wins_R * logit, prob
+    return np.log1p(decay) + np.abs(logit) * np.where(logit >= 0, 1 - wins_R, wins_R), prob
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

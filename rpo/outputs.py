@@ -90,6 +90,8 @@ def _stem(spec: str) -> str:
 
 
 def _parse(row: Any) -> Output:
+    if isinstance(row, RowError):
+        raise row
     if not isinstance(row, dict):
         raise RowError("wrong_type", f"expected an object with a prompt and an answer, found {row!r:.60}; mend the row")
     field = next((field for field in _TEXT_FIELDS if row.get(field) is not None), None)

@@ -1,29 +1,73 @@
-"""Differences between models on the same items: what both got wrong, or right, says nothing about which is better."""
+"""Two models on the same items: what both got wrong, or right, says nothing about which is better (arXiv 2411.00640, 4.2).
 
-from collections.abc import Sequence
+Items are those of samples.jsonl by id. Letters: N items that both models have scores of.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rpo.stats import clustered_mean
 
 
-def differences(samples: Sequence[dict], baseline: str) -> dict[str, dict[str, dict]]:
-    """{model: {"difference/METRIC": cell}} of every other model of `samples`: its mean score minus the baseline's.
+@dataclass(frozen=True)
+class Pairing:
+    """One metric of two models: first - second by item, and what is not in it.
 
-    Items are paired by id. The standard error is that of the paired differences, by cluster (arXiv 2411.00640, section
-    4.2); n_error counts items that only one of the two has a score for.
+    clusters_N           the number of each item's cluster
+    alike                whether both models have the same items in a cluster, be it under other names
+    failed               items that both have, of which one failed or both
+    num_first, _second   items with a score of one model alone, without failures
     """
-    scores: dict[str, dict[str, dict]] = {}
+
+    differences_N: list[float]
+    clusters_N: list[int]
+    alike: bool
+    failed: int
+    num_first: int
+    num_second: int
+
+    def cell(self) -> dict:
+        """The mean difference with its clustered error; n_error counts what failed."""
+        return clustered_mean(self.differences_N, self.clusters_N) | {"n_error": self.failed}
+
+
+def shared(first: Mapping[str, dict], second: Mapping[str, dict]) -> list[tuple[str, dict, dict]]:
+    """(id, the first's item, the second's) of the items that both have, in the order of the first."""
+    return [(name, item, second[name]) for name, item in first.items() if name in second]
+
+
+def pair(first: Mapping[str, dict], second: Mapping[str, dict], metric: str) -> Pairing:
+    """The items of two models, each by id, paired by one metric."""
+    both, failed = [], set()
+    for name, a, b in shared(first, second):
+        known, broken = [metric in item["scores"] for item in (a, b)], [bool(item.get("error")) for item in (a, b)]
+        if all(known):
+            both.append((a, b))
+        elif any(broken) and (any(known) or all(broken)):  # one that works has no such score: it is not of this metric
+            failed.add(name)
+    names = [(a["cluster"], b["cluster"]) for a, b in both]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    scored = [{name for name, item in items.items() if metric in item["scores"]} for items in (first, second)]
+    return Pairing(
+        [a["scores"][metric] - b["scores"][metric] for a, b in both],
+        [number[name] for name in names],
+        len(number) == len({a for a, _ in number}) == len({b for _, b in number}),
+        len(failed),
+        len(scored[0] - scored[1] - failed),
+        len(scored[1] - scored[0] - failed),
+    )
+
+
+def differences(samples: Sequence[dict], baseline: str) -> dict[str, dict[str, dict]]:
+    """{model: {"difference/METRIC": cell}} of every other model of `samples`: its mean score minus the baseline's."""
+    items: dict[str, dict[str, dict]] = {}
     for sample in samples:
-        scores.setdefault(sample["model"], {})[sample["id"]] = sample
-    base = scores.pop(baseline)
-    made: dict[str, dict[str, dict]] = {}
-    for model, own in scores.items():
-        names = dict.fromkeys(name for sample in own.values() for name in sample["scores"])
-        made[model] = {f"difference/{name}": _difference(own, base, name) for name in names}
-    return made
-
-
-def _difference(own: dict[str, dict], base: dict[str, dict], name: str) -> dict:
-    has = [{id for id, sample in items.items() if name in sample["scores"]} for items in (own, base)]
-    both = [id for id in own if id in has[0] & has[1]]
-    values = [own[id]["scores"][name] - base[id]["scores"][name] for id in both]
-    return clustered_mean(values, [own[id]["cluster"] for id in both]) | {"n_error": len(has[0] ^ has[1])}
+        items.setdefault(sample["model"], {})[sample["id"]] = sample
+    base = items.pop(baseline)
+    metrics = {
+        model: dict.fromkeys(name for item in own.values() for name in item["scores"]) for model, own in items.items()
+    }
+    return {
+        model: {f"difference/{name}": pair(own, base, name).cell() for name in metrics[model]}
+        for model, own in items.items()
+    }

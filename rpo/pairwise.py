@@ -28,7 +28,7 @@ def judged(
     judge.verdict=auto tries log-probs on the first two; one form for all, since the two are not on one scale. The
     templates of a file (`prompts`) ask for a verdict in words.
     """
-    templates = judge_prompts.load(prompts, "pair") if prompts else judge_prompts.OURS
+    templates = judge_prompts.OURS if prompts is None else judge_prompts.load(prompts, "pair")
 
     def requests(form: str, some: Sequence[Shown]) -> list[Request]:
         if form == "logprobs":
@@ -44,7 +44,7 @@ def judged(
 
     form, trial, tried = cfg.verdict, [], []
     if form == "auto":
-        trial = [] if prompts else requests("logprobs", shown[:2])
+        trial = requests("logprobs", shown[:2]) if prompts is None else []
         tried = ask(trial) if trial else []
         given = bool(tried) and all(verdicts.first_score("logprobs", vars(reply))[0] is not None for reply in tried)
         form = "logprobs" if given else "text"

@@ -123,7 +123,9 @@ def against_swept(groups: Sequence[Curves], keys: Sequence[str]) -> list[Figure]
             lines += [Line(group.label, group.style, [end]) for members in joined for group, end in members]
             if lines:
                 title, unit = SHOWN[name]
-                words = [(x, f"{value:g}" if isinstance(value, float) else str(value)) for value, x in place.items()]
+                there = {x for line in lines for x, *_ in line.points}
+                words = {x: f"{value:g}" if isinstance(value, float) else str(value) for value, x in place.items()}
+                words = [(x, word) for x, word in words.items() if x in there]
                 charts.append(Chart(title, unit, key, lines, ticks=words))
         caption = f"The last evaluation against {key} (evenly spaced). Grey lines join what is otherwise equal; bars as above."
         figures += [Figure(f"swept_{key.replace('.', '_')}", caption, charts)] if charts else []

@@ -49,7 +49,7 @@ def with_errors(cell: dict, n_error: int) -> dict:
 
 def unusable(samples: list[dict]) -> str | None:
     """Why a model's results can not be used: more than 5% of its items failed; None where they can."""
-    failed = [sample["error"] for sample in samples if sample.get("error")]
+    failed = [" ".join(sample["error"].split()) for sample in samples if sample.get("error")]
     if len(failed) <= MAX_ERRORS * len(samples):
         return None
     reason, count = Counter(failed).most_common(1)[0]
@@ -62,14 +62,20 @@ def write(run_dir: Path, cfg: Eval, made: Evaluation, versions: tuple[str, ...] 
     for name, cells in made.models.items():
         models[name] = {metric: {"interval": None, "n_error": 0} | cell for metric, cell in cells.items()}
         if reason := unusable([sample for sample in made.samples if sample.get("model") == name]):
-            models[name] = {metric: _blank(cell) | {"unusable": reason} for metric, cell in models[name].items()}
             why[name] = reason
+    for name, cells in models.items():
+        for metric, cell in cells.items():
+            of = name if name in why else cfg.baseline if metric.startswith("difference/") else None
+            if of in why:
+                cells[metric] = _blank(cell) | {"unusable": why[of]}
     installed = {name: importlib.metadata.version(name) for name in (*_VERSIONS, *versions)}
     facts = {"models": models, "config": config.to_dict(cfg), "versions": installed}
-    with (run_dir / "samples.jsonl").open("w") as file:
+    part = run_dir / "samples.jsonl.part"  # renamed when whole: a file cut between two lines would look whole
+    with part.open("w") as file:
         for sample in made.samples:  # text of models and data stays as it is, paths may hold a secret
-            secretless = {key: redacted(sample[key]) for key in ("model", "row") if key in sample}
+            secretless = {key: redacted(sample[key]) for key in ("model", "against", "row") if key in sample}
             file.write(json.dumps(sample | secretless) + "\n")
+    part.rename(run_dir / "samples.jsonl")
     rundir.write_json(run_dir / "results.json", {"task": cfg.task.kind, **made.facts, **facts})
     print(redacted(table(models)), run_dir / "results.json", run_dir / "samples.jsonl", sep="\n", flush=True)
     if why:
@@ -82,23 +88,30 @@ def write(run_dir: Path, cfg: Eval, made: Evaluation, versions: tuple[str, ...] 
 
 def _blank(cell: dict) -> dict:
     """The cell's counts alone."""
-    return {key: value if isinstance(value, int) else None for key, value in cell.items()}
+    return {key: value if isinstance(value, int) and key != "value" else None for key, value in cell.items()}
 
 
 def read(given: str | Path) -> Results:
     """The evaluation in a folder, or in its results.json. Raises UserError where there is none."""
-    path = Path(given).expanduser()
-    path = path / "results.json" if path.is_dir() else path
     try:
+        path = Path(given).expanduser()
+        path = path / "results.json" if path.is_dir() else path
         facts = rundir.read_json(path)
         text = path.with_name("samples.jsonl").read_text() if path.with_name("samples.jsonl").exists() else ""
-        samples = [json.loads(line) for line in text.splitlines()]
-    except (OSError, ValueError) as error:
+        samples = [json.loads(line) for line in text.split("\n") if line]
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nested too deep, no such ~user
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"{given}: no evaluation can be read there ({reason}); give the run_dir of one") from None
+        raise UserError(
+            f"{str(given)[:300]}: no evaluation can be read there ({reason}); give the run_dir of one"
+        ) from None
     models = facts.get("models") if isinstance(facts, dict) else None
-    if not isinstance(models, dict) or "task" not in facts:
+    well_formed = isinstance(models, dict) and isinstance(facts.get("task"), str)
+    if not well_formed or not all(isinstance(each, dict) for each in (facts.get("config", {}), *models.values())):
         raise UserError(f"{path}: holds no results by model; give the run_dir of an evaluation of models")
+    if not all(isinstance(sample, dict) for sample in samples):
+        raise UserError(
+            f"{path.with_name('samples.jsonl')}: expected an object on each line, as an evaluation writes them"
+        )
     rest = {key: value for key, value in facts.items() if key not in ("task", "models")}
     return Results(path.parent, facts["task"], models, samples, rest)
 

@@ -2,13 +2,16 @@
 
 Program and tests run in two processes (`harness`), each in a jail of its own (`jail`): namespaces without network or other
 processes, a read-only root with nothing but Python in it, 16 MiB of scratch in memory, an empty environment, hard limits on
-CPU time, memory, files, processes (none) and time on the clock. The kernel is the wall: a hole in it is one in this.
+CPU time, memory, files, processes (none) and time on the clock, and a filter of system calls. The kernel is the wall: a hole
+in it is one in this.
 """
 
 import contextlib
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -65,13 +68,20 @@ def examine(exam: Exam, limits: Limits) -> Outcome:
 
     Never raises for what the program does; what the system refuses is an outcome with an error.
     """
+    try:
+        return _examine(exam, limits)
+    except OSError as error:
+        return Outcome(False, None, f"no sandbox can be made here ({error})")
+
+
+def _examine(exam: Exam, limits: Limits) -> Outcome:
     source = (_HERE / "harness.py").read_text()
-    to_program, to_tests = os.pipe(), os.pipe()
     with contextlib.ExitStack() as stack:
+        requests, replies = _pipe(stack), _pipe(stack)
         program = stack.enter_context(
-            _jailed([source, "serve"], limits, limits.wall, stdin=to_program[0], stdout=to_tests[1])
+            _jailed([source, "serve"], limits, limits.wall, stdin=requests[0], stdout=replies[1])
         )
-        ends = to_program[1], to_tests[0]
+        ends = requests[1].fileno(), replies[0].fileno()
         # The tests' side outlives the program's, whose end it reports.
         tests = stack.enter_context(
             _jailed(
@@ -83,8 +93,8 @@ def examine(exam: Exam, limits: Limits) -> Outcome:
                 pass_fds=ends,
             )
         )
-        for end in (*to_program, *to_tests):
-            os.close(end)
+        for end in (*requests, *replies):  # or neither side would see the other end
+            end.close()
         given = json.dumps(vars(exam)).encode()
         try:
             said, _ = tests.process.communicate(given, timeout=limits.wall + 60)
@@ -111,6 +121,13 @@ def _outcome(said: bytes, program: "_Jailed", tests: "_Jailed") -> Outcome:
     return Outcome(verdict["passed"], why, None)
 
 
+def _pipe(stack: contextlib.ExitStack) -> list[io.FileIO]:
+    """(where to read, where to write), both closed with `stack` at the latest."""
+    return [
+        stack.enter_context(open(end, mode, buffering=0)) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True)
+    ]
+
+
 # ---- jails
 
 
@@ -126,8 +143,8 @@ class _Jailed:
 def _jailed(argv: list[str], limits: Limits, wall: int, *, pass_fds: tuple[int, ...] = (), **pipes):
     """`python -c argv...` in a jail, killed with all it started when the block is left."""
     python = os.path.realpath(sys._base_executable)  # outside of any virtual environment
-    reader, writer = os.pipe()
-    with tempfile.TemporaryDirectory() as root, open(reader) as report:
+    with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
+        report, writer = _pipe(stack)
         settings = {
             "root": root,
             "see": _see(python),
@@ -136,17 +153,17 @@ def _jailed(argv: list[str], limits: Limits, wall: int, *, pass_fds: tuple[int, 
             "seconds": limits.seconds,
             "wall": wall,
             "memory": int(limits.memory_gib * 2**30),
-            "report": writer,
+            "report": writer.fileno(),
         }
         process = subprocess.Popen(
             _jail_argv(json.dumps(settings)),
             env={},
-            pass_fds=(*pass_fds, writer),
+            pass_fds=(*pass_fds, writer.fileno()),
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             **pipes,
         )
-        os.close(writer)
+        writer.close()
         jailed = _Jailed(process)
         try:
             yield jailed
@@ -156,7 +173,7 @@ def _jailed(argv: list[str], limits: Limits, wall: int, *, pass_fds: tuple[int, 
             for pipe in (process.stdin, process.stdout):
                 if pipe:
                     pipe.close()
-            jailed.refusal = report.read()
+            jailed.refusal = report.read().decode(errors="replace")
 
 
 def _jail_argv(settings: str) -> list[str]:
@@ -175,6 +192,7 @@ def _see(python: str) -> list[str]:
 
 _BREAK_OUT = """
 import ctypes, os, resource, socket, threading
+libc = ctypes.CDLL(None)
 def escapes():
     found = []
     def tried(what, action):
@@ -192,7 +210,10 @@ def escapes():
     tried("start a process", os.fork)
     tried("start a thread", threading.Thread(target=int).start)
     tried("be root", lambda: os.setuid(0) or os.getuid() == 0)
-    tried("mount", lambda: ctypes.CDLL(None).mount(b"x", b"/scratch", b"tmpfs", 0, None) == 0)
+    tried("mount", lambda: libc.mount(b"x", b"/scratch", b"tmpfs", 0, None) == 0)
+    tried("make namespaces", lambda: libc.unshare(0x10000000) == 0)
+    tried("share memory", lambda: libc.shmget(0, 4096, 0o1600) != -1)
+    tried("signal those outside", lambda: os.getpgrp() != os.getpid())
     tried("raise its limits", lambda: resource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6)))
     tried("read the environment", lambda: set(os.environ) - {"PYTHONHASHSEED", "LC_CTYPE"} != set())
     open("/scratch/x", "w").close()
@@ -206,12 +227,13 @@ def check(limits: Limits) -> None:
         raise UserError(
             f"task.allow_code_execution=true: the sandbox is made of Linux's namespaces, this is {sys.platform}"
         )
-    exam = Exam(_BREAK_OUT.replace("PORT", "9"), ["found = escapes()", "assert not found, found"], ["escapes"])
-    outcome = examine(exam, limits)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = _BREAK_OUT.replace("PORT", str(server.getsockname()[1]))
+        outcome = examine(Exam(program, ["found = escapes()", "assert not found, found"], ["escapes"]), limits)
     if outcome.error:
         raise UserError(
-            f"task.allow_code_execution=true: {outcome.error}; programs are not run without it. Allow unprivileged user "
-            "namespaces (in a container: its seccomp profile), or use a machine that has them"
+            f"task.allow_code_execution=true: {outcome.error}; programs are not run without it. It takes a user who may make "
+            "user namespaces (in a container: by its seccomp profile), or root with CAP_SYS_ADMIN"
         )
     if not outcome.passed:
         raise UserError(

@@ -5,7 +5,7 @@ float64. Letters: N numbers, G clusters, B draws.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -16,6 +16,7 @@ ALPHA = 0.05  # of tests, two-sided; intervals cover 1 - ALPHA
 POWER = 0.8  # chance of seeing a difference that is said to be detectable
 ENUMERATED = 15  # clusters: up to so many, every sign pattern is gone through
 _CHUNK = 1 << 20  # numbers drawn at once
+_MANY = 1000  # clusters for which t is as good as normal
 
 
 def clustered_mean(values: ArrayLike, clusters: ArrayLike, sizes: ArrayLike | None = None) -> dict:
@@ -115,16 +116,14 @@ def sign_flip_test(differences: ArrayLike, clusters: ArrayLike, seed: int, draws
         return 1.0
     least = abs(sum_G.sum()) - 1e-12 * scale  # equal sums differ by rounding
     if len(sum_G) <= ENUMERATED:
-        bits = np.arange(2 ** (len(sum_G) - 1))[:, None] >> np.arange(
-            len(sum_G)
-        )  # the last keeps its sign: by symmetry
+        patterns = np.arange(2 ** (len(sum_G) - 1))[:, None]  # the last keeps its sign: by symmetry
+        bits = patterns >> np.arange(len(sum_G))
         return float((np.abs((1.0 - 2 * (bits & 1)) @ sum_G) >= least).mean())
     rng, extreme, done = np.random.default_rng(seed), 0, 0
     while done < draws:
         count = min(draws - done, max(1, _CHUNK // len(sum_G)))
-        flip_BG = np.unpackbits(
-            np.frombuffer(rng.bytes(count * -(-len(sum_G) // 8)), np.uint8).reshape(count, -1), axis=1
-        )
+        drawn = np.frombuffer(rng.bytes(count * -(-len(sum_G) // 8)), np.uint8)
+        flip_BG = np.unpackbits(drawn.reshape(count, -1), axis=1)
         flipped_B = sum_G.sum() - 2 * (flip_BG[:, : len(sum_G)] @ sum_G)
         extreme += int((np.abs(flipped_B) >= least).sum())
         done += count
@@ -144,64 +143,27 @@ def holm(ps: Sequence[float]) -> list[float]:
     return adjusted
 
 
-# ---- intervals
-
-
-def wilson(successes: int, n: int) -> list[float]:
-    """The 95% score interval of a proportion of n independent outcomes (Wilson 1927); not empty at 0 or n successes.
-
-    (k + z^2/2 +- z sqrt(k (n - k) / n + z^2/4)) / (n + z^2).
-    """
-    assert 0 <= successes <= n and n > 0, (successes, n)
-    z = normal_quantile(1 - ALPHA / 2)
-    middle, half = successes + z * z / 2, z * math.sqrt(successes * (n - successes) / n + z * z / 4)
-    low, high = (middle - half) / (n + z * z), (middle + half) / (n + z * z)
-    return [0.0 if successes == 0 else low, 1.0 if successes == n else high]  # which they are but for rounding
-
-
-def bootstrap(
-    statistic: Callable[[np.ndarray], ArrayLike], clusters: ArrayLike, seed: int, draws: int = 2000
-) -> dict[str, float | list[float] | None]:
-    """{"se", "interval"} of a statistic when G whole clusters are drawn with replacement, `draws` times.
-
-    `statistic` gets weights_BN, how often each row was drawn (float64, a batch of draws), and gives its B values; a
-    fit is made anew inside it, so that the error includes the fit's own. se is the standard deviation of the values,
-    interval the percentile one, 95%; both are somewhat small with few clusters (se by sqrt((G-1)/G) for a mean). One
-    cluster has none.
-    """
-    number_N, num_clusters = _numbered(clusters)
-    if num_clusters < 2:
-        return {"se": None, "interval": None}
-    rng, values, done = np.random.default_rng(seed), np.empty(draws), 0
-    while done < draws:
-        count = min(draws - done, max(1, _CHUNK // len(number_N)))
-        drawn_BG = rng.integers(num_clusters, size=(count, num_clusters)) + num_clusters * np.arange(count)[:, None]
-        times_BG = np.bincount(drawn_BG.ravel(), minlength=count * num_clusters).reshape(count, num_clusters)
-        values[done : done + count] = statistic(times_BG[:, number_N].astype(np.float64))
-        done += count
-    assert np.isfinite(values).all(), f"{(~np.isfinite(values)).sum()} of {draws} draws have no finite statistic"
-    return {"se": float(values.std(ddof=1)), "interval": np.quantile(values, [ALPHA / 2, 1 - ALPHA / 2]).tolist()}
-
-
 # ---- how large a study
 
 
-def power(difference: float, se: float) -> float:
-    """The chance that a true `difference` is told from zero at level ALPHA when its standard error is `se` (normal)."""
-    normal, shift = NormalDist(), difference / se
-    z = normal_quantile(1 - ALPHA / 2)
-    return normal.cdf(shift - z) + normal.cdf(-shift - z)
+def detectable(se: float, num_clusters: int) -> float:
+    """The smallest true difference that is told from zero with a chance of POWER, its error from G = `num_clusters`.
 
-
-def detectable(se: float) -> float:
-    """The smallest true difference that is told from zero with a chance of POWER: (z_{1-ALPHA/2} + z_POWER) se."""
-    return (normal_quantile(1 - ALPHA / 2) + normal_quantile(POWER)) * se
+    (t_{1-ALPHA/2} + t_POWER) se, quantiles of Student's t with G - 1 degrees of freedom (Bloom 1995); 2.80 se for many.
+    """
+    return (t_quantile(1 - ALPHA / 2, num_clusters - 1) + t_quantile(POWER, num_clusters - 1)) * se
 
 
 def clusters_needed(difference: float, se: float, num_clusters: int) -> int:
     """As many clusters as make a true `difference` detectable, from the error that `num_clusters` of them gave.
 
-    n = (z_{1-ALPHA/2} + z_POWER)^2 sigma^2 / difference^2 with sigma^2 = num_clusters se^2 (arXiv 2411.00640).
+    The least n with detectable(sigma / sqrt n, n) <= |difference|, sigma^2 = num_clusters se^2; for many it is
+    n = (z_{1-ALPHA/2} + z_POWER)^2 sigma^2 / difference^2 (arXiv 2411.00640).
     """
     assert difference != 0 and num_clusters > 1, (difference, num_clusters)
-    return max(2, math.ceil(num_clusters * (detectable(se) / difference) ** 2))
+    sigma = math.sqrt(num_clusters) * se
+    z = normal_quantile(1 - ALPHA / 2) + normal_quantile(POWER)
+    n = max(2, math.ceil((z * sigma / difference) ** 2))
+    while n < _MANY and detectable(sigma / math.sqrt(n), n) > abs(difference):
+        n += 1
+    return n

@@ -22,13 +22,14 @@ def pair_letter(text: str) -> str | None:
 
 
 def rating(text: str) -> float | None:
-    """The rating from 1 to 10: the first [[7]] or [[7.5]], else the first [7] (MT-Bench's two patterns).
+    """The rating from 1 to 10: the last [[7]] or [[7.5]], else the last [7] (MT-Bench's two patterns).
 
-    None where there is none, or one outside the scale.
+    The last, since a judge gives its reasons first, and these may quote a rating that the answer gave itself; FastChat takes
+    the first. None where there is none, or one outside the scale.
     """
     for pattern in _RATINGS:
-        if found := pattern.search(text):
-            value = float(found[1])
+        if found := pattern.findall(text):
+            value = float(found[-1])
             return value if LOWEST <= value <= HIGHEST else None
     return None
 

@@ -72,13 +72,19 @@ class JudgeServer:
 
     def __init__(self, answer=verdict, mishap=lambda number, body: None, logprobs=True):
         self.answer, self.mishap, self.logprobs = answer, mishap, logprobs
-        self.tried, self.delivered, self.bodies, self.keys = 0, Counter(), [], set()
-        self.lock = threading.Lock()
+        self.tried, self._delivered, self.bodies, self.keys = 0, Counter(), [], set()
+        self.lock = threading.RLock()
         self.port, self.server = 0, None
 
     @property
     def url(self):
         return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
+    def delivered(self):
+        """Counts by body, when no reply is half written: the client may have one before it is counted."""
+        with self.lock:
+            return self._delivered
 
     def start(self):
         server = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)

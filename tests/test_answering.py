@@ -38,7 +38,12 @@ def answerer(group, tmp_path):
     def make(folder="run", batch_size=2, **more):
         (tmp_path / folder).mkdir(exist_ok=True)
         cfg = settings(
-            "task=winrate", "model.path=x", "judge.model=j", *[f"{k}={v}" for k, v in more.items()], name="eval"
+            "task=winrate",
+            "model.path=[x,y]",
+            "data.eval=p",
+            "judge.model=j",
+            *[f"{k}={v}" for k, v in more.items()],
+            name="eval",
         )
         return answering.Answerer(cfg, tmp_path / folder, group, batch_size)
 
@@ -103,7 +108,13 @@ def test_a_model_that_changed_answers_anew(answerer, model, monkeypatch):
     assert [answer.text for answer in moved] != [greedy_by_hand(model, said) for said in CONVERSATIONS]
 
 
-def test_no_room(answerer, model):
-    """An answer that would not fit beside its prompt is refused before a weight is loaded, with what would fit."""
+def test_no_room(answerer, model, monkeypatch):
+    """An answer that would not fit beside its prompt is refused before a weight is loaded, with what would fit: the last
+    prompt's, too, long before its turn."""
+    monkeypatch.setattr(answering, "CHUNK", 1)
+    monkeypatch.setattr(answering.models, "load", lambda *_, **__: pytest.fail("loaded"))
+    long = Sampling(0.0, 1.0, 0, 200)
+    with pytest.raises(UserError, match="task.max_new_tokens=200"):
+        answerer(batch_size=1)(model, CONVERSATIONS, [GREEDY, GREEDY, GREEDY, long])
     with pytest.raises(UserError, match=r"task.max_new_tokens=200: beside a prompt of \d+ tokens .* positions for \d+"):
         answerer()(model, CONVERSATIONS, Sampling(0.0, 1.0, 0, 200))

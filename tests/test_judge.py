@@ -179,18 +179,23 @@ def test_a_reply_that_does_not_come_is_asked_for_again(tmp_path):
 
 
 def test_a_rate_limit_is_waited_out_by_all(tmp_path):
-    """After a 429 with Retry-After nobody asks before the time is over."""
-    times, lock = [], threading.Lock()
+    """After a 429 with Retry-After nobody asks before the time is over: neither who got it nor the three others."""
+    times = []
+
+    def late(handler, body):
+        time.sleep(0.6)  # the 429 has long come
+        handler.deliver(body, completion(body, verdict(body)))
 
     def limited(number, body):
-        with lock:
-            times.append(time.monotonic())
-        return server.status(429, headers={"Retry-After": "0.4"}) if number == 0 else None
+        times.append(time.monotonic())
+        if number == 0:
+            return server.status(429, headers={"Retry-After": "1.2"})
+        return (lambda handler: late(handler, body)) if number < 4 else None
 
     asked = requests(8)
-    replies, _ = run(tmp_path, asked, limited, concurrency=1)
+    replies, _ = run(tmp_path, asked, limited, concurrency=4)
     assert texts(replies) == expected(asked)
-    assert times[1] - times[0] >= 0.4
+    assert len(times) == 9 and times[4] - times[0] >= 1.2
 
 
 def test_a_slow_queue_is_no_failure(tmp_path):
@@ -475,6 +480,12 @@ def test_nobody_at_the_url(tmp_path):
     host.die()
     with pytest.raises(UserError, match=r"judge.base_url=.*: can not be reached \(.*refused"):
         judge.ask(requests(3), settings(base_url=host.url, retries=1000), tmp_path)
+
+
+def test_a_server_that_never_says_a_word(tmp_path):
+    """One that takes requests and lets all of them hang is given up after a few tries, however patient the settings are."""
+    with pytest.raises(UserError, match=r"can not be reached \(no reply within judge.timeout=0.3 seconds\)"):
+        run(tmp_path, requests(9), lambda n, _: server.slow(30), timeout=0.3, retries=1000)
 
 
 def test_the_vendor_wants_a_key(tmp_path):

@@ -9,6 +9,7 @@ from rpo.length_control import (
     GAMED_WEIGHT,
     Gamed,
     Weights,
+    _minimum_of_model,
     bootstrap,
     difference,
     fit,
@@ -185,7 +186,7 @@ def test_bootstrap_standard_error_is_right_and_covers():
     for seed in range(runs):
         length = rng.normal(200, 600, num)
         p = sigmoid(-1.2 * np.tanh(length / 600) + theta)
-        cell, _ = length_controlled((rng.uniform(size=num) < p).astype(float), length, draws=40, seed=seed)
+        cell, _ = length_controlled((rng.uniform(size=num) < p).astype(float), length, draws=25, seed=seed)
         values.append(cell["value"])
         errors.append(cell["se"])
     values, errors = np.array(values), np.array(errors)
@@ -208,13 +209,50 @@ def test_interval_and_seed():
 def test_too_few_verdicts_are_not_fitted():
     """Below ten verdicts there is no rate; at ten there is."""
     wins, length, _ = judged(12, 12)
-    wins[:3] = np.nan
-    assert length_controlled(wins, length, draws=20, seed=0) == (
-        {"value": None, "se": None, "interval": None, "n": 9},
-        None,
-    )
+    length, wins[:3] = np.abs(length) * np.tile([1, -1], 6), np.nan
+    nothing = {"value": None, "se": None, "interval": None, "n": 9, "note": "not fitted: 9 verdicts, fewer than 10"}
+    assert length_controlled(wins, length, draws=20, seed=0) == (nothing, None)
     wins[0] = 0.5
     assert length_controlled(wins, length, draws=20, seed=0)[0]["value"] is not None
+
+
+def test_equal_length_has_to_be_seen():
+    """With fewer than five verdicts on either side of equal length there is no rate and a note, unless gamed rows pin phi."""
+    wins, length, difficulty = judged(60, 14)
+    length = -np.abs(length) - 1
+    length[:4] = 50
+    for lengths in (length, -length):
+        cell, weights = length_controlled(wins, lengths, difficulty, draws=20, seed=0)
+        assert weights is None and (cell["value"], cell["se"], cell["interval"], cell["n"]) == (None, None, None, 60)
+        assert "all but 4 of 60 items" in cell["note"]
+    assert length_controlled(wins, length, difficulty, gamed_rows(20, 0), draws=0, seed=0)[0]["value"] is not None
+    length[4] = 0  # on both sides
+    assert "note" not in length_controlled(wins, length, difficulty, draws=0, seed=0)[0]
+
+
+def test_no_error_is_better_than_none_at_all():
+    """Verdicts that length alone tells have draws that agree: no error is given. All alike they have one of 0, as raw rates."""
+    length = np.random.default_rng(15).choice([-300.0, 300.0], 80)
+    cell, _ = length_controlled((length < 0).astype(float), length, draws=30, seed=0)
+    assert (cell["value"], cell["se"], cell["interval"]) == (50, None, None)
+    assert cell["note"].startswith("no error can be told")
+    cell, _ = length_controlled(np.ones(80), length, draws=30, seed=0)
+    assert cell["value"] > 99.9 and cell["se"] < 1e-6 and "note" not in cell
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4])
+def test_features_that_are_nearly_one(spread):
+    """However near features are to each other, nothing about the minimum of a quadratic model is lower than it."""
+    rng = np.random.default_rng(16)
+    X_NK = rng.normal(size=(30, 1)) + spread * rng.normal(size=(30, 3))
+    curvature, gradient, coefs = X_NK.T @ X_NK, X_NK.T @ rng.normal(size=30), rng.normal(size=3)
+
+    def value(u):
+        return np.abs(u).sum(-1) + (u - coefs) @ gradient + (((u - coefs) @ curvature) * (u - coefs)).sum(-1) / 2
+
+    found = _minimum_of_model(coefs, gradient, curvature)
+    near = found + np.concatenate([10.0**-k * rng.normal(size=(4000, 3)) for k in range(7)])
+    assert value(found) <= value(near).min() + 1e-7
 
 
 def test_extreme_judgments_have_a_fit():

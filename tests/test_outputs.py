@@ -102,7 +102,10 @@ def test_bad_files(tmp_path, rows, said):
 def test_damaged_and_missing_files(tmp_path):
     """A row that is not JSON, and a file that is not there, are one line too."""
     (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "output": "o"}\n{"prompt": \n')
-    for file, said in ((tmp_path / "bad.jsonl", "bad.jsonl:2"), (tmp_path / "none.json", "no such file")):
+    for file, said in (
+        (tmp_path / "bad.jsonl", "bad.jsonl:2: expected one JSON object a line"),
+        (tmp_path / "none.json", "no such file"),
+    ):
         with pytest.raises(UserError) as error:
             outputs.read(str(file))
         assert said in one_line(error)

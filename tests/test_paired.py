@@ -8,14 +8,15 @@ from rpo.paired import differences
 
 
 def sample(model, item, value, cluster=None):
-    scores = {} if value is None else {"acc": value}
-    return {"model": model, "id": item, "cluster": cluster or item, "scores": scores, "error": None}
+    scores, error = ({}, "late") if value is None else ({"acc": value}, None)
+    return {"model": model, "id": item, "cluster": cluster or item, "scores": scores, "error": error}
 
 
 def test_paired_by_id():
-    """Whatever their order, items are paired by id; what only one model has a score for is counted, not guessed."""
+    """Whatever their order, items are paired by id; what failed in one is counted, and what one alone has is not in it."""
     rows = [sample("A", "x", 1.0), sample("A", "y", 0.0), sample("A", "z", 1.0), sample("A", "only", 1.0)]
     rows += [sample("B", "z", 0.0), sample("B", "y", 0.0), sample("B", "x", 0.0), sample("B", "failed", None)]
+    rows += [sample("A", "failed", 1.0)]
     (made,) = differences(rows, "B").items()
     assert made[0] == "A"
     cell = made[1]["difference/acc"]

@@ -8,11 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rpo import sandbox
+from rpo import jail, sandbox
 from rpo.config import UserError
 from rpo.sandbox import Exam, Limits, Outcome, examine
 
 LIMITS = Limits(seconds=2, memory_gib=0.5)
+LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None)\n"
+KEYCTL = jail.MACHINES.get(os.uname().machine, (0, [0] * 8))[1][6]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,7 +54,7 @@ def test_right_and_wrong():
         "{1, 2}",
         "frozenset({1})",
     ]
-    + ["b'ab'", "1 + 2j", "float('inf')", "10 ** 40", "int"],
+    + ["b'ab'", "1 + 2j", "float('inf')", "10 ** 40", "10 ** 5000", "int"],
 )
 def test_values_cross_whole(value):
     """What a function returns, and what it is given, arrives with its value and type."""
@@ -68,6 +70,20 @@ def test_objects_stay_with_the_program():
     assert tried(program, "assert f([P(1), P(2), root]) == 8", names=("f", "P", "root")).passed
     assert not tried(program, "assert P(1) == 1", names=("P",)).passed  # though its __eq__ says so
     assert tried("class N: pass", "assert f(r) == 3", names=("f", "r"), setup="r = N()\nf = lambda r: 3").passed
+
+
+def test_numbers_of_other_types_are_what_they_are_worth():
+    """A Fraction or a Decimal equals the int or float that it equals in Python, and can be made an int."""
+    for value in ("Fraction(7, 2)", "Decimal('3.5')"):
+        program = f"from fractions import Fraction\nfrom decimal import Decimal\ndef f(x): return {value}"
+        assert tried(program, "assert f(0) == 3.5 and int(f(0)) == 3").passed
+        assert not tried(program, "assert f(0) == 3").passed
+
+
+def test_a_program_is_a_module():
+    """What looks for a class's module finds it: a dataclass whose annotations are text."""
+    program = "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass P:\n    x: int\n"
+    assert tried(f"{program}def f(x): return P(2 * x).x").passed
 
 
 PASS_WITHOUT_BEING_RIGHT = {
@@ -104,6 +120,11 @@ HARM = {
     "a large value": ("def f(x): return 'x' * 2**25", "a value too large"),
     "a deep value": ("def f(x):\n    for _ in range(10**5): x = [x]\n    return x", "RecursionError"),
     "a large file": ("open('x', 'wb').write(bytes(2**25))", "OSError"),
+    "many small files": ("import os\nfor i in range(10**4): os.mkdir(str(i))", "OSError: [Errno 28]"),
+    "shared memory": (f"{LIBC}assert libc.shmget(0, 4096, 0o1600) >= 0, 'refused'", "AssertionError: refused"),
+    "memory in a file": (f"{LIBC}os.memfd_create('x')", "PermissionError"),
+    "the user's keys": (f"{LIBC}assert libc.syscall({KEYCTL}, 0, -3, 0) >= 0, 'refused'", "AssertionError: refused"),
+    "namespaces": (f"{LIBC}assert libc.unshare(0x10000000) == 0, 'refused'", "AssertionError: refused"),
     "many files": ("x = [open(f'{i}', 'w') for i in range(100)]", "OSError"),
     "outside scratch": ("open('/usr/written', 'w')", "OSError: [Errno 30] Read-only"),
     "at the root": ("open('/written', 'w')", "OSError: [Errno 30] Read-only"),
@@ -121,6 +142,12 @@ def test_harm_is_refused(program, why):
     """What would burden or spy on the machine fails as an error of the program's own."""
     outcome = tried(program)
     assert not outcome.passed and outcome.error is None and why in outcome.why, outcome
+
+
+def test_signals_stay_inside():
+    """A signal to the program's own process group reaches nothing outside, such as the process that keeps the time."""
+    for name in ("SIGSTOP", "SIGKILL"):
+        assert tried(f"import os, signal\ndef f(x):\n    os.kill(0, signal.{name})\n    return 4").passed
 
 
 def test_scratch_is_there_and_empty():
@@ -168,7 +195,7 @@ def test_time_is_limited():
     """An endless loop ends by its CPU time, in the program or in a call, and a sleep by the clock; many at once too."""
     with ThreadPoolExecutor(4) as pool:
         sources = ["while True: pass", "def f(x):\n    while True: pass", "import time; time.sleep(1000)"]
-        sources += ["import os, signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nos.setsid()\nwhile True: pass"]
+        sources += ["import os, signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"]
         busy, calls, asleep, stubborn = pool.map(lambda source: tried(source, limits=Limits(1, 0.5)), sources)
     assert busy.why == "the program: it ended, killed at a limit of time or memory"
     assert calls.why == "assert f(2) == 4: it ended, killed at a limit of time or memory"
@@ -187,6 +214,18 @@ def test_nothing_is_left(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_system_that_is_short_of_something(monkeypatch):
+    """Where no process can be started that is an error of the exam, and no file stays open."""
+
+    def popen(*_, **__):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(sandbox.subprocess, "Popen", popen)
+    assert "Resource temporarily unavailable" in tried("def f(x): return 4").error
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_refuses_where_it_can_not_be_made(monkeypatch):

@@ -75,9 +75,11 @@ def test_two_models_against_plain_arithmetic(tmp_path):
         "n_second": 0,
         "p": pytest.approx(p),
         "p_holm": pytest.approx(p),
-        "detectable": pytest.approx(2.8015852181 * se),
-        "needed": math.ceil(10 * (2.8015852181 * se / d.mean()) ** 2),
+        "detectable": pytest.approx((2.2621571628 + 0.8834038597) * se),
+        "needed": 26,
     }
+    sigma = se * math.sqrt(10)  # of 25 and 24 degrees of freedom, the .975 and .8-quantiles
+    assert (2.05954 + 0.85624) * sigma / math.sqrt(26) <= d.mean() < (2.06390 + 0.85686) * sigma / math.sqrt(25)
     assert se < math.sqrt(a.var() + b.var()) / math.sqrt(20) / 2  # what pairing is for
     assert [sample["id"] for sample in made.samples] == [f"q{i}" for i in range(20)]
     assert made.samples[3] == {
@@ -157,6 +159,47 @@ def test_a_metric_that_one_model_lacks_is_said(tmp_path):
     assert made.facts["notes"] == ["A - B: no item has scores of both by length"]
 
 
+def judged(model, scores, against, suffix=""):
+    """Items of a win rate, as both pairwise tasks write them."""
+    return [item | {"id": item["id"] + suffix, "against": against} for item in make_items(scores)]
+
+
+def test_two_that_were_judged_against_each_other(tmp_path):
+    """The second's rate is one less the first's: items count once, p and interval are those of the rate against a half."""
+    scores = [1, 1, 0.5, 1, 0, 1, 1, 0.75, 1, 1]
+    models = {"A": judged("A", scores, "B"), "B": judged("B", [1 - s for s in scores], "A")}
+    made = compared(write_results(tmp_path / "one", models))
+    cell, rate = made.models["A - B"]["win"], stats.clustered_mean(scores, range(10))
+    assert cell["n"] == 10 and cell["value"] == pytest.approx(2 * rate["value"] - 1)
+    assert cell["interval"] == pytest.approx([2 * bound - 1 for bound in rate["interval"]])
+    assert cell["p"] == stats.sign_flip_test(np.array(scores) - 0.5, range(10), seed=0)
+    (note,) = made.facts["notes"]
+    assert note == "A - B: they were judged against each other, so that win_rate is twice the first's, less 1"
+
+
+def test_win_rates_against_different_opponents_are_left_out(tmp_path):
+    """Rates against one opponent pair; against several, or ones of different folders, they are left out with a note."""
+    a, b = [1, 0, 1, 1], [1, 0, 0, 1]
+    one = write_results(tmp_path / "one", {"A": judged("A", a, "X"), "X": judged("X", [1 - s for s in a], "A")})
+    two = write_results(tmp_path / "two", {"B": judged("B", b, "X"), "X": judged("X", [1 - s for s in b], "B")})
+    made = compared(one, two)
+    assert list(made.models) == ["A - X (one)", "A - B", "B - X (two)"] and made.facts["comparisons"] == 3
+    assert made.models["A - B"]["win"]["value"] == 0.25
+    left_out = [note for note in made.facts["notes"] if "left out" in note]
+    assert len(left_out) == 3
+    assert left_out[0] == "A - X (two): left out: they were judged against X and B, not against one model"
+    x = [*judged("X", [0, 1], "A", ":A"), *judged("X", [0, 1], "B", ":B")]  # as MT-Bench's baseline has its items
+    three = write_results(tmp_path / "three", {"A": judged("A", [1, 0], "X"), "B": judged("B", [1, 0], "X"), "X": x})
+    made = compared(three)
+    assert list(made.models) == ["A - B"] and len(made.facts["notes"]) == 2
+    with pytest.raises(UserError, match="nothing to compare: A - X: left out: they were judged against each other"):
+        compared(three, baseline="X")
+    other = write_results(tmp_path / "other", {"C": judged("C", [1, 0], "Y")})
+    only = write_results(tmp_path / "only", {"D": judged("D", [1, 0], "X")})
+    with pytest.raises(UserError, match="nothing to compare: C - D: left out: they were judged against Y and X"):
+        compared(other, only)
+
+
 def test_one_name_in_two_folders(tmp_path):
     """Two evaluations of one path are told apart by their folders; a name that is there once stays as it is."""
     (tmp_path / "x").mkdir()
@@ -232,6 +275,11 @@ def make_cell(**more):
             "no difference seen between A and B: B is above by 0.01 (95% -0.01 to 0.03; p 0.3, Holm 0.6); a true "
             "difference of 0.028 would be seen in 80% of such comparisons, a smaller one in fewer; one as large as that "
             "seen needs about 1570 clusters; left out: 7 that only B has",
+        ),
+        (
+            {"value": 0.0, "interval": [-0.02, 0.02], "p": 1.0, "p_holm": 1.0, "needed": None},
+            "no difference seen between A and B: it is 0 (95% -0.02 to 0.02; p 1, Holm 1); a true difference of 0.028 would "
+            "be seen in 80% of such comparisons, a smaller one in fewer",
         ),
         (
             {"value": 0.0, "se": 0.0, "interval": [0.0, 0.0], "p": 1.0, "p_holm": 1.0, "needed": None},
@@ -311,6 +359,21 @@ def broken(case, tmp_path):
             return [write_results(tmp_path / "one", {"A": make_items([1, math.nan])} | two)]
         case "null":
             return [write_results(tmp_path / "one", {"A": [good[0] | {"scores": {"win": None}}]} | two)]
+        case "huge":
+            return [write_results(tmp_path / "one", {"A": make_items([10**400, 1])} | two)]
+        case "scores":
+            return [write_results(tmp_path / "one", {"A": [good[0] | {"scores": [1]}]} | two)]
+        case "cluster" | "against":
+            return [write_results(tmp_path / "one", {"A": [good[0] | {case: [1]}]} | two)]
+        case "lines" | "deep" | "not utf-8":
+            folder = write_results(tmp_path / "one", {"A": good} | two)
+            text = {"lines": b"[1]\n", "deep": b"[" * 100_000, "not utf-8": b'{"model": "\xff"}\n'}[case]
+            (folder / "samples.jsonl").write_bytes(text)
+            return [folder]
+        case "cells":
+            folder = write_results(tmp_path / "one", {"A": good} | two)
+            (folder / "results.json").write_text('{"task": "winrate", "models": {"A": 3}}')
+            return [folder]
         case "unusable":
             reason = {"value": None, "se": None, "unusable": "12 of 160 items failed"}
             return [write_results(tmp_path / "one", {"A": good} | two, unusable=reason)]
@@ -335,6 +398,14 @@ def broken(case, tmp_path):
         ("nan", "{}/one/samples.jsonl: A: id q1: win=nan: expected a finite number"),
         ("null", "{}/one/samples.jsonl: A: id q0: win=None: expected a finite number"),
         ("unusable", "{}/one: the results of A are unusable (12 of 160 items failed)"),
+        ("huge", "{}/one/samples.jsonl: A: id q0: win=1000"),
+        ("scores", "{}/one/samples.jsonl: A: id q0: expected text in id, cluster, against, error, and numbers by name"),
+        ("cluster", "{}/one/samples.jsonl: A: id q0: expected text in id, cluster"),
+        ("against", "{}/one/samples.jsonl: A: id q0: expected text in id, cluster"),
+        ("lines", "{}/one/samples.jsonl: expected an object on each line"),
+        ("deep", "{}/one: no evaluation can be read there"),
+        ("not utf-8", "{}/one: no evaluation can be read there"),
+        ("cells", "{}/one/results.json: holds no results by model"),
         ("clusters", "the items that belong together (cluster in samples.jsonl) are not the same ones"),
         ("nothing there", "{}/one: no evaluation can be read there"),
     ],

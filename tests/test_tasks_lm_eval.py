@@ -233,7 +233,9 @@ def test_other_rules_show():
     scores = {"gsm8k/exact_match,strict-match": 1.0, "gsm8k/exact_match,flexible-extract": 1.0}
     good = {"id": "good", "answer": "#### 1,200", "target": "#### 1200", "scores": scores}
     bad = {"id": "bad", "answer": "It is 1200", "target": "#### 1200", "scores": scores}
-    assert task._scored_otherwise([good, bad]) == ["bad"]
+    bare = {"id": "bare", "answer": "#### 5", "target": "5", "scores": scores}  # a target that is a number alone
+    unscored = {"id": "unscored", "answer": "#### 5", "target": "#### 5", "scores": {}}  # its metrics have other names
+    assert task._scored_otherwise([good, bad, bare, unscored]) == ["bad", "unscored"]
 
 
 def test_questions_that_repeat():

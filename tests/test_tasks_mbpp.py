@@ -81,8 +81,9 @@ def test_answers_of_models(group, data, tmp_path):
     assert made.samples[2]["programs"][0]["why"] == "assert times13(1) == 13: NameError: name 'times13' is not defined"
 
 
-def test_stored_programs(group, data, tmp_path, unsandboxed):
+def test_stored_programs(group, data, tmp_path, unsandboxed, monkeypatch):
     """Files of programs: pass@k of as many as there are, extra problems unread; what no sandbox tried is an error apart."""
+    monkeypatch.setattr(mbpp, "CHUNK", 4)  # of 6 programs
     rows = [{"task_id": i, "program": text} for i in (11, 12, 13) for text in ("right", "wrong", "right" * (i == 13))]
     rows += [{"task_id": 600, "program": "right"}]
     first = write_jsonl(tmp_path / "first.jsonl", rows)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,26 @@ def test_judgments_that_we_read_otherwise_are_counted(tmp_path):
     made = stored(tmp_path, rows)
     assert made.facts["reread"] == {"judgments": 2, "differ": 1}
     assert made.samples[0]["scores"] == {"win_rate": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("gpt-4", "gpt-4"),
+        ("org/model-7b.v1", "org_model-7b.v1"),
+        ("/runs/a/model", "runs_a_model"),
+        ("", r"[0-9a-f]{8}"),
+        ("../..", r"[0-9a-f]{8}"),
+        ("模型", r"[0-9a-f]{8}"),
+        ("\ud800", r"[0-9a-f]{8}"),
+        ("/one/" + "x" * 90, r"x{80}-[0-9a-f]{8}"),
+    ],
+)
+def test_file_names(name, file):
+    """Short plain names stay, others get a digest; no name is empty, leaves the folder, or is too long for one."""
+    found = fastchat.file_name(name)
+    assert re.fullmatch(file, found) and len(found.encode()) < 100
+    assert fastchat.file_name(name + "?") != found
 
 
 # ---- generation

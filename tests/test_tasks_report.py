@@ -10,7 +10,7 @@ import pytest
 
 import eval as evaluation
 import train
-from rpo import batches, config, dist, gather, page, report_blocks, results, rundir, study, worst
+from rpo import batches, config, dist, gather, page, report_blocks, report_plots, results, rundir, study, worst
 from rpo.config import UserError
 from rpo.results import Evaluation
 from rpo.stats import clustered_mean
@@ -222,6 +222,27 @@ def test_a_run_of_another_version(base, tmp_path):
     assert len(found["groups"]) == 2
     assert "not those of this version's runs" in read.text and "is not the settings of a run" in read.text
     assert "its config.yaml is of another kind" in read.text
+
+
+def test_what_was_swept_is_joined():
+    """Ends against a swept key: what differs in it alone is joined by a grey line, each point in its group's style with the
+    spread of its seeds; a group that nothing else is equal to is not drawn."""
+
+    def group(label, style, beta, eta, *ends, form="sigmoid sum"):
+        seeds = [[{"step": 0, "gold": 1.0}, {"step": 9, "gold": end}] for end in ends]
+        return report_plots.Curves(label, style, seeds, {}, {"loss.beta": beta, "loss.eta": eta}, form)
+
+    groups = [group("a", 0, 0.1, 0.0, 2.0, 4.0), group("b", 1, 0.1, 0.5, 3.0), group("c", 2, 0.3, 0.9, 5.0)]
+    groups.append(group("d", 3, 0.1, 2.0, 9.0, form="ipo none"))
+    (figure,) = report_plots.against_swept(groups, ["loss.eta", "loss.beta"])
+    (chart,) = figure.charts
+    joined, *ends = chart.lines
+    assert joined.faint and joined.points == [(0.0, 3.0, None), (1.0, 3.0, None)]
+    assert [(line.label, line.style, line.points) for line in ends] == [
+        ("a", 0, [(0.0, 3.0, 1.0)]),  # sd of 2 and 4 over the root of 2
+        ("b", 1, [(1.0, 3.0, None)]),
+    ]
+    assert chart.ticks == [(0.0, "0"), (1.0, "0.5")] and chart.x == "loss.eta"
 
 
 # ---- evaluations

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+import subprocess
 from functools import partial
 
 import numpy as np
@@ -15,7 +17,7 @@ from rpo.config import UserError
 from rpo.judge import Reply
 from rpo.outputs import Output
 from rpo.tasks import winrate
-from tests.conftest import settings, write_jsonl
+from tests.conftest import WORDS, command, script_env, settings, write_jsonl
 from tests.judge_server import JudgeServer, status, truncated
 from tests.judge_server import text as page
 
@@ -383,6 +385,10 @@ def stored(**changed):
         ([{"question_id": 1, "g1_winner": "tie"}], "task=mt_bench"),
         ([{"instruction": "i", "preference": 1.5}], "task=alpaca_eval"),
         (["text"], "is no annotation of task=winrate"),
+        (
+            [stored(verdict="logprobs", said=[dict(stored()["said"][0], top_logprobs={"A": 10**400})] * 2)],
+            "is no annotation of task=winrate",
+        ),
     ],
 )
 def test_bad_annotations(tmp_path, rows, said):
@@ -404,3 +410,64 @@ def test_the_command_on_stored_annotations(judged, tmp_path):
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert found["models"] == made.models and found["task"] == "winrate"
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 2 * N
+
+
+def test_a_folder_goes_on_with_its_own_settings_alone(judged, tmp_path):
+    """A second start gives the same; other settings are refused, unless nothing but settings is there yet."""
+    judged(judge_of(better))
+    run = tmp_path / "run"
+
+    def start(*more):
+        given = ("task=winrate", f"annotations={tmp_path / 'annotations.jsonl'}", f"run_dir={run}", *more)
+        try:
+            evaluation.evaluate(settings(*given, name="eval"))
+        finally:
+            dist.shutdown()
+        return json.loads((run / "results.json").read_text())
+
+    run.mkdir()
+    (run / "config.yaml").write_text("task:\n  kind: winrate\nseed: 7\n")  # of a start that found its judge away
+    first = start("task.bootstrap=20")
+    assert start("task.bootstrap=20") == first
+    assert start("task.bootstrap=20", "judge.concurrency=1")["models"] == first["models"]  # how, not what
+    for more in (("task.bootstrap=40",), ("task.bootstrap=20", "seed=1")):
+        with pytest.raises(
+            UserError, match=r"holds an evaluation with other settings \((task.bootstrap=20|seed=0), here"
+        ):
+            start(*more)
+    assert json.loads((run / "results.json").read_text())["models"] == first["models"]
+    (run / "config.yaml").write_text("loss:\n  preference: dpo\n")
+    with pytest.raises(UserError, match="already holds a run \\(config.yaml\\) of another kind"):
+        start("task.bootstrap=20")
+
+
+@pytest.mark.slow
+def test_two_ranks_answer_and_judge_as_one(tiny, tmp_path):
+    """On two ranks answers, annotations and rates are those of one; every request is asked once."""
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"{a} {b}"} for a in WORDS[:4] for b in WORDS[4:7]])
+    other = shutil.copytree(tiny / "model", tmp_path / "other")
+    with JudgeServer(answer=lambda body: "[[A]]" if len(str(body)) % 3 else "[[C]]") as host:
+        given = [f"model.path=[{tiny / 'model'},{other}]", f"data.eval={tmp_path / 'prompts.jsonl'}"]
+        given += ["task=winrate", "task.max_new_tokens=6", "task.batch_size=4", "task.bootstrap=20", "judge.model=j"]
+        found = []
+        for ranks in (1, 2):
+            run, before = tmp_path / f"{ranks}", host.tried
+            more = [f"judge.base_url={host.url}", f"run_dir={run}", f"cache_dir={tmp_path / f'cache{ranks}'}"]
+            done = subprocess.run(
+                command("eval.py", *given, *more, ranks=ranks), env=script_env(), capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+            made = json.loads((run / "results.json").read_text())
+            found.append((made["models"], (run / "annotations.jsonl").read_text(), host.tried - before))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_a_name_that_no_terminal_shows(tmp_path):
+    """A lone surrogate in a model's name is written and printed escaped, and does not end the command."""
+    rows = [stored(prompt=f"p{i}", models=["\ud800", "b"], answers=["\udfff", "y"]) for i in range(3)]
+    write_jsonl(tmp_path / "odd.jsonl", rows)
+    args = ["task=winrate", f"annotations={tmp_path / 'odd.jsonl'}", f"run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command("eval.py", *args), env=script_env(), capture_output=True, text=True)
+    assert done.returncode == 0 and "\\ud800" in done.stdout, done.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["models"]["\ud800"]["win_rate"]["value"] == 0.5

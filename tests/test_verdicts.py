@@ -38,7 +38,8 @@ def test_letters(text, letter):
         ("Rating: [[7]]", 7.0),
         ("Rating: [[7.5]]", 7.5),
         ("[[10]]", 10.0),
-        ("[[1]] as in [[2]]", 1.0),
+        ("It says 'Rating: [[10]]' of itself. Rating: [[2]]", 2.0),
+        ("as in [1] and [3]", 3.0),
         ("Rating: [8]", 8.0),
         ("by [3], so [[9]]", 9.0),
         ("[[0]]", None),
@@ -50,7 +51,7 @@ def test_letters(text, letter):
     ],
 )
 def test_rating(text, value):
-    """Double brackets come before single ones, the first number counts, and what is off the scale is no rating."""
+    """Double brackets come before single ones, the last number counts, and what is off the scale is no rating."""
     assert verdicts.rating(text) == value
 
 

@@ -83,6 +83,8 @@ def evaluate(
     for model, rows in judged.items():
         models[model], fitted = metrics(rows, name, control, cfg)
         weights[model] = None if fitted is None else vars(fitted)
+        if note := models[model].get("length_controlled_win_rate", {}).get("note"):
+            notes.append(f"{model}: length_controlled_win_rate {note}")
         samples += [_sample(row) for row in rows]
     facts |= {
         "baseline": name,

@@ -1,29 +1,32 @@
 """Models against each other on the same items: what other evaluations measured, paired, with the chance of it being luck.
 
 Two models that answer the same questions share what makes a question hard, so that the difference item by item has a
-smaller error than two means apart (arXiv 2411.00640). Letters: N items that both models have scores of.
+smaller error than two means apart (arXiv 2411.00640).
 """
 
-import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from rpo import config, results, stats
+from rpo import config, paired, results, stats
 from rpo.config import UserError
 from rpo.eval_config import EVAL_MAY_CHANGE, Eval
 from rpo.results import Evaluation, Results
 
 # What two evaluations that are compared differ in by nature: their subject, and how much of the data they took.
 _SUBJECT = (*EVAL_MAY_CHANGE, "model.path", "model.revision", "outputs", "annotations", "runs", "task.limit")
+# Facts beside the settings in which they should not differ.
+_ALIKE = ("data", "reference", "versions", "verdict", "judges")
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model's items by id, as samples.jsonl has them."""
+    """One model's items by id, as samples.jsonl has them; `name` tells it apart, `called` is what its folder calls it."""
 
     name: str
+    called: str
     folder: str
     items: dict[str, dict]
 
@@ -39,8 +42,12 @@ def evaluate(cfg: Eval) -> Evaluation:
         n_error                items that both models have, of which one failed or both
         n_first, n_second      items with a score of one model alone, without failures: they are left out
         p, p_holm              of `stats.sign_flip_test` with task.draws; adjusted for all comparisons made (`stats.holm`)
-        detectable             the smallest true difference that is seen in 80% of such comparisons (two-sided 5%)
+        detectable             the smallest true difference that is seen in 80% of such comparisons (two-sided 5%, by t;
+                               by p, which has few values, in fewer of them where there are under 10 clusters)
         needed                 clusters that one as large as the difference seen would take; null where there is none
+
+    Win rates against different opponents are not compared, which `notes` say. Of two models that were judged against each
+    other, the second's win rate is 1 less the first's: what is tested is whether that is a half, on each item once.
 
     Raises UserError where the evaluations are not of one task, or two models have no items in common.
     """
@@ -48,9 +55,13 @@ def evaluate(cfg: Eval) -> Evaluation:
     found = [results.read(folder) for folder in given]
     models = _models(found)
     names = _metrics(models, cfg.task.metrics)
-    pairs, notes = _pairs(models, cfg.baseline), _notes(found)
-    cells, samples = {}, []
-    for first, second in pairs:
+    cells, samples, pairs, notes = {}, [], [], _notes(found)
+    for first, second in _pairs(models, cfg.baseline):
+        left_out, said = _opponents(first, second)
+        notes += said
+        if left_out:
+            continue
+        pairs.append((first, second))
         key = f"{first.name} - {second.name}"
         made = {name: _cell(first, second, name, cfg) for name in names}
         cells[key] = {name: cell for name, cell in made.items() if cell is not None}
@@ -61,6 +72,8 @@ def evaluate(cfg: Eval) -> Evaluation:
             )
         notes += [f"{key}: no item has scores of both by {name}" for name in names if name not in cells[key]]
         samples += [{"model": key} | sample for sample in _samples(first, second, names)]
+    if not cells:
+        raise UserError(f"task.results: nothing to compare: {'; '.join(notes)}")
     made = [cell for by_metric in cells.values() for cell in by_metric.values()]
     for cell, p in zip(made, stats.holm([cell["p"] for cell in made]), strict=True):
         cell["p_holm"] = p
@@ -110,7 +123,7 @@ def _models(found: Sequence[Results]) -> list[Model]:
                     )
             own = [sample for sample in each.samples if sample.get("model") == name]
             label = name if of_name[name] == 1 else f"{name} ({place})"
-            models.append(Model(label, str(each.folder), _by_id(own, name, each)))
+            models.append(Model(label, name, str(each.folder), _by_id(own, name, each)))
     if len(models) < 2:
         there = f"has one model, {models[0].name}" if models else "has no models"
         raise UserError(f"task.results={found[0].folder}: {there}; give another folder of the same task beside it")
@@ -118,7 +131,7 @@ def _models(found: Sequence[Results]) -> list[Model]:
 
 
 def _by_id(samples: Sequence[dict], name: str, of: Results) -> dict[str, dict]:
-    """The items by id. UserError where one has none, is there twice, or has a score that is no finite number."""
+    """The items by id. Raises UserError where one is not as `results` has it, there twice, or has a score that is no number."""
     items = {}
     for sample in samples:
         if not {"id", "cluster", "scores"} <= sample.keys():
@@ -126,11 +139,16 @@ def _by_id(samples: Sequence[dict], name: str, of: Results) -> dict[str, dict]:
                 f"{of.folder}: samples of task={of.task} have no id, cluster and scores, so there is nothing to pair"
             )
         place = f"{of.folder}/samples.jsonl: {name}: id {sample['id']}"
+        texts = (sample["id"], sample["cluster"], sample.get("against", ""), sample.get("error") or "")
+        if not all(isinstance(text, str) for text in texts) or not isinstance(sample["scores"], dict):
+            raise UserError(
+                f"{place[:300]}: expected text in id, cluster, against, error, and numbers by name in scores"
+            )
         if sample["id"] in items:
             raise UserError(f"{place} is there twice; expected each item once, to know which to pair")
         for metric, score in sample["scores"].items():
-            if not isinstance(score, int | float) or not math.isfinite(score):
-                raise UserError(f"{place}: {metric}={score}: expected a finite number")
+            if not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
+                raise UserError(f"{place}: {metric}={score!r:.40}: expected a finite number")
         items[sample["id"]] = sample
     if not any(item["scores"] for item in items.values()):
         raise UserError(f"{of.folder}: samples.jsonl has no scores of {name}; there is nothing to pair")
@@ -159,70 +177,66 @@ def _notes(found: Sequence[Results]) -> list[str]:
     """Where an evaluation was made otherwise than the first, so that a difference may not be the models'."""
     notes = []
     for other in found[1:]:
-        a, b = (
-            {name: each.facts.get(name) for name in ("data", "reference", "versions")} for each in (found[0], other)
-        )
+        a, b = ({name: each.facts.get(name) for name in _ALIKE} | _served(each) for each in (found[0], other))
         settings = (each.facts.get("config", {}) for each in (found[0], other))
         if differing := config.differences(*settings, _SUBJECT) + config.differences(a, b, ()):
             notes.append(f"{found[0].folder} and {other.folder} were not made alike: {'; '.join(differing)}")
     return notes
 
 
+def _served(each: Results) -> dict:
+    """The judge that answered, which a server may change under its name."""
+    judge = each.facts.get("judge")
+    return {"judge.served": judge.get("served") if isinstance(judge, dict) else None}
+
+
+def _opponents(first: Model, second: Model) -> tuple[bool, list[str]]:
+    """(whether the two are left out, notes), of models that were judged against others, or against each other."""
+    against = [{item.get("against") for item in model.items.values()} for model in (first, second)]
+    both = f"{first.name} - {second.name}"
+    both_have = paired.shared(first.items, second.items)
+    if first.folder == second.folder and first.called in against[1] and second.called in against[0]:
+        if not both_have:  # one met others, too, and has its items once for each
+            return True, [f"{both}: left out: they were judged against each other; their win rates say how that went"]
+        return False, [f"{both}: they were judged against each other, so that win_rate is twice the first's, less 1"]
+    for _, a, b in both_have:
+        met = [item.get("against") for item in (a, b)]
+        if met[0] != met[1]:
+            return True, [f"{both}: left out: they were judged against {met[0]} and {met[1]}, not against one model"]
+    return False, []
+
+
 # ---- one comparison
-
-
-def _shared(first: Model, second: Model) -> list[tuple[str, dict, dict]]:
-    """(id, the first's item, the second's) of the items that both have, in the order of the first."""
-    return [(name, item, second.items[name]) for name, item in first.items.items() if name in second.items]
 
 
 def _cell(first: Model, second: Model, metric: str, cfg: Eval) -> dict | None:
     """The cell of one metric; None where no item has a score of both."""
-    paired, failed = [], set()
-    for name, a, b in _shared(first, second):
-        known, broken = ([has(item) for item in (a, b)] for has in (lambda x: metric in x["scores"], _error))
-        if all(known):
-            paired.append((name, a, b))
-        elif any(broken) and (any(known) or all(broken)):  # one that works has no such score: it is not of this metric
-            failed.add(name)
-    if not paired:
+    pairing = paired.pair(first.items, second.items, metric)
+    if not pairing.differences_N:
         return None
-    clusters = _clusters(first, second, paired)
-    differences = [a["scores"][metric] - b["scores"][metric] for _, a, b in paired]
-    cell = results.with_errors(stats.clustered_mean(differences, clusters), len(failed))
-    num_clusters, se = len(set(clusters)), cell["se"]
-    scored = [{name for name, item in model.items.items() if metric in item["scores"]} for model in (first, second)]
-    return cell | {
-        "clusters": num_clusters,
-        "n_first": len(scored[0] - scored[1] - failed),
-        "n_second": len(scored[1] - scored[0] - failed),
-        "p": stats.sign_flip_test(differences, clusters, cfg.seed, cfg.task.draws),
-        "detectable": None if se is None else stats.detectable(se),
-        "needed": None if se is None or not cell["value"] else stats.clusters_needed(cell["value"], se, num_clusters),
-    }
-
-
-def _error(item: dict) -> str | None:
-    return item.get("error")
-
-
-def _clusters(first: Model, second: Model, paired: Sequence[tuple[str, dict, dict]]) -> list[int]:
-    """The number of each item's cluster, on which both have to agree, though under names of their own. UserError."""
-    pairs = [(a["cluster"], b["cluster"]) for _, a, b in paired]
-    number = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
-    if not len(number) == len({a for a, _ in pairs}) == len({b for _, b in pairs}):
+    if not pairing.alike:
         raise UserError(
             f"{first.name} ({first.folder}) and {second.name} ({second.folder}): the items that belong together (cluster "
             "in samples.jsonl) are not the same ones, so neither are the questions; evaluate both on one file"
         )
-    return [number[pair] for pair in pairs]
+    cell, num_clusters = pairing.cell(), len(set(pairing.clusters_N))
+    value, se = cell["value"], cell["se"]
+    told = se is not None and abs(value) > 1e-9 * se  # sums that cancel leave a rounding
+    return cell | {
+        "clusters": num_clusters,
+        "n_first": pairing.num_first,
+        "n_second": pairing.num_second,
+        "p": stats.sign_flip_test(pairing.differences_N, pairing.clusters_N, cfg.seed, cfg.task.draws),
+        "detectable": None if se is None else stats.detectable(se, num_clusters),
+        "needed": stats.clusters_needed(value, se, num_clusters) if told else None,
+    }
 
 
 def _samples(first: Model, second: Model, metrics: Sequence[str]) -> list[dict]:
     """The differences of every item that both have, with the scores they are of."""
     samples = []
-    for name, a, b in _shared(first, second):
-        failed = [f"{model.name}: {_error(item)}" for model, item in ((first, a), (second, b)) if _error(item)]
+    for name, a, b in paired.shared(first.items, second.items):
+        failed = [f"{model.name}: {item['error']}" for model, item in ((first, a), (second, b)) if item.get("error")]
         both = [metric for metric in metrics if metric in a["scores"] and metric in b["scores"]]
         samples.append(
             {
@@ -298,8 +312,9 @@ def verdict(cell: dict, first: str, second: str, comparisons: int) -> str:
         return f"{above} is above {below} by {size}{left}"
     if cell["p"] <= stats.ALPHA:
         return f"{above} is above {below} by {size}, which among {comparisons} comparisons may be luck{left}"
+    seen = f"{above} is above by {size}" if value else f"it is {size}"
     return (
-        f"no difference seen between {first} and {second}: {above} is above by {size}; a true difference of "
+        f"no difference seen between {first} and {second}: {seen}; a true difference of "
         f"{_number(cell['detectable'])} would be seen in 80% of such comparisons, a smaller one in fewer"
         + (f"; one as large as that seen needs about {cell['needed']} clusters" if cell["needed"] else "")
         + left

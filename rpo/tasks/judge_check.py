@@ -213,7 +213,8 @@ def statistics(judgments: Sequence[Judgment]) -> dict[str, dict]:
     stability                share of pairs of repeats with the same verdict, mean over K; absent without repeats
     first_position           mean score of the answer shown first, over M: .5 without a bias for a position
     length_bias              mean verdict for the longer answer minus the share of longer answers that are the chosen
-                             ones, over judgments of unequal lengths: 0 for a judge that is right or blind to length
+                             ones, over judgments of unequal lengths: 0 for a judge that is right; for one blind to
+                             length and right with probability a, (1 - a)(1 - 2 share), so 0 where the share is half
     """
     ids_N = np.array([outputs.id_of(outputs.key_of(one.prompt)) for one in judgments])
     score_N = np.array([np.nan if one.score is None else one.score for one in judgments])

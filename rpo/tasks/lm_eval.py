@@ -269,8 +269,8 @@ def _scored_otherwise(samples: Sequence[dict]) -> list[str]:
         sample["id"]
         for sample in samples
         if any(
-            bool(sample["scores"][f"gsm8k/exact_match,{name}"])
-            != gsm8k.same(rule(sample["answer"]), gsm8k.strict(sample["target"]))
+            sample["scores"].get(f"gsm8k/exact_match,{name}")
+            != gsm8k.same(rule(sample["answer"]), gsm8k.strict(sample["target"]) or sample["target"])
             for name, rule in rules.items()
         )
     ]

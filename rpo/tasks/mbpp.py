@@ -6,6 +6,7 @@ goes on, so no chat template is used.
 
 import ast
 import builtins
+import itertools
 import math
 import os
 import warnings
@@ -25,6 +26,7 @@ from rpo.stats import clustered_mean
 
 SHOWN, TEST = (2, 3, 4), range(11, 511)  # task ids
 END = "[DONE]"
+CHUNK = 128  # programs that are tried while the other ranks wait, whose wait has a limit
 _FIELDS = {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str}
 _PROGRAM = ("program", "completion", "response", "output")  # the first of them that a row of outputs has
 
@@ -69,7 +71,7 @@ def evaluate(cfg: Eval, answer: Callable | None, *, run_dir: Path) -> Evaluation
         tried = {name: stored(name, asked, max(task.k)) for name in names}
     samples = []
     for name, programs in tried.items():
-        samples += dist.on_main(_scored, name, asked, programs, task.k, limits)
+        samples += _scored(name, asked, programs, task.k, limits)
     models = {name: _cells([s for s in samples if s["model"] == name], task) for name in names}
     if cfg.baseline is not None:
         for name, cells in differences(samples, cfg.baseline).items():
@@ -186,11 +188,10 @@ def stored(file: str, asked: Sequence[Problem], least: int) -> list[list[str]]:
 def _scored(
     name: str, asked: Sequence[Problem], programs: Sequence[Sequence[str]], ks: Sequence[int], limits: sandbox.Limits
 ) -> list[dict]:
-    """One sample per problem, its programs tried as many at once as there are processors."""
+    """One sample per problem, its programs tried by rank 0. A collective."""
     exams = [exam_of(problem, text) for problem, texts in zip(asked, programs, strict=True) for text in texts]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads that wait for processes
-        outcomes = iter(list(pool.map(lambda exam: sandbox.examine(exam, limits), exams)))
-    samples = []
+    tried = [dist.on_main(_tried, exams[i : i + CHUNK], limits) for i in range(0, len(exams), CHUNK)]
+    outcomes, samples = itertools.chain(*tried), []
     for problem, texts in zip(asked, programs, strict=True):
         tried = [(text, next(outcomes)) for text in texts]
         error = next((outcome.error for _, outcome in tried if outcome.error), None)
@@ -203,6 +204,12 @@ def _scored(
             {"model": name, "id": item, "cluster": item, "scores": scores, "error": error, **about, "programs": made}
         )
     return samples
+
+
+def _tried(exams: Sequence[sandbox.Exam], limits: sandbox.Limits) -> list[sandbox.Outcome]:
+    """The outcome of each, as many at once as there are processors."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads that wait for processes
+        return list(pool.map(lambda exam: sandbox.examine(exam, limits), exams))
 
 
 def exam_of(problem: Problem, text: str) -> sandbox.Exam:

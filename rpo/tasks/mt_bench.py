@@ -39,7 +39,7 @@ def evaluate(
     `answer` makes answers (`answering.Answerer`), `ask` asks the judge. Raises UserError for files that do not belong
     together.
     """
-    asked = fastchat.questions(cfg.task.questions) if cfg.task.questions else None
+    asked = fastchat.questions(cfg.task.questions) if cfg.task.questions is not None else None
     if cfg.annotations is not None:
         kind, rows = fastchat.judgments(cfg.annotations)
         categories = _categories(asked, rows, cfg)
@@ -50,7 +50,8 @@ def evaluate(
     else:
         kind = "pair" if cfg.task.mode == "pairwise" else "single"
         questions = asked[: cfg.task.limit]
-        templates = judge_prompts.load(cfg.task.prompts, kind) if cfg.task.prompts else judge_prompts.OURS
+        prompts = cfg.task.prompts
+        templates = judge_prompts.OURS if prompts is None else judge_prompts.load(prompts, kind)
         references = _references(cfg, questions)
         known, facts = _answers(cfg, asked, answer, run_dir)
         rows, requests = _asked(cfg.judge.model, kind, questions, known, references, templates)

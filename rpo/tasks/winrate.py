@@ -7,7 +7,7 @@ A tie is half a win, and so is a prompt on which the orders disagree (`verdicts.
 """
 
 import json
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,7 +195,7 @@ def _is_said(one: dict) -> bool:
     logprobs = one["top_logprobs"]
     if not isinstance(logprobs, dict):
         return logprobs is None
-    return all(type(value) in (int, float) and math.isfinite(value) for value in logprobs.values())
+    return all(type(value) in (int, float) and abs(value) <= sys.float_info.max for value in logprobs.values())
 
 
 # ---- statistics
