@@ -114,7 +114,7 @@ class Answerer:
         )
         models.check_fit({f"model.path={path}": config}, tokenizer, 1)
         positions = models.positions_of({path: config})
-        identity = dist.on_main(_identity, path, given.revision)
+        identity = dist.on_main(identity_of, path, given.revision)
         self._model = _Model(path, tokenizer, positions, identity)
 
     def _load(self) -> None:
@@ -146,7 +146,7 @@ class Answerer:
                 file.write(json.dumps({"key": key, "model": model} | made) + "\n")
 
 
-def _identity(path: str, revision: str | None) -> str:
+def identity_of(path: str, revision: str | None) -> str:
     """What changes when the model at `path` does: a folder's files with sizes and times, or a Hub name and revision."""
     files = sorted(Path(path).expanduser().glob("*")) if Path(path).expanduser().is_dir() else []
     return json.dumps([path, revision, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)])

@@ -205,10 +205,12 @@ def test_standard_shots(folder, monkeypatch, name, shots, own, used):
         set_fewshot_seed=lambda seed: config.update(seed=seed),
     )
     monkeypatch.setattr(task, "_manager", lambda: SimpleNamespace(load=lambda specs: {"tasks": {name: leaf}}))
-    monkeypatch.setattr("lm_eval.evaluate", lambda **how: {"samples": {}, "results": {}, "n-shot": {}, "versions": {}})
+    made, asked = {"samples": {}, "results": {}, "n-shot": {}, "versions": {}}, {}
+    monkeypatch.setattr("lm_eval.evaluate", lambda **how: (asked.update(how), made)[1])
     random_before, torch_before = random.getstate(), torch.get_rng_state()
     task._measured(None, name, name, configured(folder, f"task.shots={shots}", "task.tasks=[arc_easy]", "seed=6"))
     assert config == {"num_fewshot": used, "seed": 6}
+    assert asked["bootstrap_iters"] >= 1000  # of two draws an error would be noise
     assert random.getstate() == random_before and torch.equal(torch.get_rng_state(), torch_before)
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from rpo import dist, gsm8k, models, rundir, tokens
+from rpo.answering import identity_of
 from rpo.config import UserError
 from rpo.eval_config import Eval, LmEvalTask
 from rpo.paired import differences
@@ -29,6 +30,7 @@ from rpo.results import Evaluation, with_errors
 from rpo.rows import one_line
 from rpo.stats import clustered_mean
 
+BOOTSTRAP = 1000  # draws, where a metric is not the mean over questions (F1, perplexity); it is the harness that draws
 STANDARD = {"gsm8k": 5, "arc_challenge": 25, "arc_easy": 25}  # of the other tasks the harness's own number
 # Files below task.data, and what in the harness's task is another name there.
 _ARC = {"doc_to_target": "gold", "doc_to_choice": "choices", "validation_split": None}
@@ -81,9 +83,7 @@ def evaluate(cfg: Eval, device: torch.device, *, run_dir: Path) -> Evaluation:
 
 def _file(cfg: Eval, run_dir: Path, path: str, name: str) -> Path:
     """Where what a model did on a task is kept: by its path and its files' times; the folder has all other settings."""
-    folder = Path(path).expanduser()
-    weights = [(file.name, file.stat().st_mtime_ns) for file in sorted(folder.glob("*"))] if folder.is_dir() else []
-    digest = hashlib.sha256(json.dumps([path, cfg.model.revision, weights]).encode()).hexdigest()
+    digest = hashlib.sha256(identity_of(path, cfg.model.revision).encode()).hexdigest()
     return run_dir / "lm_eval" / f"{name.replace('/', '_')}_{digest[:12]}.json"
 
 
@@ -206,7 +206,7 @@ def _measured(model: Any, name: str, spec: str | dict, cfg: Eval) -> dict:
                 limit=task.limit,
                 apply_chat_template=task.chat_template,
                 fewshot_as_multiturn=True,
-                bootstrap_iters=2,  # 0 would leave out the errors that need none, too
+                bootstrap_iters=BOOTSTRAP,
             )
     except ValueError as error:
         raise UserError(f"task.tasks: {name} can not be run ({one_line(error)}); leave it out") from None
