@@ -27,7 +27,7 @@ demo: $(VENV)/.ready ## train SFT, DPO and RPO on the embedded task; print the t
 theory: $(VENV)/.ready ## check the theorem, number by number; draw the toy of overoptimisation
 	@$(BIN)/python -m rpo.theory_page
 
-overopt: $(VENV)/.ready ## the study of overoptimisation: 160 runs over 5 seeds; hours on a small machine, and begun again it goes on
+overopt: $(VENV)/.ready ## the study of overoptimisation: 160 runs over 5 seeds, 90 minutes; begun again it goes on
 	@$(BIN)/python -m rpo.experiment outputs/overopt
 
 # Two processes of one thread each: most tests are too small for more. A file stays in one, for its fixtures.

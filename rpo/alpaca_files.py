@@ -120,8 +120,8 @@ def _judgment(row: Any, baseline: Outputs | None, of_baseline: dict, found: dict
             raise RowError(
                 "mismatch", f"judged against {row['generator_1']}, {baseline.file} is of {baseline.name}; give its file"
             )
-    own = of_baseline[instruction].text if baseline is not None else None
-    if output_1 is not None and own is not None and output_1 != own:
+    own = of_baseline[instruction].text if baseline is not None else output_1
+    if output_1 is not None and output_1 != own:
         raise RowError(
             "mismatch", f"output_1 is not the answer in {baseline.file}; give baseline= that it was judged against"
         )
@@ -131,18 +131,17 @@ def _judgment(row: Any, baseline: Outputs | None, of_baseline: dict, found: dict
         if len_baseline != len(own):
             raise RowError(
                 "mismatch",
-                f"len_baseline={len_baseline}, but the answer in {baseline.file} has {len(own)} characters; give baseline= "
-                "that it was judged against",
+                f"len_baseline={len_baseline}, but the baseline's answer has {len(own)} characters; give baseline= that it "
+                "was judged against",
             )
     else:
         model, answer = _text(row, "generator_2"), _text(row, "output_2")
-        len_baseline, len_model = len(own if output_1 is None else output_1), len(answer)
+        len_baseline, len_model = len(own), len(answer)
     preference = _preference(row.get("preference"))
     error = None if preference is not None else "no verdict is stored"
-    texts = {"baseline_answer": own if output_1 is None else output_1, "answer": answer}
     place = len(found.get(model, []))
     return row.get("generator_1"), Judgment(
-        model, instruction, place, len_baseline, len_model, preference, error, **texts
+        model, instruction, place, len_baseline, len_model, preference, error, own, answer
     )
 
 
@@ -167,7 +166,7 @@ def _number(row: dict, field: str) -> float:
     value = row.get(field)
     try:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise RowError("wrong_type", f"field {field}: expected a number, found {value!r:.40}; mend the row")
@@ -213,6 +212,10 @@ def read_weights(path: str) -> dict[str, Weights]:
         field: next((name for name in names if name.startswith(begins)), begins) for field, begins in _WEIGHTS.items()
     }
     rows = _table(path, {"model": str} | dict.fromkeys(column.values(), float), unnamed_first=True)
+    models = [row["model"] for _, row in rows]
+    for number, row in rows:
+        if models.count(row["model"]) > 1:
+            raise UserError(f"{path}:{number}: model {row['model']} has more than one row; keep one")
     return {row["model"]: Weights(**{field: row[name] for field, name in column.items()}) for _, row in rows}
 
 
@@ -243,8 +246,9 @@ def _table(path: str, columns: dict[str, type], *, unnamed_first: bool = False) 
 
 def _csv(path: str) -> list[tuple[int, list[str]]]:
     file = Path(path).expanduser()
+    open_as = gzip.open if file.suffix == ".gz" else open
     try:
-        with gzip.open(file, "rt", newline="") if file.suffix == ".gz" else file.open(newline="") as stream:
+        with open_as(file, "rt", newline="", encoding="utf-8") as stream:
             reader = csv.reader(stream)
             lines = [(reader.line_num, line) for line in reader if line]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:

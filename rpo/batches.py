@@ -9,8 +9,6 @@ from rpo.config import UserError
 from rpo.gather import Chosen, Run, Study
 from rpo.results import Results
 
-_LOSS = {"preference", "sft", "beta", "eta"}  # keys without which settings are not those of this project's runs
-
 
 @dataclass(frozen=True)
 class Member:
@@ -117,28 +115,39 @@ def _other_data(evaluations: Sequence[Results]) -> list[str]:
 def _batches(runs: Sequence[Run], studied: dict[str, dict], notes: list[str]) -> list[Batch]:
     known = {str(run.folder): run for run in runs}
     folders = list(dict.fromkeys([*known, *studied]))
-    names = dict(zip(folders, short(folders), strict=True))
+    names = dict(zip(folders, groups.short(folders), strict=True))
     members, apart = {}, []
     for folder in folders:
         run = known.get(folder)
         settings = run.settings if run is not None else studied[folder]["settings"]
         member = Member(names[folder], settings or {}, run, studied.get(folder))
-        whole = settings is not None and _LOSS <= settings["loss"].keys()
+        whole = settings is not None and _is_whole(settings)
         if settings is not None and not whole:
             notes.append(f"{folder}: its settings are not those of this version's runs; shown by itself")
         members[folder] = member
         apart += [] if whole else [folder]
-    asked = [{"run": folder, "settings": members[folder].settings} for folder in folders if folder not in apart]
-    try:
-        found = [(g.label, [members[run["run"]] for run in g.runs]) for g in groups.group(asked)] if asked else []
-    except UserError as error:  # the same settings and seed twice: a copy, or a rerun
-        notes.append(f"{error}; here each run stands by itself")
-        found = [
-            (f"{groups.name(each['settings']['loss'])} ({names[each['run']]})", [members[each["run"]]])
-            for each in asked
-        ]
+    same: dict[tuple, list[str]] = {}
+    for folder in folders:
+        if folder not in apart:
+            own, seeds = groups.identity(members[folder].settings)
+            same.setdefault((repr(sorted(own.items())), seeds), []).append(folder)
+    asked = [{"run": each[0], "settings": members[each[0]].settings} for each in same.values() if len(each) == 1]
+    found = [(g.label, [members[run["run"]] for run in g.runs]) for g in groups.group(asked)]
+    for twice in [each for each in same.values() if len(each) > 1]:  # a copy, or made again: no second seed
+        notes.append(f"{', '.join(twice)}: the same settings and seeds; here each of them stands by itself")
+        found += [(f"{groups.name(members[f].settings['loss'])} ({names[f]})", [members[f]]) for f in twice]
     found += [(" ".join(overrides(members[folder])) or names[folder], [members[folder]]) for folder in apart]
     return [Batch(label, i, batch, _finding(batch)) for i, (label, batch) in enumerate(found)]
+
+
+def _is_whole(settings: dict) -> bool:
+    """Whether the settings are those of this project's runs, as far as groups and their labels go by them."""
+    seeds = [groups.flat(settings).get(key) for key in groups.SEEDS]
+    try:
+        name = groups.name(settings["loss"])
+    except (KeyError, TypeError, ValueError):
+        return False
+    return "nan" not in name and all(seed is None or gather.finite(seed) for seed in seeds)
 
 
 def overrides(member: Member) -> list[str]:
@@ -177,15 +186,3 @@ def _how_ended(member: Member) -> str:
     how = {"failed": "failed", "interrupted": "was interrupted", "running": "is running, or was killed"}
     reason = f": {member.run.reason[:300]}" if member.run.reason else ""
     return f"Run {member.name} {how.get(member.state, 'never began to write')}{at}{reason}."
-
-
-def short(names: Sequence[str]) -> list[str]:
-    """Paths without the folders that all of them begin with or end in; a lone one is its last part, or RUN of RUN/model."""
-    if len(names) < 2:
-        return [name.rstrip("/").removesuffix("/model").rpartition("/")[2] or name for name in names]
-    parts = [name.split("/") for name in names]
-    for end in (0, -1):
-        while len({part[end] for part in parts}) == 1 and min(map(len, parts)) > 1:
-            for part in parts:
-                del part[end]
-    return ["/".join(part) for part in parts]

@@ -8,7 +8,6 @@ Letters: S seeds, C evaluations that all seeds have.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -32,8 +31,8 @@ RULES = (
     "else: can not tell.",
     "Noise, where task=overopt measured gold: the standard error paired by prompt, times as many as the largest of all "
     "comparisons between checkpoints exceeds with a chance of 5% while nothing changes (Bonferroni, Student's t). Each seed is "
-    "judged by itself; a group is called what more than half of its seeds are, else overoptimised in some seeds where any is, "
-    "else can not tell. A group with an overoptimised seed is never said to show none.",
+    f"judged by itself; a group is called what more than half of its seeds are, {overopt.SOME} where others are more and any is, "
+    "else can not tell. So task=overopt judges groups, too.",
     "Noise, where gold stands in the runs' own logs alone: the standard error over seeds, times as many by the same rule. One "
     "seed decides nothing.",
     "Where gold decides nothing, there are signs, from the last evaluation of held-out pairs and samples: chosen log-probs "
@@ -41,12 +40,12 @@ RULES = (
     f"displaced; KL above {FAR:g} nats; held-out loss above ln 2 although most pairs are ranked right (too sure); fewer than "
     f"{overopt.ENDED:.0%} of the answers ended. A sign is no verdict: it says where to look.",
     "Accuracy and margin decide nothing: they stay flat through a collapse.",
-    "Every judgment has a chance of up to 5% of a false alarm, which is not corrected for how many groups the page judges: of 20 "
-    "groups one may be called overoptimised by chance.",
+    "Every judgment has a chance of up to 5% of a false alarm, which is corrected neither for how many seeds a group has nor for "
+    "how many groups are judged: of 20 runs one may be called overoptimised by chance.",
 )
 _TONES = {
     "overoptimised": "bad",
-    "overoptimised in some seeds": "doubt",
+    overopt.SOME: "doubt",
     "no overoptimisation seen": "good",
     "under-optimised": "news",
     "signs of overoptimisation": "doubt",
@@ -83,7 +82,7 @@ def judge(
     notes, found = _missing(last, bool(summaries)), signs(last, sigmoid=sigmoid)
     facts, kind, says = _sentence(_facts(curves, last, pairs)), None, ""
     if any(summary["gold/drop"] is not None for summary in summaries):
-        kind = _of_seeds([overopt.kind(summary) for summary in summaries])
+        kind = overopt.group_kind([overopt.kind(summary) for summary in summaries])
         says = overopt.group_verdict(summaries)
         says += f" KL at the end {_number(last['kl'])} nats." if "kl" in last else ""
     elif (logged := spread(curves)) is not None:
@@ -97,14 +96,6 @@ def judge(
     if not last.keys() & {"shift/chosen", "kl", "displacement_rate"}:
         return Finding("not measured", f"{facts} Nothing says how far the policy went.".strip(), notes)
     return Finding("no sign in what was measured", facts, notes)
-
-
-def _of_seeds(kinds: Sequence[str]) -> str:
-    """One kind for all seeds, as RULES say."""
-    (most, count), *_ = Counter(kinds).most_common()
-    if "overoptimised" in kinds and (most != "overoptimised" or 2 * count <= len(kinds)):
-        return "overoptimised in some seeds"
-    return most if 2 * count > len(kinds) else "unclear"
 
 
 def signs(last: dict[str, float], *, sigmoid: bool = True) -> list[str]:

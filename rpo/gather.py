@@ -4,6 +4,7 @@ Nothing is trusted: lines that are not JSON, numbers that are not finite and fol
 raised; what a user named himself and can not be read raises UserError.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,6 @@ from rpo import config, overopt, results, rundir
 from rpo.config import UserError
 from rpo.results import Results
 
-_EMBEDDED = re.compile(r"gold/[0-9a-f]{16}/")
 _PASSED_BY = {"checkpoints", "model", "wandb", "plots", "__pycache__"}  # where no run has its folder
 
 
@@ -127,19 +127,16 @@ def environment(folder: Path) -> dict[str, Any]:
 def lines(path: Path) -> tuple[list[dict], int]:
     """(the objects of a JSON lines file, how many lines hold none): a kill leaves the last one half written."""
     found, broken = [], 0
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        return [], 0
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if isinstance(value, dict):
-            found.append(value)
-        else:
-            broken += bool(line.strip())
+    with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:  # not splitlines, which parts at characters that JSON leaves inside a text
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError):
+                value = None
+            if isinstance(value, dict):
+                found.append(value)
+            else:
+                broken += bool(line.strip())
     return found, broken
 
 
@@ -268,25 +265,3 @@ def _cell(cell: dict) -> dict:
         | numbers
         | {"interval": interval if whole else None}
     )
-
-
-# ---- settings
-
-
-def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level, keys joined by dots."""
-    found = {}
-    for name, value in settings.items():
-        nested = isinstance(value, dict) and value
-        found |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
-    return found
-
-
-def differing(settings: Sequence[dict]) -> list[str]:
-    """The keys whose values are not the same in all of these settings, in the order that they first stand in.
-
-    Files of the embedded task are one, whatever their digest: data.gold says what is in them.
-    """
-    flats = [flat(each) for each in settings]
-    keys = dict.fromkeys(key for each in flats for key in each)
-    return [key for key in keys if len({_EMBEDDED.sub("gold/", repr(each.get(key))) for each in flats}) > 1]

@@ -30,7 +30,7 @@ IGNORED += (
     "compile",
 )
 IGNORED += ("data.gold.samples", "optim.state_dtype")
-_EMBEDDED = re.compile(r"(^|/)gold/[0-9a-f]{16}/")  # the embedded task's files: data.gold says what is in them
+_EMBEDDED = re.compile(r"(^|/)gold/[0-9a-f]{16}/")  # where the embedded task's files lie
 LEVEL = 0.95  # of the intervals
 
 
@@ -44,11 +44,25 @@ class Group:
     runs: list[dict]
 
 
-def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, keys joined by dots."""
+    found = {}
     for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name: value}
-    return flat
+        nested = isinstance(value, dict) and value
+        found |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
+
+
+def differing(settings: Sequence[dict]) -> list[str]:
+    """The keys whose values are not the same in all of these settings, in the order that they first stand in."""
+    flats = [flat(each) for each in settings]
+    keys = dict.fromkeys(key for each in flats for key in each)
+    return [key for key in keys if len({repr(_nameless(each.get(key))) for each in flats}) > 1]
+
+
+def _nameless(value: Any) -> Any:
+    """The files of the embedded task as one word, whatever their digest: data.gold says what is in them."""
+    return "gold" if isinstance(value, str) and _EMBEDDED.search(value) else value
 
 
 def objective(loss: dict) -> dict:
@@ -65,11 +79,11 @@ def objective(loss: dict) -> dict:
     return read
 
 
-def _identity(settings: dict) -> dict[str, Any]:
-    """What makes two runs one group: every key but those ignored, the files of the embedded task as one word."""
-    flat = _flat(settings | {"loss": objective(settings["loss"])})
-    kept = {k: v for k, v in flat.items() if not any(k == key or k.startswith(f"{key}.") for key in IGNORED)}
-    return {k: "gold" if isinstance(v, str) and _EMBEDDED.search(v) else v for k, v in kept.items()}
+def identity(settings: dict) -> tuple[dict[str, Any], tuple]:
+    """(what makes two runs one group: every key but those ignored; the seeds of this one)."""
+    known = flat(settings | {"loss": objective(settings["loss"])})
+    kept = {k: v for k, v in known.items() if not any(k == key or k.startswith(f"{key}.") for key in IGNORED)}
+    return {k: _nameless(v) for k, v in kept.items()}, tuple(known.get(seed) for seed in SEEDS)
 
 
 def name(loss: dict) -> str:
@@ -91,6 +105,18 @@ def name(loss: dict) -> str:
     return " ".join(words)
 
 
+def short(names: Sequence[str]) -> list[str]:
+    """Paths without the folders that all of them begin with or end in; a lone one is its last part, or RUN of RUN/model."""
+    if len(names) < 2:
+        return [name.rstrip("/").removesuffix("/model").rpartition("/")[2] or name for name in names]
+    parts = [name.split("/") for name in names]
+    for end in (0, -1):
+        while len({part[end] for part in parts}) == 1 and min(map(len, parts)) > 1:
+            for part in parts:
+                del part[end]
+    return ["/".join(part) for part in parts]
+
+
 def group(runs: Sequence[dict]) -> list[Group]:
     """The runs by settings, seeds and paths aside: by objective, then beta and eta. UserError on two runs of one seed.
 
@@ -99,17 +125,17 @@ def group(runs: Sequence[dict]) -> list[Group]:
     members: dict[str, list[dict]] = {}
     identities: dict[str, dict] = {}
     for run in runs:
-        identity = _identity(run["settings"])
-        key = repr(sorted(identity.items()))
-        identities[key] = identity
+        own, _ = identity(run["settings"])
+        key = repr(sorted(own.items()))
+        identities[key] = own
         members.setdefault(key, []).append(run)
-    keys = dict.fromkeys(k for identity in identities.values() for k in identity if not k.startswith("loss."))
-    differing = sorted(k for k in keys if len({repr(identity.get(k)) for identity in identities.values()}) > 1)
+    keys = dict.fromkeys(k for own in identities.values() for k in own if not k.startswith("loss."))
+    told = sorted(k for k in keys if len({repr(own.get(k)) for own in identities.values()}) > 1)
     groups = []
-    for key, identity in identities.items():
-        seeds = [tuple(_flat(run["settings"]).get(seed) for seed in SEEDS) for run in members[key]]
+    for key, own in identities.items():
+        seeds = [identity(run["settings"])[1] for run in members[key]]
         loss = objective(members[key][0]["settings"]["loss"])
-        label = " ".join([name(loss), *(f"{k}={identity.get(k)}" for k in differing)])
+        label = " ".join([name(loss), *(f"{k}={own.get(k)}" for k in told)])
         if len(set(seeds)) < len(seeds):
             twice = next(seed for seed in seeds if seeds.count(seed) > 1)
             both = " and ".join(

@@ -27,6 +27,7 @@ ALPHA = 0.05  # chance of a run whose gold is flat being called overoptimised
 SLIGHT = 0.1  # of the gain over the reference: a smaller drop is no overoptimisation, however sure
 LARGE = 0.5  # of the gain: where noise leaves room for such a drop, nothing is said
 STAYED = 0.1  # nats: a policy that never was further than this has not left the reference
+SOME = "overoptimised in some seeds"
 ENDED = 0.9  # share of answers: where fewer end of themselves, gold is of cut ones
 
 
@@ -256,8 +257,19 @@ def verdict(summary: dict) -> str:
     return f"Can not tell: gold neither rose ({gain}) nor fell ({drop}) beyond noise; sample more prompts."
 
 
+def group_kind(kinds: Sequence[str]) -> str:
+    """The kind of runs that differ in their seeds alone: that of more than half of them, else unclear.
+
+    Where any seed is overoptimised and not more than half are, it is "overoptimised in some seeds", never none.
+    """
+    (most, count), *_ = Counter(kinds).most_common()
+    if "overoptimised" in kinds and (most != "overoptimised" or 2 * count <= len(kinds)):
+        return SOME
+    return most if 2 * count > len(kinds) else "unclear"
+
+
 def group_verdict(summaries: Sequence[dict]) -> str:
-    """One plain sentence on runs that differ in their seeds alone: what most of them are, and means over them.
+    """One plain sentence on runs that differ in their seeds alone, by `group_kind`: what they are, and means over them.
 
     Each seed is judged by itself, so that a group is no surer than its runs; with one seed it is `verdict`.
     """
@@ -266,20 +278,25 @@ def group_verdict(summaries: Sequence[dict]) -> str:
     words = {"overoptimised": "Overoptimised", "none": "No overoptimisation seen"}
     words |= {"under-optimised": "Under-optimised", "unclear": "Can not tell"}
     counts, seeds = Counter(map(kind, summaries)), len(summaries)
-    (most, count), *others = counts.most_common()
-    rest = "".join(f", {words[name].lower()} in {number}" for name, number in others)
+    found = group_kind(list(counts.elements()))
+    lead = "overoptimised" if found == SOME else found
+    first, *others = sorted(counts, key=lambda each: (each != lead, -counts[each]))
+    head = f"{words[first]} in {counts[first]} of {seeds} seeds"
+    head += "".join(f", {words[other].lower()} in {counts[other]}" for other in others)
+    if first != lead:  # no two of them agree
+        head = f"{words[lead]}, {head[0].lower()}{head[1:]}"
     shared = [key for key in summaries[0] if all(summary[key] is not None for summary in summaries)]
     means = dict.fromkeys(summaries[0]) | {key: mean(summary[key] for summary in summaries) for key in shared}
     if means["gold/drop"] is None:
-        return f"{words[most]} in {count} of {seeds} seeds{rest}: not every seed has a gold reward."
+        return f"{head}: not every seed has a gold reward."
     drop = f"{_number(means['gold/drop'])} (sd {_number(stdev(summary['gold/drop'] for summary in summaries), 2)})"
     over = means["gold/final_gain"]
-    if most == "overoptimised":
+    if found == "overoptimised":
         end = f"{_number(abs(over))} (sd {_number(stdev(summary['gold/final_gain'] for summary in summaries), 2)})"
         said = _drop(means, drop, end).replace("at step", "near step")
-    elif most == "unclear" and all(map(_constant, summaries)):
+    elif all(map(_constant, summaries)):
         said = "gold is the same for every answer to a prompt"
     else:
         side = "above" if over >= 0 else "below"
         said = f"gold ended {_number(abs(over))} {side} the reference and {drop} below its peak"
-    return f"{words[most]} in {count} of {seeds} seeds{rest}: {said}{_beside(means)}."
+    return f"{head}: {said}{_beside(means)}."

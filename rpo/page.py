@@ -233,6 +233,7 @@ def _html(block: Block) -> str:
 
 def _said_html(text: str, kind: str = "said") -> str:
     """What a model or a user said; dir=auto keeps its direction, and tricks with it, inside."""
+    text = redacted(text)  # before it is cut: half a secret is not found
     shown, rest = _excerpt(text)
     if not shown.strip():
         return f'<p class="{kind}"><i>(empty)</i></p>'
@@ -338,6 +339,7 @@ def _fenced(text: str) -> str:
 
 
 def _said_markdown(text: str) -> str:
+    text = redacted(text)
     shown, rest = _excerpt(text)
     return _fenced(shown + (f"\n... {len(text) - len(shown):,} more characters" if rest else "")) if text else "(empty)"
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rpo import findings, gather, groups, report_plots, worst
-from rpo.batches import Batch, Gathered, Member, overrides, short
+from rpo.batches import Batch, Gathered, Member, overrides
 from rpo.page import Block, Code, Figure, Fold, Heading, Page, Points, Prose, Section, Table, Verdict
 from rpo.results import Results
 from rpo.svg import Forest, number
@@ -88,10 +88,11 @@ def _differences(found: Results) -> list[str]:
 def _compared(found: Results) -> list[list[str]]:
     """The two models of each comparison, without the folders that all share."""
     pairs = found.facts.get("pairs")
-    if not (isinstance(pairs, list) and len(pairs) == len(found.models) and all(len(pair) == 2 for pair in pairs)):
+    whole = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+    if not whole or len(pairs) != len(found.models):
         pairs = [(f"{name}, the first", "the second") for name in found.models]
     names = list(dict.fromkeys(str(name) for pair in pairs for name in pair))
-    name_of = dict(zip(names, short(names), strict=True))
+    name_of = dict(zip(names, groups.short(names), strict=True))
     return [[name_of[str(name)] for name in pair] for pair in pairs]
 
 
@@ -108,10 +109,10 @@ def _unusable(found: Results) -> list[str]:
 
 def _swept(members: Sequence[Member]) -> list[str]:
     """The keys that differ and mean something: not where a run lies or how it was carried out, nor what its label says."""
-    keys = gather.differing([member.settings for member in members if member.settings])
+    keys = groups.differing([member.settings for member in members if member.settings])
     ignored = [key for key in groups.IGNORED if key not in groups.SEEDS] + ["loss.preference", "loss.sft"]
     kept = [key for key in keys if not any(key == no or key.startswith(f"{no}.") for no in ignored)]
-    flats = [gather.flat(member.settings) for member in members if member.settings]
+    flats = [groups.flat(member.settings) for member in members if member.settings]
     if all(flat.get("data.gold.seed") == flat.get("seed") for flat in flats):
         kept = [key for key in kept if key != "data.gold.seed"]
     return kept
@@ -144,7 +145,7 @@ def _runs(batches: Sequence[Batch]) -> list[Block]:
 
 
 def _run_row(member: Member, swept: Sequence[str], names: Sequence[str]) -> list[str]:
-    settings, end, errors = gather.flat(member.settings), member.curve[-1] if member.curve else {}, member.errors()
+    settings, end, errors = groups.flat(member.settings), member.curve[-1] if member.curve else {}, member.errors()
     if not settings:
         settings = dict(override.split("=", 1) for override in overrides(member))
     step = member.run.step if member.run and member.run.step is not None else end.get("step")
@@ -171,7 +172,7 @@ def _figures(batches: Sequence[Batch]) -> list[Block]:
     for batch in batches:
         ran = [member for member in batch.members if member.curve]
         ran = [member for member in ran if member.done] or ran
-        settings = gather.flat(batch.members[0].settings)
+        settings = groups.flat(batch.members[0].settings)
         values = {key: settings[key] for key in swept if key in settings and key not in groups.SEEDS}
         values = {key: value if isinstance(value, int | float) else str(value) for key, value in values.items()}
         errors = ran[0].errors() if len(ran) == 1 else {}
@@ -219,7 +220,7 @@ def _cells(cell: dict) -> list[str]:
 
 def _table(found: Results) -> list[Block]:
     """A row per metric and model, metrics together; what is past _ROWS is folded."""
-    models = dict(zip(found.models, short(list(found.models)), strict=True))
+    models = dict(zip(found.models, groups.short(list(found.models)), strict=True))
     names = list(dict.fromkeys(name for cells in found.models.values() for name in cells))
     rows = [
         [name, models[m], *_cells(found.models[m][name])] for name in names for m in models if name in found.models[m]
@@ -229,7 +230,13 @@ def _table(found: Results) -> list[Block]:
     blocks: list[Block] = [Table(caption, head, rows[:_ROWS])] if rows else [Prose("It has no metrics.")]
     if rows[_ROWS:]:
         blocks.append(Fold(f"{len(rows) - _ROWS} more rows", [Table(f"{caption}, continued", head, rows[_ROWS:])]))
-    return blocks
+    notes = [
+        f"{models[m]}: {name}: {cell['note']}."
+        for m, cells in found.models.items()
+        for name, cell in cells.items()
+        if cell.get("note")
+    ]
+    return [*blocks, Points(notes)] if notes else blocks
 
 
 def _comparisons(found: Results, i: int) -> list[Block]:
@@ -277,7 +284,7 @@ def _worst(gathered: Gathered, most: int) -> list[Block]:
             if each.task == task:
                 models += [(m, str(each.folder), worst.items_of(each.samples, m)) for m in each.models]
         twice = Counter(model for model, *_ in models)
-        name_of = dict(zip(twice, short(list(twice)), strict=True))
+        name_of = dict(zip(twice, groups.short(list(twice)), strict=True))
         labels = [name_of[model] + (f" ({folder})" if twice[model] > 1 else "") for model, folder, _ in models]
         items = dict(zip(labels, (items for *_, items in models), strict=True))
         config = [
@@ -301,9 +308,9 @@ def _worst(gathered: Gathered, most: int) -> list[Block]:
 def _provenance(gathered: Gathered) -> list[Block]:
     members = gathered.members
     blocks: list[Block] = [Heading("Provenance")]
-    settings = {m.name: gather.flat(m.settings) for m in members if m.settings}
+    settings = {m.name: groups.flat(m.settings) for m in members if m.settings}
     rows = []
-    for key in gather.differing([m.settings for m in members if m.settings]):
+    for key in groups.differing([m.settings for m in members if m.settings]):
         having: dict[str, list[str]] = {}
         for name, flat in settings.items():
             having.setdefault(_value(flat.get(key)), []).append(name)

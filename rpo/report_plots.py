@@ -5,6 +5,7 @@ seeds have; bars are one standard error, over seeds, or of the prompts where the
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -128,7 +129,8 @@ def against_swept(groups: Sequence[Curves], keys: Sequence[str]) -> list[Figure]
                 words = [(x, word) for x, word in words.items() if x in there]
                 charts.append(Chart(title, unit, key, lines, ticks=words))
         caption = f"The last evaluation against {key} (evenly spaced). Grey lines join what is otherwise equal; bars as above."
-        figures += [Figure(f"swept_{key.replace('.', '_')}", caption, charts)] if charts else []
+        name = re.sub(r"\W", "_", f"swept_{key}")  # a file's: keys are what a config.yaml says
+        figures += [Figure(name, caption, charts)] if charts else []
     return figures
 
 

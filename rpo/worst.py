@@ -1,15 +1,18 @@
 """Items on which one model did worst against another, as answers side by side. Pure functions on samples of evaluations."""
 
 import json
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rpo.gather import finite
 from rpo.page import Block, Duel, Fold, Prose, Table
 from rpo.svg import number
 
-LOWER = ("kl", "nll", "brier", "loss", "calibration_error", "displacement_rate")  # metrics of which less is better
+# Metrics of which less is better, by a part of their names: kl, wikitext/word_perplexity,none
+LOWER = {"kl", "nll", "brier", "brier_score", "loss", "calibration_error", "displacement_rate"}
+LOWER |= {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
 NEITHER = ("samples/length", "samples/ended", "length", "tokens")
 MOST = 12  # comparisons that are shown
 
@@ -30,18 +33,14 @@ def items_of(samples: Sequence[dict], model: str) -> dict[str, Item]:
         scores = sample.get("scores")
         if sample.get("model") != model or "id" not in sample or sample.get("error") or not isinstance(scores, dict):
             continue
-        known = {name: float(value) for name, value in scores.items() if _finite(value)}
+        known = {name: float(value) for name, value in scores.items() if finite(value)}
         if known:
             items[str(sample["id"])] = Item(_prompt(sample), _answer(sample), known)
     return items
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _prompt(sample: dict) -> str:
-    said = next((sample[name] for name in ("prompt", "messages", "question", "instruction") if sample.get(name)), None)
+    said = next((sample[name] for name in ("prompt", "messages", "instruction") if sample.get(name)), None)
     if isinstance(said, list) and all(isinstance(turn, dict) for turn in said):
         turns = [f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in said]
         return str(said[0].get("content", "")) if len(said) == 1 else "\n".join(turns)
@@ -49,11 +48,23 @@ def _prompt(sample: dict) -> str:
 
 
 def _answer(sample: dict) -> str | None:
-    names = ("response", "responses", "answer", "answers", "output", "program", "programs", "text", "completion")
-    said = next((sample[name] for name in names if name in sample), None)
-    if isinstance(said, list):
-        return "\n\n".join(turn if isinstance(turn, str) else json.dumps(turn) for turn in said)
-    return None if said is None else str(said)
+    """What the model said, its programs with what became of them; where samples do not keep it, what the judge said of it."""
+    names = ("response", "answer", "programs", "judgments", "judgment", "reply")
+    name = next((name for name in names if sample.get(name) is not None), None)
+    if name is None:
+        return None
+    said = sample[name]
+    said = "\n\n".join(map(_part, said)) if isinstance(said, list) else str(said)
+    return f"[judge] {said}" if name in ("judgment", "reply") else said
+
+
+def _part(said: Any) -> str:
+    match said:
+        case {"program": str(program), "why": why}:
+            return f"{program.strip()}\n# {why or 'passed'}"
+        case {"shown_first": first, "reply": reply}:
+            return f"[judge, {first} shown first] {reply}"
+    return said if isinstance(said, str) else json.dumps(said)
 
 
 def study_items(samples: Sequence[dict], runs: Sequence[str]) -> tuple[dict[str, Item], dict[str, Item]]:
@@ -63,12 +74,12 @@ def study_items(samples: Sequence[dict], runs: Sequence[str]) -> tuple[dict[str,
     """
     before, after = {}, {}
     for run in runs:
-        own = [sample for sample in samples if sample.get("run") == run and _finite(sample.get("step"))]
+        own = [sample for sample in samples if sample.get("run") == run and finite(sample.get("step"))]
         last = max((sample["step"] for sample in own), default=0)
         for step, items in ((0, before), (last, after)):
             count: dict[str, int] = {}
             for sample in own:
-                if sample["step"] == step and _finite(sample.get("gold")):
+                if sample["step"] == step and finite(sample.get("gold")):
                     row = f"{sample.get('row')} {sample.get('prompt')}"
                     count[row] = count.get(row, 0) + 1
                     gold = {"gold": float(sample["gold"])}
@@ -87,7 +98,7 @@ def compared(base: str, a: dict[str, Item], other: str, b: dict[str, Item], most
     metric = metric_of(a, b)
     if metric is None or not most:
         return []
-    sign = -1 if metric.split("/")[0] in LOWER else 1
+    sign = -1 if LOWER & set(re.split("[/,]", metric)) else 1
     both = [key for key in a if key in b and metric in a[key].scores and metric in b[key].scores]
     fell = {key: sign * (b[key].scores[metric] - a[key].scores[metric]) for key in both}
     worst = sorted((key for key in both if fell[key] < 0), key=lambda key: fell[key])[:most]

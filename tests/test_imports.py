@@ -56,11 +56,10 @@ LAYERS = [
         "pairwise",
         "findings",
         "report_plots",
-        "worst",
     },
     {"checkpoint", "results", "overopt_plots", "data", "score", "generate", "dryrun", "sweep", "theory_page"},
     {"faults", "memory", "reference", "drift", "points", "study", "experiment", "rates", "gather", "answering"},
-    {"diagnostics", "gold", "demo", "start", "runs", "batches"},
+    {"diagnostics", "gold", "demo", "start", "runs", "batches", "worst"},
     {"rewards"},
     {
         "tasks.pairs",

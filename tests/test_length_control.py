@@ -95,6 +95,19 @@ def test_folds_are_those_of_scikit_learn():
         assert len(set(fold[groups[held]])) == 1
 
 
+def test_fit_is_that_of_scikit_learn():
+    """At the C that was chosen the coefficients are those of its L1 regression on every row as a win and as a loss."""
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")
+    wins, length, difficulty = judged(200, 3)
+    gamed = gamed_rows(80, 3)
+    X, y, weight = design(wins, length, difficulty, gamed)
+    found = fit(wins, length, difficulty, gamed)
+    how = {"l1_ratio": 1, "solver": "liblinear", "fit_intercept": False, "tol": 1e-10, "max_iter": 10_000}
+    other = linear_model.LogisticRegression(C=found.c, **how)
+    other.fit(np.concatenate([X, X]), np.repeat([1, 0], len(y)), np.concatenate([weight * y, weight * (1 - y)]))
+    np.testing.assert_allclose([found.length, found.difficulty, found.model], other.coef_[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("with_difficulty", [False, True])
 def test_swapped_models_share_100(with_difficulty):
     """The baseline judged against the model has 100 minus the model's rate, where no gamed rows take a side."""

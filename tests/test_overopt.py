@@ -234,7 +234,7 @@ def test_verdict_without_gold():
 
 
 def test_group_verdict():
-    """The commonest kind with its count, the others, and means over seeds; a seed alone is judged as a run."""
+    """What the group is with its count, the others, and means over seeds; a seed alone is judged as a run."""
     collapsed = [overopt.summarise(make_curve([2.9, 4.0, 2.0, end], **PAIRS)) for end in (0.0, 1.0)]
     fine = overopt.summarise(make_curve([2.9, 4.0, 4.2, 4.2], **PAIRS))
     bare = overopt.summarise([make_point(0, kl=0.0), make_point(50, kl=1.0)])
@@ -248,7 +248,17 @@ def test_group_verdict():
     assert overopt.group_verdict([fine, fine]).startswith(
         "No overoptimisation seen in 2 of 2 seeds: gold ended 1.3 above the reference and 0 (sd 0) below its peak"
     )
+    assert overopt.group_verdict([fine, collapsed[0], fine]).startswith(
+        "Overoptimised in 1 of 3 seeds, no overoptimisation seen in 2: gold ended"
+    )
     flat = [overopt.summarise(make_curve([2.9, 2.95, end])) for end in (2.8, 2.7)]
+    assert overopt.group_verdict([fine, flat[0]]).startswith(
+        "Can not tell in 1 of 2 seeds, no overoptimisation seen in 1: gold ended"
+    )
+    stayed = overopt.summarise(make_curve([2.9, 2.95, 2.9], [0.0, 0.01, 0.01]))
+    assert overopt.group_verdict([fine, stayed]).startswith(
+        "Can not tell, no overoptimisation seen in 1 of 2 seeds, under-optimised in 1: gold ended"
+    )
     assert overopt.group_verdict(flat) == (
         "Can not tell in 2 of 2 seeds: gold ended 0.15 below the reference and 0.2 (sd 0.071) below its peak."
     )

@@ -137,6 +137,15 @@ def test_secrets_are_left_out(monkeypatch):
         assert "hunter2" not in written and "secretword" not in written and "***" in written
 
 
+def test_half_a_secret_is_left_out(monkeypatch):
+    """An answer is rid of secrets before it is cut: no part of one stands at the end of an excerpt."""
+    monkeypatch.setenv("SOME_API_KEY", "hunter2hunter2")
+    for at in (page.EXCERPT, page.LONGEST):
+        text = "x" * (at - 7) + "hunter2hunter2" + "y" * page.LONGEST
+        made = Page("", [], [Duel("", text, ("", "", text), ("", "", ""))])
+        assert "hunter" not in page.html(made) + page.markdown(made, "")[0]
+
+
 # ---- Markdown
 
 

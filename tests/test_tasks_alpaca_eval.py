@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from rpo import alpaca_files, outputs, results, verdicts
+from rpo.alpaca_files import _WEIGHTS
 from rpo.config import UserError
 from rpo.judge import Reply
 from rpo.tasks import alpaca_eval
@@ -270,6 +271,17 @@ def test_judged_answers_are_read_back_the_same(files):
     assert outputs_written == model_rows()
 
 
+def test_answers_are_written_as_they_are(files):
+    """An address with a password in an answer is the model's text: what was written is what was judged, and is read back."""
+    rows = model_rows()
+    rows[0]["output"] = "postgres://me:password@host"
+    made = judged(files, rows=rows)
+    written = json.loads((files / "run" / "annotations.json").read_text())
+    assert written[0]["output_2"] == rows[0]["output"]
+    again = evaluated(files, f"annotations={files}/run/annotations.json", f"baseline={files}/baseline.json.gz")
+    assert again.samples == made.samples
+
+
 def test_position_is_the_originals():
     """Where the draw from an instruction's text says so, the model's answer is the one that is shown as m."""
     both = {text: verdicts.switched(text) for text in instructions()}
@@ -413,6 +425,11 @@ def _changed(rows, i, **fields):
             f"annotations.json:1: index {NUM}: .* answers 0 to 39",
         ),
         ([{"index": 0, "generator_1": "x", "generator_2": "own", "output_2": "x"}], "judged against x, .* is of base"),
+        ([{"index": 10**400, "generator_2": "own", "output_2": "x"}], "field index: expected a number, found 1000"),
+        (
+            [{"index": 0, "model": "own", "len_baseline": 1, "len_model": 2}],
+            "len_baseline=1, but the baseline's answer has",
+        ),
     ],
 )
 def test_bad_judgments(files, rows, match):
@@ -444,6 +461,13 @@ def _difficulty(files, rows, header=("index", "instruction_difficulty")):
         (lambda f: (_difficulty(f, [[0, 1]]), "task.compat=row"), "has 1 rows, own has a judgment in row 39"),
         (lambda f: (full(f)[1], f"task.gamed={f}/difficulty.csv"), "difficulty.csv: no column std_delta_len"),
         (lambda f: (full(f)[1], f"task.weights={f}/difficulty.csv"), "difficulty.csv: no column np.tanh"),
+        (
+            lambda f: (
+                full(f)[1],
+                f"task.weights={write_csv(f / 'twice.csv', ['', *_WEIGHTS.values()], [['own', 0, 0, 0]] * 2)}",
+            ),
+            "twice.csv:2: model own has more than one row",
+        ),
         (lambda f: ("task.length_control=full",), "needs task.difficulty and task.gamed"),
         (lambda f: (full(f)[2],), "task.length_control=auto: needs task.difficulty"),
         (lambda f: (full(f)[1], "task.length_control=minimal"), "task.difficulty with .*minimal: would not be read"),

@@ -5,12 +5,26 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 
 import eval as evaluation
 import train
-from rpo import batches, config, dist, gather, page, report_blocks, report_plots, results, rundir, study, worst
+from rpo import (
+    batches,
+    config,
+    dist,
+    findings,
+    gather,
+    page,
+    report_blocks,
+    report_plots,
+    results,
+    rundir,
+    study,
+    worst,
+)
 from rpo.config import UserError
 from rpo.results import Evaluation
 from rpo.stats import clustered_mean
@@ -162,6 +176,7 @@ def test_a_sweep_of_runs(base, tmp_path):
     assert "loss.eta" in read.text and read.text.count("mean \u00b1 sd") == 2
     titles = [svg["aria-label"].split(".")[0] for svg in read.tags("svg") if svg.get("role") == "img"]
     assert "Gold reward against optimizer step" in titles[0] and any("against loss" in title for title in titles)
+    assert all(rule in read.text for rule in findings.RULES)
     heads = ["Verdict", "Runs", "Figures", "Provenance"]
     assert [text for text in read.texts if text in heads] == heads
     assert (
@@ -198,13 +213,35 @@ def test_what_did_not_finish_is_named(base, tmp_path):
 
 
 def test_runs_with_one_setting_and_seed_stand_apart(base, tmp_path):
-    """A copy of a run is no second seed: each is judged by itself, and the page says so."""
+    """A copy of a run is no second seed: each of the two is judged by itself, and the page says so; other groups stay."""
     for name in "ab":
         leave_run(tmp_path / "runs" / name, base, shift=-3.0)
+    for seed in (1, 2):
+        leave_run(tmp_path / "runs" / f"c{seed}", base, eta=0.5, seed=seed)
     read, found = report(tmp_path / "out", f"runs={tmp_path / 'runs'}")
-    assert [g["label"] for g in found["groups"]] == ["DPO beta 0.01 (a)", "DPO beta 0.01 (b)"]
-    assert "here each run stands by itself" in read.text
-    assert {g["verdict"] for g in found["groups"]} == {"signs of overoptimisation"}  # chosen fell 90 nats
+    assert [(g["label"], g["runs"]) for g in found["groups"]] == [
+        ("RPO sum beta 0.01 eta 0.5", ["c1", "c2"]),
+        ("DPO beta 0.01 (a)", ["a"]),
+        ("DPO beta 0.01 (b)", ["b"]),
+    ]
+    assert "here each of them stands by itself" in read.text
+    # Chosen fell 90 nats, or 30.
+    assert {g["verdict"] for g in found["groups"]} == {"signs of overoptimisation"}
+
+
+def test_settings_that_are_none(base, tmp_path):
+    """A run whose config.yaml has something else where groups and labels are read stands by itself; nothing is raised."""
+    odd = [("preference", "foo"), ("beta", "x"), ("beta", None), ("beta", float("nan")), ("eta", "x")]
+    odd += [("label_smoothing", "x"), ("seed", "x"), ("seed", [1]), ("seed", float("nan"))]
+    for i, (key, value) in enumerate(odd):
+        file = leave_run(tmp_path / "runs" / str(i), base) / "config.yaml"
+        made = json.loads(file.read_text())
+        (made if key == "seed" else made["loss"])[key] = value
+        file.write_text(json.dumps(made))
+    leave_run(tmp_path / "runs" / "whole", base)
+    _, found = report(tmp_path / "out", f"runs={tmp_path / 'runs'}")
+    told = sum("not those of this version's runs; shown by itself" in note for note in found["notes"])
+    assert told == len(odd) and len(found["groups"]) == len(odd) + 1
 
 
 def test_a_run_of_another_version(base, tmp_path):
@@ -243,6 +280,8 @@ def test_what_was_swept_is_joined():
         ("b", 1, [(1.0, 3.0, None)]),
     ]
     assert chart.ticks == [(0.0, "0"), (1.0, "0.5")] and chart.x == "loss.eta"
+    odd = [replace(each, swept={"../../x": each.swept["loss.eta"]}) for each in groups[:2]]
+    assert report_plots.against_swept(odd, ["../../x"])[0].name == "swept_______x"  # a file's name
 
 
 # ---- evaluations
@@ -251,7 +290,7 @@ def test_what_was_swept_is_joined():
 def test_a_study_decides(base, tmp_path):
     """What task=overopt measured is the verdict, with its errors in the table, its charts and its worst answers."""
     sweep = leave_sweep(tmp_path / "sweep", base)
-    leave_study(sweep / "study", [sweep / name for name in "01345"])
+    left = leave_study(sweep / "study", [sweep / name for name in "01345"])
     read, found = report(tmp_path / "out", f"runs={sweep}")
     first, second = found["groups"]
     assert (
@@ -260,6 +299,8 @@ def test_a_study_decides(base, tmp_path):
     )
     assert second["says"].startswith("No overoptimisation seen in 3 of 3 seeds")
     assert "task=overopt measured 2 of 3; the verdict is on these." in first["notes"]
+    theirs = json.loads((left / "results.json").read_text())["groups"]
+    assert all(g["says"].startswith(own["verdict"]) for g, own in zip(found["groups"], theirs, strict=True))
     assert "left out x/9 (failed: no room)" in read.text
     assert "0.500 \u00b1\u00a00.058" in read.text  # of three prompts .1 apart
     assert "against sqrt(KL to the reference)" in " ".join(s.get("aria-label", "") for s in read.tags("svg"))
@@ -316,6 +357,43 @@ def test_worst_goes_by_the_metrics_direction():
     assert head.text == "b against a, by kl: worse on 2 of 3 items, better on 1. The 1 worst:"
     assert [duel.right[2] for duel in duels] == ["b2"]
     assert worst.compared("a", a, "b", {}, 5) == [] and worst.compared("a", a, "b", b, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "sample", "prompt", "answer"),
+    [
+        ("winrate", {"prompt": [{"role": "user", "content": "hi"}], "response": "yo", "judgments": []}, "hi", "yo"),
+        ("alpaca_eval", {"prompt": "hi", "response": "yo", "baseline_response": "no"}, "hi", "yo"),
+        ("lm_eval", {"prompt": "1 + 1?", "answer": "2", "target": "3", "logps": [0.1]}, "1 + 1?", "2"),
+        (
+            "mbpp",
+            {"prompt": "p", "programs": [{"program": "x = 1\n", "why": "it ended"}, {"program": "y", "why": None}]},
+            "p",
+            "x = 1\n# it ended\n\ny\n# passed",
+        ),
+        ("mt_bench", {"question": 81, "judgment": "fine [[9]]"}, "q", "[judge] fine [[9]]"),
+        (
+            "mt_bench",
+            {"question": 81, "judgments": [{"shown_first": "m", "score": 1.0, "reply": "[[A]]"}]},
+            "q",
+            "[judge, m shown first] [[A]]",
+        ),
+        ("judge_check", {"prompt": "hi", "chosen": "a", "rejected": "b", "reply": "[[B]]"}, "hi", "[judge] [[B]]"),
+        ("pairs", {"row": "f:1", "tokens_chosen": 3}, "q", None),
+    ],
+)
+def test_worst_has_the_words_of_every_task(task, sample, prompt, answer):
+    """What was asked and said, in the form of each task's samples; where they keep no answer, what the judge said of it."""
+    found = worst.items_of([{"model": "m", "id": "q", "scores": {"score": 1.0}, "error": None} | sample], "m")
+    assert found == {"q": worst.Item(prompt, answer, {"score": 1.0})}
+
+
+def test_worst_of_generated_answers_is_none():
+    """Lengths and ends say nothing of which answer is better."""
+    samples = [
+        {"model": m, "id": 1, "scores": {"samples/length": n, "samples/ended": 1.0}} for m, n in (("a", 9), ("b", 1))
+    ]
+    assert worst.compared("a", worst.items_of(samples, "a"), "b", worst.items_of(samples, "b"), 5) == []
 
 
 def test_nothing_that_models_or_files_say_becomes_markup(base, tmp_path):

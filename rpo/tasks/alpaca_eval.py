@@ -7,6 +7,7 @@ Each instruction is judged once, with the model's answer shown first or second b
 Letters: N instructions.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rpo import alpaca_files, dist, judge, length_control, outputs, rundir, verdicts
+from rpo import alpaca_files, dist, judge, length_control, outputs, verdicts
 from rpo.alpaca_files import Judgment
 from rpo.config import UserError
 from rpo.eval_config import AlpacaEvalTask, Eval
@@ -216,7 +217,9 @@ def _write(run_dir: Path, name: str, rows: Sequence[dict], model: str) -> None:
         safe = re.sub(r"[^\w.-]+", "_", one)[-80:]
         folder = run_dir if len(models) == 1 else run_dir / f"{number}_{safe}"
         folder.mkdir(parents=True, exist_ok=True)
-        rundir.write_json(folder / name, [row for row in rows if row[model] == one])
+        part = folder / f"{name}.part"  # not `rundir.write_json`: text of models and data stays as it is
+        part.write_text(json.dumps([row for row in rows if row[model] == one], indent=2) + "\n")
+        part.rename(folder / name)
 
 
 # ---- rates
