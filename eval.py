@@ -345,6 +345,8 @@ def _of_results(cfg: Eval) -> None:
         made = select.evaluate(select.read(Path(task.results).expanduser()), task)
     elif isinstance(task, CompareTask):
         made = compare.evaluate(cfg)
+    else:
+        made = report.read(cfg)
 
     def finish() -> None:
         match task:
@@ -355,7 +357,7 @@ def _of_results(cfg: Eval) -> None:
                 results.write(run_dir, cfg, made)
                 print(redacted(compare.lines(made)), flush=True)
             case ReportTask():
-                print(*report.evaluate(cfg, run_dir=run_dir), sep="\n", flush=True)
+                print(*report.write(cfg, made, run_dir=run_dir), sep="\n", flush=True)
 
     with rundir.recording(run_dir, config.to_yaml(cfg)):
         dist.on_main(finish)

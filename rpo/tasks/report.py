@@ -10,21 +10,26 @@ from pathlib import Path
 import torch
 
 from rpo import gather, page, report_blocks, rundir
-from rpo.batches import gather_all
+from rpo.batches import Gathered, gather_all
 from rpo.eval_config import Eval
 from rpo.redact import redacted
 from rpo.svg import visible
 
 
-def evaluate(cfg: Eval, *, run_dir: Path) -> list[str]:
-    """Writes the page of `runs` and `task.results` into `run_dir`; returns the verdicts and the files, to be printed.
+def read(cfg: Eval) -> Gathered:
+    """What is below `runs` and in `task.results`.
 
     Raises UserError where there is nothing to report on, or what was named can not be read. What lies below `runs` and
-    can not be read is named on the page.
+    can not be read is named in it.
     """
-    specs, given = (_listed(value) for value in (cfg.runs, cfg.task.results))
+    specs = _listed(cfg.runs)
     found = gather.find(specs) if specs else gather.Found([], [], [])
-    gathered = gather_all(found, given)
+    return gather_all(found, _listed(cfg.task.results))
+
+
+def write(cfg: Eval, gathered: Gathered, *, run_dir: Path) -> list[str]:
+    """Writes the page into `run_dir`; returns the verdicts and the files, to be printed."""
+    specs, given = (_listed(value) for value in (cfg.runs, cfg.task.results))
     rundir.write_environment(run_dir, torch.device("cpu"))
     title = cfg.task.title or ", ".join(Path(spec).expanduser().resolve().name for spec in specs or given)
     made = report_blocks.layout(
