@@ -19,6 +19,7 @@ from rpo.eval_config import Eval
 from rpo.redact import redacted
 
 MAX_ERRORS = 0.05  # a larger share of failures makes a result unusable: what failed is rarely like the rest
+_PLACES = ("model", "against", "id", "cluster", "row")  # of a sample: paths among them, which may hold a secret
 _VERSIONS = ("torch", "transformers", "tokenizers", "numpy")
 
 
@@ -73,7 +74,7 @@ def write(run_dir: Path, cfg: Eval, made: Evaluation, versions: tuple[str, ...] 
     part = run_dir / "samples.jsonl.part"  # renamed when whole: a file cut between two lines would look whole
     with part.open("w") as file:
         for sample in made.samples:  # text of models and data stays as it is, paths may hold a secret
-            secretless = {key: redacted(sample[key]) for key in ("model", "against", "row") if key in sample}
+            secretless = {key: redacted(sample[key]) for key in _PLACES if key in sample}
             file.write(json.dumps(sample | secretless) + "\n")
     part.rename(run_dir / "samples.jsonl")
     rundir.write_json(run_dir / "results.json", {"task": cfg.task.kind, **made.facts, **facts})
