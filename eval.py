@@ -31,6 +31,7 @@ from rpo import (
     data,
     dist,
     eval_checks,
+    faults,
     judge,
     models,
     overopt_plots,
@@ -87,15 +88,16 @@ from rpo.tasks import (
 def evaluate(cfg: Eval) -> str:
     """Runs the task; returns "finished". Raises UserError, for all that can be known by then before a model is loaded."""
     device = dist.init()
-    match cfg.task:
-        case PairsTask() | GenerateTask() | GoldTask():
-            _of_models(cfg, device)
-        case OveroptTask():
-            _of_runs(cfg, device)
-        case SelectTask() | CompareTask() | ReportTask():
-            _of_results(cfg)
-        case _:
-            _of_answers(cfg, device)
+    with faults.Interrupt():  # a scheduler's signals end it as Ctrl-C does
+        match cfg.task:
+            case PairsTask() | GenerateTask() | GoldTask():
+                _of_models(cfg, device)
+            case OveroptTask():
+                _of_runs(cfg, device)
+            case SelectTask() | CompareTask() | ReportTask():
+                _of_results(cfg)
+            case _:
+                _of_answers(cfg, device)
     return "finished"
 
 
@@ -290,6 +292,8 @@ def _of_answers(cfg: Eval, device: torch.device) -> None:
         cache = Path(cfg.cache_dir).expanduser() / "judgments"
         ask = partial(judge.ask, judge=cfg.judge, cache=cache, account=judge.Account())
     with rundir.recording(run_dir, config.to_yaml(cfg), seen=seen):
+        if dist.is_main():
+            print(f"to go on after a stop give run_dir={redacted(str(run_dir))}", flush=True)
         answer = Answerer(cfg, run_dir, device, task.batch_size) if cfg.model.path is not None else None
         match task:
             case WinrateTask():
@@ -354,8 +358,7 @@ def _of_results(cfg: Eval) -> None:
                 rundir.write_json(run_dir / "results.json", {"task": task.kind, "results": task.results, "runs": made})
                 print(redacted(select.lines(made, task)), run_dir / "results.json", sep="\n", flush=True)
             case CompareTask():
-                results.write(run_dir, cfg, made)
-                print(redacted(compare.lines(made)), flush=True)
+                results.write(run_dir, cfg, made, compare.lines(made))
             case ReportTask():
                 print(*report.write(cfg, made, run_dir=run_dir), sep="\n", flush=True)
 

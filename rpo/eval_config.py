@@ -212,5 +212,5 @@ class Eval:
 
 # What may differ between two starts of one evaluation: how its judge is asked and what that may cost, and places.
 EVAL_MAY_CHANGE = ("run_dir", "cache_dir", "tokens_per_microbatch")
-EVAL_MAY_CHANGE += tuple(f"judge.{name}" for name in ("concurrency", "timeout", "retries", "max_cost"))
+EVAL_MAY_CHANGE += tuple(f"judge.{name}" for name in ("base_url", "concurrency", "timeout", "retries", "max_cost"))
 EVAL_MAY_CHANGE += ("judge.price_in", "judge.price_out", "judge.api_key_env")

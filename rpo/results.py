@@ -9,6 +9,7 @@ samples.jsonl   one object per item: "model", "id" (the same item has the same o
 
 import importlib.metadata
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,12 @@ def unusable(samples: list[dict]) -> str | None:
     return f"{len(failed)} of {len(samples)} items failed, {count} with: {reason}"
 
 
-def write(run_dir: Path, cfg: Eval, made: Evaluation, versions: tuple[str, ...] = ()) -> None:
-    """Writes both files and prints the table. Raises UserError, all written, where a model's results are unusable."""
+def write(run_dir: Path, cfg: Eval, made: Evaluation, shown: str | None = None) -> None:
+    """Writes both files and prints a table (or what is `shown`) and the notes.
+
+    `facts["notes"]` are what a reader has to know of the numbers. Raises UserError, all written, where a model's results are
+    unusable.
+    """
     models, why = {}, {}
     for name, cells in made.models.items():
         models[name] = {metric: {"interval": None, "n_error": 0} | cell for metric, cell in cells.items()}
@@ -69,7 +74,7 @@ def write(run_dir: Path, cfg: Eval, made: Evaluation, versions: tuple[str, ...] 
             of = name if name in why else cfg.baseline if metric.startswith("difference/") else None
             if of in why:
                 cells[metric] = _blank(cell) | {"unusable": why[of]}
-    installed = {name: importlib.metadata.version(name) for name in (*_VERSIONS, *versions)}
+    installed = {name: importlib.metadata.version(name) for name in _VERSIONS}
     facts = {"models": models, "config": config.to_dict(cfg), "versions": installed}
     part = run_dir / "samples.jsonl.part"  # renamed when whole: a file cut between two lines would look whole
     with part.open("w") as file:
@@ -78,12 +83,14 @@ def write(run_dir: Path, cfg: Eval, made: Evaluation, versions: tuple[str, ...] 
             file.write(json.dumps(sample | secretless) + "\n")
     part.rename(run_dir / "samples.jsonl")
     rundir.write_json(run_dir / "results.json", {"task": cfg.task.kind, **made.facts, **facts})
-    print(redacted(table(models)), run_dir / "results.json", run_dir / "samples.jsonl", sep="\n", flush=True)
+    notes = [f"note: {note}" for note in made.facts.get("notes", [])]
+    files = [str(run_dir / name) for name in ("results.json", "samples.jsonl")]
+    print(*map(redacted, [shown or table(models), *notes, *files]), sep="\n", flush=True)
     if why:
         name, reason = next(iter(why.items()))
         raise UserError(
             f"{redacted(name)}: {reason}; more than {MAX_ERRORS:.0%} failed, so results.json has no score of it. Mend the "
-            "cause and start again: what was answered is kept"
+            "cause and start again: what was answered is kept, unreadable replies too (another cache_dir asks all again)"
         )
 
 
@@ -118,16 +125,24 @@ def read(given: str | Path) -> Results:
 
 
 def table(models: dict[str, dict[str, dict]]) -> str:
-    """Metrics down, models across, each value +- its standard error."""
+    """Metrics down, models across, each value +- its standard error; of more than three models the other way round."""
     names = list(dict.fromkeys(name for result in models.values() for name in result))
     lines = [["", *models]]
     for name in names:
         lines.append([name, *(_cell(result.get(name)) for result in models.values())])
+    if len(models) > 3:
+        lines = [list(line) for line in zip(*lines, strict=True)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+    padded = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join(line.rstrip() for line in padded)
 
 
 def _cell(cell: dict | None) -> str:
+    """The value with as many digits as its error has two of."""
     if cell is None or cell["value"] is None:
         return "unusable" if cell and "unusable" in cell else "-"
-    return f"{cell['value']:.4g}" + ("" if cell["se"] is None else f" +- {cell['se']:.2g}")
+    value, se = cell["value"], cell["se"]
+    if se is None or not abs(value) * 1e-9 < se < math.inf:  # none, or a rounding
+        return f"{value:.4g}" + ("" if se is None else " +- 0")
+    digits = max(0, 1 - math.floor(math.log10(se)))
+    return f"{value:.{digits}f} +- {se:.{digits}f}"

@@ -84,7 +84,7 @@ def run_job(job: Callable[[], str]) -> None:
         print(f"error: {reason}", file=sys.stderr, flush=True)
     except KeyboardInterrupt as stop:
         code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
-        print("interrupted; checkpoints and what the caches have are kept", file=sys.stderr, flush=True)
+        print("interrupted; what was saved is kept", file=sys.stderr, flush=True)
     except Exception as error:
         code, reason = 1, " ".join(f"{type(error).__name__}: {error}".split())
         print(redacted(traceback.format_exc()), file=sys.stderr, end="", flush=True)
