@@ -139,7 +139,7 @@ def _answer(request: dict, names: dict, held: list) -> object:
 
 
 def examine(give: int, take: int) -> dict:
-    """{"passed", "why"}, or {"error"} where there was no program's side to ask. A first verdict is printed at once."""
+    """{"passed", "why", "kind"}, or {"error"} without a program's side to ask. A first verdict is printed at once."""
     exam = json.loads(sys.stdin.read())
     requests, replies = os.fdopen(give, "wb"), os.fdopen(take, "rb")
 
@@ -156,9 +156,8 @@ def examine(give: int, take: int) -> dict:
 
     if replies.readline(100) != b'"ready"\n':
         return {"error": "the program's side did not start"}
-    print(
-        json.dumps({"passed": False, "why": "the tests' side was stopped at a limit"}), flush=True
-    )  # unless more follows
+    stopped = {"passed": False, "why": "the tests' side was stopped at a limit", "kind": "tests stopped"}
+    print(json.dumps(stopped), flush=True)  # unless more follows
     at = "the program"
     try:
         names = {name: Remote(name, ask) for name in exam["names"]}
@@ -170,8 +169,9 @@ def examine(give: int, take: int) -> dict:
     except Exception as error:
         kind = {ProgramError: "", AssertionError: "not so"}.get(type(error), type(error).__name__)
         text = ": ".join(filter(None, (kind, str(error))))
-        return {"passed": False, "why": f"{at}: {text}"[:500]}
-    return {"passed": True, "why": None}
+        sort = "failed a test" if isinstance(error, AssertionError) else text.partition(":")[0]
+        return {"passed": False, "why": f"{at}: {text}"[:500], "kind": sort[:100]}
+    return {"passed": True, "why": None, "kind": None}
 
 
 def _send(file, message: object) -> None:

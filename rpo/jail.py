@@ -34,7 +34,7 @@ MACHINES = {  # audit architecture, numbers
 }
 SCRATCH, FILES = 2**24, 1000  # bytes in /scratch, and of any one file; files and folders there
 NOBODY = 65534
-WALL, REFUSED = 124, 125  # exit status: past its time on the clock; no jail could be made
+CPU, WALL, REFUSED = 123, 124, 125  # exit status: past its CPU time or its time on the clock; no jail could be made
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -130,7 +130,7 @@ def enter(settings: dict) -> None:
 
 
 def main(settings: dict) -> int:
-    """The program's exit status, 128 + its signal, `WALL` or `REFUSED`."""
+    """The program's exit status, 128 + its signal, `CPU`, `WALL` or `REFUSED`."""
     jailed, stopped = 0, []
 
     def stop(number: int, _) -> None:  # the first process of its kind takes all others in the jail with it
@@ -149,9 +149,14 @@ def main(settings: dict) -> int:
         os.write(settings["report"], f"{type(error).__name__}: {error}".encode())
         os._exit(REFUSED)
     signal.setitimer(signal.ITIMER_REAL, 0.001 if stopped else settings["wall"])
-    _, status = os.waitpid(jailed, 0)
+    _, status, used = os.wait4(jailed, 0)
     code = os.waitstatus_to_exitcode(status)
-    return WALL if signal.SIGALRM in stopped else code if code >= 0 else 128 - code
+    if signal.SIGALRM in stopped:
+        return WALL
+    # The limit counts ticks of the clock and `used` is exact, so the two differ a little.
+    if code == -signal.SIGKILL and used.ru_utime + used.ru_stime > 0.8 * settings["seconds"]:
+        return CPU
+    return code if code >= 0 else 128 - code
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ CPU time, memory, files, processes (none) and time on the clock, and a filter of
 in it is one in this.
 """
 
+import builtins
 import contextlib
 import io
 import json
@@ -24,7 +25,16 @@ from rpo.config import UserError
 
 WALL = 4  # time on the clock for each second of CPU time that a program has, and 10 seconds to start on a busy machine
 _HERE = Path(__file__).parent
-_ENDS = {jail.WALL: ", its time on the clock over", 128 + signal.SIGKILL: ", killed at a limit of time or memory"}
+_ENDS = {  # exit status: why, and the kind of failure
+    jail.WALL: (", its time on the clock over", "out of time"),
+    jail.CPU: (", its CPU time over", "out of time"),
+    128 + signal.SIGKILL: (
+        ", killed before a limit of its own, as by a system short of memory",
+        "killed by the system",
+    ),
+    128 + signal.SIGSEGV: (", crashed", "crashed"),
+    128 + signal.SIGABRT: (", crashed", "crashed"),
+}
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,12 @@ class Exam:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`why` a program did not pass; `error` where there was no finding out."""
+    """`why` a program did not pass, and of what `kind` that is; `error` where there was no finding out."""
 
     passed: bool
     why: str | None
     error: str | None
+    kind: str | None = None
 
 
 def examine(exam: Exam, limits: Limits) -> Outcome:
@@ -115,10 +126,21 @@ def _outcome(said: bytes, program: "_Jailed", tests: "_Jailed") -> Outcome:
     verdict = json.loads(lines[-1])
     if "error" in verdict:
         return Outcome(False, None, f"{verdict['error']} (status {program.process.returncode})")
-    why = verdict["why"]
-    if why and why.endswith(": it ended"):
-        why += _ENDS.get(program.process.returncode, "")
-    return Outcome(verdict["passed"], why, None)
+    why, kind = verdict["why"], verdict["kind"]
+    if kind == "it ended":
+        end, kind = _ENDS.get(program.process.returncode, ("", "left early"))
+        why += end
+    return Outcome(verdict["passed"], why, None, None if why is None else _kind(kind))
+
+
+def _kind(said: str) -> str:
+    """What to count a failure as. A program names its own exceptions: of those only Python's keep their names."""
+    known = {kind for _, kind in _ENDS.values()} | {"failed a test", "left early", "a value too large", "tests stopped"}
+    if said == "MemoryError":
+        return "out of memory"
+    found = getattr(builtins, said, None)
+    named = isinstance(found, type) and issubclass(found, BaseException)
+    return said if said in known or named else "another error"
 
 
 def _pipe(stack: contextlib.ExitStack) -> list[io.FileIO]:

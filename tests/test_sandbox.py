@@ -34,7 +34,7 @@ def tried(program, *tests, names=("f",), limits=LIMITS, **more):
 def test_right_and_wrong():
     """A program that is right passes; one that is wrong, raises or does not parse fails, with the test and the reason."""
     assert tried("def f(x): return 2 * x") == Outcome(True, None, None)
-    assert tried("def f(x): return 3 * x") == Outcome(False, "assert f(2) == 4: not so", None)
+    assert tried("def f(x): return 3 * x") == Outcome(False, "assert f(2) == 4: not so", None, "failed a test")
     assert tried("def f(x): return x / 0").why == "assert f(2) == 4: ZeroDivisionError: division by zero"
     assert tried("g = 1").why == "assert f(2) == 4: NameError: name 'f' is not defined"
     assert tried("def f(x)").why.startswith("the program: SyntaxError")
@@ -198,10 +198,42 @@ def test_time_is_limited():
         sources = ["while True: pass", "def f(x):\n    while True: pass", "import time; time.sleep(1000)"]
         sources += ["import os, signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass"]
         busy, calls, asleep, stubborn = pool.map(lambda source: tried(source, limits=Limits(1, 0.5)), sources)
-    assert busy.why == "the program: it ended, killed at a limit of time or memory"
-    assert calls.why == "assert f(2) == 4: it ended, killed at a limit of time or memory"
+    assert busy.why == "the program: it ended, its CPU time over"
+    assert calls.why == "assert f(2) == 4: it ended, its CPU time over"
     assert asleep.why == "the program: it ended, its time on the clock over"
     assert not stubborn.passed and stubborn.error is None
+    assert {busy.kind, calls.kind, asleep.kind, stubborn.kind} == {"out of time"}
+
+
+KINDS = {
+    "def f(x): return 5": "failed a test",
+    "def f(x)": "SyntaxError",
+    "def f(x): return y": "NameError",
+    "class Own(Exception): pass\ndef f(x): raise Own('x: y')": "another error",
+    "x = []\nwhile True: x.append(bytearray(2**20))": "out of memory",
+    "import os\ndef f(x): os._exit(0)": "left early",
+    "def f(x): return 'x' * 2**25": "a value too large",
+    f"{LIBC}libc.prctl(4, 0)\ndef f(x): libc.strlen(1)": "crashed",
+}
+
+
+@pytest.mark.parametrize(("program", "kind"), KINDS.items(), ids=KINDS.values())
+def test_kind_of_failure(program, kind):
+    """Why a program failed comes as one of a few kinds, whatever text the program puts into its errors."""
+    assert tried(program).kind == kind
+
+
+def test_killed_from_outside_is_not_out_of_time(monkeypatch):
+    """A kill long before the CPU time is over, as by a system without memory, is told from one at the limit."""
+    killing = (
+        f"import json, os, runpy, sys, time\nmain, fork = runpy.run_path({jail.__file__!r})['main'], os.fork\n"
+        "def forked():\n    pid = fork()\n    if pid and sys.argv[1].count('\"serve\"'):\n        time.sleep(2)\n"
+        "        os.kill(pid, 9)\n    return pid\n"
+        "os.fork = forked\nsys.exit(main(json.loads(sys.argv[1])))"
+    )
+    monkeypatch.setattr(sandbox, "_jail_argv", lambda settings: [sys.executable, "-I", "-S", "-c", killing, settings])
+    outcome = tried("import time\ntime.sleep(100)")
+    assert outcome.kind == "killed by the system" and "short of memory" in outcome.why, outcome
 
 
 def test_nothing_is_left(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from rpo.config import UserError
+from rpo.stats import clustered_mean
 from rpo.tasks import lm_eval as task
 from tests.conftest import make_lm, settings, write_jsonl
 
@@ -219,6 +220,23 @@ def test_chat_template(folder, group, tmp_path):
     args = ("task.tasks=[gsm8k]", "task.limit=1", f"model.path={folder / 'first'}", "task.chat_template=true")
     (sample,) = task.evaluate(configured(folder, *args), group, run_dir=tmp_path).samples
     assert sample["prompt"] == f"<bos>26 July 2024[user] Question: {GSM8K[0]['question']}\nAnswer: [assistant] "
+
+
+def test_what_the_harness_warns_of(folder, caplog):
+    """It says nothing of how a model was made, and later warnings, as of questions that are cut, still come."""
+    from lm_eval.models import huggingface
+
+    task._model(configured(folder), str(folder / "first"), torch.device("cpu"))
+    assert not [record for record in caplog.records if record.name.startswith("lm_eval")]
+    huggingface.eval_logger.warning("cut")
+    assert caplog.messages[-1] == "cut"
+
+
+def test_all_answers_wrong():
+    """A metric that is 0 of every question has its cell from `stats.clustered_mean`, as every mean has."""
+    samples = [{"id": i, "cluster": i, "scores": {"t/acc": 0.0}, "error": None} for i in "abc"]
+    expected = clustered_mean([0.0] * 3, list("abc"))
+    assert task._cells(samples, {"t/acc": [0.0, 0.0]})["t/acc"] == expected | {"n_error": 0}
 
 
 def test_totals_that_are_no_means():

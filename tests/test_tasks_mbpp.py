@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from rpo.answering import Answer
 from rpo.config import UserError
 from rpo.sandbox import Outcome
 from rpo.tasks import mbpp
-from tests.conftest import settings, write_jsonl
+from tests.conftest import ROOT, settings, write_jsonl
 
 
 def problem(task_id, name, factor):
@@ -26,6 +27,9 @@ def problem(task_id, name, factor):
 
 
 PROBLEMS = [problem(i, f"times{i}", i) for i in (2, 3, 4, 11, 12, 13)]
+
+
+WRONG = Outcome(False, "not so", None, "failed a test")
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def unsandboxed(monkeypatch):
     """Outcomes by what a program says of itself, for tests of what is made of them."""
     said = {"right": Outcome(True, None, None), "broken": Outcome(False, None, "no sandbox")}
     monkeypatch.setattr(sandbox, "check", lambda limits: None)
-    monkeypatch.setattr(sandbox, "examine", lambda e, limits: said.get(e.program, Outcome(False, "not so", None)))
+    monkeypatch.setattr(sandbox, "examine", lambda e, limits: said.get(e.program, WRONG))
 
 
 def configured(data, *more):
@@ -98,6 +102,40 @@ def test_stored_programs(group, data, tmp_path, unsandboxed, monkeypatch):
     assert made.samples[-1]["error"] == "no sandbox" and made.samples[-1]["scores"] == {}
     limited = mbpp.evaluate(configured(data, f"outputs={first}", "task.limit=2"), None, run_dir=tmp_path)
     assert [s["task_id"] for s in limited.samples] == [11, 12]
+    assert limited.facts["notes"] == [f"{first}: 4 of 6 programs failed (4 failed a test)"]
+    assert made.facts["notes"][1] == f"{second}: 6 of 6 programs failed (6 not tried)"
+
+
+CODE = "def f(x):\n    return 2 * x\n"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        CODE,
+        f"{CODE}[DONE]\n```python\nother\n```",
+        f"```python\n{CODE}```",
+        f"Here it is:\n```\n{CODE}```\nIt doubles x:\n```python\nf(2)\n```\n",
+        f"It must pass:\n```\nassert f(2) == 4\n```\n[BEGIN]\n```python\n{CODE}```\n[DONE]",
+        f"[BEGIN] follows.\n```py\n{CODE}[DONE]\n```",
+        f"```python\n{CODE}",
+        f"```python\n{CODE}```\n\n[BEGIN]\nno fence here",
+        "1. So:\n   ```python\n   def f(x):\n       return 2 * x\n   ```",
+    ],
+)
+def test_program_of_a_reply(reply):
+    """The program is the fenced code where a reply has any, after [BEGIN] if there is some, and ends at [DONE]."""
+    assert mbpp.program_of(reply) == CODE
+
+
+def test_fenced_programs_are_tried(group, data, tmp_path):
+    """A fenced program in a file passes, one in fences that does not parse is a SyntaxError in the tally."""
+    possible()
+    rows = [{"task_id": i, "completion": f"So:\n```python\ndef times{i}(x): return {i} * x\n```"} for i in (11, 12)]
+    file = write_jsonl(tmp_path / "outputs.jsonl", [*rows, {"task_id": 13, "completion": "```\ndef times13(\n```"}])
+    made = mbpp.evaluate(configured(data, f"outputs={file}"), None, run_dir=tmp_path)
+    assert [s["scores"]["pass@1"] for s in made.samples] == [1, 1, 0]
+    assert made.facts["notes"] == [f"{file}: 1 of 3 programs failed (1 SyntaxError)"]
 
 
 @pytest.mark.parametrize(("n", "c"), [(5, 0), (5, 1), (5, 3), (5, 5), (1, 1)])
@@ -197,6 +235,18 @@ def test_bad_settings(data, more, said):
     """Settings that contradict each other are refused before anything is loaded; running programs is agreed to first."""
     with pytest.raises(UserError, match=said):
         configured(data, "model.path=A", *more)
+
+
+@pytest.mark.skipif("RPO_TEST_DATA" not in os.environ, reason="RPO_TEST_DATA: no folder with mbpp/ given")
+def test_documented_lines_pass(group, tmp_path):
+    """The example lines of docs/EVALUATION.md and conf/task/mbpp.yaml are programs that pass their problem."""
+    possible()
+    problems, _ = mbpp.read(str(Path(os.environ["RPO_TEST_DATA"]) / "mbpp/mbpp.jsonl.gz"))
+    for name in ("docs/EVALUATION.md", "conf/task/mbpp.yaml"):
+        (line,) = re.findall(r'\{"task_id": \d+, "completion": ".*"\}', (ROOT / name).read_text())
+        row = json.loads(line)
+        outcome = sandbox.examine(mbpp.exam_of(problems[row["task_id"]], row["completion"]), sandbox.Limits(5, 1.0))
+        assert outcome == Outcome(True, None, None), name
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import random
 from collections.abc import Sequence
 from functools import lru_cache
@@ -174,7 +175,13 @@ def _model(cfg: Eval, path: str, device: torch.device) -> Any:
     stop_ids = tokens.stop_ids(tokenizer, cfg.data.template_date)
     # A generation_config.json may ask for a repetition penalty, which "greedy" does not turn off.
     lm.generation_config = type(lm.generation_config)(eos_token_id=stop_ids, pad_token_id=stop_ids[0])
-    model = HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=cfg.task.batch_size, softmax_dtype=wide)
+    logger = logging.getLogger(HFLM.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of what happens to a model that is given whole, as this one is
+    try:
+        model = HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=cfg.task.batch_size, softmax_dtype=wide)
+    finally:
+        logger.setLevel(level)
 
     def rendered(history: list[dict], add_generation_prompt: bool = True) -> str:  # its own would print today's date
         return tokens.render(tokenizer, history, cfg.data.template_date, prompt=add_generation_prompt)

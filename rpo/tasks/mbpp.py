@@ -1,7 +1,7 @@
 """MBPP (arXiv 2108.07732): whether the programs that a model writes pass their tests, each tried in a sandbox.
 
 The prompt is the paper's, with problems 2, 3 and 4 shown and solved; problems 11 to 510 are the test. It is a text that
-goes on, so no chat template is used.
+goes on, so no chat template is used. Of a reply in Markdown the fenced code is the program.
 """
 
 import ast
@@ -9,7 +9,10 @@ import builtins
 import itertools
 import math
 import os
+import re
+import textwrap
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,10 +28,11 @@ from rpo.rows import RowError
 from rpo.stats import clustered_mean
 
 SHOWN, TEST = (2, 3, 4), range(11, 511)  # task ids
-END = "[DONE]"
+BEGIN, END = "[BEGIN]", "[DONE]"
 CHUNK = 128  # programs that are tried while the other ranks wait, whose wait has a limit
 _FIELDS = {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str}
 _PROGRAM = ("program", "completion", "response", "output")  # the first of them that a row of outputs has
+_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)  # or cut before its end
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def evaluate(cfg: Eval, answer: Callable | None, *, run_dir: Path) -> Evaluation
         for name, cells in differences(samples, cfg.baseline).items():
             models[name] |= cells
     facts = {"data": {"file": task.data, "digest": digest, "problems": len(asked)}, "shown": list(SHOWN)}
+    facts["notes"] = [_tally(name, [s for s in samples if s["model"] == name]) for name in names]
     return Evaluation(models, samples, facts)
 
 
@@ -155,7 +160,7 @@ def _question(problem: Problem) -> str:
     tests = "\n".join(problem.tests[:3])
     return (
         f"You are an expert Python programmer, and here is your task: {problem.text} Your code should pass these "
-        f"tests:\n\n{tests}\n[BEGIN]\n"
+        f"tests:\n\n{tests}\n{BEGIN}\n"
     )
 
 
@@ -199,11 +204,22 @@ def _scored(
         scores = {} if error else {f"pass@{k}": pass_at_k(len(tried), passed, k) for k in ks}
         item = f"mbpp/{problem.task_id}"
         about = {"task_id": problem.task_id, "prompt": problem.text, "tests": problem.tests}
-        made = [{"program": text, "passed": outcome.passed, "why": outcome.why} for text, outcome in tried]
+        made = [
+            {"program": text, "passed": outcome.passed, "why": outcome.why, "kind": outcome.kind}
+            for text, outcome in tried
+        ]
         samples.append(
             {"model": name, "id": item, "cluster": item, "scores": scores, "error": error, **about, "programs": made}
         )
     return samples
+
+
+def _tally(name: str, samples: Sequence[dict]) -> str:
+    """How many of a model's programs failed, and of what."""
+    made = [made for sample in samples for made in sample["programs"]]
+    kinds = Counter(program["kind"] or "not tried" for program in made if not program["passed"])
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return f"{name}: {kinds.total()} of {len(made)} programs failed" + (f" ({counts})" if counts else "")
 
 
 def _tried(exams: Sequence[sandbox.Exam], limits: sandbox.Limits) -> list[sandbox.Outcome]:
@@ -213,6 +229,14 @@ def _tried(exams: Sequence[sandbox.Exam], limits: sandbox.Limits) -> list[sandbo
 
 
 def exam_of(problem: Problem, text: str) -> sandbox.Exam:
-    """The problem's tests of the program that `text` begins with."""
-    program = text.partition(END)[0]
-    return sandbox.Exam(program, list(problem.tests), list(problem.names), problem.setup, list(problem.imports))
+    """The problem's tests of the program in `text`."""
+    return sandbox.Exam(
+        program_of(text), list(problem.tests), list(problem.names), problem.setup, list(problem.imports)
+    )
+
+
+def program_of(text: str) -> str:
+    """The first fenced code after [BEGIN], or else anywhere before [DONE]; without fences all that is before [DONE]."""
+    said = text.partition(END)[0]
+    found = _FENCED.search(said.partition(BEGIN)[2]) or _FENCED.search(said)
+    return textwrap.dedent(found[1]) if found else said
