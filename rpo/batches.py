@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rpo import findings, gather, groups, overopt
+from rpo import findings, gather, groups, overopt, paired
 from rpo.config import UserError
 from rpo.gather import Chosen, Run, Study
 from rpo.results import Results
@@ -91,24 +91,28 @@ def gather_all(found: gather.Found, given: Sequence[str]) -> Gathered:
             if run["run"] in studied:
                 notes.append(f"{run['run']}: evaluated twice by task=overopt; {study.folder} is not used for it")
             studied.setdefault(run["run"], run)
-    notes += _other_data(kinds[Results])
+    notes += _apart(kinds[Results])
     batches = _batches(found.runs, studied, notes)
     if not batches and not read:
         raise UserError("nothing to report on: " + ("; ".join(notes[:3]) or "give runs=FOLDER or task.results=FOLDER"))
     return Gathered(batches, kinds[Results], kinds[Study], kinds[Chosen], notes)
 
 
-def _other_data(evaluations: Sequence[Results]) -> list[str]:
-    """Evaluations of one task on other data than the first: their numbers do not stand side by side."""
-    notes, first = [], {}
+def _apart(evaluations: Sequence[Results]) -> list[str]:
+    """Evaluations of one task that share no item with the first, or were judged otherwise: numbers that do not compare."""
+    notes: list[str] = []
+    first: dict[str, tuple[Results, set[str]]] = {}
     for each in evaluations:
-        settings = each.facts.get("config") if isinstance(each.facts.get("config"), dict) else {}
-        of = [each.facts.get("data"), settings.get("data"), settings.get("annotations"), settings.get("baseline")]
-        folder, there = first.setdefault(each.task, (each.folder, of))
-        if of != there and each.task != "compare":
-            notes.append(
-                f"{each.folder} and {folder} are of task={each.task} on other data: do not compare their numbers"
-            )
+        ids = {str(sample["id"]) for sample in each.samples if "id" in sample}
+        other, theirs = first.setdefault(each.task, (each, ids))
+        if other is each or each.task == "compare":
+            continue
+        why = ["have no item in common"] if ids and theirs and not ids & theirs else []
+        judges = paired.judged_apart(*(paired.judged_by(one.task, one.facts) for one in (other, each)))
+        why += [f"were not judged alike ({judges})"] if judges else []
+        if why:
+            both = f"{other.folder} and {each.folder}, of task={each.task},"
+            notes.append(f"{both} {' and '.join(why)}: do not compare their numbers")
     return notes
 
 

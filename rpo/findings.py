@@ -144,6 +144,12 @@ def spread(curves: Sequence[Sequence[dict]]) -> dict | None:
 # ---- in words
 
 
+def beside(kind: str, says: str) -> str:
+    """What is said, without its verdict where it begins with that: to stand beside it."""
+    rest = says[len(kind) :].lstrip(" ,:;")
+    return f"{rest[0].upper()}{rest[1:]}" if rest and says.lower().startswith(kind) else says
+
+
 def _number(x: float, digits: int = 3) -> str:
     return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.{digits}g}"
 

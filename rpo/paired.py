@@ -5,6 +5,7 @@ Items are those of samples.jsonl by id. Letters: N items that both models have s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rpo.stats import clustered_mean
 
@@ -55,6 +56,41 @@ def pair(first: Mapping[str, dict], second: Mapping[str, dict], metric: str) -> 
         len(failed),
         len(scored[0] - scored[1] - failed),
         len(scored[1] - scored[0] - failed),
+    )
+
+
+def judged_by(task: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Who gave an evaluation its scores, and how: judge, served (its names), prompt, verdict, baseline; {} without a judge.
+
+    None: not known, as of stored judgments that do not say. (task=judge_check judges the judges: they are its models.)
+    """
+    judge, stored = facts.get("judge"), facts.get("annotations") is not None
+    live = isinstance(judge, dict)
+    if task == "judge_check" or not (live or stored):
+        return {}
+    made = dict.fromkeys(("judge", "served", "prompt")) | {"verdict": facts.get("verdict")}
+    if live:
+        settings = facts.get("config")
+        of_task = settings.get("task") if isinstance(settings, dict) else None
+        prompts = of_task.get("prompts") if isinstance(of_task, dict) else None
+        made |= {"judge": judge.get("model"), "prompt": judge.get("prompt") or prompts or "own"}
+        made["served"] = _names(judge.get("served"))
+        made["verdict"] = made["verdict"] or ("logprobs" if judge.get("with_logprobs") else "text")
+    else:
+        made["judge"] = _names(facts.get("judges"))
+    return made | {"baseline": facts.get("baseline") if task == "alpaca_eval" else None}
+
+
+def _names(listed: Any) -> str | None:
+    return ", ".join(sorted(map(str, listed))) or None if isinstance(listed, list) else None
+
+
+def judged_apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """What of two `judged_by` is known of both and not the same, in words; "" where nothing is."""
+    return "; ".join(
+        f"{key} {value} and {second[key]}"
+        for key, value in first.items()
+        if None not in (value, second.get(key)) and value != second[key]
     )
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rpo import findings, gather, groups, report_plots, worst
+from rpo import conclusions, findings, gather, groups, paired, report_plots, worst
 from rpo.batches import Batch, Gathered, Member, overrides
 from rpo.page import Block, Code, Figure, Fold, Heading, Page, Points, Prose, Section, Table, Verdict
 from rpo.results import Results
@@ -16,6 +16,8 @@ from rpo.tasks import compare
 
 _COLUMNS = 6  # of swept settings
 _ROWS = 24  # of an evaluation's table; the rest is folded
+_LINES = 10  # of a list of sentences
+NOTES = 4  # more are one line that opens
 
 
 def layout(gathered: Gathered, title: str, of: Sequence[str], most: int, environment: dict) -> Page:
@@ -49,16 +51,33 @@ def _verdicts(gathered: Gathered) -> list[Block]:
         blocks.append(Prose(f"{of}. {told[0].upper()}{told[1:]}."))
     for batch in gathered.batches:
         found = batch.finding
-        blocks.append(Verdict(_subject(batch), found.kind, found.tone, _typeset(found.says), found.notes, batch.style))
-    said = [sentence for each in gathered.evaluations if each.task == "compare" for sentence in _differences(each)]
-    if said:
-        blocks += [Heading("Differences between models", 3), Points(said[:10])]
-        blocks += [Fold(f"{len(said) - 10} more", [Points(said[10:])])] if len(said) > 10 else []
+        says = _typeset(findings.beside(found.kind, found.says))
+        blocks.append(Verdict(_subject(batch), found.kind, found.tone, says, found.notes, batch.style))
+    over_seeds = [_typeset(line) for line in conclusions.over_seeds(gathered.batches)]
+    compared = [sentence for each in gathered.evaluations if each.task == "compare" for sentence in differences(each)]
+    told = [
+        f"{each.task}, {each.folder.name}: {_typeset(line)}"
+        for each in gathered.evaluations
+        for line in conclusions.of_evaluation(each)
+    ]
+    for title, lines in {
+        "Groups on the same seeds": over_seeds,
+        "Differences between models": compared,
+        "Evaluations in a sentence": told,
+    }.items():
+        if lines:
+            blocks += [Heading(title, 3), Points(lines[:_LINES])]
+            more = lines[_LINES:]
+            blocks += [Fold(f"{len(more)} more", [Points(more)])] if more else []
     if bad := [line for each in gathered.evaluations for line in _unusable(each)]:
         blocks += [Heading("Unusable", 3), Points(bad)]
     if gathered.notes:
-        blocks += [Heading("Left out, or to be read with care", 3), Points(gathered.notes)]
-    return [*blocks, Fold("How the verdicts are made", [Points(findings.RULES)])] if kinds else blocks
+        notes = Points(gathered.notes)
+        many = len(gathered.notes) > NOTES
+        blocks += [] if many else [Heading("Left out, or to be read with care", 3), notes]
+        blocks += [Fold(f"Left out, or to be read with care: {len(gathered.notes)} notes", [notes])] if many else []
+    rules = [*(findings.RULES if kinds else ()), *(conclusions.RULES if told or over_seeds else ())]
+    return [*blocks, Fold("How the verdicts are made", [Points(rules)])] if rules else blocks
 
 
 def _typeset(says: str) -> str:
@@ -72,7 +91,7 @@ def _subject(batch: Batch) -> str:
     return batch.label if name in batch.label else f"{batch.label} (run {name})"
 
 
-def _differences(found: Results) -> list[str]:
+def differences(found: Results) -> list[str]:
     """What task=compare says, in its own words; adjusted p smallest first."""
     said = []
     for (first, second), metrics in zip(_compared(found), found.models.values(), strict=True):
@@ -199,6 +218,8 @@ def _evaluated(gathered: Gathered) -> list[Block]:
     blocks: list[Block] = []
     for i, each in enumerate(gathered.evaluations):
         blocks.append(Heading(f"{each.task}: {each.folder.name}", 3))
+        said = conclusions.context(each)
+        blocks += [Points(said)] if said else []
         blocks += _comparisons(each, i) if each.task == "compare" else _table(each)
     for choice in gathered.choices:
         rows = [[run, label, _value(step), reason] for run, label, step, reason in choice.rows]
@@ -270,29 +291,30 @@ def _comparisons(found: Results, i: int) -> list[Block]:
     if charts:
         caption = "Paired differences by item with 95% intervals; an interval on both sides of the dotted line tells no difference."
         blocks.append(Figure(f"differences_{i + 1}", caption, charts[:6]))
-    notes = found.facts.get("notes")
-    blocks.append(Table(f"compare, {found.folder}", head, rows, note))
-    return [*blocks, Points(list(map(str, notes)))] if isinstance(notes, list) and notes else blocks
+    return [*blocks, Table(f"compare, {found.folder}", head, rows, note)]
 
 
 def _worst(gathered: Gathered, most: int) -> list[Block]:
     shown: list[list[Block]] = []
     sources = [each for each in gathered.evaluations if each.task != "compare" and not _unusable(each)]
     for task in dict.fromkeys(each.task for each in sources):
-        models: list[tuple[str, str, dict[str, worst.Item]]] = []
-        for each in sources:
-            if each.task == task:
-                models += [(m, str(each.folder), worst.items_of(each.samples, m)) for m in each.models]
-        twice = Counter(model for model, *_ in models)
+        models = [(m, each) for each in sources if each.task == task for m in each.models]
+        twice = Counter(model for model, _ in models)
         name_of = dict(zip(twice, groups.short(list(twice)), strict=True))
-        labels = [name_of[model] + (f" ({folder})" if twice[model] > 1 else "") for model, folder, _ in models]
-        items = dict(zip(labels, (items for *_, items in models), strict=True))
+        labels = [name_of[model] + (f" ({each.folder})" if twice[model] > 1 else "") for model, each in models]
+        items = {label: worst.items_of(each.samples, m) for label, (m, each) in zip(labels, models, strict=True)}
+        judged = {label: paired.judged_by(task, each.facts) for label, (_, each) in zip(labels, models, strict=True)}
+        whose = {label: (m, each.folder) for label, (m, each) in zip(labels, models, strict=True)}
         config = [
             each.facts["config"] for each in sources if each.task == task and isinstance(each.facts.get("config"), dict)
         ]
         named = [i for i, (model, *_) in enumerate(models) if any(model == c.get("baseline") for c in config)]
         base = list(items)[named[0] if named else 0] if items else None
-        shown += [worst.compared(base, items[base], other, items[other], most) for other in items if other != base]
+        for other in items:
+            if other != base and not paired.judged_apart(judged[base], judged[other]):
+                duel = (whose[base][0], whose[other][0]) if whose[base][1] == whose[other][1] else None
+                met = worst.alike(items[base], items[other], duel)
+                shown.append(worst.compared(base, items[base], other, met, most))
     for study in gathered.studies:
         for batch in gathered.batches:
             runs = [run["run"] for run in study.runs if any(run is member.studied for member in batch.members)]

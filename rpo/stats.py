@@ -25,7 +25,8 @@ def clustered_mean(values: ArrayLike, clusters: ArrayLike, sizes: ArrayLike | No
     SE^2 = G/(G-1) * sum over the G clusters of (sum of values - mean x sizes in the cluster)^2 / (sum of sizes)^2
     (arXiv 2411.00640, with the small-sample factor; the linearised ratio where sizes differ). With one row per cluster
     it is the ordinary standard error. The interval is value +- t SE, t the .975-quantile of Student's t with G - 1
-    degrees of freedom. One cluster has no error and no interval, no row no value (null).
+    degrees of freedom. One cluster has no error and no interval, clusters that are all alike have SE 0 and no interval
+    (0 of 20 is not a range from 0 to 0), no row has no value (null).
     """
     values = np.asarray(values, dtype=np.float64)
     sizes = np.ones(len(values)) if sizes is None else np.asarray(sizes, dtype=np.float64)
@@ -35,6 +36,8 @@ def clustered_mean(values: ArrayLike, clusters: ArrayLike, sizes: ArrayLike | No
     if num_clusters == 1:
         return {"value": float(mean), "se": None, "interval": None, "n": len(values)}
     sum_G = np.bincount(number_N, weights=values - mean * sizes)
+    if np.abs(sum_G).max() <= 1e-12 * np.abs(values).sum():  # a mean of equal numbers is off by its rounding
+        return {"value": float(mean), "se": 0.0, "interval": None, "n": len(values)}
     se = np.sqrt(num_clusters / (num_clusters - 1) * (sum_G**2).sum()) / sizes.sum()
     half = t_quantile(1 - ALPHA / 2, num_clusters - 1) * se
     interval = [float(mean - half), float(mean + half)]

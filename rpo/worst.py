@@ -19,11 +19,12 @@ MOST = 12  # comparisons that are shown
 
 @dataclass(frozen=True)
 class Item:
-    """One model's answer to one question; `text` None: its evaluation keeps none."""
+    """One model's answer to one question; `text` None: its evaluation keeps none; `against`: whom it was judged against."""
 
     prompt: str
     text: str | None
     scores: dict[str, float]
+    against: str | None = None
 
 
 def items_of(samples: Sequence[dict], model: str) -> dict[str, Item]:
@@ -35,7 +36,8 @@ def items_of(samples: Sequence[dict], model: str) -> dict[str, Item]:
             continue
         known = {name: float(value) for name, value in scores.items() if finite(value)}
         if known:
-            items[str(sample["id"])] = Item(_prompt(sample), _answer(sample), known)
+            against = None if sample.get("against") is None else str(sample["against"])
+            items[str(sample["id"])] = Item(_prompt(sample), _answer(sample), known, against)
     return items
 
 
@@ -85,6 +87,15 @@ def study_items(samples: Sequence[dict], runs: Sequence[str]) -> tuple[dict[str,
                     gold = {"gold": float(sample["gold"])}
                     items[f"{run} {row} {count[row]}"] = Item(_prompt(sample | {"id": row}), _answer(sample), gold)
     return before, after
+
+
+def alike(a: dict[str, Item], b: dict[str, Item], duel: tuple[str, str] | None) -> dict[str, Item]:
+    """The items of b whose scores stand beside a's: both judged against one model, or (`duel`) a's and b's against each other."""
+
+    def fits(left: Item, right: Item) -> bool:
+        return left.against == right.against or (duel is not None and (right.against, left.against) == duel)
+
+    return {key: item for key, item in b.items() if key in a and fits(a[key], item)}
 
 
 def metric_of(a: dict[str, Item], b: dict[str, Item]) -> str | None:

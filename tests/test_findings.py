@@ -13,6 +13,15 @@ HEALTHY = {"shift/chosen": -2.0, "shift_per_token/chosen": -0.05, "displacement_
 HEALTHY |= {"rewards/accuracies": 0.62, "loss/preference": 0.66, "samples/ended": 1.0}
 
 
+def test_a_verdict_is_said_once():
+    """Beside its kind a sentence goes without it; one that begins otherwise stays."""
+    kind = "no overoptimisation seen"
+    assert findings.beside(kind, "No overoptimisation seen in 2 of 2 seeds: it") == "In 2 of 2 seeds: it"
+    assert findings.beside("can not tell", "Can not tell: gold.") == "Gold."
+    assert findings.beside(overopt.SOME, "Overoptimised in 1 of 2 seeds") == "Overoptimised in 1 of 2 seeds"
+    assert findings.beside(kind, "") == ""
+
+
 def curve(*golds, **last):
     """An evaluation every ten steps with these golds (None: not measured); the last one has `last` too."""
     points = [{"step": 10 * i} | ({} if gold is None else {"gold": gold}) for i, gold in enumerate(golds)]

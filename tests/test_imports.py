@@ -60,7 +60,7 @@ LAYERS = [
     {"checkpoint", "results", "overopt_plots", "data", "score", "generate", "dryrun", "sweep", "theory_page"},
     {"faults", "memory", "reference", "drift", "points", "study", "experiment", "rates", "gather", "answering"},
     {"diagnostics", "gold", "demo", "start", "runs", "batches", "worst"},
-    {"rewards"},
+    {"rewards", "conclusions"},
     {
         "tasks.pairs",
         "tasks.generate",

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rpo.paired import differences
+from rpo.paired import differences, judged_apart, judged_by
 
 
 def sample(model, item, value, cluster=None):
@@ -34,3 +34,15 @@ def test_clusters_count_once():
 def test_no_other_model():
     """The baseline alone gives no difference."""
     assert differences([sample("A", "x", 1.0)], "A") == {}
+
+
+def test_who_judged():
+    """By tasks' facts: AlpacaEval's baseline is part of it, what only one side knows tells nothing apart, no judge is {}."""
+    config = {"task": {"prompts": "p.jsonl"}}
+    live = {"judge": {"model": "j", "served": ["j-2", "j-1"], "with_logprobs": 3}, "config": config, "baseline": "b"}
+    known = {"judge": "j", "served": "j-1, j-2", "prompt": "p.jsonl", "verdict": "logprobs", "baseline": "b"}
+    assert judged_by("alpaca_eval", live) == known and judged_by("winrate", live)["baseline"] is None
+    stored = judged_by("alpaca_eval", {"annotations": "f", "baseline": "c"})
+    assert judged_apart(known, stored) == "baseline b and c"
+    assert judged_apart(known, stored | {"baseline": "b"}) == judged_apart(known, {}) == ""
+    assert judged_by("pairs", {"data": "d"}) == judged_by("judge_check", live) == {}

@@ -69,7 +69,12 @@ def test_clustered_mean_by_hand():
     assert list(cell) == ["value", "se", "interval", "n"]
     assert cell == {"value": 3.0, "se": pytest.approx(2.0), "interval": pytest.approx([3 - half, 3 + half]), "n": 3}
     ratio = stats.clustered_mean([2, 6], [7, 1000], [1, 3])  # 8 / 4; deviations 0 and 0
-    assert ratio == {"value": 2.0, "se": 0.0, "interval": [2.0, 2.0], "n": 2}
+    assert ratio == {"value": 2.0, "se": 0.0, "interval": None, "n": 2}
+    for alike in ([0.1] * 20, [0] * 20, [1e6 + 0.1] * 7):
+        assert stats.clustered_mean(alike, range(len(alike))) == {
+            "value": pytest.approx(alike[0]), "se": 0.0, "interval": None, "n": len(alike)}  # fmt: skip
+    nearly = stats.clustered_mean([1e6, 1e6 + 1e-3], [0, 1])
+    assert nearly["se"] == pytest.approx(5e-4) and nearly["interval"] is not None
     assert stats.clustered_mean([1, 2], [0, 0]) == {"value": 1.5, "se": None, "interval": None, "n": 2}
     assert stats.clustered_mean([], []) == {"value": None, "se": None, "interval": None, "n": 0}
 

@@ -200,6 +200,47 @@ def test_win_rates_against_different_opponents_are_left_out(tmp_path):
         compared(other, only)
 
 
+def asked(**more):
+    """Facts of an evaluation that asked a judge."""
+    return {"judge": {"model": "j", "served": ["j-1"], "prompt": "own", "with_logprobs": 0} | more}
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "said"),
+    [
+        (asked(), asked(model="k"), "judge j and k"),
+        (asked(), asked(served=["j-2"]), "served j-1 and j-2"),
+        (asked(), asked(prompt="pair-v2"), "prompt own and pair-v2"),
+        (asked(), asked(with_logprobs=9), "verdict text and logprobs"),
+        (asked() | {"verdict": "text"}, {"annotations": "a", "verdict": "logprobs"}, "verdict text and logprobs"),
+        (asked(), {"annotations": "a", "judges": ["k"]}, "judge j and k"),
+        ({"annotations": "a", "judges": ["j"]}, {"annotations": "b", "judges": ["k"]}, "judge j and k"),
+    ],
+)
+def test_scores_by_different_judges_are_left_out(one, two, said, tmp_path):
+    """Another judge, served model, prompt or form of verdict: no difference between the models; one judge: they pair."""
+    first = write_results(tmp_path / "one", {"A": make_items([1, 0, 1])}, **one)
+    second = write_results(tmp_path / "two", {"B": make_items([0, 0, 1])}, **two)
+    with pytest.raises(UserError, match=f"nothing to compare: A - B: left out: they were not judged alike: {said}$"):
+        compared(first, second)
+    third = write_results(tmp_path / "three", {"C": make_items([0, 1, 1])}, **one)
+    made = compared(first, second, third)
+    assert list(made.models) == ["A - C"] and sum("left out" in note for note in made.facts["notes"]) == 2
+
+
+def test_judgments_that_do_not_say_by_whom(tmp_path):
+    """They are compared, and it is said; two judges that task=judge_check looks at are what it compares."""
+    first = write_results(tmp_path / "one", {"A": make_items([1, 0, 1])}, **asked())
+    second = write_results(tmp_path / "two", {"B": make_items([0, 0, 1])}, annotations="a.jsonl")
+    told = f"{second}: who judged is not said there; see that it is the judge of the others"
+    assert compared(first, second).facts["notes"].count(told) == 1
+    judges = [
+        write_results(tmp_path / name, {name: make_items([1, 0, 1])}, task="judge_check", **asked(model=name))
+        for name in "jk"
+    ]
+    assert list(compared(*judges).models) == ["j - k"]
+
+
 def test_one_name_in_two_folders(tmp_path):
     """Two evaluations of one path are told apart by their folders; a name that is there once stays as it is."""
     (tmp_path / "x").mkdir()
@@ -222,7 +263,6 @@ def test_notes_say_what_was_made_otherwise(tmp_path):
     assert made.facts["notes"] == [
         f"{folders[0]} and {folders[1]} were not made alike: task.temperature=0.0, here 1.0; data=a.jsonl, here b.jsonl"
     ]
-    assert compare.lines(made).endswith("note: " + made.facts["notes"][0])
 
 
 def test_too_few_draws_for_so_many_comparisons_are_said(tmp_path):
@@ -282,8 +322,13 @@ def make_cell(**more):
             "be seen in 80% of such comparisons, a smaller one in fewer",
         ),
         (
-            {"value": 0.0, "se": 0.0, "interval": [0.0, 0.0], "p": 1.0, "p_holm": 1.0, "needed": None},
-            "A and B have the same mean in each of 200 clusters",
+            {"value": 0.0, "se": 0.0, "interval": None, "p": 1.0, "p_holm": 1.0, "detectable": None, "needed": None},
+            "A and B have the same mean in each cluster: nothing varied over 200 clusters, so there is no interval, nor a "
+            "smallest difference to be seen",
+        ),
+        (
+            {"value": -0.5, "se": 0.0, "interval": None, "detectable": None, "needed": None},
+            "B is above A by 0.5 (nothing varied over 200 clusters, so there is no interval; p 0.004, Holm 0.012)",
         ),
         (
             {"clusters": 5, "p": 0.0625, "p_holm": 0.1875},
@@ -302,12 +347,13 @@ def test_lines_are_a_table_and_verdicts(tmp_path):
     folder = write_results(tmp_path / "all", {name: make_items(each) for name, each in scores.items()})
     made = compared(folder)
     table = compare.lines(made).splitlines()
-    assert table[0].split() == (
-        "metric first - second difference 95% p Holm n clusters errors detectable".split()
-    ) and table[1].split()[:5] == ["win", "a", "-", "b", "0.5"]
+    assert table[0].split() == "metric model minus difference 95% p Holm n detectable".split()
+    assert table[1].split()[:4] == ["win", "a", "b", "0.5"]
     assert len(table) == 7
     assert table[4].startswith("win: a is above b by 0.5 (95% 0.31 to 0.69; p 6.1e-05, Holm 0.00018)")
-    assert table[6] == "win: b and c/x have the same mean in each of 30 clusters"
+    assert table[6].startswith("win: b and c/x have the same mean in each cluster: nothing varied over 30 clusters")
+    cell = made.models["runs/b/model - runs/c/x/model"]["win"]
+    assert cell["se"] == 0 and cell["interval"] is cell["detectable"] is cell["needed"] is None
 
 
 def test_what_results_write_leaves_is_compared(tmp_path):

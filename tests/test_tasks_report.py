@@ -13,6 +13,7 @@ import eval as evaluation
 import train
 from rpo import (
     batches,
+    conclusions,
     config,
     dist,
     findings,
@@ -136,11 +137,11 @@ def leave_study(folder, runs):
     return folder
 
 
-def leave_evaluation(folder, scores, *, task="pairs", text=None, errors=0, more=()):
+def leave_evaluation(folder, scores, *, task="pairs", text=None, errors=0, more=(), ids="q", facts=None):
     """An evaluation of models: `scores` of each, item by item."""
     folder.mkdir(parents=True)
     samples = [
-        {"model": model, "id": f"q{i}", "cluster": f"q{i}", "scores": {"accuracy": score}, "error": None}
+        {"model": model, "id": f"{ids}{i}", "cluster": f"{ids}{i}", "scores": {"accuracy": score}, "error": None}
         | ({} if text is None else {"prompt": f"question {i}", "response": f"{text} {model} {i}"})
         for model, of in scores.items()
         for i, score in enumerate(of)
@@ -155,7 +156,7 @@ def leave_evaluation(folder, scores, *, task="pairs", text=None, errors=0, more=
     }
     cfg = settings(f"task={task}", *(more or ["model.path=m"]), name="eval")
     try:
-        results.write(folder, cfg, Evaluation(models, samples, {"data": "d.jsonl"}))
+        results.write(folder, cfg, Evaluation(models, samples, {"data": "d.jsonl"} | (facts or {})))
     except UserError:
         assert errors
     (folder / "config.yaml").write_text(json.dumps({"task": {"kind": task}}))
@@ -173,6 +174,9 @@ def test_a_sweep_of_runs(base, tmp_path):
         ("RPO sum beta 0.01 eta 0.25", ["3", "4", "5"], "no overoptimisation seen"),
     ]
     assert "6 runs in 2 groups" in read.text and "Overoptimised: 1; no overoptimisation seen: 1." in read.text
+    half = 4.3026527299 * 0.1 / 3**0.5  # of 3, 2.9 and 2.8
+    told = f"eta 0.25 minus DPO beta 0.01: gold +2.9 (95% {2.9 - half:.4g} to {2.9 + half:.4g}, over 3 shared seeds, step 30): above."
+    assert told in read.text and all(rule in read.text for rule in conclusions.RULES)
     assert "loss.eta" in read.text and read.text.count("mean \u00b1 sd") == 2
     titles = [svg["aria-label"].split(".")[0] for svg in read.tags("svg") if svg.get("role") == "img"]
     assert "Gold reward against optimizer step" in titles[0] and any("against loss" in title for title in titles)
@@ -298,6 +302,7 @@ def test_a_study_decides(base, tmp_path):
         and "KL at the end 12 nats" in first["says"]
     )
     assert second["says"].startswith("No overoptimisation seen in 3 of 3 seeds")
+    assert "In 3 of 3 seeds: gold ended" in read.text and "No overoptimisation seen in 3 of" not in read.text
     assert "task=overopt measured 2 of 3; the verdict is on these." in first["notes"]
     theirs = json.loads((left / "results.json").read_text())["groups"]
     assert all(g["says"].startswith(own["verdict"]) for g, own in zip(found["groups"], theirs, strict=True))
@@ -341,7 +346,37 @@ def test_unusable_and_other_data_are_said(tmp_path):
     b = leave_evaluation(tmp_path / "b", {"m": [1.0, 1.0]}, more=["model.path=m", "data.eval=other.jsonl"])
     read, found = report(tmp_path / "out", f"task.results=[{a},{b}]")
     assert "3 of 5 items failed, 3 with: timed out" in read.text and "unusable" in read.text
-    assert "on other data: do not compare their numbers" in found["notes"][0]
+    assert found["notes"] == []  # other settings, but the same items
+    c = leave_evaluation(tmp_path / "c", {"m": [1.0, 1.0]}, ids="other")
+    _, found = report(tmp_path / "out2", f"task.results=[{b},{c}]")
+    assert found["notes"] == [f"{b} and {c}, of task=pairs, have no item in common: do not compare their numbers"]
+
+
+def test_no_answers_are_paired_across_judges(tmp_path):
+    """Scores by another judge are of no use side by side; the page says who judged, what was noted, and that they differ."""
+    judges = [{"judge": {"model": name, "prompt": "own"}, "notes": [f"note of {name}"]} for name in ("j", "k")]
+    one = leave_evaluation(tmp_path / "a", {"m": [1.0, 1.0]}, text="said", facts=judges[0])
+    two = leave_evaluation(tmp_path / "b", {"n": [0.0, 0.0]}, text="said", facts=judges[1])
+    read, found = report(tmp_path / "out", f"task.results=[{one},{two}]")
+    assert "Where it got worse" not in read.text and "were not judged alike (judge j and k)" in found["notes"][0]
+    for told in ("Judge: j; prompt own; verdict by text.", "Judge: k;", "note of j", "note of k"):
+        assert told in read.text, told
+    three = leave_evaluation(tmp_path / "c", {"o": [0.0, 0.0]}, text="said", facts=judges[0])
+    assert (
+        "o against m, by accuracy: worse on 2 of 2"
+        in report(tmp_path / "out2", f"task.results=[{one},{three}]")[0].text
+    )
+
+
+def test_worst_pairs_one_opponent_or_each_other():
+    """Items against different opponents do not stand side by side, those of two that met each other do."""
+
+    def item(against):
+        return {"q": worst.Item("p", "t", {"win_rate": 1.0}, against)}
+
+    assert worst.alike(item("x"), item("x"), None) and worst.alike(item("b"), item("a"), ("a", "b"))
+    assert not worst.alike(item("x"), item("y"), None) and not worst.alike(item("b"), item("a"), None)
+    assert not worst.alike(item("x"), item("a"), ("a", "b")) and worst.alike(item(None), item(None), None)
 
 
 def test_worst_goes_by_the_metrics_direction():
@@ -441,6 +476,11 @@ def test_what_lies_about_is_passed_by(base, tmp_path):
         rundir.write_status(folder, "failed", "UserError: no data")
         if content:
             (folder / "results.json").write_text(content)
+    for i in range(4):
+        (tmp_path / "more" / str(i)).mkdir(parents=True)
+        (tmp_path / "more" / str(i) / "config.yaml").write_text("task: {kind: pairs}\n")
+    read, found = report(tmp_path / "many", f"runs=[{tmp_path / 'runs'},{tmp_path / 'more'}]")
+    assert len(found["notes"]) == 6 and "Left out, or to be read with care: 6 notes" in read.text
     report(tmp_path / "runs" / "report", f"runs={tmp_path / 'runs'}")
     read, found = report(tmp_path / "out", f"runs={tmp_path / 'runs'}")
     assert len(found["notes"]) == 2 and "task=pairs that left no results (failed: UserError: no data)" in read.text

@@ -7,8 +7,9 @@ smaller error than two means apart (arXiv 2411.00640).
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 from rpo import config, paired, results, stats
 from rpo.config import UserError
@@ -18,17 +19,21 @@ from rpo.results import Evaluation, Results
 # What two evaluations that are compared differ in by nature: their subject, and how much of the data they took.
 _SUBJECT = (*EVAL_MAY_CHANGE, "model.path", "model.revision", "outputs", "annotations", "runs", "task.limit")
 # Facts beside the settings in which they should not differ.
-_ALIKE = ("data", "reference", "versions", "verdict", "judges")
+_ALIKE = ("data", "reference", "versions")
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model's items by id, as samples.jsonl has them; `name` tells it apart, `called` is what its folder calls it."""
+    """One model's items by id, as samples.jsonl has them; `name` tells it apart, `called` is what its folder calls it.
+
+    `judged`: by whom (`paired.judged_by`).
+    """
 
     name: str
     called: str
     folder: str
     items: dict[str, dict]
+    judged: dict[str, Any] = field(repr=False)
 
     def metrics(self) -> list[str]:
         return list(dict.fromkeys(name for item in self.items.values() for name in item["scores"]))
@@ -45,8 +50,9 @@ def evaluate(cfg: Eval) -> Evaluation:
         detectable             the smallest true difference that is seen in 80% of such comparisons (two-sided 5%, by t;
                                by p, which has few values, in fewer of them where there are under 10 clusters)
         needed                 clusters that one as large as the difference seen would take; null where there is none
+                               (interval, detectable and needed are null where all clusters differ alike: se 0)
 
-    Win rates against different opponents are not compared, which `notes` say. Of two models that were judged against each
+    Win rates against different opponents, and scores by different judges, are not compared, which `notes` say. Of two models that were judged against each
     other, the second's win rate is 1 less the first's: what is tested is whether that is a half, on each item once.
 
     Raises UserError where the evaluations are not of one task, or two models have no items in common.
@@ -57,7 +63,10 @@ def evaluate(cfg: Eval) -> Evaluation:
     names = _metrics(models, cfg.task.metrics)
     cells, samples, pairs, notes = {}, [], [], _notes(found)
     for first, second in _pairs(models, cfg.baseline):
-        left_out, said = _opponents(first, second)
+        left_out, said = _judges(first, second)
+        if not left_out:
+            left_out, more = _opponents(first, second)
+            said += more
         notes += said
         if left_out:
             continue
@@ -88,7 +97,7 @@ def evaluate(cfg: Eval) -> Evaluation:
         "of_task": found[0].task,
         "pairs": [[first.name, second.name] for first, second in pairs],  # in the order of models
         "comparisons": len(made),
-        "notes": notes,
+        "notes": list(dict.fromkeys(notes)),
     }
     return Evaluation(cells, samples, facts)
 
@@ -123,7 +132,8 @@ def _models(found: Sequence[Results]) -> list[Model]:
                     )
             own = [sample for sample in each.samples if sample.get("model") == name]
             label = name if of_name[name] == 1 else f"{name} ({place})"
-            models.append(Model(label, name, str(each.folder), _by_id(own, name, each)))
+            judged = paired.judged_by(each.task, each.facts)
+            models.append(Model(label, name, str(each.folder), _by_id(own, name, each), judged))
     if len(models) < 2:
         there = f"has one model, {models[0].name}" if models else "has no models"
         raise UserError(f"task.results={found[0].folder}: {there}; give another folder of the same task beside it")
@@ -177,17 +187,24 @@ def _notes(found: Sequence[Results]) -> list[str]:
     """Where an evaluation was made otherwise than the first, so that a difference may not be the models'."""
     notes = []
     for other in found[1:]:
-        a, b = ({name: each.facts.get(name) for name in _ALIKE} | _served(each) for each in (found[0], other))
+        a, b = ({name: each.facts.get(name) for name in _ALIKE} for each in (found[0], other))
         settings = (each.facts.get("config", {}) for each in (found[0], other))
         if differing := config.differences(*settings, _SUBJECT) + config.differences(a, b, ()):
             notes.append(f"{found[0].folder} and {other.folder} were not made alike: {'; '.join(differing)}")
     return notes
 
 
-def _served(each: Results) -> dict:
-    """The judge that answered, which a server may change under its name."""
-    judge = each.facts.get("judge")
-    return {"judge.served": judge.get("served") if isinstance(judge, dict) else None}
+def _judges(first: Model, second: Model) -> tuple[bool, list[str]]:
+    """(whether the two are left out, notes), of models that judges scored who are not the same, or not known to be."""
+    both, apart = f"{first.name} - {second.name}", paired.judged_apart(first.judged, second.judged)
+    if apart:
+        return True, [f"{both}: left out: they were not judged alike: {apart}"]
+    if first.folder == second.folder or not (first.judged or second.judged):
+        return False, []
+    unknown = [model.folder for model in (first, second) if model.judged.get("judge") is None]
+    return False, [
+        f"{folder}: who judged is not said there; see that it is the judge of the others" for folder in unknown
+    ]
 
 
 def _opponents(first: Model, second: Model) -> tuple[bool, list[str]]:
@@ -221,13 +238,13 @@ def _cell(first: Model, second: Model, metric: str, cfg: Eval) -> dict | None:
         )
     cell, num_clusters = pairing.cell(), len(set(pairing.clusters_N))
     value, se = cell["value"], cell["se"]
-    told = se is not None and abs(value) > 1e-9 * se  # sums that cancel leave a rounding
+    told = se and abs(value) > 1e-9 * se  # sums that cancel leave a rounding
     return cell | {
         "clusters": num_clusters,
         "n_first": pairing.num_first,
         "n_second": pairing.num_second,
         "p": stats.sign_flip_test(pairing.differences_N, pairing.clusters_N, cfg.seed, cfg.task.draws),
-        "detectable": None if se is None else stats.detectable(se, num_clusters),
+        "detectable": stats.detectable(se, num_clusters) if se else None,
         "needed": stats.clusters_needed(value, se, num_clusters) if told else None,
     }
 
@@ -255,24 +272,32 @@ def _samples(first: Model, second: Model, metrics: Sequence[str]) -> list[dict]:
 
 
 def lines(made: Evaluation) -> str:
-    """A table of all comparisons, what each says in words, and what may make them unfair."""
+    """A row per comparison, metric by metric, and what each says in words."""
     short = _short([name for pair in made.facts["pairs"] for name in pair])
-    table = [["metric", "first - second", "difference", "95%", "p", "Holm", "n", "clusters", "errors", "detectable"]]
-    said = []
-    for metric in dict.fromkeys(name for cells in made.models.values() for name in cells):
-        for cells, pair in zip(made.models.values(), made.facts["pairs"], strict=True):
-            if metric not in cells:
-                continue
-            cell, (first, second) = cells[metric], (short[name] for name in pair)
-            interval = " to ".join(map(_number, cell["interval"] or ())) or "-"
-            detectable = "-" if cell["detectable"] is None else _number(cell["detectable"])
-            ps = [f"{cell[name]:.2g}" for name in ("p", "p_holm")]
-            counts = [str(cell[name]) for name in ("n", "clusters", "n_error")]
-            table.append([metric, f"{first} - {second}", _number(cell["value"]), interval, *ps, *counts, detectable])
-            said.append(f"{metric}: {verdict(cell, first, second, made.facts['comparisons'])}")
+    columns = {
+        "difference": lambda cell: _number(cell["value"]),
+        "95%": lambda cell: " to ".join(map(_number, cell["interval"] or ())) or "-",
+        "p": lambda cell: f"{cell['p']:.2g}",
+        "Holm": lambda cell: f"{cell['p_holm']:.2g}",
+        "n": lambda cell: str(cell["n"]),
+        "clusters": lambda cell: str(cell["clusters"]),
+        "errors": lambda cell: str(cell["n_error"]),
+        "detectable": lambda cell: "-" if cell["detectable"] is None else _number(cell["detectable"]),
+    }
+    cells = [cell for by_metric in made.models.values() for cell in by_metric.values()]
+    told = {"Holm": len(cells) > 1, "clusters": any(cell["clusters"] != cell["n"] for cell in cells)}
+    told["errors"] = any(cell["n_error"] for cell in cells)
+    shown = [name for name in columns if told.get(name, True)]
+    table, said = [["metric", "model", "minus", *shown]], []
+    for metric in dict.fromkeys(name for by_metric in made.models.values() for name in by_metric):
+        for by_metric, pair in zip(made.models.values(), made.facts["pairs"], strict=True):
+            if metric in by_metric:
+                cell, (first, second) = by_metric[metric], (short[name] for name in pair)
+                table.append([metric, first, second, *(columns[name](cell) for name in shown)])
+                said.append(f"{metric}: {verdict(cell, first, second, made.facts['comparisons'])}")
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     rows = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return "\n".join([*rows, *said, *(f"note: {note}" for note in made.facts["notes"])])
+    return "\n".join([*rows, *said])
 
 
 def _number(x: float) -> str:
@@ -304,18 +329,24 @@ def verdict(cell: dict, first: str, second: str, comparisons: int) -> str:
     least = 2 / 2 ** cell["clusters"]
     if least > stats.ALPHA:
         return f"can not tell: of {cell['clusters']} clusters no p can be below {least:.2g}; compare on more{left}"
+    flat = f"nothing varied over {cell['clusters']} clusters, so there is no interval"
     if not value and not cell["se"]:
-        return f"{first} and {second} have the same mean in each of {cell['clusters']} clusters{left}"
-    low, high = cell["interval"] if value > 0 else (-x for x in reversed(cell["interval"]))
-    size = f"{_number(abs(value))} (95% {_number(low)} to {_number(high)}; {ps})"
+        return f"{first} and {second} have the same mean in each cluster: {flat}, nor a smallest difference to be seen{left}"
+    if cell["interval"] is None:
+        size = f"{_number(abs(value))} ({flat}; {ps})"
+    else:
+        low, high = cell["interval"] if value > 0 else (-x for x in reversed(cell["interval"]))
+        size = f"{_number(abs(value))} (95% {_number(low)} to {_number(high)}; {ps})"
     if cell["p_holm"] <= stats.ALPHA:
         return f"{above} is above {below} by {size}{left}"
     if cell["p"] <= stats.ALPHA:
         return f"{above} is above {below} by {size}, which among {comparisons} comparisons may be luck{left}"
     seen = f"{above} is above by {size}" if value else f"it is {size}"
+    power = ""
+    if cell["detectable"] is not None:
+        power = f"; a true difference of {_number(cell['detectable'])} would be seen in 80% of such comparisons, a smaller one in fewer"
     return (
-        f"no difference seen between {first} and {second}: {seen}; a true difference of "
-        f"{_number(cell['detectable'])} would be seen in 80% of such comparisons, a smaller one in fewer"
+        f"no difference seen between {first} and {second}: {seen}{power}"
         + (f"; one as large as that seen needs about {cell['needed']} clusters" if cell["needed"] else "")
         + left
     )

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from rpo import gather, page, report_blocks, rundir
+from rpo import conclusions, gather, page, report_blocks, rundir
 from rpo.batches import Gathered, gather_all
 from rpo.eval_config import Eval
+from rpo.findings import beside
 from rpo.redact import redacted
 from rpo.svg import visible
 
@@ -49,7 +50,13 @@ def write(cfg: Eval, gathered: Gathered, *, run_dir: Path) -> list[str]:
     ]
     facts = {"task": "report", "of": [*specs, *given], "title": title, "groups": verdicts, "notes": gathered.notes}
     rundir.write_json(run_dir / "results.json", facts)
-    said = [f"{b.label}: {b.finding.kind}. {b.finding.says}" for b in gathered.batches] + gathered.notes
+    said = [f"{b.label}: {b.finding.kind}. {beside(b.finding.kind, b.finding.says)}" for b in gathered.batches]
+    said += conclusions.over_seeds(gathered.batches)
+    for each in gathered.evaluations:
+        of = report_blocks.differences if each.task == "compare" else conclusions.of_evaluation
+        said += [f"{each.task}, {each.folder.name}: {line}" for line in of(each)]
+    few = len(gathered.notes) <= report_blocks.NOTES
+    said += gathered.notes if few else [f"{len(gathered.notes)} notes on what was left out are on the page"]
     return [visible(redacted(line)) for line in [*said, *map(str, files)]]
 
 
