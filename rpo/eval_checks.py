@@ -89,12 +89,14 @@ def _check_alpaca_eval(task: AlpacaEvalTask) -> None:
     _check_bootstrap(task)
     form, given = task.length_control, {name for name in ("difficulty", "gamed", "weights") if getattr(task, name)}
     needs = {"full": {"difficulty", "gamed"}, "no_gamed": {"difficulty"}, "minimal": set(), "none": set()}
+    asks = f"task.length_control={form}"
     if form == "auto":
         missing = {"difficulty"} - given if given else set()
         surplus = {"gamed"} & given if "weights" in given else set()
+        asks = f"task.weights={task.weights}" if task.weights is not None else f"task.gamed={task.gamed}"
     else:
         missing, surplus = needs[form] - given, given - needs[form]
-    require(not missing, f"task.length_control={form}: needs task.{' and task.'.join(sorted(missing))}; give the file")
+    require(not missing, f"{asks}: needs task.{' and task.'.join(sorted(missing))}; give the file")
     require(
         not surplus,
         f"task.{' and task.'.join(sorted(surplus))} with task.length_control={form}"
@@ -235,9 +237,9 @@ def _check_winrate(cfg: Eval) -> None:
     for key, value in given.items():
         count = (1 if isinstance(value, str) else len(value or [])) + (cfg.baseline is not None and key == "outputs")
         require(
-            value is None or count == 2,
+            value is None or count == 2 or (key == "outputs" and count == 1),
             f"{key}={value}, baseline={cfg.baseline} with task=winrate: expected two models: {key}=[A,B]"
-            + (", or outputs=A baseline=B" if key == "outputs" else ""),
+            + (", outputs=A baseline=B, or outputs=FILE with the answers of both" if key == "outputs" else ""),
         )
     require(
         cfg.outputs is not None or cfg.baseline is None,

@@ -63,25 +63,35 @@ def id_of(key: str) -> str:
 
 
 def read(spec: str) -> Outputs:
-    """The answers in a .json, .jsonl (either with .gz) or .parquet file.
+    """The answers of one model in a .json, .jsonl (either with .gz) or .parquet file.
 
     Raises UserError for a file without answers, a row of none of the forms, and answers of more than one model.
     """
-    rows, names = [], Counter()
+    models = read_models(spec)
+    if len(models) > 1:
+        sizes = sorted(((len(one.rows), one.name) for one in models), key=lambda one: -one[0])
+        found = ", ".join(f"{name} ({count})" for count, name in sizes[:3])
+        raise UserError(f"{spec}: holds answers of {len(models)} models ({found}); give a file for each")
+    return models[0]
+
+
+def read_models(spec: str) -> list[Outputs]:
+    """The answers of each model in the file, in the order in which models come; of several, `file` says which it is, too.
+
+    Raises UserError for a file without answers and a row of none of the forms.
+    """
+    rows: dict[str, list[Output]] = {}
     (source,) = open_sources(spec, None)
     for number, row in source.rows():
         try:
-            rows.append(_parse(row))
+            made = _parse(row)
         except RowError as error:
             raise UserError(f"{spec}:{number}: {error}") from None
-        names[next((str(row[field]) for field in _MODEL_FIELDS if row.get(field) is not None), None)] += 1
+        name = next((str(row[field]) for field in _MODEL_FIELDS if row.get(field) is not None), "")
+        rows.setdefault(name or _stem(spec), []).append(made)
     if not rows:
         raise UserError(f"{spec}: holds no answers; give a file with one for each prompt")
-    if len(names) > 1:
-        found = ", ".join(f"{name} ({count})" for name, count in names.most_common(3))
-        raise UserError(f"{spec}: holds answers of {len(names)} models ({found}); give a file for each")
-    (name,) = names
-    return Outputs(name or _stem(spec), spec, rows)
+    return [Outputs(name, spec if len(rows) == 1 else f"{spec} ({name})", own) for name, own in rows.items()]
 
 
 def _stem(spec: str) -> str:
@@ -157,12 +167,14 @@ def write(file: Path, name: str, rows: Sequence[Output]) -> None:
             stream.write(json.dumps(asked | {"response": row.text, "model": name}) + "\n")
 
 
-def aligned(a: Outputs, b: Outputs) -> list[tuple[Output, Output]]:
-    """The answers to the same prompts side by side, in the order of `a`.
+def aligned(a: Outputs, b: Outputs, limit: int | None = None) -> list[tuple[Output, Output]]:
+    """The answers to the same prompts side by side, in the order of `a`, whose first `limit` prompts count (None: all).
 
-    Raises UserError where a prompt is twice in a file, or in one of the two alone.
+    Raises UserError where a prompt is twice in a file, or in one of the two alone; past the limit `b` may lack some.
     """
     of_a, of_b = by_key(a), by_key(b)
+    beyond = set(list(of_a)[len(of_a) if limit is None else limit :])
+    of_a, of_b = ({key: output for key, output in of.items() if key not in beyond} for of in (of_a, of_b))
     lacking = {a.file: [key for key in of_b if key not in of_a], b.file: [key for key in of_a if key not in of_b]}
     if any(lacking.values()):
         said = [
@@ -183,6 +195,11 @@ def by_key(outputs: Outputs) -> dict[str, Output]:
             f"{counts[twice[0]]}; keep one of each"
         )
     return {output.key: output for output in outputs.rows}
+
+
+def empty_notes(counts: dict[str, int], num: int) -> list[str]:
+    """What to say of models of whose `num` answers some are empty."""
+    return [f"{model}: {count} of {num} answers are empty" for model, count in counts.items() if count]
 
 
 def excerpt(key: str) -> str:

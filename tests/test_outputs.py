@@ -127,6 +127,26 @@ def test_mismatched_prompts_are_counted_and_shown(tmp_path):
     assert "1 prompts have more than one answer, such as 'q' with 2" in one_line(error)
 
 
+def test_a_limit_takes_the_first_prompts_of_the_first_file(tmp_path):
+    """The other file may lack the prompts beyond the limit, and no others; one that is nowhere in the first is refused."""
+    a, b = answers(tmp_path / "a.jsonl", "pqrs"), answers(tmp_path / "b.jsonl", "sqp")
+    assert [(x.key, y.key) for x, y in outputs.aligned(a, b, 2)] == [("p", "p"), ("q", "q")]
+    for limit, said in ((3, "b.jsonl lacks 1 of the 3 prompts, such as 'r'"), (None, "lacks 1 of the 4 prompts")):
+        with pytest.raises(UserError, match=said):
+            outputs.aligned(a, b, limit)
+    with pytest.raises(UserError, match="a.jsonl lacks 1 of the 3 prompts, such as 't'"):
+        outputs.aligned(a, answers(tmp_path / "c.jsonl", "pqt"), 2)
+
+
+def test_a_file_of_several_models_by_model(tmp_path):
+    """Each model's answers in the file's order, with rows that name none under the file's own name."""
+    rows = [{"prompt": p, "output": p + str(m), "model": m} for m, p in (("x", "p"), (None, "p"), ("x", "q"))]
+    x, own = outputs.read_models(lines(tmp_path / "two.jsonl", rows))
+    assert (x.name, [row.text for row in x.rows]) == ("x", ["px", "qx"])
+    assert (own.name, [row.text for row in own.rows]) == ("two", ["pNone"])
+    assert x.file.endswith("two.jsonl (x)")
+
+
 def test_order_of_the_first_file(tmp_path):
     """Files in another order are paired by prompt, and an example in a message is short and on one line."""
     a, b = answers(tmp_path / "a.jsonl", "pqr"), answers(tmp_path / "b.jsonl", "rqp")

@@ -168,7 +168,7 @@ def test_all_forms_of_judgments_give_the_same(files):
 
 
 def test_forms_of_length_control_and_what_is_said_of_them(files):
-    """The files given decide the form; one that is not the leaderboard's says so, and a stand-in does."""
+    """The files given decide the form; one that is not the leaderboard's says so, also in its name, and a stand-in does."""
     rows, (baseline, difficulty, gamed) = annotations(), full(files)
     for overrides, form, said in [
         ((baseline, difficulty, gamed), "full", []),
@@ -179,11 +179,12 @@ def test_forms_of_length_control_and_what_is_said_of_them(files):
     ]:
         made = stored(files, rows, *overrides)
         control = made.facts["length_control"]
-        assert control["form"] == form and len(control["notes"]) == len(said)
-        assert all(
-            part in note and "not the leaderboard's" in note for part, note in zip(said, control["notes"], strict=True)
-        )
-        assert ("length_controlled_win_rate" in made.models["own"]) == (form != "none")
+        notes = made.facts["notes"]
+        assert control["form"] == form and len(notes) == len(said)
+        assert all(part in note and "not the leaderboard's" in note for part, note in zip(said, notes, strict=True))
+        name = "length_controlled_win_rate"
+        names = {"full": [name], "none": []}.get(form, [f"{name}/{form}"])
+        assert [each for each in made.models["own"] if each.startswith(name)] == names
     pair = [
         stored(files, rows, *full(files)),
         stored(files, rows, baseline, difficulty, f"task.gamed={files}/standin.csv.gz"),
@@ -224,8 +225,9 @@ def test_baseline_against_itself_is_50(files):
     """A baseline judged against itself has 50 in all rates, the fit's by definition."""
     rows = [row | {"output_2": row["output_1"], "generator_2": "base", "preference": 1.5} for row in annotations()]
     cells = stored(files, rows, *full(files)).models["base"]
-    for name in ("win_rate", "discrete_win_rate", "length_controlled_win_rate", "first_preferred"):
+    for name in ("win_rate", "discrete_win_rate", "length_controlled_win_rate"):
         assert (cells[name]["value"], cells[name]["se"]) == (50, 0)
+    assert cells["first_preferred"]["n"] == 0  # of answers that differ
 
 
 def test_no_verdict_at_all_is_unusable(files, capsys):
@@ -262,13 +264,44 @@ def test_judged_answers_are_read_back_the_same(files):
     expected = 1 / (1 + np.exp(-(CHARACTERS[:, 1] - CHARACTERS[:, 0]) / 50))
     by_id = {sample["id"]: sample["scores"]["win_rate"] for sample in made.samples}
     found = [by_id[outputs.id_of(text)] for text in instructions()]
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(found, 100 * expected, rtol=1e-9)
     written = json.loads((files / "run" / "annotations.json").read_text())
     assert set(written[0]) == {*annotations()[0], "annotator"}
     again = evaluated(files, f"annotations={files}/run/annotations.json", f"baseline={files}/baseline.json.gz")
     assert again.models == made.models and again.samples == made.samples
     outputs_written = json.loads((files / "run" / "model_outputs.json").read_text())
     assert outputs_written == model_rows()
+
+
+def test_equal_answers_are_half_a_win_without_asking(files):
+    """An answer that is the baseline's has preference 1.5, as the original sets it; a baseline against itself is 50 with
+    nothing asked."""
+    rows, asked = model_rows(), []
+    rows[3]["output"] = baseline_rows()[3]["output"]
+
+    def ask(requests):
+        asked.append(len(requests))
+        return length_judge(requests)
+
+    made = judged(files, rows=rows, ask=ask)
+    written = json.loads((files / "run" / "annotations.json").read_text())
+    assert written[3]["preference"] == 1.5 and made.facts["equal_answers"] == {"own": 1}
+    assert "own: 1 of 40 answers equal the baseline's: half a win each" in made.facts["notes"]
+    assert (made.models["own"]["win_rate"]["n"], made.models["own"]["first_preferred"]["n"]) == (NUM, NUM - 1)
+    both_lengths = CHARACTERS[:, 1] - CHARACTERS[:, 0]
+    expected = np.where(np.arange(NUM) == 3, 0.5, 1 / (1 + np.exp(-both_lengths / 50)))
+    assert made.models["own"]["win_rate"]["value"] == pytest.approx(100 * expected.mean())
+    cells = judged(files, rows=baseline_rows(), ask=ask).models["base"]
+    assert asked == [NUM - 1, 0] and cells["win_rate"]["value"] == 50
+
+
+def test_limit_needs_no_more_answers_than_it_takes(files):
+    """Answers to the baseline's first instructions alone are enough for task.limit, and more than these do no harm."""
+    few = judged(files, "task.limit=15", rows=model_rows()[:15])
+    assert few.models["own"]["win_rate"]["n"] == 15
+    assert judged(files, "task.limit=15").models == few.models
+    with pytest.raises(UserError, match="lacks 1 of the 16 prompts"):
+        judged(files, "task.limit=16", rows=model_rows()[:15])
 
 
 def test_answers_are_written_as_they_are(files):
@@ -469,7 +502,8 @@ def _difficulty(files, rows, header=("index", "instruction_difficulty")):
             "twice.csv:2: model own has more than one row",
         ),
         (lambda f: ("task.length_control=full",), "needs task.difficulty and task.gamed"),
-        (lambda f: (full(f)[2],), "task.length_control=auto: needs task.difficulty"),
+        (lambda f: (full(f)[2],), "task.gamed=.*gamed.csv: needs task.difficulty; give the file"),
+        (lambda f: ("task.weights=w.csv",), "task.weights=w.csv: needs task.difficulty; give the file"),
         (lambda f: (full(f)[1], "task.length_control=minimal"), "task.difficulty with .*minimal: would not be read"),
         (lambda f: (*full(f)[1:], "task.weights=x.csv"), "task.gamed with .*and task.weights: would not be read"),
         (lambda f: ("task.compat=row",), "task.compat=row without task.difficulty"),
@@ -587,7 +621,7 @@ def test_a_refit_is_near_the_leaderboard():
     instruction, most of it of the models whose difficulties the original shifted; below .15 by row, as the original did."""
     gamed = f"task.gamed={data('derived_df_gamed_pseudo.csv.gz')}"
     made = published(gamed)
-    assert "stand-in" in made.facts["length_control"]["notes"][0]
+    assert "stand-in" in made.facts["notes"][0]
     assert np.mean(np.abs(list(lc_errors(made).values()))) < 0.6
     by_row = np.abs(list(lc_errors(published(gamed, "task.compat=row")).values()))
     assert by_row.mean() < 0.15 and by_row.max() < 0.4

@@ -22,6 +22,7 @@ PAIRS = [
     }
     for i in range(12)
 ]  # eight prompts; the chosen answer is longer for some, shorter for some
+GAPS = [len(pair["chosen"]) - len(pair["rejected"]) for pair in PAIRS]
 
 
 def said(text="", error=None, **more):
@@ -68,24 +69,32 @@ def check(cfg, ask, tmp_path, **expected):
 
 
 def test_a_judge_that_is_right(cfg, tmp_path):
-    """Accurate, steady, the same in both orders, without bias; 12 pairs x 2 orders x 2 repeats in 8 clusters."""
-    perfect = {"accuracy": 1, "swap_agreement": 1, "stability": 1, "first_position": 0.5, "length_bias": 0}
+    """Accurate, steady, the same in both orders; the longer answer as often as it is the chosen one; 12 pairs x 2 orders x 2
+    repeats in 8 clusters."""
+    gaps = [gap for gap in GAPS if gap]
+    share = sum(gap > 0 for gap in gaps) / len(gaps)
+    perfect = {"accuracy": 1, "swap_agreement": 1, "stability": 1, "first_position": 0.5}
+    perfect |= {"longer_preferred": share, "longer_chosen": share}
     made = check(cfg, asker(right), tmp_path, **perfect)
     cells = made.models["it"]
     assert (cells["accuracy"]["n"], cells["swap_agreement"]["n"], cells["stability"]["n"]) == (48, 24, 24)
     assert len({sample["id"] for sample in made.samples}) == 48
     assert len({sample["cluster"] for sample in made.samples}) == 8
+    assert (cells["longer_preferred"]["n"], cells["longer_chosen"]["n"]) == (4 * len(gaps), len(gaps))
+    assert made.facts["notes"] == []
     assert (made.facts["verdict"], made.facts["judge"]["requests"]) == ("text", 48)
     assert json.loads((tmp_path / "data_report.json").read_text())["kept"] == 12
 
 
 def test_a_judge_that_likes_the_first(cfg, tmp_path):
     """Always A: right half of the time, in no pair the same in both orders, wholly biased for the position."""
-    check(cfg, asker(lambda _: "A"), tmp_path, accuracy=0.5, swap_agreement=0, stability=1, first_position=1)
+    biased = {"accuracy": 0.5, "swap_agreement": 0, "stability": 1, "first_position": 1, "longer_preferred": 0.5}
+    made = check(cfg, asker(lambda _: "A"), tmp_path, **biased)
+    assert made.facts["notes"][0].startswith("it: swap_agreement is 0%: on most items what this judge says changes")
 
 
 def test_a_judge_that_likes_length(cfg, tmp_path):
-    """The longer answer wins: accuracy is 1 where the chosen one is longer, 0 where shorter; the bias by hand."""
+    """The longer answer wins: accuracy is 1 where the chosen one is longer, 0 where shorter."""
 
     def longer(request):
         pair = next(
@@ -96,16 +105,18 @@ def test_a_judge_that_likes_length(cfg, tmp_path):
         more = len(pair["chosen"]) - len(pair["rejected"])
         return "C" if not more else "A" if (more > 0) == first_is_good(request) else "B"
 
-    differ = [len(p["chosen"]) - len(p["rejected"]) for p in PAIRS if len(p["chosen"]) != len(p["rejected"])]
-    assert any(d > 0 for d in differ) and any(d < 0 for d in differ)
+    assert any(gap > 0 for gap in GAPS) and any(gap < 0 for gap in GAPS)
     by_length = {"accuracy__chosen_longer": 1, "accuracy__chosen_shorter": 0, "swap_agreement": 1}
-    check(cfg, asker(longer), tmp_path, **by_length, length_bias=1 - sum(d > 0 for d in differ) / len(differ))
+    check(cfg, asker(longer), tmp_path, **by_length, longer_preferred=1)
 
 
 def test_a_judge_of_moods(cfg, tmp_path):
-    """Right at first, a tie at the repeat: accuracy 3/4, never stable, yet both orders agree."""
+    """Right at first, a tie at the repeat: accuracy 3/4, never stable, yet both orders agree; ties prefer no length."""
     mood = asker(lambda request: right(request) if request.repeat == 0 else "C")
-    check(cfg, mood, tmp_path, accuracy=0.75, stability=0, swap_agreement=1, first_position=0.5)
+    share = sum(gap > 0 for gap in GAPS) / len(GAPS)
+    expected = {"accuracy": 0.75, "stability": 0, "swap_agreement": 1, "first_position": 0.5, "longer_preferred": share}
+    made = check(cfg, mood, tmp_path, **expected)
+    assert made.models["it"]["longer_preferred"]["n"] == 24
 
 
 def test_one_repeat_measures_no_stability(cfg, tmp_path):

@@ -247,13 +247,28 @@ def test_swapped_models_have_one_minus_the_rate(tmp_path):
 
 
 def test_several_opponents_are_told_apart(tmp_path):
-    """A model that meets two others has a rate over both and one against each; its items have different ids."""
+    """A model that meets two others has a rate against each and none over both, and its items have different ids; the others
+    have their one rate by both names."""
     rows = [pair("model_1", "model_1"), pair("model_2", "model_2", model_2="c")]
     made = stored(tmp_path, rows)
-    a = values(made.models["a"])
-    assert (a["win_rate"], a["win_rate/against/b"], a["win_rate/against/c"]) == (0.5, 1, 0)
-    assert "win_rate/against/a" not in made.models["b"]
+    a, b = values(made.models["a"]), values(made.models["b"])
+    assert {name: a[name] for name in a if "win" in name} == {"win_rate/against/b": 1, "win_rate/against/c": 0}
+    assert not {"ties", "losses"} & a.keys() and (a["order_consistency"], a["first_position"]) == (1, 0.5)
+    assert (b["win_rate"], b["win_rate/against/a"], b["win_rate/writing"]) == (0, 0, 0)
+    assert made.facts["notes"] == ["a: met 2 models, so it has a rate against each and none over all"]
     assert len({(s["model"], s["id"]) for s in made.samples}) == 4
+
+
+def test_what_is_said_of_judge_and_answers(files, group):
+    """Answers without text are counted, and a judge that goes by position is named."""
+    rewrite(files / "good.jsonl", lambda rows: rows[1]["choices"][0].update(turns=["", " \n"]))
+    more = ("task.mode=pairwise", f"outputs={files / 'good.jsonl'}", f"baseline={files / 'bad.jsonl'}")
+    facts = evaluate(files, judge_of(lambda shown: "[[A]]"), *more).facts
+    assert facts["empty_answers"] == {"good": 2, "bad": 0}
+    assert facts["notes"][0].startswith(
+        "order_consistency is 0%: on most items what this judge says changes with the order"
+    )
+    assert facts["notes"][1:] == ["good: 2 of 16 answers are empty"]
 
 
 def test_judgments_that_we_read_otherwise_are_counted(tmp_path):

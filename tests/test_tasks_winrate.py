@@ -152,7 +152,10 @@ def test_swapped_models_have_one_minus_the_rate(judged, prefer):
     for name in ("win_rate", "win_rate/length_controlled"):
         assert a[name]["value"] + b[name]["value"] == pytest.approx(1)
         assert a[name]["se"] == b[name]["se"]
-        assert a[name]["interval"] == pytest.approx([1 - bound for bound in reversed(b[name]["interval"])])
+        if a[name]["interval"] is not None:  # verdicts that never differ have none
+            assert a[name]["interval"] == pytest.approx([1 - bound for bound in reversed(b[name]["interval"])])
+        else:
+            assert b[name]["interval"] is None
 
 
 def test_a_judge_that_sees_positions_alone(judged):
@@ -242,6 +245,56 @@ def test_empty_answers_are_judged_and_counted(tmp_path, group):
     made = winrate.evaluate(cfg, None, judge_of(longer), run_dir=tmp_path)
     assert made.facts["empty_answers"] == {"a": 3, "b": 0}
     assert values(made.models["a"])["win_rate"] == 0 and made.models["a"]["win_rate"]["n_error"] == 0
+
+
+def test_equal_answers_are_ties_without_asking(tmp_path, group):
+    """Nobody is asked about equal answers: they are ties, in the win rate and in no measure of the judge; read back they are
+    the same, and where all are equal nothing is asked at all."""
+    for name, texts in (("a", ["same", "3 x", "0 y", "same"]), ("b", ["same", "1 x", "2 y", "same"])):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"prompt": f"p{i}", "output": t} for i, t in enumerate(texts)])
+    cfg = settings(*JUDGED, f"outputs=[{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}]", name="eval")
+    ask = judge_of(lambda first, second: "[[A]]")
+    made = winrate.evaluate(cfg, None, ask, run_dir=tmp_path)
+    assert ask.requests == 2 * 2 + 2  # and the trial of log-probs
+    a = made.models["a"]
+    assert (a["win_rate"]["value"], a["ties"]["n"], a["order_consistency"]["n"], a["first_position"]["n"]) == (
+        0.5,
+        4,
+        2,
+        2,
+    )
+    assert (a["order_consistency"]["value"], a["first_position"]["value"]) == (0, 1)
+    assert made.facts["equal_answers"] == 2
+    notes = made.facts["notes"]
+    assert notes[0].startswith("order_consistency is 0%") and notes[1].startswith("2 of 4 pairs of answers are equal")
+    assert notes[2].startswith("win_rate/length_controlled: not fitted: 4 verdicts")
+    stored = settings("task=winrate", f"annotations={tmp_path / 'annotations.jsonl'}", name="eval")
+    again = winrate.evaluate(stored, None, None, run_dir=tmp_path)
+    assert (again.models, again.samples) == (made.models, made.samples)
+    write_jsonl(tmp_path / "b.jsonl", [{"prompt": "p", "output": "same"}])
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "output": "same"}])
+    ask = judge_of(better)
+    made = winrate.evaluate(cfg, None, ask, run_dir=tmp_path)
+    assert ask.requests == 0 and made.models["b"]["win_rate"]["value"] == 0.5
+    assert made.models["b"]["order_consistency"]["value"] is None
+
+
+def test_one_file_with_two_models(files, tmp_path, group):
+    """A file with the answers of two models gives what two files give; one with another number of models is refused."""
+    rows = [json.loads(line) for file in files for line in open(file)]
+    both = write_jsonl(tmp_path / "both.jsonl", rows)
+    one = winrate.evaluate(settings(*JUDGED, f"outputs={both}", name="eval"), None, judge_of(better), run_dir=tmp_path)
+    two = f"outputs=[{files[0]},{files[1]}]"
+    assert (
+        one.models
+        == winrate.evaluate(settings(*JUDGED, two, name="eval"), None, judge_of(better), run_dir=tmp_path).models
+    )
+    assert list(one.models) == ["a", "b"]
+    write_jsonl(both, rows[:-1])
+    with pytest.raises(UserError, match=r"both.jsonl \(b\) lacks 1 of the 24 prompts"):
+        winrate.evaluate(settings(*JUDGED, f"outputs={both}", name="eval"), None, None, run_dir=tmp_path)
+    with pytest.raises(UserError, match="holds answers of 1 models; expected two files, or one with"):
+        winrate.evaluate(settings(*JUDGED, f"outputs={files[0]}", name="eval"), None, None, run_dir=tmp_path)
 
 
 def sigmoid_of(first, second):
@@ -347,7 +400,10 @@ def test_a_disturbed_server_changes_nothing(files, tmp_path, group, monkeypatch,
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("outputs=a",), "expected two models: outputs=[A,B], or outputs=A baseline=B"),
+        (
+            ("outputs=[a,b,c]",),
+            "expected two models: outputs=[A,B], outputs=A baseline=B, or outputs=FILE with the answers of",
+        ),
         (("outputs=[a,b]", "baseline=c"), "expected two models"),
         (("model.path=[a,b,c]", "data.eval=p"), "expected two models"),
         (("model.path=[a,b]", "data.eval=p", "baseline=c"), "goes with outputs=FILE alone"),

@@ -4,6 +4,7 @@ RUN/model_outputs.json, annotations.json   the answers and judgments in AlpacaEv
 
 Each instruction is judged once, with the model's answer shown first or second by a draw from the instruction's text
 (`verdicts.switched`), the same for every model: position's effect is in the win rate, and what is measured of it beside.
+Answers that equal the baseline's have preference 1.5, as in the original, and nobody is asked about them.
 Letters: N instructions.
 """
 
@@ -51,9 +52,10 @@ def evaluate(
 
     win_rate                    mean of preference - 1; its standard error is the sample's over sqrt(n)
     discrete_win_rate           share of preferences above 1.5, and half of those at it
-    length_controlled_win_rate  `length_control`: the fit's, or from stored weights without one
+    length_controlled_win_rate  `length_control`: the full fit's, or from stored weights; of other forms also by the form's
+                                name: length_controlled_win_rate/no_gamed, /minimal
     win_rate/shown_first, /shown_second   by where the judge saw the model's answer
-    first_preferred             mean probability of the answer that was shown first, whosever it is
+    first_preferred             mean probability of the answer that was shown first, whosever it is; of answers that differ
     avg_length                  mean characters of the model's answers
 
     Raises UserError for files that do not belong together or have too little for what is asked.
@@ -84,15 +86,23 @@ def evaluate(
     for model, rows in judged.items():
         models[model], fitted = metrics(rows, name, control, cfg)
         weights[model] = None if fitted is None else vars(fitted)
-        if note := models[model].get("length_controlled_win_rate", {}).get("note"):
-            notes.append(f"{model}: length_controlled_win_rate {note}")
+        if note := models[model].get(control.metric, {}).get("note"):
+            notes.append(f"{model}: {control.metric}: {note}")
         samples += [_sample(row) for row in rows]
+    empty = {model: sum(_empty(row) for row in rows) for model, rows in judged.items()}
+    equal = {model: sum(_equal(row) for row in rows) for model, rows in judged.items()}
+    for model, rows in judged.items():
+        notes += outputs.empty_notes({model: empty[model]}, len(rows))
+        if equal[model]:
+            notes.append(f"{model}: {equal[model]} of {len(rows)} answers equal the baseline's: half a win each")
     facts |= {
         "baseline": name,
         "instructions": len(kept),
-        "length_control": {"form": control.form, "compat": cfg.task.compat, "weights": weights, "notes": notes},
+        "length_control": {"form": control.form, "compat": cfg.task.compat, "weights": weights},
         "without_judgment": {model: len(kept) - len(rows) for model, rows in judged.items()},
-        "empty_answers": {model: sum(_empty(row) for row in rows) for model, rows in judged.items()},
+        "empty_answers": empty,
+        "equal_answers": equal,
+        "notes": notes,
     }
     return Evaluation(models, samples, facts)
 
@@ -103,6 +113,13 @@ def _listed(given: str | list[str]) -> list[str]:
 
 def _empty(row: Judgment) -> bool:
     return row.len_model == 0 if row.answer is None else not row.answer.strip()
+
+
+def _equal(row: Judgment) -> bool:
+    """Whether the answer is the baseline's; where only lengths are known, they are equal and the preference is 1.5."""
+    if row.answer is None:
+        return row.len_model == row.len_baseline and row.preference == 1.5
+    return row.answer == row.baseline_answer
 
 
 # ---- answers and judgments
@@ -123,11 +140,15 @@ def _judged(
     dist.on_main(_write, run_dir, "model_outputs.json", official, "generator")
 
     how = {"top_logprobs": 0} if cfg.judge.verdict == "text" else {"max_tokens": 1, "top_logprobs": TOP}
-    requests = [Request(_shown(template, row), **how) for row in unjudged]
+    requests = [Request(_shown(template, row), **how) for row in unjudged if not _equal(row)]
     replies = ask(requests)
     judged: dict[str, list[Judgment]] = {model: [] for model in texts}
-    in_words = dict.fromkeys(texts, 0)
-    for row, reply in zip(unjudged, replies, strict=True):
+    in_words, replied = dict.fromkeys(texts, 0), iter(replies)
+    for row in unjudged:
+        if _equal(row):
+            judged[row.model].append(replace(row, preference=1.5))
+            continue
+        reply = next(replied)
         first, why = first_preferred(reply, cfg.judge.verdict)
         in_words[row.model] += first is not None and (cfg.judge.verdict == "text" or not _by_logprobs(reply))
         preference = None
@@ -148,7 +169,7 @@ def _answers(cfg: Eval, baseline: Outputs, answer: Callable | None) -> tuple[dic
         names = [made.name for made in files]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"outputs={cfg.outputs}: two files are of {twice[0]}; give each model once")
-        return {made.name: [own.text for _, own in outputs.aligned(baseline, made)[: task.limit]] for made in files}, {}
+        return {made.name: [own.text for _, own in outputs.aligned(baseline, made, task.limit)] for made in files}, {}
     conversations = [
         [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
         for row in baseline.rows[: task.limit]
@@ -239,6 +260,11 @@ class _Control:
     weights: dict[str, length_control.Weights] | None
     notes: list[str]
 
+    @property
+    def metric(self) -> str:
+        """What the rate is called: only what can be held against the leaderboard has the leaderboard's name."""
+        return "length_controlled_win_rate" + (f"/{self.form}" if self.form in ("no_gamed", "minimal") else "")
+
     @classmethod
     def of(cls, task: AlpacaEvalTask, instructions: Sequence[str] | None) -> "_Control":
         """From the files that the task names, for the baseline's `instructions`. Raises UserError where they do not fit."""
@@ -316,18 +342,18 @@ def metrics(
         cell = clustered_mean(100 * values_N[of_N & ok_N], np.arange((of_N & ok_N).sum()))
         return with_errors(cell, int((of_N & ~ok_N).sum()))
 
-    all_N = np.full(len(rows), True)
+    all_N, differ_N = np.full(len(rows), True), np.array([not _equal(row) for row in rows])
     made = {
         "win_rate": rate(wins_N, all_N),
         "discrete_win_rate": rate(_discrete(wins_N), all_N),
     }
     controlled, weights = _controlled(rows, wins_N, baseline, control, cfg)
     if controlled is not None:
-        made["length_controlled_win_rate"] = controlled
+        made[control.metric] = controlled
     return made | {
         "win_rate/shown_first": rate(wins_N, shown_first_N),
         "win_rate/shown_second": rate(wins_N, ~shown_first_N),
-        "first_preferred": rate(first_N, all_N),
+        "first_preferred": rate(first_N, differ_N),
         "avg_length": with_errors(clustered_mean([row.len_model for row in rows], np.arange(len(rows))), 0),
     }, weights
 
@@ -363,11 +389,14 @@ def _controlled(
 def _sample(row: Judgment) -> dict:
     key = outputs.id_of(row.instruction)
     win = None if row.preference is None else row.preference - 1
+    scores = (
+        {} if win is None else {"win_rate": 100 * win, "discrete_win_rate": 100 * float(_discrete(np.float64(win)))}
+    )
     return {
         "model": row.model,
         "id": key,
         "cluster": key,
-        "scores": {} if win is None else {"win_rate": win, "discrete_win_rate": float(_discrete(np.float64(win)))},
+        "scores": scores,  # percent, as the rates that are their means
         "error": row.error,
         "shown_first": "model" if verdicts.switched(row.instruction) else "baseline",
         "characters": row.len_model,

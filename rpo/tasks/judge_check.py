@@ -21,7 +21,7 @@ from rpo.config import EvalData, UserError
 from rpo.eval_config import Eval
 from rpo.judge import Reply, Request
 from rpo.pairwise import Shown
-from rpo.rates import cell
+from rpo.rates import cell, position_notes
 from rpo.results import Evaluation
 from rpo.rows import Messages, RowError, Tally, check_file, is_empty, open_sources, parse
 
@@ -69,7 +69,9 @@ def evaluate(cfg: Eval, ask: Callable[[Sequence[Request]], list[Reply]] | None, 
     for one in judgments:
         of_judge[one.model].append(one)
     samples = [_sample(one) for one in judgments]
-    return Evaluation({model: statistics(some) for model, some in of_judge.items()}, samples, facts)
+    cells = {model: statistics(some) for model, some in of_judge.items()}
+    notes = [f"{model}: {note}" for model in cells for note in position_notes(cells[model], "swap_agreement")]
+    return Evaluation(cells, samples, facts | {"notes": notes})
 
 
 # ---- pairs
@@ -205,23 +207,22 @@ def _parse(row: Any, where: str) -> Judgment:
 
 
 def statistics(judgments: Sequence[Judgment]) -> dict[str, dict]:
-    """One judge's cells by name, clustered by prompt. A verdict is the answer with more than half, or neither: a tie.
+    """One judge's cells by name, in shares, clustered by prompt. A verdict is the answer with more than half, or neither: a tie.
 
     accuracy                 share of judgments for the chosen answer, a tie half
     accuracy/chosen_longer   the same where the chosen answer has more characters; chosen_shorter: fewer
     swap_agreement           share of M where both orders have the same verdict
     stability                share of pairs of repeats with the same verdict, mean over K; absent without repeats
     first_position           mean score of the answer shown first, over M: .5 without a bias for a position
-    length_bias              mean verdict for the longer answer minus the share of longer answers that are the chosen
-                             ones, over judgments of unequal lengths: 0 for a judge that is right; for one blind to
-                             length and right with probability a, (1 - a)(1 - 2 share), so 0 where the share is half
+    longer_preferred         share of verdicts for the longer answer, over judgments of unequal lengths that are no tie
+    longer_chosen            share of pairs of unequal lengths whose chosen answer is the longer: what the one above is for a
+                             judge that is right. One that is blind to length lies between it and half
     """
     ids_N = np.array([outputs.id_of(outputs.key_of(one.prompt)) for one in judgments])
     score_N = np.array([np.nan if one.score is None else one.score for one in judgments])
     failed_N = np.isnan(score_N)
     verdict_N = np.where(failed_N, np.nan, _verdict(score_N))
     longer_N = np.sign([len(one.chosen) - len(one.rejected) for one in judgments])
-    bias_N = np.where(longer_N > 0, verdict_N - 1, 1 - verdict_N)
     first_N = np.where([one.shown_first == "chosen" for one in judgments], score_N, 1 - score_N)
 
     def over(values_N: np.ndarray, some_N: np.ndarray) -> dict:
@@ -250,4 +251,9 @@ def statistics(judgments: Sequence[Judgment]) -> dict[str, dict]:
     if len({one.repeat for one in judgments}) > 1:
         cells["stability"] = grouped(key=lambda one: (one.pair, one.shown_first), value=same)
     cells["first_position"] = grouped(**both_orders, value=lambda group: float(first_N[group].mean()))
-    return cells | {"length_bias": over(bias_N, longer_N != 0)}
+    of_longer_N = np.where(longer_N > 0, verdict_N, 1 - verdict_N)
+    cells["longer_preferred"] = over(of_longer_N, (longer_N != 0) & (verdict_N != 0.5))
+    first_of_pair = {one.pair: i for i, one in reversed(list(enumerate(judgments)))}
+    unequal = [i for i in sorted(first_of_pair.values()) if longer_N[i] != 0]
+    cells["longer_chosen"] = cell(longer_N[unequal] > 0, ids_N[unequal], np.zeros(len(unequal), dtype=bool))
+    return cells

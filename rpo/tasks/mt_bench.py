@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from rpo import dist, fastchat, judge, judge_prompts, verdicts
+from rpo import dist, fastchat, judge, judge_prompts, outputs, verdicts
 from rpo.config import UserError
 from rpo.eval_config import Eval
 from rpo.fastchat import ModelAnswers, Question
 from rpo.generate import Sampling
 from rpo.judge import Reply, Request
 from rpo.judge_prompts import Kind, Template
-from rpo.rates import cell, rates
+from rpo.rates import cell, of_orders, position_notes, rates
 from rpo.redact import redacted
 from rpo.results import Evaluation
 
@@ -62,7 +62,10 @@ def evaluate(
         dist.on_main(fastchat.write_judgments, run_dir / "model_judgment" / name, rows)
         made = of_judgments(kind, rows, {question.id: question.category for question in questions})
         _add_texts(made.samples, {question.id: question for question in questions}, known)
-    return Evaluation(made.models, made.samples, {"kind": kind} | facts)
+        empty = {one.model: sum(not turn.strip() for q in questions for turn in one.turns[q.id]) for one in known}
+        facts["empty_answers"] = empty
+        made.facts["notes"] += outputs.empty_notes(empty, fastchat.TURNS * len(questions))
+    return Evaluation(made.models, made.samples, {"kind": kind} | facts | made.facts)
 
 
 # ---- stored judgments
@@ -258,39 +261,52 @@ def _games_of(first: Reply, second: Reply) -> dict:
 def of_judgments(kind: str, rows: Sequence[dict], categories: Mapping[int, str]) -> Evaluation:
     """Metrics of every model that the rows judge, and a sample per model, question and turn (of a pair two).
 
-    single: score, the mean rating. pair: those of `rates.rates`; a win is one in both orders, all else but two losses is a
-    tie (FastChat's adjusted win rate). Either also as NAME/turn_1, NAME/turn_2 and NAME/CATEGORY, and where a model meets
-    several others as win_rate/against/OTHER.
+    single: score, the mean rating. pair: those of `rates`; a win is one in both orders, all else but two losses is a tie
+    (FastChat's adjusted win rate). Either also as NAME/turn_1, NAME/turn_2 and NAME/CATEGORY. Where a model meets several
+    others, every pair has win_rate/against/OTHER on both sides, and that model has no rate over all: it would be as good as
+    those it happened to meet.
     """
     samples = [sample for row in rows for sample in _samples(kind, row, categories)]
-    _name_apart(samples)
+    several = _name_apart(samples)
     models = list(dict.fromkeys(sample["model"] for sample in samples))
     of_model = {model: [sample for sample in samples if sample["model"] == model] for model in models}
-    return Evaluation({model: _metrics(kind, own) for model, own in of_model.items()}, samples, {})
+    cells = {model: _metrics(kind, own, model in several, bool(several)) for model, own in of_model.items()}
+    notes = [
+        f"{model}: met {several[model]} models, so it has a rate against each and none over all" for model in several
+    ]
+    if kind == "pair":
+        notes += position_notes(_of_orders(samples), "order_consistency")
+    return Evaluation(cells, samples, {"notes": notes})
 
 
-def _metrics(kind: str, samples: Sequence[dict]) -> dict[str, dict]:
+def _metrics(kind: str, samples: Sequence[dict], met_several: bool, by_opponent: bool) -> dict[str, dict]:
     """The cells of the one model whose samples these are."""
     name = "score" if kind == "single" else "win_rate"
     values_N = np.array([sample["scores"].get(name, np.nan) for sample in samples])
     clusters_N = np.array([sample["cluster"] for sample in samples])
     failed_N = np.isnan(values_N)
-    if kind == "single":
-        metrics = {name: cell(values_N, clusters_N, failed_N)}
-    else:
-        agree_N = np.array([bool(sample["orders_agree"]) for sample in samples])
-        first_N = np.array([_first_position(sample) for sample in samples])
-        metrics = rates(values_N, agree_N, first_N, clusters_N)
     by_question_N = np.argsort([sample["question"] for sample in samples], kind="stable")
-    parts = {"turn_{}": "turn", "{}": "category"} | ({} if kind == "single" else {"against/{}": "against"})
-    for label, field in parts.items():
-        own_N = np.array([str(sample[field]) for sample in samples])
+
+    def by(field: str, label: str) -> dict[str, dict]:
+        own_N, made = np.array([str(sample[field]) for sample in samples]), {}
         for part in dict.fromkeys(own_N[by_question_N]):
             part_N = own_N == part
-            if field != "against" or not part_N.all():
-                among = cell(values_N[part_N], clusters_N[part_N], failed_N[part_N])
-                metrics[f"{name}/{label.format(part)}"] = among
-    return metrics
+            made[f"{name}/{label}{part}"] = cell(values_N[part_N], clusters_N[part_N], failed_N[part_N])
+        return made
+
+    metrics = {}
+    if not met_several:
+        metrics = {name: cell(values_N, clusters_N, failed_N)} if kind == "single" else rates(values_N, clusters_N)
+    metrics |= _of_orders(samples) if kind == "pair" else {}
+    metrics |= {} if met_several else by("turn", "turn_") | by("category", "")
+    return metrics | (by("against", "against/") if by_opponent else {})
+
+
+def _of_orders(samples: Sequence[dict]) -> dict[str, dict]:
+    agree_N = np.array([bool(sample["orders_agree"]) for sample in samples])
+    first_N = np.array([_first_position(sample) for sample in samples])
+    failed_N = np.array([sample["error"] is not None for sample in samples])
+    return of_orders(agree_N, first_N, [sample["cluster"] for sample in samples], failed_N)
 
 
 def _first_position(sample: dict) -> float:
@@ -328,14 +344,16 @@ def _samples(kind: str, row: dict, categories: Mapping[int, str]) -> list[dict]:
     return made
 
 
-def _name_apart(samples: Sequence[dict]) -> None:
-    """Where a model meets several others, the other's name is part of an item's id."""
+def _name_apart(samples: Sequence[dict]) -> dict[str, int]:
+    """The models that meet several others, with how many; in the ids of their items is the other's name from now on."""
     met: dict[str, set[str]] = {}
     for sample in samples:
         met.setdefault(sample["model"], set()).add(sample.get("against", ""))
+    several = {model: len(others) for model, others in met.items() if len(others) > 1}
     for sample in samples:
-        if len(met[sample["model"]]) > 1:
+        if sample["model"] in several:
             sample["id"] += f":{sample['against']}"
+    return several
 
 
 def _add_texts(samples: Sequence[dict], questions: Mapping[int, Question], known: Sequence[ModelAnswers]) -> None:

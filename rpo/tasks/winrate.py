@@ -3,7 +3,8 @@
 RUN/outputs_1.jsonl, outputs_2.jsonl    the answers, where models made them; outputs= reads them
 RUN/annotations.jsonl                   all that the judge said, one object per prompt; annotations= reads it
 
-A tie is half a win, and so is a prompt on which the orders disagree (`verdicts.two_orders`). Letters: N prompts.
+A tie is half a win, and so is a prompt on which the orders disagree (`verdicts.two_orders`). Equal answers are a tie that
+nobody is asked about. Letters: N prompts.
 """
 
 import json
@@ -23,7 +24,7 @@ from rpo.judge import Reply, Request
 from rpo.length_control import length_controlled
 from rpo.outputs import Output, Outputs
 from rpo.pairwise import Shown
-from rpo.rates import cell, rates
+from rpo.rates import cell, of_orders, position_notes, rates
 from rpo.redact import redacted
 from rpo.results import Evaluation, with_errors
 from rpo.rows import Messages, RowError, open_sources
@@ -36,14 +37,14 @@ _SAID = ("text", "top_logprobs", "finish_reason", "error")
 class Judged:
     """One prompt: both models' answers, and what the judge said with the first model's shown first, then second.
 
-    `verdict` is text or logprobs, `said` two objects with text, top_logprobs, finish_reason and error.
+    `verdict` is text or logprobs, `said` two objects with text, top_logprobs, finish_reason and error; None: equal answers.
     """
 
     prompt: str | Messages
     models: tuple[str, str]
     answers: tuple[str, str]
     verdict: str
-    said: tuple[dict, dict]
+    said: tuple[dict, dict] | None
 
     @property
     def id(self) -> str:
@@ -81,7 +82,12 @@ def _answers(
     if cfg.outputs is None:
         return _generated(cfg, answer, run_dir)
     files = [cfg.outputs] if isinstance(cfg.outputs, str) else list(cfg.outputs)
-    both = [outputs.read(file) for file in (files if cfg.baseline is None else [*files, cfg.baseline])]
+    files += [] if cfg.baseline is None else [cfg.baseline]
+    both = outputs.read_models(files[0]) if len(files) == 1 else [outputs.read(file) for file in files]
+    if len(both) != 2:
+        raise UserError(
+            f"outputs={cfg.outputs}: holds answers of {len(both)} models; expected two files, or one with the answers of two"
+        )
     names = (both[0].name, both[1].name)
     if names[0] == names[1]:  # two decodings of one model, or files that do not say whose they are
         names = (redacted(both[0].file), redacted(both[1].file))
@@ -89,7 +95,7 @@ def _answers(
         raise UserError(
             f"outputs={cfg.outputs}, baseline={cfg.baseline}: one file twice; give the answers of two models"
         )
-    return outputs.aligned(*both)[: cfg.task.limit], names, {"outputs": [both[0].file, both[1].file]}
+    return outputs.aligned(*both, cfg.task.limit), names, {"outputs": [both[0].file, both[1].file]}
 
 
 def _generated(cfg: Eval, answer: Callable, run_dir: Path) -> tuple[list[tuple[Output, Output]], tuple[str, str], dict]:
@@ -116,12 +122,13 @@ def _judged(
     cfg: Eval, pairs: Sequence[tuple[Output, Output]], names: tuple[str, str], ask: Callable
 ) -> tuple[list[Judged], dict]:
     """Every pair with what the judge said of it, and the facts about the judge."""
-    shown = [Shown(a.prompt, *texts) for a, b in pairs for texts in ((a.text, b.text), (b.text, a.text))]
+    differ = [(a, b) for a, b in pairs if a.text != b.text]
+    shown = [Shown(a.prompt, *texts) for a, b in differ for texts in ((a.text, b.text), (b.text, a.text))]
     verdict, replies, facts = pairwise.judged(shown, cfg.judge, cfg.task.prompts, ask)
-    said = [{field: getattr(reply, field) for field in _SAID} for reply in replies]
+    said = iter([{field: getattr(reply, field) for field in _SAID} for reply in replies])
     judged = [
-        Judged(a.prompt, names, (a.text, b.text), verdict, (said[2 * i], said[2 * i + 1]))
-        for i, (a, b) in enumerate(pairs)
+        Judged(a.prompt, names, (a.text, b.text), verdict, None if a.text == b.text else (next(said), next(said)))
+        for a, b in pairs
     ]
     return judged, facts
 
@@ -173,8 +180,7 @@ def _parse(row: Any, where: str) -> Judged:
         row.get("verdict") in ("text", "logprobs")
         and all(_is_pair_of(str, value) for value in (models, answers))
         and models[0] != models[1]
-        and _is_pair_of(dict, said)
-        and all(_is_said(one) for one in said)
+        and (answers[0] == answers[1] if said is None else _is_pair_of(dict, said) and all(map(_is_said, said)))
     )
     if not well_formed:
         raise UserError(f"{where}: is no annotation of task=winrate; give annotations.jsonl of an evaluation by it")
@@ -182,7 +188,7 @@ def _parse(row: Any, where: str) -> Judged:
         prompt = outputs.prompt_of(row)
     except RowError as error:
         raise UserError(f"{where}: {error}") from None
-    return Judged(prompt, tuple(models), tuple(answers), row["verdict"], tuple(said))
+    return Judged(prompt, tuple(models), tuple(answers), row["verdict"], None if said is None else tuple(said))
 
 
 def _is_pair_of(kind: type, value: Any) -> bool:
@@ -204,8 +210,8 @@ def _is_said(one: dict) -> bool:
 def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluation:
     """Metrics of both models, two samples per prompt (one per model), and the sign test.
 
-    Those of `rates.rates`, with items clustered by prompt, and
-    win_rate/length_controlled  as it would be at equal lengths: the minimal form of `length_control`
+    Those of `rates`, with items clustered by prompt (of the orders: where answers differ), and
+    win_rate/length_controlled  share as it would be at equal lengths: the minimal form of `length_control`
     longer_wins                 mean score of the longer answer, where lengths differ
     length                      mean characters of the model's answers
 
@@ -215,9 +221,12 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
     ids_N = [one.id for one in judged]
     length_2N = np.array([[len(one.answers[m]) for one in judged] for m in (0, 1)])
     score_N = np.array([both.score if both else np.nan for both, _, _ in table])
-    agree_N = np.array([bool(both and both.agree) for both, _, _ in table])
-    first_N = np.array([(scores[0] + 1 - scores[1]) / 2 if both else np.nan for both, scores, _ in table])
     failed_N = np.isnan(score_N)
+    asked_N = [i for i, one in enumerate(judged) if one.answers[0] != one.answers[1]]
+    of_asked = [table[i] for i in asked_N]
+    agree_N = np.array([bool(both and both.agree) for both, _, _ in of_asked])
+    first_N = np.array([(scores[0] + 1 - scores[1]) / 2 if both else np.nan for both, scores, _ in of_asked])
+    orders = of_orders(agree_N, first_N, np.array(ids_N)[asked_N], failed_N[asked_N])
     controlled, _ = length_controlled(score_N, length_2N[1] - length_2N[0], draws=bootstrap, seed=seed)
     controlled = with_errors(_share(controlled), int(failed_N.sum()))
     differ_N = np.flatnonzero(length_2N[0] != length_2N[1])
@@ -225,25 +234,37 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
 
     metrics = {}
     for m, model in enumerate(models):
-        own = rates(score_N if m == 0 else 1 - score_N, agree_N, first_N, ids_N)
+        own = rates(score_N if m == 0 else 1 - score_N, ids_N)
         metrics[model] = {"win_rate": own.pop("win_rate")}
         metrics[model]["win_rate/length_controlled"] = controlled if m == 0 else _opposite(controlled)
-        metrics[model] |= own
+        metrics[model] |= own | orders
         metrics[model]["longer_wins"] = cell(longer_N, np.array(ids_N)[differ_N], failed_N[differ_N])
         metrics[model]["length"] = with_errors(clustered_mean(length_2N[m], ids_N), 0)
     wins, losses = int((score_N > 0.5).sum()), int((score_N < 0.5).sum())
-    even = int((score_N == 0.5).sum())
+    even, num_equal = int((score_N == 0.5).sum()), len(judged) - len(asked_N)
+    empty = {model: sum(not one.answers[m].strip() for one in judged) for m, model in enumerate(models)}
+    notes = position_notes(orders, "order_consistency") + outputs.empty_notes(empty, len(judged))
+    if num_equal:
+        notes.append(
+            f"{num_equal} of {len(judged)} pairs of answers are equal: ties that the judge was not asked about"
+        )
+    if "note" in controlled:
+        notes.append(f"win_rate/length_controlled: {controlled['note']}")
     facts = {
         "verdict": judged[0].verdict,
         "sign_test": {"of": models[0], "wins": wins, "losses": losses, "even": even, "p": sign_test(wins, losses)},
-        "empty_answers": {model: sum(not one.answers[m].strip() for one in judged) for m, model in enumerate(models)},
+        "empty_answers": empty,
+        "equal_answers": num_equal,
+        "notes": notes,
     }
     samples = [_sample(one, m, *scored) for m in (0, 1) for one, scored in zip(judged, table, strict=True)]
     return Evaluation(metrics, samples, facts)
 
 
 def _scored(one: Judged) -> tuple[verdicts.TwoOrders | None, tuple[float | None, float | None], str | None]:
-    """(the first model's score or None, its score in either order, why there is none)."""
+    """(the first model's score or None, its score in either order, why there is none). Equal answers are a tie, asked or not."""
+    if one.answers[0] == one.answers[1]:
+        return verdicts.TwoOrders(0.5, True), (0.5, 0.5), None
     (first, why), (second, also) = (verdicts.first_score(one.verdict, said) for said in one.said)
     scores = (first, None if second is None else 1 - second)
     return verdicts.two_orders(*scores), scores, why or also
@@ -284,6 +305,9 @@ def _sample(
         "response": one.answers[m],
         "against": one.models[1 - m],
         "other_response": one.answers[1 - m],
-        "orders_agree": both and both.agree,
-        "judgments": [{"shown_first": one.models[k], "score": own[k], "reply": one.said[k]["text"]} for k in (0, 1)],
+        "orders_agree": None if both is None or one.answers[0] == one.answers[1] else both.agree,
+        "judgments": [
+            {"shown_first": one.models[k], "score": own[k], "reply": said["text"]}
+            for k, said in enumerate(one.said or ())
+        ],
     }
