@@ -33,7 +33,7 @@ class Judgment:
     """One model's answer to one instruction against the baseline's; `row` is its place among the model's rows in the file.
 
     `preference` is 1 to 2, None where there is no verdict, and `error` then says why. Answers are None where the file has
-    only their lengths (in characters).
+    only their lengths (in characters), the annotator where it does not say who judged.
     """
 
     model: str
@@ -45,6 +45,7 @@ class Judgment:
     error: str | None = None
     baseline_answer: str | None = None
     answer: str | None = None
+    annotator: str | None = None
 
 
 # ---- judgments
@@ -141,7 +142,7 @@ def _judgment(row: Any, baseline: Outputs | None, of_baseline: dict, found: dict
     error = None if preference is not None else "no verdict is stored"
     place = len(found.get(model, []))
     return row.get("generator_1"), Judgment(
-        model, instruction, place, len_baseline, len_model, preference, error, own, answer
+        model, instruction, place, len_baseline, len_model, preference, error, own, answer, row.get("annotator")
     )
 
 

@@ -69,7 +69,8 @@ def evaluate(
     control = _Control.of(cfg.task, instructions)  # before anything is paid for
     if cfg.annotations is not None:
         name, judged = alpaca_files.read_annotations(_listed(cfg.annotations), baseline)
-        facts: dict = {"annotations": cfg.annotations}
+        judges = {row.annotator for rows in judged.values() for row in rows if row.annotator is not None}
+        facts: dict = {"annotations": cfg.annotations, "judges": sorted(map(str, judges))}
     else:
         name = baseline.name
         judged, facts = _judged(cfg, baseline, answer, ask, run_dir)
@@ -379,7 +380,7 @@ def _controlled(
         value = length_control.win_rate(weights, difficulty_N)
         return with_errors({"value": value, "se": None, "interval": None, "n": len(difficulty_N)}, 0), weights
     if model == baseline:  # by construction, as in the original: theta is what tells the two apart
-        return with_errors({"value": 50.0, "se": 0.0, "interval": [50.0, 50.0], "n": len(rows) - failed}, failed), None
+        return with_errors({"value": 50.0, "se": 0.0, "interval": None, "n": len(rows) - failed}, failed), None
     length_N = np.array([float(row.len_baseline - row.len_model) for row in rows])
     how = {"draws": task.bootstrap, "seed": cfg.seed}
     cell, weights = length_control.length_controlled(wins_N, length_N, difficulty_N, control.gamed, **how)

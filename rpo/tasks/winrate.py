@@ -38,6 +38,7 @@ class Judged:
     """One prompt: both models' answers, and what the judge said with the first model's shown first, then second.
 
     `verdict` is text or logprobs, `said` two objects with text, top_logprobs, finish_reason and error; None: equal answers.
+    `judge` is the name that was asked.
     """
 
     prompt: str | Messages
@@ -45,6 +46,7 @@ class Judged:
     answers: tuple[str, str]
     verdict: str
     said: tuple[dict, dict] | None
+    judge: str | None
 
     @property
     def id(self) -> str:
@@ -60,7 +62,7 @@ def evaluate(
     """
     if cfg.annotations is not None:
         judged = read(cfg.annotations)[: cfg.task.limit]
-        facts = {"annotations": cfg.annotations}
+        facts = {"annotations": cfg.annotations, "judges": sorted({one.judge for one in judged if one.judge})}
     else:
         if cfg.task.prompts is not None:  # a bad file is to be found before models answer
             judge_prompts.load(cfg.task.prompts, "pair")
@@ -126,10 +128,10 @@ def _judged(
     shown = [Shown(a.prompt, *texts) for a, b in differ for texts in ((a.text, b.text), (b.text, a.text))]
     verdict, replies, facts = pairwise.judged(shown, cfg.judge, cfg.task.prompts, ask)
     said = iter([{field: getattr(reply, field) for field in _SAID} for reply in replies])
-    judged = [
-        Judged(a.prompt, names, (a.text, b.text), verdict, None if a.text == b.text else (next(said), next(said)))
-        for a, b in pairs
-    ]
+    judged = []
+    for a, b in pairs:
+        both = None if a.text == b.text else (next(said), next(said))
+        judged.append(Judged(a.prompt, names, (a.text, b.text), verdict, both, cfg.judge.model))
     return judged, facts
 
 
@@ -141,6 +143,7 @@ def write(file: Path, judged: Sequence[Judged]) -> None:
     with file.open("w") as stream:
         for one in judged:
             row = {"prompt": one.prompt, "models": one.models, "answers": one.answers, "verdict": one.verdict}
+            row |= {"judge": one.judge}
             stream.write(json.dumps(row | {"said": one.said}) + "\n")
 
 
@@ -180,6 +183,7 @@ def _parse(row: Any, where: str) -> Judged:
         row.get("verdict") in ("text", "logprobs")
         and all(_is_pair_of(str, value) for value in (models, answers))
         and models[0] != models[1]
+        and isinstance(row.get("judge"), str | None)
         and (answers[0] == answers[1] if said is None else _is_pair_of(dict, said) and all(map(_is_said, said)))
     )
     if not well_formed:
@@ -188,7 +192,8 @@ def _parse(row: Any, where: str) -> Judged:
         prompt = outputs.prompt_of(row)
     except RowError as error:
         raise UserError(f"{where}: {error}") from None
-    return Judged(prompt, tuple(models), tuple(answers), row["verdict"], None if said is None else tuple(said))
+    both = None if said is None else tuple(said)
+    return Judged(prompt, tuple(models), tuple(answers), row["verdict"], both, row.get("judge"))
 
 
 def _is_pair_of(kind: type, value: Any) -> bool:
