@@ -286,7 +286,7 @@ def _check_mt_bench(cfg: Eval) -> None:
     require(
         stored or (cfg.baseline is not None) == (task.mode == "pairwise"),
         f"task.mode={task.mode}, baseline={cfg.baseline} with task=mt_bench: mode pairwise compares with a baseline's answers "
-        "(baseline=FILE), single reads none",
+        "(baseline=FILE), single reads none; give both or neither",
     )
     require(
         not stored or cfg.baseline is None,

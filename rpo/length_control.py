@@ -112,9 +112,10 @@ def length_controlled(
     """(a cell {"value", "se", "interval", "n"} of the rate in percent, the weights), by `fit` and `bootstrap`.
 
     se is the standard deviation of the draws, the interval their 2.5% and 97.5% quantiles; both are null where `draws` is 0,
-    and where verdicts differ and draws do not: the spread of fits to verdicts that length alone tells is no error. Nothing is
-    fitted, and all is null, with fewer than 10 verdicts, or with fewer than 5 on either side of equal length and no gamed
-    rows: the rate would be a guess beyond what was seen. The cell's "note" then says which it was.
+    and where draws do not differ: the spread of fits to verdicts that length alone tells is no error. Nothing is fitted, and
+    all is null, with fewer than 10 verdicts; and, without gamed rows, with fewer than 5 on either side of equal length, or
+    where the longer (or the shorter) answer won every time that one did: any rate near the middle fits such verdicts. The
+    cell's "note" then says which it was. Verdicts that are all alike have an error of 0 and no interval.
     """
     judged_N = np.isfinite(wins_N)
     n, shorter, longer = (int(of_N[judged_N].sum()) for of_N in (judged_N, length_N >= 0, length_N <= 0))
@@ -124,17 +125,31 @@ def length_controlled(
     if gamed is None and (few := min(shorter, longer)) < SIDE:
         note = f"not fitted: one side's answers are the longer ones on all but {few} of {n} items"
         return nothing | {"note": note}, None
+    if gamed is None and _length_tells_all(wins_N, length_N):
+        return nothing | {
+            "note": "not fitted: length alone tells every verdict, so none tells what equal length would"
+        }, None
     weights = fit(wins_N, length_N, difficulty_N, gamed)
     cell = nothing | {"value": win_rate(weights, np.zeros(1) if difficulty_N is None else difficulty_N)}
     if draws:
         rates_D = bootstrap(wins_N, length_N, difficulty_N, gamed, draws=draws, seed=seed)
         low, high = np.quantile(rates_D, [0.025, 0.975])
         se = float(rates_D.std(ddof=1))
-        if se < TOO_SURE and np.ptp(wins_N[judged_N]):
-            note = "no error can be told: draws do not differ, as where length alone tells the verdicts"
-            return cell | {"note": note}, weights
+        if se < TOO_SURE:  # of verdicts that are all alike too: nothing varied, and there is no interval
+            varied = bool(np.ptp(wins_N[judged_N]))
+            return cell | ({"note": "no error can be told: draws do not differ"} if varied else {"se": 0.0}), weights
         cell |= {"se": se, "interval": [float(low), float(high)]}
     return cell, weights
+
+
+def _length_tells_all(wins_N: np.ndarray, length_N: np.ndarray) -> bool:
+    """Whether verdicts are 0, 1 or a tie, and all that are decided, both ways, went to the longer, or to the shorter."""
+    if not np.isin(wins_N[np.isfinite(wins_N)], (0, 0.5, 1)).all():  # probabilities tell more than who won
+        return False
+    decided_N = np.isfinite(wins_N) & (wins_N != 0.5)
+    won_N, side_N = wins_N[decided_N] > 0.5, np.sign(length_N[decided_N])
+    told = all(set(side_N[won_N == won]) in ({-1.0}, {1.0}) for won in (True, False))
+    return told and set(side_N[won_N]) != set(side_N[~won_N])
 
 
 # ---- the fit

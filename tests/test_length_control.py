@@ -244,13 +244,21 @@ def test_equal_length_has_to_be_seen():
 
 
 def test_no_error_is_better_than_none_at_all():
-    """Verdicts that length alone tells have draws that agree: no error is given. All alike they have one of 0, as raw rates."""
-    length = np.random.default_rng(15).choice([-300.0, 300.0], 80)
-    cell, _ = length_controlled((length < 0).astype(float), length, draws=30, seed=0)
-    assert (cell["value"], cell["se"], cell["interval"]) == (50, None, None)
-    assert cell["note"].startswith("no error can be told")
+    """Verdicts that length alone tells give no rate, ties among them or not; one exception gives one. All alike they have
+    an error of 0 and no interval, as raw rates."""
+    rng = np.random.default_rng(15)
+    length = rng.choice([-300.0, 300.0], 80)
+    for wins in (
+        (length < 0).astype(float),
+        (length > 0).astype(float),
+        np.where(rng.random(80) < 0.4, 0.5, length < 0),
+    ):
+        cell, weights = length_controlled(wins, length, draws=30, seed=0)
+        assert weights is None and cell["value"] is None and cell["note"].startswith("not fitted: length alone")
+        wins[:20] = 1 - wins[:20]
+        assert length_controlled(wins, length, draws=0, seed=0)[0]["value"] is not None
     cell, _ = length_controlled(np.ones(80), length, draws=30, seed=0)
-    assert cell["value"] > 99.9 and cell["se"] < 1e-6 and "note" not in cell
+    assert cell["value"] > 99.9 and (cell["se"], cell["interval"]) == (0, None) and "note" not in cell
 
 
 @pytest.mark.parametrize("spread", [1.0, 1e-2, 1e-4])

@@ -150,6 +150,9 @@ def test_swapped_models_have_one_minus_the_rate(judged, prefer):
         assert values(one.models[model]) == pytest.approx(values(other.models[model]), abs=1e-6)
     a, b = one.models["a"], one.models["b"]
     for name in ("win_rate", "win_rate/length_controlled"):
+        if a[name]["value"] is None:  # length alone tells these verdicts
+            assert prefer is longer and b[name]["value"] is None and name != "win_rate"
+            continue
         assert a[name]["value"] + b[name]["value"] == pytest.approx(1)
         assert a[name]["se"] == b[name]["se"]
         if a[name]["interval"] is not None:  # verdicts that never differ have none
@@ -266,8 +269,9 @@ def test_equal_answers_are_ties_without_asking(tmp_path, group):
     assert (a["order_consistency"]["value"], a["first_position"]["value"]) == (0, 1)
     assert made.facts["equal_answers"] == 2
     notes = made.facts["notes"]
-    assert notes[0].startswith("order_consistency is 0%") and notes[1].startswith("2 of 4 pairs of answers are equal")
-    assert notes[2].startswith("win_rate/length_controlled: not fitted: 4 verdicts")
+    assert notes[0] == "sign test: a won 0 and lost 0 of 4 prompts, p 1"
+    assert notes[1].startswith("order_consistency is 0%") and notes[2].startswith("2 of 4 pairs of answers are equal")
+    assert notes[3].startswith("win_rate/length_controlled: not fitted: 4 verdicts")
     stored = settings("task=winrate", f"annotations={tmp_path / 'annotations.jsonl'}", name="eval")
     again = winrate.evaluate(stored, None, None, run_dir=tmp_path)
     assert (again.models, again.samples) == (made.models, made.samples)

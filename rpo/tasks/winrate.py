@@ -248,7 +248,9 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
     wins, losses = int((score_N > 0.5).sum()), int((score_N < 0.5).sum())
     even, num_equal = int((score_N == 0.5).sum()), len(judged) - len(asked_N)
     empty = {model: sum(not one.answers[m].strip() for one in judged) for m, model in enumerate(models)}
-    notes = position_notes(orders, "order_consistency") + outputs.empty_notes(empty, len(judged))
+    p = sign_test(wins, losses)
+    notes = [f"sign test: {models[0]} won {wins} and lost {losses} of {len(judged)} prompts, p {p:.2g}"]
+    notes += position_notes(orders, "order_consistency") + outputs.empty_notes(empty, len(judged))
     if num_equal:
         notes.append(
             f"{num_equal} of {len(judged)} pairs of answers are equal: ties that the judge was not asked about"
@@ -257,7 +259,7 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
         notes.append(f"win_rate/length_controlled: {controlled['note']}")
     facts = {
         "verdict": judged[0].verdict,
-        "sign_test": {"of": models[0], "wins": wins, "losses": losses, "even": even, "p": sign_test(wins, losses)},
+        "sign_test": {"of": models[0], "wins": wins, "losses": losses, "even": even, "p": p},
         "empty_answers": empty,
         "equal_answers": num_equal,
         "notes": notes,
