@@ -45,7 +45,7 @@ from rpo import (
     tokens,
 )
 from rpo import gold as embedded
-from rpo.answering import Answerer
+from rpo.answering import Answerer, note_unknown
 from rpo.config import Gold, UserError
 from rpo.eval_config import (
     EVAL_MAY_CHANGE,
@@ -135,6 +135,7 @@ def _of_models(cfg: Eval, device: torch.device) -> None:
         prompts, said, places, report = data.load_prompts(spec, cfg.data, tokenizer)
         prompts, said, places = prompts[: task.limit], said[: task.limit], places[: task.limit]
         longest = max(map(len, prompts))
+        note_unknown(paths[0], tokenizer, prompts)
         new = task.max_new_tokens if isinstance(task, GenerateTask) else embedded.SAMPLING.max_new_tokens
         room = models.positions_of(hf) - longest
         if new > room:

@@ -22,6 +22,7 @@ from rpo.models import Policy, PreTrainedTokenizerBase
 from rpo.redact import redacted
 from rpo.rows import Messages
 
+UNKNOWN = 0.01  # share of unknown tokens that is said: answers to prompts that can not be read look like any others
 CHUNK = 8  # batches between two writes; not the number of ranks, or the samples would depend on it
 
 
@@ -63,6 +64,7 @@ class Answerer:
         self._open(path)
         cfg, model = self._cfg, self._model
         prompts = [tokens.encode_prompt(model.tokenizer, said, cfg.data.template_date) for said in conversations]
+        note_unknown(path, model.tokenizer, prompts)
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         self._check_room(prompts, each)  # of all, before the first is answered
         made: dict[int, Answer] = {}
@@ -144,6 +146,12 @@ class Answerer:
             for key, answer in zip(keys, answers, strict=True):
                 made = {"text": answer.text, "tokens": answer.tokens, "ended": answer.ended}
                 file.write(json.dumps({"key": key, "model": model} | made) + "\n")
+
+
+def note_unknown(path: str, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> None:
+    """Says so where more than 1% of the prompts' tokens are unknown to the model's tokenizer."""
+    if (share := tokens.unknown_share(tokenizer, prompts)) > UNKNOWN and dist.is_main():
+        print(redacted(f"note: {path}: its tokenizer does not know {share:.0%} of the prompts' tokens"), flush=True)
 
 
 def identity_of(path: str, revision: str | None) -> str:

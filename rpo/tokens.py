@@ -160,6 +160,14 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, template_date: str) -> list[int
     return list(dict.fromkeys([tok.eos, close(tokenize(tokenizer, [text])[0], tok)[-1]]))
 
 
+def unknown_share(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> float:
+    """The share of tokens that stand for text that the tokenizer does not know; 0 where it knows all by its bytes."""
+    unknown = tokenizer.unk_token_id
+    if unknown in (None, tokenizer.eos_token_id, tokenizer.bos_token_id):  # GPT-2: one token for all three
+        return 0.0
+    return sum(ids.count(unknown) for ids in prompts) / sum(map(len, prompts))
+
+
 def close(ids: list[int], tok: Facts) -> list[int]:
     """The response up to its end-of-turn: the first special token of the trailing run of special and blank ones.
 

@@ -108,6 +108,14 @@ def test_a_model_that_changed_answers_anew(answerer, model, monkeypatch):
     assert [answer.text for answer in moved] != [greedy_by_hand(model, said) for said in CONVERSATIONS]
 
 
+def test_prompts_that_can_not_be_read_are_said(answerer, model, capsys):
+    """Where the tokenizer does not know a prompt's words, a line says what share; where it knows them, none does."""
+    answerer()(model, CONVERSATIONS, GREEDY)
+    assert "does not know" not in capsys.readouterr().out
+    answerer()(model, [said("ba", "aardvark")], GREEDY)  # <bos> [user] ba <unk> [assistant]
+    assert "its tokenizer does not know 20% of the prompts' tokens" in capsys.readouterr().out
+
+
 def test_no_room(answerer, model, monkeypatch):
     """An answer that would not fit beside its prompt is refused before a weight is loaded, with what would fit: the last
     prompt's, too, long before its turn."""
