@@ -13,7 +13,7 @@
     python eval.py task=report      runs=SWEEP
 
 Where a model is a run's `model/`, what is not given (reference, data, beta) comes from that run's config.yaml. task=overopt
-and all that asks a judge or answers questions go on where they were killed, given their run_dir.
+and those that ask a judge or run a benchmark go on where they were killed, given their run_dir.
 """
 
 import gc

@@ -133,7 +133,8 @@ class Answerer:
         known = {}
         text = self._file.read_text(errors="replace") if self._file.exists() else ""
         if text and not text.endswith("\n"):  # or the next answer would stand on the line that a kill cut off
-            self._file.write_text(text + "\n")
+            with self._file.open("a") as file:
+                file.write("\n")
         for line in text.splitlines():
             with suppress(ValueError, KeyError, TypeError):  # a kill came while it was written
                 found = json.loads(line)

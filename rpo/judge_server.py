@@ -64,7 +64,7 @@ class Account:
 def check(judge: Judge) -> None:
     """Raises UserError where nothing could be asked: no library, no key for the vendor."""
     if find_spec("openai") is None:
-        raise UserError("judge.model: asking a judge needs the openai library; pip install 'rpo[eval]'")
+        raise UserError("judge.model: asking a judge needs the openai library; pip install -e '.[eval]'")
     key = _key(judge)
     if judge.base_url is None and not key:
         raise UserError(

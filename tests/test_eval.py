@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 import train
-from rpo import dist, stats
+from rpo import dist
 from rpo.config import UserError
 from rpo.tasks import pairs
 from tests.conftest import make_lm, make_rows_json, make_tokenizer, settings, tiny_args, write_jsonl
@@ -171,20 +171,6 @@ def test_what_an_evaluation_leaves(result, folder, tiny, capsys):
     assert samples[13]["row"] == f"{folder / 'pairs.jsonl'}:14"
     moved = [s["chosen"] - s["ref_chosen"] for s in samples[:14]]
     assert np.mean(moved) == pytest.approx(result["models"][paths[0]]["shift/chosen"]["value"])
-
-
-def test_clustered_errors_by_hand():
-    """One row a cluster is the ordinary standard error; duplicated rows do not shrink it; one cluster has none."""
-    values = np.random.default_rng(0).normal(size=30)
-    plain = stats.clustered_mean(values, np.arange(30))
-    assert plain["value"] == pytest.approx(values.mean()) and plain["n"] == 30
-    assert plain["se"] == pytest.approx(values.std(ddof=1) / 30**0.5)
-    double = stats.clustered_mean(np.repeat(values, 2), np.repeat(np.arange(30), 2))
-    assert double["se"] == pytest.approx(plain["se"]) and double["n"] == 60
-    # Clusters {1, 2}, {6}: mean 3, deviations (-2 - 1), 3: sqrt(2/1 (9 + 9)) / 3.
-    assert stats.clustered_mean([1, 2, 6], [0, 0, 1])["se"] == pytest.approx(2.0)
-    assert stats.clustered_mean([1, 2], [0, 0])["se"] is None
-    assert stats.clustered_mean([], []) == {"value": None, "se": None, "interval": None, "n": 0}
 
 
 def test_calibration_by_hand():

@@ -508,7 +508,7 @@ def test_a_key_that_is_none(tmp_path, monkeypatch):
 def test_no_library(tmp_path, monkeypatch):
     """Where openai is not installed one line says what to install."""
     monkeypatch.setattr(judge_server, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'rpo\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '.\[eval\]'"):
         judge.ask(requests(1), settings(base_url="http://127.0.0.1:9/v1"), tmp_path)
 
 

@@ -75,6 +75,12 @@ def test_clustered_mean_by_hand():
             "value": pytest.approx(alike[0]), "se": 0.0, "interval": None, "n": len(alike)}  # fmt: skip
     nearly = stats.clustered_mean([1e6, 1e6 + 1e-3], [0, 1])
     assert nearly["se"] == pytest.approx(5e-4) and nearly["interval"] is not None
+    values = np.random.default_rng(0).normal(
+        size=30
+    )  # a row a cluster: the ordinary error, and rows told twice do not shrink it
+    for told in (1, 2):
+        cell = stats.clustered_mean(np.repeat(values, told), np.repeat(np.arange(30), told))
+        assert cell["se"] == pytest.approx(values.std(ddof=1) / 30**0.5)
     assert stats.clustered_mean([1, 2], [0, 0]) == {"value": 1.5, "se": None, "interval": None, "n": 2}
     assert stats.clustered_mean([], []) == {"value": None, "se": None, "interval": None, "n": 0}
 

@@ -17,8 +17,8 @@ from rpo.stats import clustered_mean
 from rpo.tasks import lm_eval as task
 from tests.conftest import make_lm, settings, write_jsonl
 
-pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install 'rpo[eval]')")
-pytest.importorskip("accelerate", reason="accelerate is not installed (pip install 'rpo[eval]')")
+pytest.importorskip("lm_eval", reason="lm_eval is not installed (pip install -e '.[eval]')")
+pytest.importorskip("accelerate", reason="accelerate is not installed (pip install -e '.[eval]')")
 
 ARC = [
     {"question": f"What is {a} and {b}?", "choices": [f"{a * b}", f"the number {a + b}", "no"], "gold": (a + b) % 3}
@@ -312,7 +312,7 @@ def test_refusals(folder, group, tmp_path, monkeypatch):
         refused("task=lm_eval on 2 ranks: it runs on one; start it without torchrun")
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)
-        refused(r"lm_eval is not installed; pip install 'rpo\[eval\]'")
+        refused(r"lm_eval is not installed; pip install -e '.\[eval\]'")
     with monkeypatch.context() as patch:
         unsafe = SimpleNamespace(all_tasks=["x"], load=lambda s: {"tasks": {"x": SimpleNamespace(UNSAFE_CODE=True)}})
         patch.setattr(task, "_manager", lambda: unsafe)

@@ -149,7 +149,7 @@ def test_pass_at_k(n, c):
 def test_prompt_is_the_harness_s(data):
     """The prompt equals what lm-evaluation-harness's own template and shown examples give, to the character."""
     if (found := importlib.util.find_spec("lm_eval")) is None:
-        pytest.skip("lm_eval is not installed (pip install 'rpo[eval]')")
+        pytest.skip("lm_eval is not installed (pip install -e '.[eval]')")
     folder = Path(found.origin).parent / "tasks/mbpp"
 
     class Loader(yaml.SafeLoader):

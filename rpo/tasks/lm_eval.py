@@ -98,7 +98,7 @@ def _specs(task: LmEvalTask, cache: Path) -> dict[str, str | dict]:
     """
     for package in ("lm_eval", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"task=lm_eval: {package} is not installed; pip install 'rpo[eval]'")
+            raise UserError(f"task=lm_eval: {package} is not installed; pip install -e '.[eval]'")
     manager = _manager()
     specs: dict[str, str | dict] = {}
     for name in task.tasks:
