@@ -22,13 +22,13 @@ demo: $(VENV)/.ready ## train SFT, DPO and RPO on the embedded task; print the t
 	@trap 'kill 0' INT TERM; \
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m recipe=demo loss.eta=0,0.05 seed=0,1,2 run_dir=$(DEMO)/a 2> >(tail -3 >&2) & \
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m recipe=demo loss.eta=0.005,0.25 seed=0,1,2 run_dir=$(DEMO)/b && wait $$!
-	@$(BIN)/python -m rpo.demo $(DEMO)/a $(DEMO)/b
+	@$(BIN)/python -m rpo.synthetic.demo $(DEMO)/a $(DEMO)/b
 
 theory: $(VENV)/.ready ## check the theorem, number by number; draw the toy of overoptimisation
-	@$(BIN)/python -m rpo.theory_page
+	@$(BIN)/python -m rpo.theory
 
 overopt: $(VENV)/.ready ## the study of overoptimisation: 160 runs over 5 seeds, 90 minutes; begun again it goes on
-	@$(BIN)/python -m rpo.experiment outputs/overopt
+	@$(BIN)/python -m rpo.overopt.experiment outputs/overopt
 
 # Two processes of one thread each: most tests are too small for more. A file stays in one, for its fixtures.
 test: $(VENV)/.ready ## the test suite

@@ -25,29 +25,19 @@ from pathlib import Path
 import hydra
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from rpo import (
-    config,
-    data,
-    dist,
-    eval_checks,
-    faults,
-    judge,
-    models,
-    overopt_plots,
-    packing,
-    results,
-    rundir,
-    runs,
-    score,
-    study,
-    sweep,
-    tokens,
-)
-from rpo import gold as embedded
-from rpo.answering import Answerer, note_unknown
-from rpo.config import Gold, UserError
-from rpo.eval_config import (
+from rpo import config, dist
+from rpo.config import Gold
+from rpo.data import batch as data_batch
+from rpo.data import dataset, schedule
+from rpo.data import tokenizer as data_tokenizer
+from rpo.errors import UserError
+from rpo.evals import results, settings
+from rpo.evals.context import Answerer, note_unknown
+from rpo.evals.points import Points
+from rpo.evals.results import Evaluation
+from rpo.evals.settings import (
     EVAL_MAY_CHANGE,
     AlpacaEvalTask,
     CompareTask,
@@ -64,10 +54,16 @@ from rpo.eval_config import (
     SelectTask,
     WinrateTask,
 )
-from rpo.points import Points
-from rpo.redact import redacted
-from rpo.reference import weights_digest
-from rpo.results import Evaluation
+from rpo.judging import client, judge
+from rpo.model.fingerprint import weights_digest
+from rpo.model.hf import check, check_fit, load, positions_of
+from rpo.model.policy import prepare
+from rpo.model.probe import noise_floor
+from rpo.model.shard import PLAIN, compute_dtype, mesh
+from rpo.overopt import figures, study
+from rpo.runs import catalog, process
+from rpo.runs import folder as run_folder
+from rpo.synthetic import task as embedded
 from rpo.tasks import (
     alpaca_eval,
     compare,
@@ -83,12 +79,14 @@ from rpo.tasks import (
     select,
     winrate,
 )
+from rpo.text import redacted
+from rpo.training import sweep
 
 
 def evaluate(cfg: Eval) -> str:
     """Runs the task; returns "finished". Raises UserError, for all that can be known by then before a model is loaded."""
     device = dist.init()
-    with faults.Interrupt():  # a scheduler's signals end it as Ctrl-C does
+    with process.Interrupt():  # a scheduler's signals end it as Ctrl-C does
         match cfg.task:
             case PairsTask() | GenerateTask() | GoldTask():
                 _of_models(cfg, device)
@@ -107,11 +105,11 @@ def evaluate(cfg: Eval) -> str:
 def _of_models(cfg: Eval, device: torch.device) -> None:
     """The task on every model, one after the other."""
     task = cfg.task
-    run_dir = rundir.choose(cfg.run_dir, f"eval_{task.kind}")
+    run_dir = run_folder.choose(cfg.run_dir, f"eval_{task.kind}")
     paths = [cfg.model.path] if isinstance(cfg.model.path, str) else cfg.model.path
     trust = {"trust_remote_code": cfg.model.trust_remote_code}
-    hf = {f"model.path={path}": models.check(path, cfg.model.revision, **trust) for path in paths}
-    made_by = [rundir.settings_of(path) for path in paths]
+    hf = {f"model.path={path}": check(path, cfg.model.revision, **trust) for path in paths}
+    made_by = [run_folder.settings_of(path) for path in paths]
     compared = not isinstance(task, GenerateTask)
     reference_path = cfg.reference.path or _from_runs(made_by, "reference.path") if compared else None
     spec = cfg.data.eval or _from_runs(made_by, "data.eval")
@@ -122,58 +120,60 @@ def _of_models(cfg: Eval, device: torch.device) -> None:
     _note_other_settings(cfg, paths, made_by)
 
     if reference_path is not None:
-        hf[f"reference.path={reference_path}"] = models.check(reference_path, key="reference.path", **trust)
-    tokenizer = tokens.load_tokenizer(
+        hf[f"reference.path={reference_path}"] = check(reference_path, key="reference.path", **trust)
+    tokenizer = data_tokenizer.load_tokenizer(
         cfg.model.tokenizer or paths[0], revision=cfg.model.revision, chat_template=cfg.data.chat_template, **trust
     )
     if isinstance(task, PairsTask):
         with dist.main_first():  # rank 0 tokenises into the cache, the others read it
-            rows, report = data.load(spec, cfg.data, tokenizer, pairs=True, cache_dir=Path(cfg.cache_dir).expanduser())
+            rows, report = dataset.load(
+                spec, cfg.data, tokenizer, pairs=True, cache_dir=Path(cfg.cache_dir).expanduser()
+            )
         rows = rows.head(task.limit or len(rows))
-        longest = packing.longest(rows)
+        longest = data_batch.longest(rows)
     else:
-        prompts, said, places, report = data.load_prompts(spec, cfg.data, tokenizer)
+        prompts, said, places, report = dataset.load_prompts(spec, cfg.data, tokenizer)
         prompts, said, places = prompts[: task.limit], said[: task.limit], places[: task.limit]
         longest = max(map(len, prompts))
         note_unknown(paths[0], tokenizer, prompts)
         new = task.max_new_tokens if isinstance(task, GenerateTask) else embedded.SAMPLING.max_new_tokens
-        room = models.positions_of(hf) - longest
+        room = positions_of(hf) - longest
         if new > room:
             raise UserError(
                 f"task.max_new_tokens={new}: beside a prompt of {longest} tokens the model has "
                 f"positions for {room}; set task.max_new_tokens={room} or less"
             )
-    models.check_fit(hf, tokenizer, longest)
+    check_fit(hf, tokenizer, longest)
 
-    with rundir.recording(run_dir, config.to_yaml(cfg)):
-        compute = models.compute_dtype(cfg.model.dtype, device)
+    with run_folder.recording(run_dir, config.to_yaml(cfg)):
+        compute = compute_dtype(cfg.model.dtype, device)
         master = torch.promote_types(compute, torch.float32)
         shard = {
-            "mesh": dist.mesh(device, dist.PLAIN),
-            "fsdp": dist.PLAIN,
+            "mesh": mesh(device, PLAIN),
+            "fsdp": PLAIN,
             "compute_dtype": compute,
             "compile": False,
             "trainable": False,
         }
         reference = None
         if reference_path is not None:
-            lm = models.load(reference_path, None, master, key="reference.path", **trust)
+            lm = load(reference_path, None, master, key="reference.path", **trust)
             if cfg.reference.path is None:
                 _check_reference(lm, reference_path, paths, made_by, device)
-            reference = models.prepare(lm, **shard)
-        stop_ids = tokens.stop_ids(tokenizer, cfg.data.template_date)
+            reference = prepare(lm, **shard)
+        stop_ids = data_tokenizer.stop_ids(tokenizer, cfg.data.template_date)
         where = {"device": device, "seed": cfg.seed}
         measured, samples, noise_floors = {}, [], {}
         for path in paths:
-            policy = models.prepare(models.load(path, cfg.model.revision, master, **trust), **shard)
+            policy = prepare(load(path, cfg.model.revision, master, **trust), **shard)
             match task:
                 case PairsTask():
                     budget = {"tokens_per_microbatch": cfg.tokens_per_microbatch}
-                    probe = packing.plan_step(
+                    probe = schedule.plan_step(
                         rows, np.arange(min(8, len(rows))), layout="padded", budget=cfg.tokens_per_microbatch
                     )
-                    how = {"positions": models.positions_of(hf), "compute_dtype": compute}
-                    floor = score.noise_floor(policy, rows, probe.microbatches[0][0], device, **how)
+                    how = {"positions": positions_of(hf), "compute_dtype": compute}
+                    floor = noise_floor(policy, rows, probe.microbatches[0][0], device, **how)
                     noise_floors[path] = floor
                     result, made = pairs.evaluate(
                         policy, reference, rows, beta=betas[path], noise_floor=floor, **budget, **where
@@ -191,8 +191,8 @@ def _of_models(cfg: Eval, device: torch.device) -> None:
 
         if dist.is_main():
             facts = {"reference": reference_path, "data": spec, "beta": betas, "noise_floor": noise_floors}
-            rundir.write_environment(run_dir, device)
-            rundir.write_json(run_dir / "data_report.json", report)
+            run_folder.write_environment(run_dir, device)
+            run_folder.write_json(run_dir / "data_report.json", report)
             results.write(run_dir, cfg, Evaluation(measured, samples, facts))
 
 
@@ -212,12 +212,12 @@ def _from_runs(made_by: list[dict | None], key: str) -> str | list[str]:
 
 
 def _check_reference(
-    lm: models.PreTrainedModel, path: str, model_paths: list[str], made_by: list[dict], device: torch.device
+    lm: PreTrainedModel, path: str, model_paths: list[str], made_by: list[dict], device: torch.device
 ) -> None:
     """Raises UserError where the weights at `path` are not those that a model's run recorded. A collective."""
     now = weights_digest(lm)
     for model, run in zip(model_paths, made_by, strict=True):
-        width = torch.promote_types(models.compute_dtype(run["model"]["dtype"], device), torch.float32)
+        width = torch.promote_types(compute_dtype(run["model"]["dtype"], device), torch.float32)
         then = _recorded_reference(Path(model).parent / "environment.json")
         if lm.dtype == width and then not in (None, now):  # a digest is of weights as wide as the run's
             raise UserError(
@@ -229,7 +229,7 @@ def _check_reference(
 def _recorded_reference(environment: Path) -> str | None:
     """The digest of the weights that a run had for its reference; None where nothing says so."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return rundir.read_json(environment)["reference"]["train"]["weights"]
+        return run_folder.read_json(environment)["reference"]["train"]["weights"]
     return None
 
 
@@ -263,21 +263,21 @@ def _note_other_settings(cfg: Eval, paths: list[str], made_by: list[dict | None]
 def _of_runs(cfg: Eval, device: torch.device) -> None:
     """The checkpoints of all runs below `runs`; what the folder has of them already is not measured again."""
     run_dir, seen = _go_on(cfg)
-    found, left_out = dist.on_main(runs.find, [cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)
+    found, left_out = dist.on_main(catalog.find, [cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)
     study.check([{"run": str(run.folder), "settings": run.settings} for run in found])
     unfinished = [f"{run.folder} ({run.state})" for run in found if run.state != "finished"]
     for what, named in (("left out", left_out), ("not finished, and evaluated as far as it is", unfinished)):
         if named and dist.is_main():
             print(f"{what}: {'; '.join(map(redacted, named))}", flush=True)
     asked = overopt.ask(found, cfg, device)
-    with rundir.recording(run_dir, config.to_yaml(cfg), seen=seen):
+    with run_folder.recording(run_dir, config.to_yaml(cfg), seen=seen):
         measured = overopt.evaluate(found, asked, cfg, device, Points(run_dir))
         if dist.is_main():
             of_runs, of_groups, groups = study.summarise(measured, cfg.seed)
             facts = {"task": cfg.task.kind, "left_out": left_out, "groups": of_groups, "runs": of_runs}
-            rundir.write_json(run_dir / "results.json", facts)
-            rundir.write_environment(run_dir, device)
-            drawn = overopt_plots.draw_study(groups, run_dir / "plots", study.mean_best_of_n(of_runs))
+            run_folder.write_json(run_dir / "results.json", facts)
+            run_folder.write_environment(run_dir, device)
+            drawn = figures.draw_study(groups, run_dir / "plots", study.mean_best_of_n(of_runs))
             print(redacted(study.lines(of_groups)), run_dir / "results.json", *drawn, sep="\n", flush=True)
 
 
@@ -289,10 +289,10 @@ def _of_answers(cfg: Eval, device: torch.device) -> None:
     task, (run_dir, seen) = cfg.task, _go_on(cfg)
     ask = None
     if cfg.judge.model is not None:
-        judge.check(cfg.judge)
+        client.check(cfg.judge)
         cache = Path(cfg.cache_dir).expanduser() / "judgments"
-        ask = partial(judge.ask, judge=cfg.judge, cache=cache, account=judge.Account())
-    with rundir.recording(run_dir, config.to_yaml(cfg), seen=seen):
+        ask = partial(judge.ask, judge=cfg.judge, cache=cache, account=client.Account())
+    with run_folder.recording(run_dir, config.to_yaml(cfg), seen=seen):
         if dist.is_main():
             print(f"to go on after a stop give run_dir={redacted(str(run_dir))}", flush=True)
         answer = Answerer(cfg, run_dir, device, task.batch_size) if cfg.model.path is not None else None
@@ -310,15 +310,17 @@ def _of_answers(cfg: Eval, device: torch.device) -> None:
             case MbppTask():
                 made = mbpp.evaluate(cfg, answer, run_dir=run_dir)
         if dist.is_main():
-            rundir.write_environment(run_dir, device)
+            run_folder.write_environment(run_dir, device)
         dist.on_main(results.write, run_dir, cfg, made)
 
 
 def _go_on(cfg: Eval) -> tuple[Path, tuple[int, int] | None]:
     """The folder, which may hold a part of this very evaluation, and its stamp. Raises UserError where it holds another."""
     done = cfg.run_dir is not None and dist.on_main((Path(cfg.run_dir).expanduser() / "results.json").exists)
-    run_dir = rundir.choose(cfg.run_dir, f"eval_{cfg.task.kind}", continues="results.json" if done else "config.yaml")
-    seen = rundir.stamp(run_dir)
+    run_dir = run_folder.choose(
+        cfg.run_dir, f"eval_{cfg.task.kind}", continues="results.json" if done else "config.yaml"
+    )
+    seen = run_folder.stamp(run_dir)
     dist.on_main(_check_goes_on, run_dir, cfg)
     return run_dir, seen
 
@@ -345,7 +347,7 @@ def _check_goes_on(run_dir: Path, cfg: Eval) -> None:
 def _of_results(cfg: Eval) -> None:
     """What can be said of other evaluations' results: a choice of checkpoints, a comparison, a page."""
     task = cfg.task
-    run_dir = rundir.choose(cfg.run_dir, f"eval_{task.kind}")
+    run_dir = run_folder.choose(cfg.run_dir, f"eval_{task.kind}")
     if isinstance(task, SelectTask):
         made = select.evaluate(select.read(Path(task.results).expanduser()), task)
     elif isinstance(task, CompareTask):
@@ -356,14 +358,16 @@ def _of_results(cfg: Eval) -> None:
     def finish() -> None:
         match task:
             case SelectTask():
-                rundir.write_json(run_dir / "results.json", {"task": task.kind, "results": task.results, "runs": made})
+                run_folder.write_json(
+                    run_dir / "results.json", {"task": task.kind, "results": task.results, "runs": made}
+                )
                 print(redacted(select.lines(made, task)), run_dir / "results.json", sep="\n", flush=True)
             case CompareTask():
                 results.write(run_dir, cfg, made, compare.lines(made))
             case ReportTask():
                 print(*report.write(cfg, made, run_dir=run_dir), sep="\n", flush=True)
 
-    with rundir.recording(run_dir, config.to_yaml(cfg)):
+    with run_folder.recording(run_dir, config.to_yaml(cfg)):
         dist.on_main(finish)
 
 
@@ -371,7 +375,7 @@ def _of_results(cfg: Eval) -> None:
 def main(cfg) -> None:
     """One evaluation; exit codes: 0 finished, 2 a user's error, 1 anything else."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a model's name may hold what the terminal can not show
-    sweep.run_job(lambda: evaluate(eval_checks.eval_config(cfg)))
+    sweep.run_job(lambda: evaluate(settings.eval_config(cfg)))
 
 
 if __name__ == "__main__":

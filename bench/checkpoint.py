@@ -23,8 +23,9 @@ import torch
 
 from bench import data, report
 from bench.systems import MODELS, Ours, Work, timed
-from rpo import checkpoint, dist
+from rpo import dist
 from rpo.config import Checkpoint
+from rpo.runs import checkpoint
 
 WAYS = ("none", "background", "blocking")
 

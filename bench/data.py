@@ -15,8 +15,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from rpo.config import UserError
-from rpo.data import Rows
+from rpo.data.dataset import Rows
+from rpo.errors import UserError
 
 # (median, sigma) of the prompt's and of a response's length in tokens; sigma = sqrt(2 log(mean / median)).
 LENGTHS = {
@@ -30,7 +30,7 @@ REAL = {
     "long": "llamafactory_dpo_en_demo_300/pairs.jsonl.gz",
 }
 NUM_PAIRS, MAX_LENGTH, VOCABULARY, SEED = 4096, 2048, 16_384, 0
-PAD, UNK, BOS, EOS = range(4)  # as rpo.tokens.word_tokenizer numbers them
+PAD, UNK, BOS, EOS = range(4)  # as rpo.synthetic.task.word_tokenizer numbers them
 
 
 def made(lengths: str) -> Rows:

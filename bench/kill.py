@@ -344,9 +344,9 @@ def make_task(folder: Path) -> list[str]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rpo import tokens
+    from rpo.synthetic import task
 
-    tokenizer = tokens.word_tokenizer(["[user]", "[assistant]", "[system]", *WORDS], TEMPLATE)
+    tokenizer = task.word_tokenizer(["[user]", "[assistant]", "[system]", *WORDS], TEMPLATE)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     special = {"vocab_size": len(tokenizer), "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     torch.manual_seed(0)

@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import report
 from bench.systems import timed
-from rpo.logprobs import KEPT, TILES, token_logps, token_logps_naive
+from rpo.model.logprobs import KEPT, TILES, token_logps, token_logps_naive
 
 SHAPES = {"cpu": (1024, 512, 32_000), "cuda": (8192, 4096, 151_936)}
 LONG = (8192, 256, 32_000)  # too many logits to keep: only its memory is looked at

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bench.systems import Work, cross_entropy_flops, dense_rows, size_of, timed
-from rpo import metrics
+from rpo.training import meter
 
 ROOT = Path(__file__).resolve().parents[1]
 BEST, CEILING = "packed+cached", "cross-entropy"
@@ -46,7 +46,7 @@ def say(line: str) -> None:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s that MFU is a share of: the data sheet's where known, else the best of 20 square matrix products."""
-    if share := metrics.performance({"mfu": 1.0}, device, 1).get("perf/mfu"):
+    if share := meter.performance({"mfu": 1.0}, device, 1).get("perf/mfu"):
         return 1 / share, "data sheet, dense bf16"
     a, b = (torch.randn(2048, 2048, device=device, dtype=dtype) for _ in range(2))
     best = min(timed(device, lambda: a @ b)[0] for _ in range(20))

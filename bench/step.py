@@ -40,7 +40,7 @@ from bench import data, report
 from bench.report import BEST, CEILING, ROOT, Cells, Result, say
 from bench.systems import DPO, MODELS, CrossEntropy, Ours, Work, build, timed
 from rpo import dist
-from rpo.config import UserError
+from rpo.errors import UserError
 
 SYSTEMS = ["padded+live", "padded+cached", "packed+live", BEST, CEILING]
 SYSTEMS += [f"{name}+compile" for name in SYSTEMS]

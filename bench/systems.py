@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bench import data
-from rpo import dist, losses, metrics, models, optim, packing, reference, score
+from rpo import losses
 from rpo.config import Loss, Optim
-from rpo.data import Rows
+from rpo.data import schedule
+from rpo.data.batch import Batch, make_batch, response_sums
+from rpo.data.dataset import Rows
+from rpo.model import fingerprint, hf, shard
+from rpo.model.policy import layers_of, prepare, score
+from rpo.training import meter, optim, reference
 
 MODELS = {  # an 11M Llama for CPUs; the shapes of Qwen2.5-0.5B, Llama-3.2-1B and Qwen2.5-7B
     "11m": {"model_type": "llama", "vocab_size": data.VOCABULARY, "hidden_size": 256, "intermediate_size": 688}
@@ -68,10 +73,10 @@ class Work:
 
 def timed(device: torch.device, function: Callable[[], Any]) -> tuple[float, float, Any]:
     """Seconds until the device has done `function`, the process's CPU seconds, and what it returned."""
-    metrics.wait(device)
+    meter.wait(device)
     start, cpu_start = time.perf_counter(), time.process_time()
     value = function()
-    metrics.wait(device)
+    meter.wait(device)
     return time.perf_counter() - start, time.process_time() - cpu_start, value
 
 
@@ -84,14 +89,14 @@ def build(work: Work) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def size_of(work: Work) -> metrics.ModelSize:
-    return metrics.ModelSize(**models.sizes(build(replace(work, device=torch.device("meta")))))
+def size_of(work: Work) -> meter.ModelSize:
+    return meter.ModelSize(**hf.sizes(build(replace(work, device=torch.device("meta")))))
 
 
 def _sharding(work: Work, compile: bool) -> dict:
     options = {"activation_checkpointing": work.activation_checkpointing, "reshard_after_forward": False}
-    fsdp = replace(dist.PLAIN, **options)
-    return {"mesh": dist.mesh(work.device, fsdp), "fsdp": fsdp, "compute_dtype": work.dtype, "compile": compile}
+    fsdp = replace(shard.PLAIN, **options)
+    return {"mesh": shard.mesh(work.device, fsdp), "fsdp": fsdp, "compute_dtype": work.dtype, "compile": compile}
 
 
 def _adamw(module: nn.Module, work: Work) -> torch.optim.AdamW:
@@ -106,9 +111,9 @@ class Ours:
     def __init__(self, work: Work, *, layout: str, cached: bool, compile: bool):
         self.work, self.layout, self.rows = work, layout, work.rows
         lm = build(work)
-        weights = reference.weights_digest(lm.cpu()) if cached else None
-        self.policy = models.prepare(lm, **_sharding(work, compile), trainable=True)
-        self.live = None if cached else models.prepare(build(work), **_sharding(work, compile), trainable=False)
+        weights = fingerprint.weights_digest(lm.cpu()) if cached else None
+        self.policy = prepare(lm, **_sharding(work, compile), trainable=True)
+        self.live = None if cached else prepare(build(work), **_sharding(work, compile), trainable=False)
         self.ref_seconds = None
         if cached:
             self.logps(work.members(0))  # compiles
@@ -119,7 +124,7 @@ class Ours:
 
     def _reference_logps(self, weights: str) -> np.ndarray:
         how = {"layout": self.layout, "device": self.work.device}
-        facts = reference.identity(weights, self.policy, compute_dtype=self.work.dtype, **how)
+        facts = fingerprint.identity(weights, self.policy, compute_dtype=self.work.dtype, **how)
         with tempfile.TemporaryDirectory() as folder:  # empty: nothing can be hit
             how |= {"cache_dir": Path(folder), "budget": self.work.tokens_per_microbatch}
             how["noise_floor"] = 1e-5 if self.work.dtype == torch.float32 else 5e-2
@@ -128,23 +133,23 @@ class Ours:
     def begin(self, loss: Loss) -> None:
         """A run of that loss from the weights as they are."""
         self.loss = loss
-        dist.reshard(self.policy)  # a gathered parameter would be updated in vain
+        shard.reshard(self.policy)  # a gathered parameter would be updated in vain
         self.optimizer = _adamw(self.policy, self.work)
-        self.meter = metrics.Meter(self.work.device, preference=True, beta=loss.beta, noise_floor=0.0)
+        self.meter = meter.Meter(self.work.device, preference=True, beta=loss.beta, noise_floor=0.0)
         self.bad_step = torch.full((), -1, device=self.work.device)
         self.prepared = self.worker.submit(self._prepare, 0)
 
     def weights(self) -> list[Tensor]:
         """The policy's own storage."""
-        dist.reshard(self.policy)
+        shard.reshard(self.policy)
         return [param.to_local().detach() for param in self.policy.parameters()]
 
-    def _plan(self, members: np.ndarray) -> packing.StepPlan:
-        return packing.plan_step(self.rows, members, layout=self.layout, budget=self.work.tokens_per_microbatch)
+    def _plan(self, members: np.ndarray) -> schedule.StepPlan:
+        return schedule.plan_step(self.rows, members, layout=self.layout, budget=self.work.tokens_per_microbatch)
 
-    def _prepare(self, k: int) -> tuple[packing.StepPlan, list[packing.Batch]]:
+    def _prepare(self, k: int) -> tuple[schedule.StepPlan, list[Batch]]:
         plan = self._plan(self.work.members(k % self.work.steps))
-        batches = [packing.make_batch(self.rows, members, layout=self.layout) for members, _ in plan.microbatches]
+        batches = [make_batch(self.rows, members, layout=self.layout) for members, _ in plan.microbatches]
         return plan, [batch.pin() for batch in batches] if self.work.device.type == "cuda" else batches
 
     def step(self, k: int, inspect: Inspect | None = None) -> Tensor:
@@ -154,7 +159,7 @@ class Ours:
         total = torch.zeros((), device=self.work.device)
         for i, batch in enumerate(batches, start=1):
             self.policy.set_requires_gradient_sync(i == len(batches))
-            pairs = score.score(self.policy, self.live, batch.to(self.work.device))
+            pairs = score(self.policy, self.live, batch.to(self.work.device))
             preference_P, sft_P = losses.objective(self.loss, pairs, **counts)
             loss = (preference_P + sft_P).sum() / plan.pairs
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
@@ -180,8 +185,8 @@ class Ours:
         """Summed log-probs (indices, 2) of chosen and rejected by the policy as it is."""
         result, place = np.empty((len(indices), 2)), {int(i): at for at, i in enumerate(indices)}
         for members, _ in self._plan(indices).microbatches:
-            batch = packing.make_batch(self.rows, members, layout=self.layout).to(self.work.device)
-            sums_S = packing.response_sums(self.policy(batch), batch.length_S)
+            batch = make_batch(self.rows, members, layout=self.layout).to(self.work.device)
+            sums_S = response_sums(self.policy(batch), batch.length_S)
             result[[place[int(i)] for i in members]] = sums_S.view(2, -1).T.double().cpu().numpy()
         return result
 
@@ -212,7 +217,7 @@ class CrossEntropy:
         self.work = work
         lm = build(work)
         self.root, sharding = _Causal(lm), _sharding(work, compile)
-        dist.shard(self.root, models.layers_of(lm), sharding.pop("mesh"), sharding.pop("fsdp"), **sharding)
+        shard.shard(self.root, layers_of(lm), sharding.pop("mesh"), sharding.pop("fsdp"), **sharding)
         self.optimizer = _adamw(self.root, work)
 
     def step(self, k: int, inspect: Inspect | None = None) -> Tensor:
@@ -242,7 +247,7 @@ def dense_rows(work: Work, k: int) -> list[Tensor]:
     return list(ids_BT.split(max(1, work.tokens_per_microbatch // width)))
 
 
-def cross_entropy_flops(size: metrics.ModelSize, shapes: list[tuple[int, int]]) -> float:
+def cross_entropy_flops(size: meter.ModelSize, shapes: list[tuple[int, int]]) -> float:
     """FLOPs of a causal-LM step over batches of these (rows, tokens of a row), by the rule of ModelSize.step_flops.
 
     6 (trunk + head) x tokens + 12 x layers x attention width x query-key pairs, T (T + 1) / 2 of them per row.

@@ -23,7 +23,7 @@ from trl import DPOConfig, DPOTrainer
 
 from bench import data
 from bench.systems import BETA, LOG_EVERY, MAX_GRAD_NORM, Inspect, Work, build, timed
-from rpo.tokens import word_tokenizer
+from rpo.synthetic.task import word_tokenizer
 
 # What TRL 1.16 does when told no more than the task: pairs a step, precision (it would take bf16), length, learning rate.
 DEFAULT = {"microbatch": 8, "precompute": False, "checkpointing": True, "grouped": False}

@@ -10,7 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from rpo import config
-from rpo.config import Loss, Train, UserError
+from rpo.config import Loss, Train
+from rpo.errors import UserError
 
 
 def require(ok: bool, message: str) -> None:

@@ -12,14 +12,11 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rpo.redact import redacted
+from rpo.errors import UserError
+from rpo.text import redacted
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig
-
-
-class UserError(ValueError):
-    """What a user can mend: the scripts print it as one line, without a traceback, and exit with 2."""
 
 
 @dataclass(frozen=True)

@@ -9,37 +9,26 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
+import torch.distributed as torch_dist
 import torch.nn.attention.flex_attention  # these two register operators that PRODUCTS names
 import torch.nn.attention.varlen
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from rpo.config import Fsdp, UserError
+from rpo.errors import UserError
 
 T = TypeVar("T")
 GRACE = 60  # seconds that a collective of a run outlasts its watchdog, which can tell the step that hangs
-# Weights cut over all ranks and nothing else: for what only scores and generates, and has no such keys.
-PLAIN = Fsdp(
-    shard_degree=None,
-    replicate_degree=1,
-    activation_checkpointing="none",
-    reshard_after_forward=True,
-    accumulate="unsharded",
-    cpu_offload=False,
-)
+
+
+_CACHES: list[Any] = []
+
+
+def until_shutdown(make: Callable[..., T]) -> Callable[..., T]:
+    """`make`, cached until the process group is destroyed: for what holds groups of its ranks."""
+    _CACHES.append(cache(make))
+    return _CACHES[-1]
 
 
 def init(timeout: int = 1800) -> torch.device:
@@ -51,29 +40,31 @@ def init(timeout: int = 1800) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
+    if not torch_dist.is_initialized():
         # Both back-ends: objects and barriers go over gloo, which needs no device.
         backend, limit = "cpu:gloo,cuda:nccl" if use_cuda else "gloo", datetime.timedelta(seconds=timeout)
         if "WORLD_SIZE" in os.environ:
-            store, *place = next(dist.rendezvous("env://", timeout=limit))
+            store, *place = next(torch_dist.rendezvous("env://", timeout=limit))
             store.set_timeout(limit)
             if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
                 # Or ranks that --max-restarts brings back would look for each other at the addresses of those before
                 # them. Several agents do not count alike: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to do it.
-                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+                store = torch_dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             how = dict(zip(("rank", "world_size"), place, strict=True))
-            dist.init_process_group(backend, store=store, **how, timeout=limit, device_id=device if use_cuda else None)
+            torch_dist.init_process_group(
+                backend, store=store, **how, timeout=limit, device_id=device if use_cuda else None
+            )
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
     return device
 
 
 def shutdown() -> None:
     """Destroys the process group if there is one; safe to call twice."""
-    _hybrid_mesh.cache_clear()
-    aside.cache_clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    for cached in _CACHES:
+        cached.cache_clear()
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
 
 
 def leave(code: int) -> None:
@@ -94,11 +85,11 @@ def leave(code: int) -> None:
 
 
 def rank() -> int:
-    return dist.get_rank()
+    return torch_dist.get_rank()
 
 
 def world_size() -> int:
-    return dist.get_world_size()
+    return torch_dist.get_world_size()
 
 
 def is_main() -> bool:
@@ -109,23 +100,23 @@ def is_main() -> bool:
 def broadcast(value: object) -> object:
     """Rank 0's `value` on every rank (any picklable object)."""
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    torch_dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def barrier() -> None:
-    dist.barrier()
+    torch_dist.barrier()
 
 
-@cache
-def aside() -> dist.ProcessGroup:
+@until_shutdown
+def aside() -> torch_dist.ProcessGroup:
     """A second group of all ranks, on hosts: for a thread, whose collectives would mix with the loop's in the first."""
-    return dist.new_group(timeout=_timeout("cpu"), backend="gloo")
+    return torch_dist.new_group(timeout=timeout_of("cpu"), backend="gloo")
 
 
-def _timeout(device_type: str) -> datetime.timedelta:
+def timeout_of(device_type: str) -> datetime.timedelta:
     """Of the default group's collectives; a group made beside it would get torch's own."""
-    return dist.group.WORLD._get_backend(torch.device(device_type)).options._timeout
+    return torch_dist.group.WORLD._get_backend(torch.device(device_type)).options._timeout
 
 
 def thread() -> ThreadPoolExecutor:
@@ -135,12 +126,12 @@ def thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(torch.cuda.current_device(),))
 
 
-def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+def together(work: Callable[[], T], group: torch_dist.ProcessGroup | None = None) -> list[T]:
     """What `work` returns on each rank, in order, on every rank; an error of any is raised on all: none waits in vain."""
     outcome = _outcome(work)
-    outcomes = [outcome] * dist.get_world_size(group)
-    dist.all_gather_object(outcomes, _sendable(outcome), group)
-    outcomes[dist.get_rank(group)] = outcome
+    outcomes = [outcome] * torch_dist.get_world_size(group)
+    torch_dist.all_gather_object(outcomes, _sendable(outcome), group)
+    outcomes[torch_dist.get_rank(group)] = outcome
     for each in outcomes:
         _raise_if_error(each)
     return outcomes
@@ -191,7 +182,7 @@ class Vote:
             self.work.wait()
             agreed = int(self.highest)
         self.highest = torch.tensor([signum])
-        self.work = dist.all_reduce(self.highest, dist.ReduceOp.MAX, async_op=True)
+        self.work = torch_dist.all_reduce(self.highest, torch_dist.ReduceOp.MAX, async_op=True)
         return agreed
 
 
@@ -202,113 +193,9 @@ def main_first() -> Iterator[None]:
     Where rank 0 fails the others follow all the same, and fail alike instead of waiting for it.
     """
     if not is_main():
-        dist.barrier()
+        torch_dist.barrier()
     try:
         yield
     finally:
         if is_main():
-            dist.barrier()
-
-
-def mesh(device: torch.device, cfg: Fsdp) -> DeviceMesh:
-    """("shard",) over all processes, or ("replicate", "shard") where there are replicas: what the model is cut along.
-
-    Neighbouring ranks make up a shard group, so that one which fits a node stays within it. Raises UserError unless
-    the two degrees multiply to the world size.
-    """
-    world, replicate = world_size(), cfg.replicate_degree
-    shard = cfg.shard_degree or world // replicate
-    if replicate * shard != world:
-        given = "null" if cfg.shard_degree is None else cfg.shard_degree
-        divisors = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-        raise UserError(
-            f"fsdp.shard_degree={given}, fsdp.replicate_degree={replicate}: their product must be the world size, "
-            f"{world}; set fsdp.shard_degree=null and fsdp.replicate_degree to one of {divisors}"
-        )
-    if replicate == 1:
-        return init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
-    return _hybrid_mesh(device.type, replicate, shard)
-
-
-@cache  # the groups hold device memory, and policy and reference may share them
-def _hybrid_mesh(device_type: str, replicate: int, shard: int) -> DeviceMesh:
-    timeout = _timeout(device_type)  # which init_device_mesh does not ask for
-    ranks = torch.arange(replicate * shard).view(replicate, shard)
-    parts = {"replicate": ranks.T.tolist(), "shard": ranks.tolist()}
-    groups = [dist.new_subgroups_by_enumeration(p, timeout, group_desc=name)[0] for name, p in parts.items()]
-    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=tuple(parts))
-
-
-# What `selective` keeps: the results of attention and of every matrix product are dear to recompute and small
-# beside the pointwise intermediates, which are recomputed.
-PRODUCTS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.torch_attn._varlen_attn.default,
-    torch.ops.higher_order.flex_attention,
-}
-
-
-def _save_products(_ctx: object, op: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def checkpointed(layer: nn.Module, how: str) -> nn.Module:
-    if how == "selective":
-        return checkpoint_wrapper(layer, context_fn=partial(create_selective_checkpoint_contexts, _save_products))
-    return checkpoint_wrapper(layer)
-
-
-def shard(
-    root: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, cfg: Fsdp, *, compute_dtype: torch.dtype, compile: bool
-) -> None:
-    """Shards `root` in place with FSDP2, one unit per decoder layer and one for the rest; also at degree 1.
-
-    Order: activation checkpointing, compile, shard. Masters keep their dtype (fp32, or float64), compute runs in
-    `compute_dtype`, gradients are summed in fp32 or wider and never averaged: the loss is divided by global counts
-    before the backward pass.
-    """
-    master = next(root.parameters()).dtype
-    half = compute_dtype.itemsize < master.itemsize
-    mp_policy = MixedPrecisionPolicy(
-        param_dtype=compute_dtype if half else None, reduce_dtype=master if half else None, cast_forward_inputs=False
-    )
-    offload = CPUOffloadPolicy() if cfg.cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
-    options = {"mesh": mesh, "mp_policy": mp_policy, "offload_policy": offload}
-    for i, layer in enumerate(layers):
-        if cfg.activation_checkpointing != "none":
-            layer = layers[i] = checkpointed(layer, cfg.activation_checkpointing)
-        if compile:
-            layer.compile(dynamic=True)
-        fully_shard(layer, reshard_after_forward=cfg.reshard_after_forward, **options)
-    # The root holds embedding, final norm and head. The head's backward reads its weight again, so it stays gathered.
-    fully_shard(root, reshard_after_forward=False, **options)
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # Gloo has no PREMUL_SUM, which the divide factor would otherwise be sent as.
-            module.set_force_sum_reduction_for_comms(True)
-
-
-def reshard(root: nn.Module) -> None:
-    """Frees what a forward pass without a backward left gathered: the root always stays so, and its layers may."""
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-@contextmanager
-def gathered(root: FSDPModule, *, reshard_after_forward: bool) -> Iterator[None]:
-    """Within the block a layer, once gathered, stays gathered: for generation, which calls it once per token."""
-    units = [m for m in root.modules() if isinstance(m, FSDPModule) and m is not root]
-    for unit in units:
-        unit.set_reshard_after_forward(False, recurse=False)
-    yield
-    for unit in units:
-        unit.set_reshard_after_forward(reshard_after_forward, recurse=False)
-        unit.reshard()
+            torch_dist.barrier()

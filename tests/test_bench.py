@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bench import data, logprobs, report, step, systems
-from rpo.config import UserError
-from rpo.logprobs import token_logps_naive
-from rpo.metrics import ModelSize
+from rpo.errors import UserError
+from rpo.model.logprobs import token_logps_naive
+from rpo.training.meter import ModelSize
 
 TINY = {"model_type": "llama", "vocab_size": data.VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
 TINY |= {"num_hidden_layers": 2, "num_attention_heads": 2}
@@ -72,7 +72,7 @@ def test_all_forms_run_and_agree(group, monkeypatch):
     step.visit({name: (lambda name=name: step.ours(name, work)) for name in names}, work, results, gates)
     for name in names[:-1]:
         assert results[name].failed is None and gates.judge(results[name], results[names[0]], noise=1e-5) is None, name
-    rates = report.rates(step.CEILING, results[step.CEILING], work, warmup=1)
+    rates = report.rates(report.CEILING, results[report.CEILING], work, warmup=1)
     unique = sum(map(np.sum, work.lengths(1)))
     tokens = sum(batch_BT.numel() for batch_BT in systems.dense_rows(work, 1))
     assert rates["pairs_per_second"] is None and tokens <= unique < tokens + 2
@@ -97,7 +97,7 @@ def test_exact_log_probs_in_blocks():
 def test_every_head_is_the_same_function(dtype):
     """Ours and peers' log-probs and both gradients are float64's, up to what their products' dtype rounds."""
     found, absent = logprobs.heads(torch.device("cpu"), dtype, HEAD_SHAPE)
-    del found["ours, compiled"]  # takes long; tests/test_logprobs.py compiles
+    del found["ours, compiled"]  # takes long; tests/model/test_logprobs.py compiles
     problem = logprobs.make_problem(HEAD_SHAPE, dtype, torch.device("cpu"))
     results, failed = logprobs.measure(found, problem, rounds=1)
     assert not failed and results.keys() == found.keys() and any(line.startswith("Liger") for line in absent)

@@ -8,8 +8,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rpo import checks, config, eval_checks
-from tests.conftest import ROOT, settings
+from rpo import checks, config
+from rpo.evals.settings import eval_config
+from tests.helpers.runs import ROOT, settings
 
 CONF = ROOT / "conf"
 # loss= : preference, sft, beta, eta
@@ -119,7 +120,7 @@ def test_every_task_is_accepted(name):
     """eval.py's tasks compose with nothing but what they evaluate, and each file holds its own task's keys alone."""
     cfg = settings(f"task={name}", *TASK_NEEDS.get(name, "model.path=RUN/model").split(), name="eval")
     assert cfg.task.kind == name and cfg.data.eval is None
-    assert eval_checks.eval_config(OmegaConf.create(config.to_yaml(cfg))) == cfg
+    assert eval_config(OmegaConf.create(config.to_yaml(cfg))) == cfg
 
 
 def test_groups_are_those_of_the_tests():

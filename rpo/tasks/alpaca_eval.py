@@ -16,17 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from rpo import alpaca_files, dist, judge, length_control, outputs, verdicts
-from rpo.alpaca_files import Judgment
-from rpo.config import UserError
-from rpo.eval_config import AlpacaEvalTask, Eval
-from rpo.generate import Sampling
-from rpo.judge import Reply, Request
-from rpo.outputs import Outputs
-from rpo.redact import redacted
-from rpo.results import Evaluation, with_errors
-from rpo.rows import Messages
+from rpo import dist
+from rpo.data.answers import Outputs, aligned, by_key, empty_notes, id_of, read
+from rpo.data.formats import Messages
+from rpo.errors import UserError
+from rpo.evals.results import Evaluation, with_errors
+from rpo.evals.settings import AlpacaEvalTask, Eval
+from rpo.judging import alpaca_files, judge, length_control, verdicts
+from rpo.judging.alpaca_files import Judgment
+from rpo.judging.client import Reply, Request
+from rpo.model.sampling import Sampling
 from rpo.stats import clustered_mean
+from rpo.text import redacted
 
 TOP = 5  # log-probs of the first token that are asked for
 PROMPT = [
@@ -64,8 +65,8 @@ def evaluate(
         raise UserError(
             "baseline=null: task=alpaca_eval judges answers against a baseline's; give its model_outputs.json"
         )
-    baseline = None if cfg.baseline is None else outputs.read(cfg.baseline)
-    instructions = None if baseline is None else list(outputs.by_key(baseline))
+    baseline = None if cfg.baseline is None else read(cfg.baseline)
+    instructions = None if baseline is None else list(by_key(baseline))
     control = _Control.of(cfg.task, instructions)  # before anything is paid for
     if cfg.annotations is not None:
         name, judged = alpaca_files.read_annotations(_listed(cfg.annotations), baseline)
@@ -93,7 +94,7 @@ def evaluate(
     empty = {model: sum(_empty(row) for row in rows) for model, rows in judged.items()}
     equal = {model: sum(_equal(row) for row in rows) for model, rows in judged.items()}
     for model, rows in judged.items():
-        notes += outputs.empty_notes({model: empty[model]}, len(rows))
+        notes += empty_notes({model: empty[model]}, len(rows))
         if equal[model]:
             notes.append(f"{model}: {equal[model]} of {len(rows)} answers equal the baseline's: half a win each")
     facts |= {
@@ -166,11 +167,11 @@ def _answers(cfg: Eval, baseline: Outputs, answer: Callable | None) -> tuple[dic
     """(model -> its answers to the first task.limit of the baseline's instructions, facts)."""
     task = cfg.task
     if cfg.outputs is not None:
-        files = [outputs.read(spec) for spec in _listed(cfg.outputs)]
+        files = [read(spec) for spec in _listed(cfg.outputs)]
         names = [made.name for made in files]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"outputs={cfg.outputs}: two files are of {twice[0]}; give each model once")
-        return {made.name: [own.text for _, own in outputs.aligned(baseline, made, task.limit)] for made in files}, {}
+        return {made.name: [own.text for _, own in aligned(baseline, made, task.limit)] for made in files}, {}
     conversations = [
         [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
         for row in baseline.rows[: task.limit]
@@ -388,7 +389,7 @@ def _controlled(
 
 
 def _sample(row: Judgment) -> dict:
-    key = outputs.id_of(row.instruction)
+    key = id_of(row.instruction)
     win = None if row.preference is None else row.preference - 1
     scores = (
         {} if win is None else {"win_rate": 100 * win, "discrete_win_rate": 100 * float(_discrete(np.float64(win)))}

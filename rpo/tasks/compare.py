@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from rpo import config, paired, results, stats
-from rpo.config import UserError
-from rpo.eval_config import EVAL_MAY_CHANGE, Eval
-from rpo.results import Evaluation, Results
+from rpo import config, stats
+from rpo.errors import UserError
+from rpo.evals import pairing as evals_pairing
+from rpo.evals import results
+from rpo.evals.results import Evaluation, Results
+from rpo.evals.settings import EVAL_MAY_CHANGE, Eval
 
 # What two evaluations that are compared differ in by nature: their subject, and how much of the data they took.
 _SUBJECT = (*EVAL_MAY_CHANGE, "model.path", "model.revision", "outputs", "annotations", "runs", "task.limit")
@@ -132,7 +134,7 @@ def _models(found: Sequence[Results]) -> list[Model]:
                     )
             own = [sample for sample in each.samples if sample.get("model") == name]
             label = name if of_name[name] == 1 else f"{name} ({place})"
-            judged = paired.judged_by(each.task, each.facts)
+            judged = evals_pairing.judged_by(each.task, each.facts)
             models.append(Model(label, name, str(each.folder), _by_id(own, name, each), judged))
     if len(models) < 2:
         there = f"has one model, {models[0].name}" if models else "has no models"
@@ -196,7 +198,7 @@ def _notes(found: Sequence[Results]) -> list[str]:
 
 def _judges(first: Model, second: Model) -> tuple[bool, list[str]]:
     """(whether the two are left out, notes), of models that judges scored who are not the same, or not known to be."""
-    both, apart = f"{first.name} - {second.name}", paired.judged_apart(first.judged, second.judged)
+    both, apart = f"{first.name} - {second.name}", evals_pairing.judged_apart(first.judged, second.judged)
     if apart:
         return True, [f"{both}: left out: they were not judged alike: {apart}"]
     if first.folder == second.folder or not (first.judged or second.judged):
@@ -211,7 +213,7 @@ def _opponents(first: Model, second: Model) -> tuple[bool, list[str]]:
     """(whether the two are left out, notes), of models that were judged against others, or against each other."""
     against = [{item.get("against") for item in model.items.values()} for model in (first, second)]
     both = f"{first.name} - {second.name}"
-    both_have = paired.shared(first.items, second.items)
+    both_have = evals_pairing.shared(first.items, second.items)
     if first.folder == second.folder and first.called in against[1] and second.called in against[0]:
         if not both_have:  # one met others, too, and has its items once for each
             return True, [f"{both}: left out: they were judged against each other; their win rates say how that went"]
@@ -228,7 +230,7 @@ def _opponents(first: Model, second: Model) -> tuple[bool, list[str]]:
 
 def _cell(first: Model, second: Model, metric: str, cfg: Eval) -> dict | None:
     """The cell of one metric; None where no item has a score of both."""
-    pairing = paired.pair(first.items, second.items, metric)
+    pairing = evals_pairing.pair(first.items, second.items, metric)
     if not pairing.differences_N:
         return None
     if not pairing.alike:
@@ -252,7 +254,7 @@ def _cell(first: Model, second: Model, metric: str, cfg: Eval) -> dict | None:
 def _samples(first: Model, second: Model, metrics: Sequence[str]) -> list[dict]:
     """The differences of every item that both have, with the scores they are of."""
     samples = []
-    for name, a, b in paired.shared(first.items, second.items):
+    for name, a, b in evals_pairing.shared(first.items, second.items):
         failed = [f"{model.name}: {item['error']}" for model, item in ((first, a), (second, b)) if item.get("error")]
         both = [metric for metric in metrics if metric in a["scores"] and metric in b["scores"]]
         samples.append(

@@ -2,11 +2,12 @@
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from rpo.eval_config import GenerateTask
-from rpo.generate import Sampling, sample
-from rpo.models import Policy, PreTrainedTokenizerBase
-from rpo.rows import Messages
+from rpo.data.formats import Messages
+from rpo.evals.settings import GenerateTask
+from rpo.model.policy import Policy
+from rpo.model.sampling import Sampling, sample
 from rpo.stats import clustered_mean
 
 

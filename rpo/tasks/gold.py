@@ -2,13 +2,14 @@
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from rpo import gold
 from rpo.config import Gold
-from rpo.eval_config import GoldTask
-from rpo.generate import sample
-from rpo.models import Policy, PreTrainedTokenizerBase
+from rpo.evals.settings import GoldTask
+from rpo.model.policy import Policy
+from rpo.model.sampling import sample
 from rpo.stats import clustered_mean
+from rpo.synthetic.task import SAMPLING, measure
 
 
 def evaluate(
@@ -29,8 +30,8 @@ def evaluate(
     """
     prompts = [question for question in questions for _ in range(task.samples)]
     generation = {"device": device, "seed": [seed], "batch_size": task.batch_size, "reshard": True}
-    answers = sample(policy, prompts, gold.SAMPLING, stop_ids, **generation)
-    table = gold.measure(policy, reference, tokenizer, prompts, answers, weights, device)
+    answers = sample(policy, prompts, SAMPLING, stop_ids, **generation)
+    table = measure(policy, reference, tokenizer, prompts, answers, weights, device)
     # Prompts repeat in this task (a topic has few wordings), and answers to one prompt are not independent questions.
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     clusters = np.array([number[tuple(prompt)] for prompt in prompts])

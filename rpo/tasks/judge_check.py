@@ -16,14 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from rpo import dist, judge_prompts, outputs, pairwise, rundir, verdicts
-from rpo.config import EvalData, UserError
-from rpo.eval_config import Eval
-from rpo.judge import Reply, Request
-from rpo.pairwise import Shown
-from rpo.rates import cell, position_notes
-from rpo.results import Evaluation
-from rpo.rows import Messages, RowError, Tally, check_file, is_empty, open_sources, parse
+from rpo import dist
+from rpo.config import EvalData
+from rpo.data import answers
+from rpo.data.formats import Messages, RowError, is_empty, parse
+from rpo.data.sources import Tally, check_file, open_sources
+from rpo.errors import UserError
+from rpo.evals.results import Evaluation
+from rpo.evals.settings import Eval
+from rpo.judging import prompts, verdicts
+from rpo.judging.client import Reply, Request
+from rpo.judging.verdicts import Shown, cell, position_notes
+from rpo.runs import folder as run_folder
 
 SIDES = ("chosen", "rejected")
 
@@ -45,7 +49,7 @@ class Judgment:
     @property
     def pair(self) -> str:
         """The pair's own digest: the same in every file that has it."""
-        key = json.dumps([outputs.key_of(self.prompt), self.chosen, self.rejected])
+        key = json.dumps([answers.key_of(self.prompt), self.chosen, self.rejected])
         return hashlib.sha256(key.encode()).hexdigest()[:16]
 
     @property
@@ -62,7 +66,7 @@ def evaluate(cfg: Eval, ask: Callable[[Sequence[Request]], list[Reply]] | None, 
         judgments, facts = read(cfg.annotations, cfg.task.limit), {"annotations": cfg.annotations}
     else:
         pairs, report = labelled(cfg.data, cfg.task.limit)
-        dist.on_main(rundir.write_json, run_dir / "data_report.json", report)
+        dist.on_main(run_folder.write_json, run_dir / "data_report.json", report)
         judgments, facts = _judged(cfg, pairs, ask)
         facts |= {"data": cfg.data.eval}
     of_judge = defaultdict(list)
@@ -98,7 +102,7 @@ def labelled(data: EvalData, limit: int | None) -> tuple[list[tuple[str | Messag
             if any(is_empty(answer) for answer in pair[1:]) or pair[1] == pair[2]:
                 uninformative += 1
                 dropped.add("uninformative", (file, line), "an answer is empty, or both are equal")
-            elif (key := (outputs.key_of(pair[0]), *pair[1:])) in pairs:
+            elif (key := (answers.key_of(pair[0]), *pair[1:])) in pairs:
                 dropped.add("repeated", (file, line), "the same pair came before")
             else:
                 pairs[key] = pair
@@ -125,7 +129,7 @@ def _text(answer: str | Messages) -> str:
         return answer
     if any(message["content"] is None for message in answer):
         raise RowError("wrong_type", "expected answers with text, found a bare tool call; drop the row")
-    return answer[0]["content"] if len(answer) == 1 else judge_prompts.transcript(answer)
+    return answer[0]["content"] if len(answer) == 1 else prompts.transcript(answer)
 
 
 # ---- judgments
@@ -140,7 +144,7 @@ def _judged(
         Shown(prompt, chosen, rejected, repeat) if side == "chosen" else Shown(prompt, rejected, chosen, repeat)
         for (prompt, chosen, rejected), side, repeat in looks
     ]
-    form, replies, facts = pairwise.judged(shown, cfg.judge, cfg.task.prompts, ask)
+    form, replies, facts = verdicts.judged(shown, cfg.judge, cfg.task.prompts, ask)
     judgments = []
     for (pair, side, repeat), reply in zip(looks, replies, strict=True):
         first, error = verdicts.first_score(form, vars(reply))
@@ -151,7 +155,7 @@ def _judged(
 
 def _sample(one: Judgment) -> dict:
     correct = {} if one.score is None else {"accuracy": float(_verdict(one.score))}
-    return {"id": one.id, "cluster": outputs.id_of(outputs.key_of(one.prompt)), "scores": correct} | asdict(one)
+    return {"id": one.id, "cluster": answers.id_of(answers.key_of(one.prompt)), "scores": correct} | asdict(one)
 
 
 def _verdict(score: float) -> float:
@@ -198,7 +202,7 @@ def _parse(row: Any, where: str) -> Judgment:
     if not well_formed:
         raise UserError(f"{where}: is no judgment of task=judge_check; give samples.jsonl of an evaluation by it")
     try:
-        return Judgment(**fields | {"prompt": outputs.prompt_of(row)})
+        return Judgment(**fields | {"prompt": answers.prompt_of(row)})
     except RowError as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -218,7 +222,7 @@ def statistics(judgments: Sequence[Judgment]) -> dict[str, dict]:
     longer_chosen            share of pairs of unequal lengths whose chosen answer is the longer: what the one above is for a
                              judge that is right. One that is blind to length lies between it and half
     """
-    ids_N = np.array([outputs.id_of(outputs.key_of(one.prompt)) for one in judgments])
+    ids_N = np.array([answers.id_of(answers.key_of(one.prompt)) for one in judgments])
     score_N = np.array([np.nan if one.score is None else one.score for one in judgments])
     failed_N = np.isnan(score_N)
     verdict_N = np.where(failed_N, np.nan, _verdict(score_N))

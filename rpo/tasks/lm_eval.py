@@ -22,14 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from rpo import dist, gsm8k, models, rundir, tokens
-from rpo.answering import identity_of
-from rpo.config import UserError
-from rpo.eval_config import Eval, LmEvalTask
-from rpo.paired import differences
-from rpo.results import Evaluation, with_errors
-from rpo.rows import one_line
+from rpo import dist
+from rpo.data import tokenizer as data_tokenizer
+from rpo.errors import UserError
+from rpo.evals import gsm8k
+from rpo.evals.context import identity_of
+from rpo.evals.pairing import differences
+from rpo.evals.results import Evaluation, with_errors
+from rpo.evals.settings import Eval, LmEvalTask
+from rpo.model import hf, shard
+from rpo.runs import folder as run_folder
 from rpo.stats import clustered_mean
+from rpo.text import one_line
 
 BOOTSTRAP = 1000  # draws, where a metric is not the mean over questions (F1, perplexity); it is the harness that draws
 STANDARD = {"gsm8k": 5, "arc_challenge": 25, "arc_easy": 25}  # of the other tasks the harness's own number
@@ -54,7 +58,7 @@ def evaluate(cfg: Eval, device: torch.device, *, run_dir: Path) -> Evaluation:
     if cfg.baseline not in (None, *paths):
         raise UserError(f"baseline={cfg.baseline}: expected one of model.path ({', '.join(paths)})")
     for path in paths:
-        models.check(path, cfg.model.revision, trust_remote_code=cfg.model.trust_remote_code)
+        hf.check(path, cfg.model.revision, trust_remote_code=cfg.model.trust_remote_code)
     files = {(path, name): _file(cfg, run_dir, path, name) for path in paths for name in task.tasks}
     missing = [key for key, file in files.items() if not file.exists()]
     specs = _specs(task, Path(cfg.cache_dir).expanduser() / "datasets") if missing else {}
@@ -68,7 +72,7 @@ def evaluate(cfg: Eval, device: torch.device, *, run_dir: Path) -> Evaluation:
             part.rename(file)
         del model
         gc.collect()  # the next one needs its memory
-    done = {key: rundir.read_json(file) for key, file in files.items()}
+    done = {key: run_folder.read_json(file) for key, file in files.items()}
     cells: dict[str, dict[str, dict]] = {path: {} for path in paths}
     samples = []
     for (path, _), found in done.items():
@@ -164,15 +168,15 @@ def _model(cfg: Eval, path: str, device: torch.device) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     given, trust = cfg.model, {"trust_remote_code": cfg.model.trust_remote_code}
-    compute = models.compute_dtype(given.dtype, device)
+    compute = shard.compute_dtype(given.dtype, device)
     wide = torch.promote_types(compute, torch.float32)
-    tokenizer = tokens.load_tokenizer(
+    tokenizer = data_tokenizer.load_tokenizer(
         given.tokenizer or path, revision=given.revision, chat_template=cfg.data.chat_template, **trust
     )
     if cfg.task.chat_template and tokenizer.chat_template is None:
         raise UserError(f"task.chat_template=true: the tokenizer of {path} has none; give data.chat_template")
-    lm = models.load(path, given.revision, wide, **trust).to(device, compute)
-    stop_ids = tokens.stop_ids(tokenizer, cfg.data.template_date)
+    lm = hf.load(path, given.revision, wide, **trust).to(device, compute)
+    stop_ids = data_tokenizer.stop_ids(tokenizer, cfg.data.template_date)
     # A generation_config.json may ask for a repetition penalty, which "greedy" does not turn off.
     lm.generation_config = type(lm.generation_config)(eos_token_id=stop_ids, pad_token_id=stop_ids[0])
     logger = logging.getLogger(HFLM.__module__)
@@ -184,7 +188,7 @@ def _model(cfg: Eval, path: str, device: torch.device) -> Any:
         logger.setLevel(level)
 
     def rendered(history: list[dict], add_generation_prompt: bool = True) -> str:  # its own would print today's date
-        return tokens.render(tokenizer, history, cfg.data.template_date, prompt=add_generation_prompt)
+        return data_tokenizer.render(tokenizer, history, cfg.data.template_date, prompt=add_generation_prompt)
 
     model.apply_chat_template = rendered
     return model

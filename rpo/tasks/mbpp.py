@@ -18,14 +18,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from rpo import dist, rows, sandbox
-from rpo.config import UserError
-from rpo.eval_config import Eval, MbppTask
-from rpo.generate import Sampling
-from rpo.paired import differences
-from rpo.results import Evaluation, with_errors
-from rpo.rows import RowError
+from rpo import dist
+from rpo.data import sources
+from rpo.data.formats import RowError
+from rpo.errors import UserError
+from rpo.evals.pairing import differences
+from rpo.evals.results import Evaluation, with_errors
+from rpo.evals.settings import Eval, MbppTask
+from rpo.model.sampling import Sampling
+from rpo.sandbox import run
 from rpo.stats import clustered_mean
+from rpo.text import one_line
 
 SHOWN, TEST = (2, 3, 4), range(11, 511)  # task ids
 BEGIN, END = "[BEGIN]", "[DONE]"
@@ -53,8 +56,8 @@ def evaluate(cfg: Eval, answer: Callable | None, *, run_dir: Path) -> Evaluation
 
     Raises UserError: no data, problems without a program, or a machine that can not make a sandbox that holds.
     """
-    task, limits = cfg.task, sandbox.Limits(cfg.task.seconds, cfg.task.memory_gib)
-    dist.on_main(sandbox.check, limits)
+    task, limits = cfg.task, run.Limits(cfg.task.seconds, cfg.task.memory_gib)
+    dist.on_main(run.check, limits)
     problems, digest = read(task.data)
     asked = [problems[i] for i in TEST if i in problems][: task.limit]
     given = cfg.model.path if answer else cfg.outputs
@@ -106,7 +109,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def read(data: str) -> tuple[dict[int, Problem], str]:
     """(problems by task id, digest of the file). Raises UserError where the file is none of MBPP's."""
-    (source,) = rows.open_sources(data, None)
+    (source,) = sources.open_sources(data, None)
     problems = {}
     for line, row in source.rows():
         place = f"task.data={data}:{line}"
@@ -114,7 +117,7 @@ def read(data: str) -> tuple[dict[int, Problem], str]:
             with warnings.catch_warnings(action="ignore"):  # of the data's own code: "\d" where r"\d" is meant
                 problem = _problem(row)
         except (RowError, SyntaxError) as error:
-            raise UserError(f"{place}: {rows.one_line(error)}; give the data set's mbpp.jsonl") from None
+            raise UserError(f"{place}: {one_line(error)}; give the data set's mbpp.jsonl") from None
         if problem.task_id in problems:
             raise UserError(f"{place}: task_id {problem.task_id} is there twice; give the data set's mbpp.jsonl")
         problems[problem.task_id] = problem
@@ -170,7 +173,7 @@ def stored(file: str, asked: Sequence[Problem], least: int) -> list[list[str]]:
     Raises UserError: a row that has them not, or a problem with fewer than `least`.
     """
     found: dict[int, list[str]] = {problem.task_id: [] for problem in asked}
-    (source,) = rows.open_sources(file, None)
+    (source,) = sources.open_sources(file, None)
     for line, row in source.rows():
         texts = [row[name] for name in _PROGRAM if isinstance(row.get(name), str)] if isinstance(row, dict) else []
         if not texts or not isinstance(row.get("task_id"), int):
@@ -191,7 +194,7 @@ def stored(file: str, asked: Sequence[Problem], least: int) -> list[list[str]]:
 
 
 def _scored(
-    name: str, asked: Sequence[Problem], programs: Sequence[Sequence[str]], ks: Sequence[int], limits: sandbox.Limits
+    name: str, asked: Sequence[Problem], programs: Sequence[Sequence[str]], ks: Sequence[int], limits: run.Limits
 ) -> list[dict]:
     """One sample per problem, its programs tried by rank 0. A collective."""
     exams = [exam_of(problem, text) for problem, texts in zip(asked, programs, strict=True) for text in texts]
@@ -222,17 +225,15 @@ def _tally(name: str, samples: Sequence[dict]) -> str:
     return f"{name}: {kinds.total()} of {len(made)} programs failed" + (f" ({counts})" if counts else "")
 
 
-def _tried(exams: Sequence[sandbox.Exam], limits: sandbox.Limits) -> list[sandbox.Outcome]:
+def _tried(exams: Sequence[run.Exam], limits: run.Limits) -> list[run.Outcome]:
     """The outcome of each, as many at once as there are processors."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads that wait for processes
-        return list(pool.map(lambda exam: sandbox.examine(exam, limits), exams))
+        return list(pool.map(lambda exam: run.examine(exam, limits), exams))
 
 
-def exam_of(problem: Problem, text: str) -> sandbox.Exam:
+def exam_of(problem: Problem, text: str) -> run.Exam:
     """The problem's tests of the program in `text`."""
-    return sandbox.Exam(
-        program_of(text), list(problem.tests), list(problem.names), problem.setup, list(problem.imports)
-    )
+    return run.Exam(program_of(text), list(problem.tests), list(problem.names), problem.setup, list(problem.imports))
 
 
 def program_of(text: str) -> str:

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from rpo import dist, fastchat, judge, judge_prompts, outputs, verdicts
-from rpo.config import UserError
-from rpo.eval_config import Eval
-from rpo.fastchat import ModelAnswers, Question
-from rpo.generate import Sampling
-from rpo.judge import Reply, Request
-from rpo.judge_prompts import Kind, Template
-from rpo.rates import cell, of_orders, position_notes, rates
-from rpo.redact import redacted
-from rpo.results import Evaluation
+from rpo import dist
+from rpo.data import answers
+from rpo.errors import UserError
+from rpo.evals.results import Evaluation
+from rpo.evals.settings import Eval
+from rpo.judging import judge, mt_bench_files, verdicts
+from rpo.judging.client import Reply, Request
+from rpo.judging.mt_bench_files import ModelAnswers, Question
+from rpo.judging.prompts import OURS, Kind, Template, load, pair_turns, single
+from rpo.judging.verdicts import cell, of_orders, position_notes, rates
+from rpo.model.sampling import Sampling
+from rpo.text import redacted
 
 # Of the answers, as in FastChat's gen_model_answer; of other categories OTHER.
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -39,9 +41,9 @@ def evaluate(
     `answer` makes answers (`answering.Answerer`), `ask` asks the judge. Raises UserError for files that do not belong
     together.
     """
-    asked = fastchat.questions(cfg.task.questions) if cfg.task.questions is not None else None
+    asked = mt_bench_files.questions(cfg.task.questions) if cfg.task.questions is not None else None
     if cfg.annotations is not None:
-        kind, rows = fastchat.judgments(cfg.annotations)
+        kind, rows = mt_bench_files.judgments(cfg.annotations)
         categories = _categories(asked, rows, cfg)
         kept = list(dict.fromkeys(row["question_id"] for row in rows))[: cfg.task.limit]
         rows = [row for row in rows if row["question_id"] in kept]
@@ -51,20 +53,20 @@ def evaluate(
         kind = "pair" if cfg.task.mode == "pairwise" else "single"
         questions = asked[: cfg.task.limit]
         prompts = cfg.task.prompts
-        templates = judge_prompts.OURS if prompts is None else judge_prompts.load(prompts, kind)
+        templates = OURS if prompts is None else load(prompts, kind)
         references = _references(cfg, questions)
         known, facts = _answers(cfg, asked, answer, run_dir)
         rows, requests = _asked(cfg.judge.model, kind, questions, known, references, templates)
         replies = ask(requests)
         facts["judge"] = judge.facts(requests, replies, cfg.judge)
         rows = _filled(kind, rows, replies)
-        name = f"{fastchat.file_name(cfg.judge.model)}_{kind}.jsonl"
-        dist.on_main(fastchat.write_judgments, run_dir / "model_judgment" / name, rows)
+        name = f"{mt_bench_files.file_name(cfg.judge.model)}_{kind}.jsonl"
+        dist.on_main(mt_bench_files.write_judgments, run_dir / "model_judgment" / name, rows)
         made = of_judgments(kind, rows, {question.id: question.category for question in questions})
         _add_texts(made.samples, {question.id: question for question in questions}, known)
         empty = {one.model: sum(not turn.strip() for q in questions for turn in one.turns[q.id]) for one in known}
         facts["empty_answers"] = empty
-        made.facts["notes"] += outputs.empty_notes(empty, fastchat.TURNS * len(questions))
+        made.facts["notes"] += answers.empty_notes(empty, mt_bench_files.TURNS * len(questions))
     return Evaluation(made.models, made.samples, {"kind": kind} | facts | made.facts)
 
 
@@ -74,7 +76,7 @@ def evaluate(
 def _categories(asked: Sequence[Question] | None, rows: Sequence[dict], cfg: Eval) -> dict[int, str]:
     """The category of every question that was judged: the questions file's, else by MT-Bench's own numbers."""
     numbers = list(dict.fromkeys(row["question_id"] for row in rows))
-    known = {number: fastchat.category_of(number) for number in numbers}
+    known = {number: mt_bench_files.category_of(number) for number in numbers}
     if asked is not None:
         known = {question.id: question.category for question in asked}
     if unknown := [number for number in numbers if known.get(number) is None]:
@@ -126,7 +128,7 @@ def _answers(
     """The answers of all models, the baseline's last where there is one, and facts."""
     files = [] if cfg.outputs is None else [cfg.outputs] if isinstance(cfg.outputs, str) else [*cfg.outputs]
     files += [] if cfg.baseline is None else [cfg.baseline]
-    known, cut = [fastchat.answers(file) for file in files], {}
+    known, cut = [mt_bench_files.answers(file) for file in files], {}
     for one in known:
         _check_covers(one, asked, cfg)
     if cfg.outputs is None:
@@ -171,7 +173,7 @@ def _generated(
     ]
     second = answer(path, conversations, samplings)
     turns = {q.id: [a.text, b.text] for q, a, b in zip(questions, first, second, strict=True)}
-    file = dist.on_main(fastchat.write_answers, run_dir / "model_answer", redacted(path), turns)
+    file = dist.on_main(mt_bench_files.write_answers, run_dir / "model_answer", redacted(path), turns)
     return ModelAnswers(redacted(path), str(file), turns), sum(not made.ended for made in (*first, *second))
 
 
@@ -182,7 +184,7 @@ def _references(cfg: Eval, questions: Sequence[Question]) -> dict[int, list[str]
     """The reference answers by question, where they are given and the category wants one; UserError where one is missing."""
     if cfg.task.references is None:
         return {}
-    found = fastchat.answers(cfg.task.references).turns
+    found = mt_bench_files.answers(cfg.task.references).turns
     wanting = [question for question in questions if question.category in WITH_REFERENCE]
     for question in wanting:
         if question.id not in found:
@@ -204,18 +206,18 @@ def _asked(
     """(rows of FastChat's form but for what the judge says, the requests: one a row, of a pair two)."""
     rows, requests = [], []
     models = known if kind == "single" else known[:-1]
-    for one, turn, question in product(models, range(1, fastchat.TURNS + 1), questions):
+    for one, turn, question in product(models, range(1, mt_bench_files.TURNS + 1), questions):
         said, own = question.turns[:turn], one.turns[question.id][:turn]
         refs = references[question.id][:turn] if question.id in references else None
         name = templates[kind, refs is not None, turn].name
         row = {"question_id": question.id, "turn": turn, "judge": [judge_name, name]}
         if kind == "single":
-            asked = [judge_prompts.single(said, own, refs, templates=templates)]
+            asked = [single(said, own, refs, templates=templates)]
             row |= {"model": one.model, "user_prompt": asked[0][1]["content"]}
         else:
             other = known[-1].turns[question.id][:turn]
             shown = ((own, other), (other, own))
-            asked = [judge_prompts.pair_turns(said, a, b, refs, templates=templates) for a, b in shown]
+            asked = [pair_turns(said, a, b, refs, templates=templates) for a, b in shown]
             row |= {"model_1": one.model, "model_2": known[-1].model}
             row |= {f"g{game}_user_prompt": asked[game - 1][1]["content"] for game in (1, 2)}
         rows.append(row)
@@ -238,7 +240,7 @@ def _rating_of(reply: Reply) -> dict:
     if reply.finish_reason == "length":  # a number so far may be one that the judge only quotes
         score, why = None, verdicts.CUT
     if reply.error is not None or score is None:
-        said = reply.text if reply.error is None else fastchat.FAILED
+        said = reply.text if reply.error is None else mt_bench_files.FAILED
         return {"judgment": said, "score": -1, "error": why or "no rating from 1 to 10 in the judge's reply"}
     return {"judgment": reply.text, "score": score}
 
@@ -249,7 +251,7 @@ def _games_of(first: Reply, second: Reply) -> dict:
     for game, (reply, names) in enumerate(((first, ("model_1", "model_2")), (second, ("model_2", "model_1"))), start=1):
         score, why = verdicts.first_score("text", vars(reply))
         winner = {1.0: names[0], 0.0: names[1], 0.5: "tie", None: "error"}[score]
-        said = reply.text if reply.error is None else fastchat.FAILED
+        said = reply.text if reply.error is None else mt_bench_files.FAILED
         made |= {f"g{game}_winner": winner, f"g{game}_judgment": said}
         reasons += [why] * (why is not None)
     return made | ({"error": reasons[0]} if reasons else {})
@@ -324,13 +326,13 @@ def _samples(kind: str, row: dict, categories: Mapping[int, str]) -> list[dict]:
     about = {"question": number, "turn": turn, "category": categories[number]}
     if kind == "single":
         failed = row["score"] == -1
-        error = row.get("error") or (_UNANSWERED if row.get("judgment") == fastchat.FAILED else _UNPARSED)
+        error = row.get("error") or (_UNANSWERED if row.get("judgment") == mt_bench_files.FAILED else _UNPARSED)
         sample = {"model": row["model"], **item, "scores": {} if failed else {"score": float(row["score"])}}
         return [sample | {"error": error if failed else None} | about | {"judgment": row.get("judgment")}]
     models = (row["model_1"], row["model_2"])
     games = [_SCORES[row["g1_winner"]], _SCORES[row["g2_winner"]]]
     both = verdicts.two_orders(*games)
-    unanswered = fastchat.FAILED in (row.get("g1_judgment"), row.get("g2_judgment"))
+    unanswered = mt_bench_files.FAILED in (row.get("g1_judgment"), row.get("g2_judgment"))
     error = None if both else row.get("error") or (_UNANSWERED if unanswered else _UNPARSED)
     made = []
     for m, model in enumerate(models):

@@ -15,19 +15,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from rpo import answers, checkpoint, data, dist, drift, gold, models, packing, rewards, runs, score, tokens
-from rpo.config import EvalData, UserError
-from rpo.data import Rows
-from rpo.eval_config import Eval
-from rpo.generate import Completion, Sampling, sample
-from rpo.models import Policy, PreTrainedTokenizerBase
-from rpo.points import Points
-from rpo.redact import redacted
-from rpo.rows import Messages
-from rpo.runs import Run
+from rpo import dist
+from rpo.config import EvalData
+from rpo.data import dataset, schedule
+from rpo.data import tokenizer as data_tokenizer
+from rpo.data.batch import longest
+from rpo.data.dataset import Rows
+from rpo.data.formats import Messages
+from rpo.errors import UserError
+from rpo.evals.points import Points
+from rpo.evals.settings import Eval
+from rpo.model import divergence, hf, shard
+from rpo.model import probe as model_probe
+from rpo.model.policy import Policy
+from rpo.model.sampling import Completion, Sampling, sample
+from rpo.overopt import best_of_n as overopt_best_of_n
+from rpo.overopt import rewards
+from rpo.runs import catalog, checkpoint
+from rpo.runs.catalog import Run
 from rpo.stats import clustered_mean
+from rpo.synthetic.task import SAMPLING, weights_of
 from rpo.tasks import pairs
+from rpo.text import redacted
 
 MAX_NEW_TOKENS = 256  # where task.max_new_tokens=auto and the data is not the embedded task's
 PROBED = 8  # pairs that the noise floor is measured on
@@ -70,29 +81,29 @@ class Measured:
 def questions(run: Run, cfg: Eval, source: rewards.Gold | None) -> Questions:
     """What `run` is asked; `source` is the gold that does not depend on the run, if any. Raises UserError."""
     task, trust = cfg.task, {"trust_remote_code": cfg.model.trust_remote_code}
-    configs = {f"{run.folder}: model.path": models.check(*run.start, **trust)}
+    configs = {f"{run.folder}: model.path": hf.check(*run.start, **trust)}
     if run.reference != run.start:
-        configs[f"{run.folder}: reference.path"] = models.check(*run.reference, key="reference.path", **trust)
-    tokenizer = runs.tokenizer_of(run, **trust)
+        configs[f"{run.folder}: reference.path"] = hf.check(*run.reference, key="reference.path", **trust)
+    tokenizer = catalog.tokenizer_of(run, **trust)
     spec = cfg.data.eval or run.data.eval
     if spec is None:
         raise UserError(f"{run.folder}: was trained with data.eval=null, so there are no prompts; give data.eval=FILE")
     read_as = replace(run.data, revision=cfg.data.revision) if cfg.data.eval else run.data
-    found, said, places, _ = data.load_prompts(spec, read_as, tokenizer)
+    found, said, places, _ = dataset.load_prompts(spec, read_as, tokenizer)
     first = {tuple(prompt): i for i, prompt in reversed(list(enumerate(found)))}  # a file of pairs repeats its prompts
     kept = sorted(first.values())[: task.limit]
     prompts = [found[i] for i in kept]
-    weights = gold.weights_of(run.settings["data"].get("train"))
-    new, positions = task.max_new_tokens, models.positions_of(configs)
+    weights = weights_of(run.settings["data"].get("train"))
+    new, positions = task.max_new_tokens, hf.positions_of(configs)
     if new == "auto":
-        new = gold.SAMPLING.max_new_tokens if weights else MAX_NEW_TOKENS
+        new = SAMPLING.max_new_tokens if weights else MAX_NEW_TOKENS
     if new > (room := positions - max(map(len, prompts))):
         raise UserError(
             f"task.max_new_tokens={new}: beside a prompt of {max(map(len, prompts))} tokens the model of {run.folder} has "
             f"positions for {room}; set task.max_new_tokens={room} or less"
         )
     rows = _pairs(run, spec, read_as, cfg, tokenizer)
-    models.check_fit(configs, tokenizer, max([*map(len, prompts), *([packing.longest(rows)] if rows else [])]))
+    hf.check_fit(configs, tokenizer, max([*map(len, prompts), *([longest(rows)] if rows else [])]))
     parts = [json.dumps([prompts, task.gold, str(weights)]).encode(), rewards.identity(task.gold, source)]
     return Questions(
         tokenizer,
@@ -102,7 +113,7 @@ def questions(run: Run, cfg: Eval, source: rewards.Gold | None) -> Questions:
         rows,
         rewards.embedded(tokenizer, weights) if weights and task.gold == "auto" else source,
         Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=new),
-        tokens.stop_ids(tokenizer, run.data.template_date),
+        data_tokenizer.stop_ids(tokenizer, run.data.template_date),
         positions,
         checkpoint.digest(*parts, *([rows.ids, rows.prompt, rows.chosen] if rows else [])),
     )
@@ -116,7 +127,7 @@ def _pairs(
         return None
     try:
         with dist.main_first():  # rank 0 tokenises into the cache, the others read it
-            rows, _ = data.load(spec, read_as, tokenizer, pairs=True, cache_dir=Path(cfg.cache_dir).expanduser())
+            rows, _ = dataset.load(spec, read_as, tokenizer, pairs=True, cache_dir=Path(cfg.cache_dir).expanduser())
     except UserError as error:
         if run.beta is None:
             return None
@@ -139,7 +150,7 @@ def measure(
     budget = cfg.tokens_per_microbatch
     prompts, said, _ = asked.repeated(cfg.task.samples)
     made, texts = _answer(policy, prompts, asked, cfg, [cfg.seed], device)
-    table = drift.measure(policy, reference, prompts, made, device, budget=budget)
+    table = divergence.measure(policy, reference, prompts, made, device, budget=budget)
     if asked.gold is not None:
         table["gold"] = asked.gold(said, made, texts)
     table["tokens"] = np.array([len(answer.ids) for answer in made], dtype=np.float64)
@@ -177,7 +188,7 @@ def point_of(made: Measured, asked: Questions, cfg: Eval, *, beta: float | None,
         metrics[name] = clustered_mean(table[column], prompt_S, table["tokens"])
     by_prompt = np.arange(len(made.answers)).reshape(len(asked.prompts), -1)
     for n in (1, 2, 3):
-        shares = [answers.distinct([made.answers[i].text_ids for i in members], n) for members in by_prompt]
+        shares = [overopt_best_of_n.distinct([made.answers[i].text_ids for i in members], n) for members in by_prompt]
         known = [share for share in shares if share is not None]
         metrics[f"distinct/{n}"] = clustered_mean(known, np.arange(len(known)))
     if made.logps is not None:
@@ -227,23 +238,25 @@ class Baseline:
     drawn: Drawn | None
 
 
-def baseline(policy: runs.Model, reference: runs.Model, asked: Questions, cfg: Eval, device: torch.device) -> Baseline:
+def baseline(
+    policy: catalog.Model, reference: catalog.Model, asked: Questions, cfg: Eval, device: torch.device
+) -> Baseline:
     """`policy` still has the weights that the runs began with; where these are the reference's it is passed as both."""
     budget, rows, floor, logps = cfg.tokens_per_microbatch, asked.rows, 0.0, None
     if rows is not None:
         logps = pairs.score_rows(reference.policy, None, rows, device, tokens_per_microbatch=budget)
         asked = replace(asked, rows=replace(rows, ref_logps=np.stack([logps["chosen"], logps["rejected"]], axis=1)))
         logps |= {f"ref_{side}": logps[side] for side in ("chosen", "rejected")}
-        probe = packing.plan_step(rows, np.arange(min(PROBED, len(rows))), layout="padded", budget=budget)
+        probe = schedule.plan_step(rows, np.arange(min(PROBED, len(rows))), layout="padded", budget=budget)
         how = {"positions": asked.positions, "compute_dtype": reference.compute}
-        floor = score.noise_floor(reference.policy, rows, probe.microbatches[0][0], device, **how)
+        floor = model_probe.noise_floor(reference.policy, rows, probe.microbatches[0][0], device, **how)
     same = policy is reference
     first = measure(policy.policy, reference.policy, asked, cfg, device, logps if same else None)
     drawn = None
     if cfg.task.bon and asked.gold is not None:
         prompts, said, _ = asked.repeated(cfg.task.bon_samples or max(cfg.task.bon))
         made, texts = _answer(reference.policy, prompts, asked, cfg, [cfg.seed, 1], device)
-        ref_logp = drift.logps(reference.policy, prompts, made, device, budget=budget)
+        ref_logp = divergence.logps(reference.policy, prompts, made, device, budget=budget)
         drawn = Drawn(prompts, made, ref_logp, asked.gold(said, made, texts))
     return Baseline(asked, dist.broadcast(floor), first, drawn)
 
@@ -252,9 +265,9 @@ def best_of_n(
     policy: Policy, drawn: Drawn, cfg: Eval, device: torch.device, *, prompts: int, beta: float
 ) -> list[dict]:
     """Gold of the best of n of the reference's answers by the policy's implicit reward, beta log(pi/ref); n in task.bon."""
-    logp = drift.logps(policy, drawn.prompts, drawn.answers, device, budget=cfg.tokens_per_microbatch)
+    logp = divergence.logps(policy, drawn.prompts, drawn.answers, device, budget=cfg.tokens_per_microbatch)
     proxy_GK, gold_GK = (x.reshape(prompts, -1) for x in (beta * (logp - drawn.ref_logp), drawn.gold))
-    return answers.best_of_n(list(proxy_GK), list(gold_GK), cfg.task.bon)
+    return overopt_best_of_n.best_of_n(list(proxy_GK), list(gold_GK), cfg.task.bon)
 
 
 # ---- all runs
@@ -265,7 +278,7 @@ def ask(found: Sequence[Run], cfg: Eval, device: torch.device) -> dict[str, Ques
     one of rewards is loaded."""
     source = None
     if cfg.task.gold != "auto":
-        how = {"dtype": models.compute_dtype(cfg.model.dtype, device), "date": cfg.data.template_date}
+        how = {"dtype": shard.compute_dtype(cfg.model.dtype, device), "date": cfg.data.template_date}
         source = rewards.source(cfg.task.gold, device=device, trust_remote_code=cfg.model.trust_remote_code, **how)
     asked: dict[str, Questions] = {}
     for run in found:
@@ -331,7 +344,9 @@ def _family(
                 base = baselines[data_key(run)]
                 if folder is not None and folder != laid:
                     facts = {"model.path": policy.digest, "reference.path": reference.digest}
-                    runs.lay_over(policy, folder, facts | {"model.tokenizer": runs.identity_of(base.asked.tokenizer)})
+                    catalog.lay_over(
+                        policy, folder, facts | {"model.tokenizer": catalog.identity_of(base.asked.tokenizer)}
+                    )
                     laid = folder
                 if "bon" in key:
                     how = {"prompts": len(base.asked.prompts), "beta": run.beta}
@@ -366,10 +381,10 @@ def _measurements(run: Run, asked: Questions, cfg: Eval) -> list[tuple[dict, str
     return found
 
 
-def _load(run: Run, which: str, cfg: Eval, device: torch.device) -> runs.Model:
+def _load(run: Run, which: str, cfg: Eval, device: torch.device) -> catalog.Model:
     source = {"reference": run.reference, "model": run.start}[which]
     how = {"dtype": run.model.dtype, "asked": cfg.model.dtype, "trust_remote_code": cfg.model.trust_remote_code}
-    return runs.load(source, f"{which}.path", device, **how)
+    return catalog.load(source, f"{which}.path", device, **how)
 
 
 def _plan(found: Sequence[Run], asked: dict[str, Questions], cfg: Eval, points: Points) -> str:

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 
-from rpo import dist, packing
-from rpo.data import Rows
-from rpo.models import Policy
-from rpo.score import score
+from rpo import dist
+from rpo.data import schedule
+from rpo.data.batch import padded_batch
+from rpo.data.dataset import Rows
+from rpo.model.policy import Policy, score
 from rpo.stats import clustered_mean
 
 BINS = 10  # of the calibration error
@@ -26,13 +27,13 @@ def score_rows(
     Without a `reference` its log-probs are the rows' own; where these have none, ref_chosen and ref_rejected are absent.
     """
     ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
-    plan = packing.plan_step(rows, np.arange(len(rows)), layout="padded", budget=tokens_per_microbatch, **ranks)
+    plan = schedule.plan_step(rows, np.arange(len(rows)), layout="padded", budget=tokens_per_microbatch, **ranks)
     known = reference is not None or rows.ref_logps is not None
     sides = ("chosen", "rejected", *(("ref_chosen", "ref_rejected") if known else ()))
     table = torch.zeros(len(sides), len(rows), dtype=torch.float64, device=device)
     with torch.no_grad():
         for members, weight in plan.microbatches:
-            pairs = score(policy, reference, packing.padded_batch(rows, members, weight=weight).to(device))
+            pairs = score(policy, reference, padded_batch(rows, members, weight=weight).to(device))
             values = torch.stack([getattr(pairs, f"{side}_P").to(torch.float64) for side in sides])
             table[:, torch.from_numpy(members).to(device)] += weight * values
     torch_dist.all_reduce(table)

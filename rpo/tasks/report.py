@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from rpo import conclusions, gather, page, report_blocks, rundir
-from rpo.batches import Gathered, gather_all
-from rpo.eval_config import Eval
-from rpo.findings import beside
-from rpo.redact import redacted
-from rpo.svg import visible
+from rpo.evals.settings import Eval
+from rpo.reporting import eval_verdicts, gather, page, sections
+from rpo.reporting.batches import Gathered, gather_all
+from rpo.reporting.run_verdicts import beside
+from rpo.reporting.svg import visible
+from rpo.runs import folder as run_folder
+from rpo.text import redacted
 
 
 def read(cfg: Eval) -> Gathered:
@@ -31,10 +32,10 @@ def read(cfg: Eval) -> Gathered:
 def write(cfg: Eval, gathered: Gathered, *, run_dir: Path) -> list[str]:
     """Writes the page into `run_dir`; returns the verdicts and the files, to be printed."""
     specs, given = (_listed(value) for value in (cfg.runs, cfg.task.results))
-    rundir.write_environment(run_dir, torch.device("cpu"))
+    run_folder.write_environment(run_dir, torch.device("cpu"))
     title = cfg.task.title or ", ".join(Path(spec).expanduser().resolve().name for spec in specs or given)
-    made = report_blocks.layout(
-        gathered, title, [*specs, *given], cfg.task.worst, rundir.read_json(run_dir / "environment.json")
+    made = sections.layout(
+        gathered, title, [*specs, *given], cfg.task.worst, run_folder.read_json(run_dir / "environment.json")
     )
     text, figures = page.markdown(made, "report_figures")
     files = [run_dir / "report.html", run_dir / "report.md"]
@@ -49,13 +50,13 @@ def write(cfg: Eval, gathered: Gathered, *, run_dir: Path) -> list[str]:
         for b in gathered.batches
     ]
     facts = {"task": "report", "of": [*specs, *given], "title": title, "groups": verdicts, "notes": gathered.notes}
-    rundir.write_json(run_dir / "results.json", facts)
+    run_folder.write_json(run_dir / "results.json", facts)
     said = [f"{b.label}: {b.finding.kind}. {beside(b.finding.kind, b.finding.says)}" for b in gathered.batches]
-    said += conclusions.over_seeds(gathered.batches)
+    said += eval_verdicts.over_seeds(gathered.batches)
     for each in gathered.evaluations:
-        of = report_blocks.differences if each.task == "compare" else conclusions.of_evaluation
+        of = sections.differences if each.task == "compare" else eval_verdicts.of_evaluation
         said += [f"{each.task}, {each.folder.name}: {line}" for line in of(each)]
-    few = len(gathered.notes) <= report_blocks.NOTES
+    few = len(gathered.notes) <= sections.NOTES
     said += gathered.notes if few else [f"{len(gathered.notes)} notes on what was left out are on the page"]
     return [visible(redacted(line)) for line in [*said, *map(str, files)]]
 

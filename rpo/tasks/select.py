@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rpo import overopt, rundir, selection
-from rpo.config import UserError
-from rpo.eval_config import SelectTask
+from rpo.errors import UserError
+from rpo.evals.settings import SelectTask
+from rpo.overopt import selection
+from rpo.overopt.curve import difference
+from rpo.runs import folder as run_folder
 from rpo.stats import clustered_mean
 
 LEAST = 4  # prompts in a half: fewer have no standard error to speak of
@@ -21,7 +23,7 @@ def read(folder: Path) -> dict:
             f"task.results={folder}: has no results.json; give the run_dir of an evaluation by task=overopt that is done"
         )
     try:
-        found = rundir.read_json(file)
+        found = run_folder.read_json(file)
     except ValueError as error:
         raise UserError(f"{file}: is not JSON ({error})") from None
     if not isinstance(found, dict) or found.get("task") != "overopt":
@@ -97,7 +99,7 @@ def part_of(curve: Sequence[dict], prompts: Sequence[int]) -> list[dict]:
 def reported_on(curve: Sequence[dict], step: int) -> dict:
     """Gold at `step` and its paired difference from step 0's, on the prompts of `curve`."""
     point = next(point for point in curve if point["step"] == step)
-    return {"gold": point["metrics"]["gold"], "over_reference": overopt.difference(point, curve[0], "gold")}
+    return {"gold": point["metrics"]["gold"], "over_reference": difference(point, curve[0], "gold")}
 
 
 def lines(made: Sequence[dict], task: SelectTask) -> str:

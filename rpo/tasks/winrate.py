@@ -16,19 +16,22 @@ from typing import Any
 
 import numpy as np
 
-from rpo import dist, judge_prompts, outputs, pairwise, verdicts
-from rpo.config import UserError
-from rpo.eval_config import Eval
-from rpo.generate import Sampling
-from rpo.judge import Reply, Request
-from rpo.length_control import length_controlled
-from rpo.outputs import Output, Outputs
-from rpo.pairwise import Shown
-from rpo.rates import cell, of_orders, position_notes, rates
-from rpo.redact import redacted
-from rpo.results import Evaluation, with_errors
-from rpo.rows import Messages, RowError, open_sources
+from rpo import dist
+from rpo.data import answers as data_answers
+from rpo.data.answers import Output, Outputs
+from rpo.data.formats import Messages, RowError
+from rpo.data.sources import open_sources
+from rpo.errors import UserError
+from rpo.evals.results import Evaluation, with_errors
+from rpo.evals.settings import Eval
+from rpo.judging import verdicts
+from rpo.judging.client import Reply, Request
+from rpo.judging.length_control import length_controlled
+from rpo.judging.prompts import load
+from rpo.judging.verdicts import Shown, cell, of_orders, position_notes, rates
+from rpo.model.sampling import Sampling
 from rpo.stats import clustered_mean, sign_test
+from rpo.text import redacted
 
 _SAID = ("text", "top_logprobs", "finish_reason", "error")
 
@@ -50,7 +53,7 @@ class Judged:
 
     @property
     def id(self) -> str:
-        return outputs.id_of(outputs.key_of(self.prompt))
+        return data_answers.id_of(data_answers.key_of(self.prompt))
 
 
 def evaluate(
@@ -65,7 +68,7 @@ def evaluate(
         facts = {"annotations": cfg.annotations, "judges": sorted({one.judge for one in judged if one.judge})}
     else:
         if cfg.task.prompts is not None:  # a bad file is to be found before models answer
-            judge_prompts.load(cfg.task.prompts, "pair")
+            load(cfg.task.prompts, "pair")
         pairs, names, facts = _answers(cfg, answer, run_dir)
         judged, judge_facts = _judged(cfg, pairs, names, ask)
         facts |= {"judge": judge_facts}
@@ -85,7 +88,7 @@ def _answers(
         return _generated(cfg, answer, run_dir)
     files = [cfg.outputs] if isinstance(cfg.outputs, str) else list(cfg.outputs)
     files += [] if cfg.baseline is None else [cfg.baseline]
-    both = outputs.read_models(files[0]) if len(files) == 1 else [outputs.read(file) for file in files]
+    both = data_answers.read_models(files[0]) if len(files) == 1 else [data_answers.read(file) for file in files]
     if len(both) != 2:
         raise UserError(
             f"outputs={cfg.outputs}: holds answers of {len(both)} models; expected two files, or one with the answers of two"
@@ -97,12 +100,12 @@ def _answers(
         raise UserError(
             f"outputs={cfg.outputs}, baseline={cfg.baseline}: one file twice; give the answers of two models"
         )
-    return outputs.aligned(*both, cfg.task.limit), names, {"outputs": [both[0].file, both[1].file]}
+    return data_answers.aligned(*both, cfg.task.limit), names, {"outputs": [both[0].file, both[1].file]}
 
 
 def _generated(cfg: Eval, answer: Callable, run_dir: Path) -> tuple[list[tuple[Output, Output]], tuple[str, str], dict]:
     task = cfg.task
-    prompts, report = outputs.prompts(cfg.data.eval, cfg.data.revision, cfg.data.on_bad_row)
+    prompts, report = data_answers.prompts(cfg.data.eval, cfg.data.revision, cfg.data.on_bad_row)
     prompts = prompts[: task.limit]
     sampling = Sampling(task.temperature, task.top_p, 0, task.max_new_tokens)
     both, names, cut = [], tuple(map(redacted, cfg.model.path)), {}
@@ -110,11 +113,11 @@ def _generated(cfg: Eval, answer: Callable, run_dir: Path) -> tuple[list[tuple[O
         answers = answer(path, prompts, sampling)
         rows = [Output(prompt, made.text) for prompt, made in zip(prompts, answers, strict=True)]
         file = run_dir / f"outputs_{number}.jsonl"
-        dist.on_main(outputs.write, file, name, rows)
+        dist.on_main(data_answers.write, file, name, rows)
         both.append(Outputs(name, str(file), rows))
         cut[name] = sum(not made.ended for made in answers)
     facts = {"data": {"eval": cfg.data.eval} | report, "outputs": [made.file for made in both], "cut_answers": cut}
-    return outputs.aligned(*both), names, facts
+    return data_answers.aligned(*both), names, facts
 
 
 # ---- the judge
@@ -126,7 +129,7 @@ def _judged(
     """Every pair with what the judge said of it, and the facts about the judge."""
     differ = [(a, b) for a, b in pairs if a.text != b.text]
     shown = [Shown(a.prompt, *texts) for a, b in differ for texts in ((a.text, b.text), (b.text, a.text))]
-    verdict, replies, facts = pairwise.judged(shown, cfg.judge, cfg.task.prompts, ask)
+    verdict, replies, facts = verdicts.judged(shown, cfg.judge, cfg.task.prompts, ask)
     said = iter([{field: getattr(reply, field) for field in _SAID} for reply in replies])
     judged = []
     for a, b in pairs:
@@ -160,7 +163,7 @@ def read(spec: str | list[str]) -> list[Judged]:
                     f"{judged[0].verdict} as before it; give annotations of one pair of models"
                 )
             if one.id in places:
-                excerpt = outputs.excerpt(outputs.key_of(one.prompt))
+                excerpt = data_answers.excerpt(data_answers.key_of(one.prompt))
                 raise UserError(f"{where}: the prompt {excerpt} is there already ({places[one.id]}); keep one of them")
             places[one.id] = where
             judged.append(one)
@@ -189,7 +192,7 @@ def _parse(row: Any, where: str) -> Judged:
     if not well_formed:
         raise UserError(f"{where}: is no annotation of task=winrate; give annotations.jsonl of an evaluation by it")
     try:
-        prompt = outputs.prompt_of(row)
+        prompt = data_answers.prompt_of(row)
     except RowError as error:
         raise UserError(f"{where}: {error}") from None
     both = None if said is None else tuple(said)
@@ -250,7 +253,7 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
     empty = {model: sum(not one.answers[m].strip() for one in judged) for m, model in enumerate(models)}
     p = sign_test(wins, losses)
     notes = [f"sign test: {models[0]} won {wins} and lost {losses} of {len(judged)} prompts, p {p:.2g}"]
-    notes += position_notes(orders, "order_consistency") + outputs.empty_notes(empty, len(judged))
+    notes += position_notes(orders, "order_consistency") + data_answers.empty_notes(empty, len(judged))
     if num_equal:
         notes.append(
             f"{num_equal} of {len(judged)} pairs of answers are equal: ties that the judge was not asked about"

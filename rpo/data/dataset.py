@@ -1,0 +1,344 @@
+"""Tokenised rows, their order, and the report of what became of every row that was read.
+
+Letters: P, C, R token counts of a row's prompt, chosen and rejected response; max_length bounds P + max(C, R).
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from rpo.config import Data, EvalData
+from rpo.data.formats import Example, Messages, RowError, is_empty, parse, parse_prompt
+from rpo.data.sources import UNINFORMATIVE, WELL_FORMED, Source, Tally, check_file, open_sources
+from rpo.data.tokenizer import Facts, check_unicode, close, facts_of, identity, prompt_ids, render, tokenize, with_bos
+from rpo.errors import UserError
+from rpo.files import read_arrays, write_arrays
+
+CODE_VERSION = 2  # of the tokens that this module makes from given rows: raise it when they change
+BATCH = 1024  # rows tokenised in one call
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Tokenised rows, each laid out [prompt | chosen | rejected]; every response token is scored."""
+
+    ids: np.ndarray  # int32, all rows end to end
+    prompt: np.ndarray  # int32 P, per row
+    chosen: np.ndarray  # int32 C
+    rejected: np.ndarray  # int32 R, 0 in supervised rows
+    file: np.ndarray  # int32, index into files
+    line: np.ndarray  # int32, 1-based line (jsonl) or row number
+    files: tuple[str, ...]
+    ref_logps: np.ndarray | None = None  # float64 (rows, 2): the reference's log-probs of chosen and rejected, in nats
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """int64, where each row begins in `ids`, and one last entry for where they end."""
+        return np.concatenate([[0], np.cumsum(self.prompt + self.chosen + self.rejected, dtype=np.int64)])
+
+    def row(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The prompt, chosen and rejected ids of row `i`, views into `ids`."""
+        ids = self.ids[self.starts[i] : self.starts[i + 1]]
+        border = self.prompt[i] + self.chosen[i]
+        return ids[: self.prompt[i]], ids[self.prompt[i] : border], ids[border:]
+
+    def where(self, i: int) -> str:
+        """FILE:LINE that row `i` was read from."""
+        return f"{self.files[self.file[i]]}:{self.line[i]}"
+
+    def head(self, count: int) -> "Rows":
+        """The first `count` rows (all, where there are fewer)."""
+        first = {name: getattr(self, name)[:count] for name in ARRAYS if name != "ids"}
+        return replace(self, ids=self.ids[: self.starts[: count + 1][-1]], **first)
+
+
+ARRAYS = ("ids", "prompt", "chosen", "rejected", "file", "line")
+
+
+# ---- one row
+
+
+class _Encoded(NamedTuple):
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, example: Example, template_date: str) -> list[str]:
+    """What has to be tokenised for a row: prompt and the whole of each side (chat), or the parts apart (strings)."""
+    responses = [side for side in (example.chosen, example.rejected) if side is not None]
+    if isinstance(example.prompt, list):
+        texts = [render(tokenizer, example.prompt, template_date, prompt=True)]
+        texts += [render(tokenizer, example.prompt + side, template_date, prompt=False) for side in responses]
+    else:
+        texts = responses if example.prompt is None else [example.prompt, *responses]
+    for text in texts:
+        check_unicode(text)
+    return texts
+
+
+def _encode(tok: Facts, example: Example, texts: list[str], ids: list[list[int]]) -> _Encoded:
+    """Ids of a pair or a supervised row from the ids of its `_texts`. Raises RowError."""
+    prompt = with_bos(ids[0], tok)
+    if not prompt:
+        raise RowError("no_prompt", "field prompt: expected at least one token before the response; add text")
+    if isinstance(example.prompt, str):
+        return _Encoded(prompt, *[[*side, tok.eos] for side in ids[1:]], *[[]] * (3 - len(ids)))
+    responses = []
+    for field, text, side in zip(("chosen", "rejected"), texts[1:], ids[1:], strict=False):
+        full = with_bos(side, tok)
+        if full[: len(prompt)] != prompt:
+            raise RowError(
+                "not_a_prefix", _why_not_a_prefix(tok.tokenizer, field, prompt, full, text.startswith(texts[0]))
+            )
+        responses.append(close(full[len(prompt) :], tok))
+    return _Encoded(prompt, *responses, *[[]] * (2 - len(responses)))
+
+
+def _why_not_a_prefix(
+    tokenizer: PreTrainedTokenizerBase, field: str, prompt: list[int], full: list[int], same_text: bool
+) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
+    shown = [repr(tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "the end" for ids in (prompt, full)]
+    reason = (
+        "a token spans the border; end the template's generation prompt, or begin the response, where a token ends"
+        if same_text
+        else "the template renders the prompt differently once an answer follows; use a template that does not"
+    )
+    return (
+        f"field {field}: expected the prompt's tokens at the beginning of the whole's; token {at} is {shown[0]} in the "
+        f"prompt, {shown[1]} with the response: {reason}"
+    )
+
+
+def _truncate(row: _Encoded, bos: int | None, max_length: int, policy: str) -> _Encoded | None:
+    """The row within P + max(C, R) <= max_length by `data.truncation`, or None where it has to go."""
+    prompt, *responses = row
+    longest = max(map(len, responses))
+    if len(prompt) + longest <= max_length:
+        return row
+    if policy == "prompt_left":
+        head = prompt[:1] if prompt[0] == bos else []  # Llama and Gemma without their BOS are other models
+        kept = max_length - longest - len(head)
+        return _Encoded(head + prompt[-kept:], *responses) if kept >= 1 else None
+    room = max_length - len(prompt)
+    return _Encoded(prompt, *[side[:room] for side in responses]) if policy == "response_right" and room >= 1 else None
+
+
+def _blocks(ids: list[int], max_length: int) -> Iterator[_Encoded]:
+    """A document cut into blocks of `max_length` tokens, every token but a block's first scored."""
+    for start in range(0, len(ids) - 1, max_length):
+        yield _Encoded(ids[start : start + 1], ids[start + 1 : start + max_length], [])
+
+
+def _settle(
+    tok: Facts, cfg: Data | EvalData, example: Example, texts: list[str], ids: list[list[int]]
+) -> tuple[list[_Encoded], dict[str, int]]:
+    """What is kept of an example, and how often truncation changed it, by kind. Raises RowError where nothing is."""
+    if any(is_empty(side) for side in (example.chosen, example.rejected) if side is not None):
+        raise RowError("empty_response", "a response has no text")
+    if example.prompt is None:
+        document = [*with_bos(ids[0], tok), tok.eos]
+        lonely_eos = len(document) % cfg.max_length == 1  # nothing is left to predict it from
+        return list(_blocks(document, cfg.max_length)), {"lost_end_of_turn": 1} if lonely_eos else {}
+    row = _encode(tok, example, texts, ids)
+    if row.chosen == row.rejected:
+        raise RowError("identical_responses", "chosen and rejected are the same tokens")
+    cut = _truncate(row, tok.bos, cfg.max_length, cfg.truncation)
+    lengths = f"P={len(row.prompt)} C={len(row.chosen)} R={len(row.rejected)}, data.max_length={cfg.max_length}"
+    if cut is None:
+        raise RowError("too_long", lengths)
+    if cut.chosen == cut.rejected:
+        raise RowError("identical_after_truncation", lengths)
+    lost = (cut.chosen != row.chosen) + (cut.rejected != row.rejected)
+    changes = {"truncated_prompt": cut.prompt != row.prompt, "truncated_response": lost > 0, "lost_end_of_turn": lost}
+    return [cut], {kind: int(count) for kind, count in changes.items() if count}
+
+
+# ---- all rows
+
+
+def _batches(
+    source: Source, tokenizer: PreTrainedTokenizerBase, template_date: str, pairs: bool
+) -> Iterator[tuple[int, Example | RowError, list[str], list[list[int]]]]:
+    """Line number, example (or what is wrong with it), its texts and their ids, row by row, tokenised in batches."""
+    rows = iter(source.rows())
+    while batch := list(islice(rows, BATCH)):
+        parsed: list[tuple[int, Example | RowError, list[str]]] = []
+        for line, raw in batch:
+            try:
+                if isinstance(raw, RowError):
+                    raise raw
+                example = parse(raw, pairs)
+                parsed.append((line, example, _texts(tokenizer, example, template_date)))
+            except RowError as error:
+                parsed.append((line, error, []))
+        ids = iter(tokenize(tokenizer, [text for _, _, texts in parsed for text in texts]))
+        for line, example, texts in parsed:
+            yield line, example, texts, list(islice(ids, len(texts)))
+
+
+def _build(
+    sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool
+) -> tuple[dict[str, np.ndarray], dict]:
+    """The arrays of `Rows` and the report, from the files. Raises UserError by the policies of `load`."""
+    tok = facts_of(tokenizer)
+    pieces: list[np.ndarray] = []  # the ids of each row kept
+    lengths: list[tuple[int, int, int]] = []
+    places: list[tuple[int, int]] = []
+    dropped, changed = Tally(), Tally()
+    read_per_file, documents, blocks = [], 0, 0
+    for file, source in enumerate(sources):
+        read, uninformative = 0, dropped.count(*UNINFORMATIVE)
+        for line, example, texts, ids in _batches(source, tokenizer, cfg.template_date, pairs):
+            read += 1
+            try:
+                if isinstance(example, RowError):
+                    raise example
+                rows, changes = _settle(tok, cfg, example, texts, ids)
+            except RowError as error:
+                if cfg.on_bad_row == "error" and error.kind not in WELL_FORMED:
+                    raise UserError(f"{source.name}:{line}: {error} (or data.on_bad_row=drop)") from None
+                dropped.add(error.kind, (file, line), str(error))
+                continue
+            for kind, count in changes.items():
+                changed.add(kind, (file, line), f"data.max_length={cfg.max_length}", count)
+            if example.prompt is None:
+                documents, blocks = documents + 1, blocks + len(rows)
+            pieces += [np.array(sum(row, start=[]), np.int32) for row in rows]
+            lengths += [tuple(map(len, row)) for row in rows]
+            places += [(file, line)] * len(rows)
+        check_file(source.name, read, dropped.count(*UNINFORMATIVE) - uninformative)
+        read_per_file.append(read)
+    if not pieces:
+        names = ", ".join(source.name for source in sources)
+        counts = ", ".join(f"{entry['count']} {kind}" for kind, entry in dropped.kinds.items())
+        limits = f"data.max_length={cfg.max_length}, data.truncation={cfg.truncation}"
+        raise UserError(
+            f"{names}: none of {sum(read_per_file)} rows is left ({counts}; {limits}); change what drops them"
+        )
+    columns = np.column_stack([lengths, places]).astype(np.int32).T
+    arrays = dict(zip(ARRAYS, (np.concatenate(pieces), *map(np.ascontiguousarray, columns)), strict=True))
+    report = {
+        "read": sum(read_per_file),
+        "read_per_file": read_per_file,
+        "kept": sum(read_per_file) - dropped.count(),
+        "dropped": dropped.kinds,
+        "changed": changed.kinds,
+        "text": {"documents": documents, "blocks": blocks},
+        "rows": len(pieces),  # kept, with every block of a document a row
+        "tokens": len(arrays["ids"]),
+        "lengths": _quantiles(arrays),
+    }
+    return arrays, report
+
+
+def _quantiles(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
+    lengths = {name: arrays[name] for name in ("prompt", "chosen", "rejected")}
+    lengths["total"] = sum(lengths.values())
+    points = (0, 5, 50, 95, 100)
+    return {
+        name: {f"p{q}": int(v) for q, v in zip(points, np.percentile(values, points, method="nearest"), strict=True)}
+        for name, values in lengths.items()
+    }
+
+
+def load(
+    spec: str | list[str], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, *, pairs: bool, cache_dir: Path
+) -> tuple[Rows, dict]:
+    """The rows of `spec` as tokens, and a JSON-able report in which read = kept + all dropped.
+
+    With `pairs` every row needs a rejected response; without, `rejected` is ignored (R = 0) and supervised forms are
+    read too. The tokenizer carries the chat template (`load_tokenizer`). Results are cached in `cache_dir`/tokens by
+    the content of all that they depend on.
+
+    Warns once of uninformative rows. Raises UserError: a file that cannot be read; the first malformed row, unless
+    `cfg.on_bad_row` is drop; more than 5% uninformative rows in a file; no row left; messages without a chat template.
+    """
+    sources = open_sources(spec, cfg.revision)
+    key = _cache_key(sources, cfg, tokenizer, pairs)
+    folder = Path(cache_dir).expanduser() / "tokens" / key
+    if (cached := read_arrays(folder)) is None:
+        cached = _build(sources, cfg, tokenizer, pairs)
+        write_arrays(folder, *cached)
+    arrays, report = cached
+    names = tuple(source.name for source in sources)
+    report = {"files": list(names), **report, "cache_key": key}
+    report |= {part: _named(report[part], names) for part in ("dropped", "changed")}
+    if useless := {kind: report["dropped"][kind] for kind in UNINFORMATIVE if kind in report["dropped"]}:
+        counts = ", ".join(f"{entry['count']} {kind} (first {entry['examples'][0]})" for kind, entry in useless.items())
+        warnings.warn(f"dropped of {report['read']} rows: {counts}", stacklevel=2)
+    return Rows(**arrays, files=names), report
+
+
+def load_prompts(
+    spec: str | list[str], cfg: EvalData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[str | Messages], list[str], dict]:
+    """The prompts of `spec` as ids, each what training would make of it; as their rows say them; where each stands
+    (FILE:LINE); and a report.
+
+    Reads every form that `load` reads, and rows without an answer: {prompt}, {messages}, {instruction, input}.
+    Raises UserError as `load` does; a prompt longer than data.max_length is a bad row.
+    """
+    prompts, said, places, dropped, read = [], [], [], Tally(), 0
+    sources = open_sources(spec, cfg.revision)
+    for file, source in enumerate(sources):
+        for line, raw in source.rows():
+            read += 1
+            try:
+                if isinstance(raw, RowError):
+                    raise raw
+                prompt = parse_prompt(raw)
+                ids = prompt_ids(tokenizer, prompt, cfg.template_date)
+                if not 1 <= len(ids) <= cfg.max_length:
+                    raise RowError("too_long", f"the prompt has {len(ids)} tokens, expected 1 to data.max_length")
+            except RowError as error:
+                if cfg.on_bad_row == "error":
+                    raise UserError(f"{source.name}:{line}: {error} (or data.on_bad_row=drop)") from None
+                dropped.add(error.kind, (file, line), str(error))
+                continue
+            prompts.append(ids)
+            said.append(prompt)
+            places.append(f"{source.name}:{line}")
+    if not prompts:
+        raise UserError(f"data.eval={spec}: none of {read} rows has a prompt that is kept; change what drops them")
+    names = [source.name for source in sources]
+    report = {"files": names, "read": read, "kept": len(prompts), "dropped": _named(dropped.kinds, names)}
+    return prompts, said, places, report
+
+
+def describe(report: dict) -> str:
+    """A report in a few words: rows kept, and what became of the rest."""
+    dropped = ", ".join(f"{entry['count']} {kind}" for kind, entry in report["dropped"].items())
+    return f"{report['rows']} rows" + (f" ({report['read']} read, dropped: {dropped})" if dropped else "")
+
+
+def _named(kinds: dict[str, dict], names: Sequence[str]) -> dict[str, dict]:
+    """A tally's kinds with each example as one line of text."""
+    return {
+        kind: entry | {"examples": [f"{names[file]}:{line}: {why}" for file, line, why in entry["examples"]]}
+        for kind, entry in kinds.items()
+    }
+
+
+# ---- cache
+
+
+def _cache_key(sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> str:
+    parts = [CODE_VERSION, transformers.__version__, tokenizers.__version__, *identity(tokenizer)]
+    parts += [cfg.template_date, cfg.max_length, cfg.truncation, cfg.on_bad_row, pairs, *(s.digest for s in sources)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

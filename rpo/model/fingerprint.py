@@ -1,0 +1,75 @@
+"""The reference's log-probs on disk: one number per response token, computed once per pair and never stale.
+
+    CACHE_DIR/reference/KEY/facts.json   what the numbers depend on beside the tokens; KEY is its hash
+    CACHE_DIR/reference/KEY/shard_*/     pairs of one chunk of a pass, each found by the hash of its tokens
+
+A pair's entry depends on nothing but the facts and its own tokens. So a sweep, a subset, another order, another run hit;
+changed weights miss everywhere, a changed token misses one pair; and what is missing is filled, not computed anew. Shards
+are checksummed, written whole or not at all under names of their own, so runs that fill one cache at once do no harm.
+
+Rank 0 alone touches the disk, the folder may be its node's own. N: scored tokens of a micro-batch.
+"""
+
+import hashlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+
+from rpo import dist
+from rpo.model.policy import Policy
+
+CODE_VERSION = 1  # of the code between token ids and log-probs: raise it when its values change
+# Of a model's config: where it came from and what it is stored as, not what it computes.
+NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
+# ---- what log-probs depend on
+
+
+def weights_digest(lm: nn.Module) -> str:
+    """sha256 of all weights and persistent buffers: names, dtypes, shapes, bytes; tied weights once.
+
+    For a whole model on the CPU, before it is sharded or cast. A collective: rank 0 hashes, in threads.
+    """
+    return dist.broadcast(_hash_weights(lm) if dist.is_main() else None)
+
+
+def _hash_weights(lm: nn.Module) -> str:
+    tensors = {id(tensor): (name, tensor) for name, tensor in lm.state_dict(keep_vars=True).items()}
+    with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL
+        return hashlib.sha256(b"".join(pool.map(_hash_tensor, sorted(tensors.values())))).hexdigest()
+
+
+def _hash_tensor(named: tuple[str, Tensor]) -> bytes:
+    name, tensor = named
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(tensor.detach().flatten().view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def identity(weights: str, policy: Policy, *, compute_dtype: torch.dtype, device: torch.device, layout: str) -> dict:
+    """What the log-probs of `policy` depend on beside the tokens, JSON-able; `weights` is its `weights_digest`."""
+    module = type(policy.lm).__module__  # of a model's own code: it names a hash or commit of the files
+    return {
+        **({} if module.startswith("transformers.") else {"code": module}),
+        "weights": weights,
+        "config": computed(json.loads(policy.lm.config.to_json_string(use_diff=False))),
+        "compute_dtype": str(compute_dtype).removeprefix("torch."),
+        "layout": layout,
+        "attention": policy.attention if layout == "packed" else "the model's own",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "compile": policy.compile_tiles,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "code_version": CODE_VERSION,
+    }
+
+
+def computed(config: dict) -> dict:
+    """A model's config, and those nested in it, without NOT_COMPUTED."""
+    kept = {name: value for name, value in config.items() if name not in NOT_COMPUTED}
+    return {name: computed(value) if isinstance(value, dict) else value for name, value in kept.items()}

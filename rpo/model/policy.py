@@ -1,0 +1,161 @@
+"""Hugging Face causal LMs in, per-token log-probs out, and back to a Hugging Face folder.
+
+Letters: B rows, T tokens of a row, N scored tokens, D model width, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from rpo.config import Fsdp
+from rpo.data.batch import Batch, response_sums
+from rpo.errors import UserError
+from rpo.losses import PairLogps
+from rpo.model import shard
+from rpo.model.attention import PACKED
+from rpo.model.attention import choose as choose_attention
+from rpo.model.logprobs import full_logits, token_logps
+
+
+class Head(NamedTuple):
+    """How a model turns hidden states into logits; `form` is bias_V, scale and softcap of `logprobs.full_logits`."""
+
+    weight_VD: Tensor
+    form: dict[str, Any]
+
+
+def head_of(lm: PreTrainedModel) -> Head:
+    """The head of `lm`, read off its output embedding and config; `probe` is what proves the reading right."""
+    linear = lm.get_output_embeddings()
+    config = lm.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(linear.weight, {"bias_V": getattr(linear, "bias", None), "scale": scale, "softcap": softcap})
+
+
+class Policy(nn.Module):
+    """The FSDP root: backbone and log-probs behind one `forward`, so nothing calls inside the root's back."""
+
+    def __init__(self, lm: PreTrainedModel, *, compile_tiles: bool, attention: str = "sdpa"):
+        super().__init__()
+        self.lm = lm
+        self.compile_tiles = compile_tiles
+        self.attention = attention  # of packed rows; all else goes the model's own way
+        self._own_attention = lm.config._attn_implementation
+        self.eval()  # for good: train mode would only switch dropout on, and a reference has none
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        packed = {}
+        if batch.segments is not None:
+            # Packed positions without a mask of their own would pass for documents: transformers would cut the rejected
+            # branch off its prompt. Under a name it has no mask for, it makes none.
+            packed = {"position_ids": batch.position_BT, "segments": batch.segments, "backend": self.attention}
+        self._attend_by(PACKED if packed else self._own_attention)
+        hidden_BTD = self.lm.base_model(input_ids=batch.input_ids_BT, use_cache=False, **packed).last_hidden_state
+        return hidden_BTD.flatten(0, 1).index_select(0, batch.source_N)
+
+    def _attend_by(self, name: str) -> None:
+        # It stays until the next forward pass: a checkpointed layer runs again in backward, and must do the same again.
+        self.lm.config._attn_implementation = name
+
+    def forward(self, batch: Batch) -> Tensor:
+        """logps_N: natural-log probability of each scored token, fp32 (float64 for a float64 model)."""
+        head = head_of(self.lm)
+        return token_logps(self._hidden(batch), head.weight_VD, batch.target_N, **head.form, compile=self.compile_tiles)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """hidden_ND at the positions that predict scored tokens, for `logits_of`."""
+        return self._hidden(batch)
+
+    def logits_of(self, hidden_ND: Tensor) -> Tensor:
+        """logits_NV of hidden states that `hidden` gave, fp32 (float64 for a float64 model): of as many as N x V may hold."""
+        head = head_of(self.lm)
+        return full_logits(hidden_ND, head.weight_VD, **head.form)
+
+    def generate(self, *, generation_config: GenerationConfig, **inputs: Any) -> Tensor:
+        """Token ids from the library's `generate`, by `generation_config` alone.
+
+        The library would fill what it leaves open from the model's own generation config, so that steps aside.
+        """
+        own, self.lm.generation_config = self.lm.generation_config, generation_config
+        self._attend_by(self._own_attention)
+        try:
+            return self.lm.generate(generation_config=generation_config, **inputs)
+        finally:
+            self.lm.generation_config = own
+
+
+def layers_of(lm: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers: the outermost list of as many modules as the config says there are layers."""
+    num_layers = lm.config.get_text_config().num_hidden_layers
+    for module in lm.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise UserError(
+        f"model.path: {type(lm).__name__} has no list of {num_layers} decoder layers; it can not be sharded"
+    )
+
+
+def attention_heads(lm: PreTrainedModel) -> tuple[int, int, int]:
+    """Heads of queries, heads of keys, and their width; zeros where a model has no attention."""
+    config = lm.config.get_text_config()
+    if not (num_heads := getattr(config, "num_attention_heads", 0)):
+        return 0, 0, 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return num_heads, getattr(config, "num_key_value_heads", None) or num_heads, width
+
+
+def prepare(
+    lm: PreTrainedModel,
+    mesh: DeviceMesh,
+    fsdp: Fsdp,
+    *,
+    compute_dtype: torch.dtype,
+    compile: bool,
+    trainable: bool,
+    attention: str = "sdpa",
+) -> Policy:
+    """`lm` as a sharded `Policy` on the mesh's device; frozen where it is a reference.
+
+    `attention` is layout.attention, for packed rows. Raises UserError where this device lacks it.
+    """
+    lm.requires_grad_(trainable)
+    softcap = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
+    backend = choose_attention(attention, torch.device(mesh.device_type), compute_dtype, softcap, attention_heads(lm))
+    policy = Policy(lm, compile_tiles=compile, attention=backend)
+    shard.shard(policy, layers_of(lm), mesh, fsdp, compute_dtype=compute_dtype, compile=compile)
+    for method in (
+        "hidden",
+        "logits_of",
+        "generate",
+    ):  # FSDP gathers the root's weights around these as it does around forward
+        register_fsdp_forward_method(policy, method)
+    return policy
+
+
+def score(policy: Policy, reference: Policy | None, batch: Batch) -> PairLogps:
+    """The batch's pairs under both models; gradients flow to `policy` unless the caller has turned them off.
+
+    Without a `reference` its log-probs are those that the batch carries, if any.
+    """
+    logps_S = response_sums(policy(batch), batch.length_S)
+    ref_S = batch.ref_S
+    if reference is not None:
+        with torch.no_grad():
+            ref_S = response_sums(reference(batch), batch.length_S)
+
+    def sides(x_S: Tensor | None) -> list[Tensor | None]:
+        parts = [] if x_S is None else list(x_S.split(batch.num_pairs))
+        return parts + [None] * (2 - len(parts))  # supervised rows have no rejected side
+
+    return PairLogps(
+        *sides(logps_S), *sides(None if ref_S is None else ref_S.to(logps_S.dtype)), *sides(batch.length_S)
+    )

@@ -1,0 +1,137 @@
+"""Pairs scored by a policy and its reference, and how far two scorings of one text may differ by rounding alone.
+
+Letters: N scored tokens, S responses, P pairs.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    PreTrainedModel,
+)
+
+from rpo.data.batch import Batch, RowsLike, longest, make_batch, packed_batch, padded_batch
+from rpo.errors import UserError
+from rpo.model.policy import Policy
+from rpo.text import first_line
+
+
+@torch.no_grad()
+def probe(lm: PreTrainedModel, *, key: str) -> None:
+    """Raises UserError unless our log-probs equal the model's own on a short input, and the model is causal.
+
+    A head with a scale, cap or projection that `head_of` does not know would otherwise train silently on other
+    numbers (a skipped soft-cap is off by 4e-5 on a tiny random Gemma 2; Cohere's scale by 1.2). The comparison is of
+    the same fp32 weights, so only rounding is allowed: 1e-5 of the largest logit.
+    """
+    lm.eval()
+    if lm.base_model is lm:  # Llama 4
+        raise UserError(f"{key}: {type(lm).__name__} names no backbone to take hidden states from")
+    vocab_size = lm.get_output_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    input_ids_BT = torch.randint(vocab_size, (2, 16), generator=generator)
+    source_N = torch.cat([torch.arange(15), 16 + torch.arange(15)])
+    target_N = input_ids_BT[:, 1:].flatten()
+    batch = Batch(input_ids_BT, source_N, target_N, torch.tensor([15, 15]), num_pairs=1, weight=1.0)
+
+    logps_N = Policy(lm, compile_tiles=False)(batch)
+    logits_BTV = lm(input_ids=input_ids_BT, use_cache=False).logits
+    own_N = logits_BTV.log_softmax(-1)[:, :-1].gather(-1, input_ids_BT[:, 1:, None]).flatten()
+    error, tolerance = (logps_N - own_N).abs().max().item(), 1e-5 * max(1.0, logits_BTV.abs().max().item())
+    if not error <= tolerance:
+        raise UserError(
+            f"{key}: our log-probs differ from the model's own by {error:.1e} nats (allowed {tolerance:.0e}); "
+            f"{type(lm).__name__} has a head that rpo does not compute"
+        )
+    changed_BT = input_ids_BT.clone()
+    changed_BT[:, -1] = (changed_BT[:, -1] + 1) % vocab_size
+    changed_BTV = lm(input_ids=changed_BT, use_cache=False).logits
+    if not (changed_BTV - logits_BTV)[:, :-1].abs().max().item() <= tolerance:
+        raise UserError(f"{key}: {type(lm).__name__} is not causal: a later token changes earlier predictions")
+
+
+@torch.no_grad()
+def why_not_packed(lm: PreTrainedModel, longest: int) -> str | None:
+    """Why `lm` can not be trained on packed rows; None where two pairs, packed, score as they do padded.
+
+    A probe and not a list: Falcon ignores the attention interface with only a log line (off by .09 nats), StableLM
+    drops what it is told about the pairs, recurrent layers carry chosen into rejected. `longest` is the longest text of
+    the run (P + max(C, R)): the model's sliding window must not be shorter.
+    """
+    config = lm.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention"])  # Mistral's window is in every layer
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        return f"it has {', '.join(sorted(other))} layers"
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in kinds and window is not None and window < longest:  # PhiMoE does not tell `attend`
+        return f"a layer sees {window} tokens back, the longest text has {longest}"
+    ids = torch.randint(config.vocab_size, (40,), generator=torch.Generator().manual_seed(0)).numpy()
+    triples = [tuple(np.split(ids[:23], [6, 15])), tuple(np.split(ids[23:], [9, 11]))]
+    prompt, chosen, rejected = np.array([list(map(len, triple)) for triple in triples]).T
+    lengths = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    rows = SimpleNamespace(row=triples.__getitem__, ref_logps=None, **lengths)
+    policy, both = Policy(lm, compile_tiles=False), np.arange(2)
+    padded_N = policy(padded_batch(rows, both))
+    batch = packed_batch(rows, both)
+    try:
+        packed_N = policy(replace(batch, segments=replace(batch.segments, reach=longest)))
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # what can not take the positions or the pairs says so in its own way
+        return f"its code does not pass on which pair a token belongs to ({first_line(error)})"
+    finally:
+        policy._attend_by(policy._own_attention)
+    error, allowed = (packed_N - padded_N).abs().max().item(), 1e-5 * max(1.0, padded_N.abs().max().item())
+    return None if error <= allowed else f"packed and padded differ by {error:.0e} nats"
+
+
+# Nats per token that rounding may always explain, however few bits moved in a measurement: 8 ulps of the log-probs; in
+# bfloat16 1/16 ulp of what enters the head.
+LEAST_NOISE = {torch.float64: 2**-49, torch.float32: 2**-20, torch.bfloat16: 2**-11}
+
+
+@torch.no_grad()
+def noise_floor(
+    policy: Policy,
+    rows: RowsLike,
+    indices: np.ndarray,
+    device: torch.device,
+    *,
+    positions: int,
+    compute_dtype: torch.dtype,
+) -> float:
+    """Nats per scored token by which one text's log-probs move with padding and batch make-up alone.
+
+    The mean |difference| over the scored tokens of `indices`, scored in one batch and again one pair at a time with
+    17 more columns of padding (fewer where the model's `positions` end), and at least LEAST_NOISE. What "equal" means on
+    these weights, in this dtype, on this device.
+    """
+    together_S = _responses(policy, padded_batch(rows, indices).to(device))
+    extra = min(17, positions - longest(rows))
+    alone = [padded_batch(rows, indices[i : i + 1], extra=extra).to(device) for i in range(len(indices))]
+    apart = [_responses(policy, batch) for batch in alone]
+    apart_S = [pair[side] for side in range(len(apart[0])) for pair in apart]
+    return max((torch.cat(together_S) - torch.cat(apart_S)).abs().mean().item(), LEAST_NOISE[compute_dtype])
+
+
+def _responses(policy: Policy, batch: Batch) -> list[Tensor]:
+    return list(policy(batch).split(batch.length_S.tolist()))
+
+
+@torch.no_grad()
+def mean_gap(
+    policy: Policy, reference: Policy, rows: RowsLike, indices: np.ndarray, device: torch.device, *, layout: str
+) -> float:
+    """Mean |logp_pi - logp_ref| in nats per scored token over the pairs of `indices`, in one batch; beta-free."""
+    batch = make_batch(rows, indices, layout).to(device)
+    return (policy(batch) - reference(batch)).abs().mean().item()
+
+
+@torch.no_grad()
+def packed_gap(policy: Policy, rows: RowsLike, indices: np.ndarray, device: torch.device) -> float:
+    """Mean |packed - padded| in nats per scored token over the pairs of `indices`, by the same weights."""
+    padded, packed = (make_batch(rows, indices, layout).to(device) for layout in ("padded", "packed"))
+    return (policy(packed) - policy(padded)).abs().mean().item()

@@ -1,0 +1,146 @@
+"""A model cut over ranks with FSDP2: the mesh, activation checkpointing, compile, shard."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.distributed as torch_dist
+import torch.nn.attention.flex_attention  # these two register operators that PRODUCTS names
+import torch.nn.attention.varlen
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from rpo import dist
+from rpo.config import Fsdp
+from rpo.errors import UserError
+
+# Weights cut over all ranks and nothing else: for what only scores and generates, and has no such keys.
+PLAIN = Fsdp(
+    shard_degree=None,
+    replicate_degree=1,
+    activation_checkpointing="none",
+    reshard_after_forward=True,
+    accumulate="unsharded",
+    cpu_offload=False,
+)
+
+
+def mesh(device: torch.device, cfg: Fsdp) -> DeviceMesh:
+    """("shard",) over all processes, or ("replicate", "shard") where there are replicas: what the model is cut along.
+
+    Neighbouring ranks make up a shard group, so that one which fits a node stays within it. Raises UserError unless
+    the two degrees multiply to the world size.
+    """
+    world, replicate = dist.world_size(), cfg.replicate_degree
+    shard = cfg.shard_degree or world // replicate
+    if replicate * shard != world:
+        given = "null" if cfg.shard_degree is None else cfg.shard_degree
+        divisors = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise UserError(
+            f"fsdp.shard_degree={given}, fsdp.replicate_degree={replicate}: their product must be the world size, "
+            f"{world}; set fsdp.shard_degree=null and fsdp.replicate_degree to one of {divisors}"
+        )
+    if replicate == 1:
+        return init_device_mesh(device.type, (shard,), mesh_dim_names=("shard",))
+    return _hybrid_mesh(device.type, replicate, shard)
+
+
+@dist.until_shutdown  # the groups hold device memory, and policy and reference may share them
+def _hybrid_mesh(device_type: str, replicate: int, shard: int) -> DeviceMesh:
+    timeout = dist.timeout_of(device_type)  # which init_device_mesh does not ask for
+    ranks = torch.arange(replicate * shard).view(replicate, shard)
+    parts = {"replicate": ranks.T.tolist(), "shard": ranks.tolist()}
+    groups = [torch_dist.new_subgroups_by_enumeration(p, timeout, group_desc=name)[0] for name, p in parts.items()]
+    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=tuple(parts))
+
+
+# What `selective` keeps: the results of attention and of every matrix product are dear to recompute and small
+# beside the pointwise intermediates, which are recomputed.
+PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def _save_products(_ctx: object, op: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpointed(layer: nn.Module, how: str) -> nn.Module:
+    if how == "selective":
+        return checkpoint_wrapper(layer, context_fn=partial(create_selective_checkpoint_contexts, _save_products))
+    return checkpoint_wrapper(layer)
+
+
+def shard(
+    root: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, cfg: Fsdp, *, compute_dtype: torch.dtype, compile: bool
+) -> None:
+    """Shards `root` in place with FSDP2, one unit per decoder layer and one for the rest; also at degree 1.
+
+    Order: activation checkpointing, compile, shard. Masters keep their dtype (fp32, or float64), compute runs in
+    `compute_dtype`, gradients are summed in fp32 or wider and never averaged: the loss is divided by global counts
+    before the backward pass.
+    """
+    master = next(root.parameters()).dtype
+    half = compute_dtype.itemsize < master.itemsize
+    mp_policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype if half else None, reduce_dtype=master if half else None, cast_forward_inputs=False
+    )
+    offload = CPUOffloadPolicy() if cfg.cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
+    options = {"mesh": mesh, "mp_policy": mp_policy, "offload_policy": offload}
+    for i, layer in enumerate(layers):
+        if cfg.activation_checkpointing != "none":
+            layer = layers[i] = checkpointed(layer, cfg.activation_checkpointing)
+        if compile:
+            layer.compile(dynamic=True)
+        fully_shard(layer, reshard_after_forward=cfg.reshard_after_forward, **options)
+    # The root holds embedding, final norm and head. The head's backward reads its weight again, so it stays gathered.
+    fully_shard(root, reshard_after_forward=False, **options)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Gloo has no PREMUL_SUM, which the divide factor would otherwise be sent as.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def reshard(root: nn.Module) -> None:
+    """Frees what a forward pass without a backward left gathered: the root always stays so, and its layers may."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def gathered(root: FSDPModule, *, reshard_after_forward: bool) -> Iterator[None]:
+    """Within the block a layer, once gathered, stays gathered: for generation, which calls it once per token."""
+    units = [m for m in root.modules() if isinstance(m, FSDPModule) and m is not root]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(reshard_after_forward, recurse=False)
+        unit.reshard()
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What `model.dtype` comes to on this device: auto is bfloat16 on CUDA and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)

@@ -1,0 +1,1 @@
+"""Gold along checkpoints: measured, summarised, compared, drawn."""

@@ -1,0 +1,107 @@
+"""A study's results from the curves of its runs: summaries, fits and verdicts, by run and by group of seeds."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rpo.overopt import curve as overopt_curve
+from rpo.overopt import scaling_laws
+from rpo.runs.groups import Group, group, table
+
+# Columns of the printed table: heading, entry of the summaries, format.
+_SHOWN = (
+    ("gold start", "gold/reference", ".2f"),
+    ("peak", "gold/peak", ".2f"),
+    ("end", "gold/final", ".2f"),
+    ("drop", "gold/drop", ".2f"),
+    ("step of peak", "step/peak", ".0f"),
+    ("KL", "kl/final", ".2f"),
+    ("accuracy", "accuracy/final", ".3f"),
+    ("shift/chosen", "shift/chosen", ".1f"),
+)
+
+
+def check(runs: Sequence[dict]) -> None:
+    """Raises UserError where two runs are one: the same settings and seeds. `runs` need only their settings."""
+    group(runs)
+
+
+def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], list[Group]]:
+    """(runs with their summary, verdict and fits; a record per group of runs that differ in seeds alone; the groups).
+
+    `runs` are {"run", "settings", "max_new_tokens", "curve", ...}. A group's fits pool its curves, with intervals that draw runs anew
+    (prompts, where there is one run); a run's have none.
+    """
+    runs = [run | {"summary": overopt_curve.summarise(run["curve"])} for run in runs]
+    runs = [
+        run
+        | {
+            "kind": overopt_curve.kind(run["summary"]),
+            "verdict": overopt_curve.verdict(run["summary"]),
+            "fits": _fits([run]),
+        }
+        for run in runs
+    ]
+    groups = group(runs)
+    labels = {run["run"]: g.label for g in groups for run in g.runs}
+    intervals = table(groups)
+    records = [
+        {
+            "label": g.label,
+            "loss": g.loss,
+            "runs": [run["run"] for run in g.runs],
+            "seeds": [list(seeds) for seeds in g.seeds],
+            "verdict": overopt_curve.group_verdict([run["summary"] for run in g.runs]),
+            "cut": overopt_curve.cut([run["curve"] for run in g.runs], max(run["max_new_tokens"] for run in g.runs)),
+            "summary": intervals[g.label],
+            "fits": _fits(g.runs, over="runs" if len(g.runs) > 1 else "prompts", seed=seed),
+        }
+        for g in groups
+    ]
+    return [run | {"label": labels[run["run"]]} for run in runs], records, groups
+
+
+def _fits(runs: Sequence[dict], **how: Any) -> list[dict]:
+    """Both laws fitted to the curves; nothing where gold was not measured."""
+    curves = [run["curve"] for run in runs]
+    if any(overopt_curve.value(point, "gold") is None for curve in curves for point in curve):
+        return []
+    return [scaling_laws.fit_curves(curves, form, **how) for form in scaling_laws.FORMS]
+
+
+def mean_best_of_n(runs: Sequence[dict]) -> list[dict]:
+    """Best-of-n of the reference, averaged over the runs whose implicit rewards ranked its answers; [] where none did.
+
+    Gold's `se` is the mean of theirs, each clustered by prompt: they rank the same answers to the same prompts, so that
+    more runs make it no smaller. Null where a run has none.
+    """
+    curves = [run["bon"] for run in runs if run.get("bon")]
+    mean = []
+    for points in zip(*curves, strict=True):
+        gold, errors = ([point["gold"][part] for point in points] for part in ("value", "se"))
+        se = None if None in errors else float(np.mean(errors))
+        mean.append(
+            {key: points[0][key] for key in ("n", "kl")}
+            | {"gold": {"value": float(np.mean(gold)), "se": se, "n": len(gold)}}
+        )
+    return mean
+
+
+def lines(records: Sequence[dict]) -> str:
+    """A row per group: means over seeds, with the drop's standard deviation; below it a sentence each, or two."""
+    cells = [["", *(heading for heading, *_ in _SHOWN), "seeds"]]
+    for record in records:
+        row = [record["label"]]
+        for _, entry, form in _SHOWN:
+            found = record["summary"][entry]
+            spread = f" +- {found['sd']:{form}}" if entry == "gold/drop" and found["sd"] is not None else ""
+            row.append("-" if found["mean"] is None else f"{found['mean']:{form}}{spread}")
+        cells.append([*row, str(len(record["runs"]))])
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    made = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in cells
+    ]
+    said = [f"{record['label']}: {text}" for record in records for text in (record["verdict"], record["cut"]) if text]
+    return "\n".join([*made, *said])

@@ -1,0 +1,479 @@
+"""A run's checkpoints: all that its next update depends on, written aside in the background, whole or not at all.
+
+    RUN/checkpoints/step_00000100/
+        shard-*.safetensors    weights and AdamW's state, a file per rank; any number of ranks can read them
+        state.json             counters, what the run is of, and of every rank its RNG and running sums
+        manifest.json          size and sha256 of the others; the folder takes its name when this is written
+    RUN/checkpoints/latest, best    links to two of them
+
+Nothing here is pickled: torch's own metadata would be, the Hugging Face storage has none. A checkpoint from elsewhere
+can be wrong, but it can not run code.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from rpo import dist
+from rpo.config import Checkpoint
+from rpo.errors import UserError
+from rpo.files import sync
+from rpo.model.policy import Policy
+from rpo.text import human
+
+Tensors = dict[str, Tensor]
+FILE_BYTES = 2**30  # of a rank's share in one file, about
+
+
+# ---- what is in one
+
+
+def tensors_of(policy: Policy, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Weights, buffers and the optimizer's state by kind/name: the live tensors themselves, each rank's share of them."""
+    tensors = {}
+    for name, param in policy.named_parameters():
+        tensors[f"weight/{name}"] = param.detach()
+        tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state[param].items()}
+    return _plain(tensors | {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()})
+
+
+def weights_of(policy: Policy) -> Tensors:
+    """The part of `tensors_of` that a log-prob depends on, of a policy that has no optimizer."""
+    weights = {f"weight/{name}": param.detach() for name, param in policy.named_parameters()}
+    return _plain(weights | {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()})
+
+
+def _plain(tensors: Tensors) -> Tensors:
+    # Activation checkpointing, which puts this into names, may change between starts.
+    return {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in tensors.items()}
+
+
+def seed_rng(*seed: int) -> None:
+    """Makes every global random generator of this process a function of `seed`; left alone they differ from run to run."""
+    of_python, of_numpy, of_torch = map(int, np.random.SeedSequence(seed).generate_state(3))
+    random.seed(of_python)
+    np.random.seed(of_numpy)
+    torch.manual_seed(of_torch)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random generator of this process, JSON-able. The loop uses none; a changed loss may."""
+    kind, key, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": [kind, key.tolist(), *rest], "torch": _text(torch.get_rng_state())}
+    return state | ({"cuda": _text(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {})
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts back what `rng_state` gave, of those devices that are here."""
+    version, key, gauss = state["python"]
+    random.setstate((version, tuple(key), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def digest(*parts: np.ndarray | bytes) -> str:
+    """`sha256 XXXXXXXXXXXXXXXX` of arrays or bytes, to tell whether a file still holds what the run began with."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+    return f"sha256 {whole.hexdigest()[:16]}"
+
+
+# ---- finding and reading
+
+
+@dataclass(frozen=True)
+class Found:
+    """A whole checkpoint: its folder, and its `state.json`."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder.parent.parent
+
+
+def find(run_dir: Path, resume: str) -> Found | None:
+    """The checkpoint that a run in `run_dir` goes on from, the same on every rank; None where it begins anew.
+
+    `resume` is auto, the newest whole one of `run_dir`; never; or a run's folder, or one of its checkpoints, for a
+    run_dir that has none of its own yet. A damaged one is named and skipped. Raises UserError where `resume` names none.
+    """
+    return dist.on_main(_find, run_dir, resume)
+
+
+def _find(run_dir: Path, resume: str) -> Found | None:
+    if resume == "never":
+        return None
+    folders = _steps(run_dir / "checkpoints")
+    if own := _newest(folders):
+        return own
+    if folders:
+        raise UserError(
+            f"run_dir={run_dir}: none of its checkpoints is whole; put one back, give another run_dir, or remove the "
+            "folder to begin anew"
+        )
+    if resume == "auto":
+        return None
+    given = Path(resume).expanduser().resolve()  # latest and best are links
+    named = _newest([given] if _step(given) is not None else _steps(given / "checkpoints"))
+    if named is None:
+        raise UserError(
+            f"resume={resume}: no whole checkpoint there; expected auto, never, a run's folder, or RUN/checkpoints/step_NUMBER"
+        )
+    return named
+
+
+def _newest(folders: list[Path]) -> Found | None:
+    for folder in reversed(folders):
+        try:
+            _verify(folder)
+            return Found(folder, json.loads((folder / "state.json").read_text()))
+        except ValueError as error:
+            print(f"checkpoint: {folder} is damaged ({error}) and skipped", flush=True)
+        except OSError as error:  # a disk that does not answer is no reason to begin earlier
+            raise UserError(
+                f"{folder}: can not be read ({error.strerror}); see to its disk, then start again"
+            ) from None
+    return None
+
+
+def _step(folder: Path) -> int | None:
+    named = re.fullmatch(r"step_(\d{8,})", folder.name)
+    return int(named[1]) if named else None
+
+
+def of_run(run_dir: Path) -> dict[int, Path]:
+    """The folders of a run's checkpoints by step, in order; not looked into."""
+    return {_step(folder): folder for folder in _steps(run_dir / "checkpoints")}
+
+
+def read(folder: Path) -> Found:
+    """The checkpoint in `folder`, the same on every rank. Raises UserError where it is damaged."""
+    return dist.on_main(_read, folder)
+
+
+def _read(folder: Path) -> Found:
+    try:
+        _verify(folder)
+        return Found(folder, json.loads((folder / "state.json").read_text()))
+    except ValueError as error:
+        raise UserError(f"{folder}: is damaged ({error}); put it back or remove it") from None
+    except OSError as error:
+        raise UserError(f"{folder}: can not be read ({error.strerror}); see to its disk, then start again") from None
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    return sorted((path for path in folder.glob("step_*") if _step(path) is not None), key=_step)
+
+
+def _verify(folder: Path) -> None:
+    """Raises ValueError where the files of `folder` are not those of its manifest; OSError where they do not answer."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise ValueError("manifest.json: missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"manifest.json: {type(error).__name__}") from None
+    there = {path.name for path in folder.iterdir()}
+    if other := sorted(there ^ (expected.keys() | {"manifest.json"})):
+        raise ValueError(f"{other[0]}: {'not in its manifest' if other[0] in there else 'missing'}")
+    if "state.json" not in expected:
+        raise ValueError("state.json: not in its manifest")
+    wrong = [name for name, (size, _) in expected.items() if (folder / name).stat().st_size != size]
+    if not wrong:
+        with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL
+            hashes = dict(zip(expected, pool.map(lambda name: _sha256(folder / name), expected), strict=True))
+        wrong = [name for name, (_, sha256) in expected.items() if hashes[name] != sha256]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: not the bytes that were written")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_same(found: Found, facts: dict[str, str]) -> None:
+    """Raises UserError where the run was begun with other data, tokenizer or weights than `facts` says of ours."""
+    for key, ours in facts.items():
+        if found.state["facts"].get(key) != ours:
+            raise UserError(
+                f"{key}: {ours}, but {found.state['facts'].get(key)} when {found.run_dir} was begun; put the file or folder "
+                "back as it was, or give another run_dir"
+            )
+
+
+def load(found: Found, tensors: Tensors) -> dict[str, Any]:
+    """Fills `tensors`, cut up as they may be, and returns this rank's own part of the state.
+
+    With as many ranks as wrote it each gets its RNG and running sums back; with another number rank 0 gets the total of
+    the sums, and the generators stay as they are. Raises UserError where the checkpoint is of another model.
+    """
+    _fill(found, tensors)
+    ranks = found.state["ranks"]
+    if len(ranks) == dist.world_size():
+        set_rng_state(ranks[dist.rank()]["rng"])
+        return ranks[dist.rank()]
+    total = np.sum([rank["sums"] for rank in ranks], axis=0)
+    return {"sums": (total if dist.is_main() else 0 * total).tolist()}
+
+
+def lay_over(found: Found, weights: Tensors) -> None:
+    """Fills `weights`, as `weights_of` gave them, and reads nothing else: no moments, no random state.
+
+    A root that a forward pass left gathered has to be resharded first. Raises UserError where the checkpoint is of
+    another model.
+    """
+    there = {name for name in _stored(found) if name.startswith(("weight/", "buffer/"))}
+    if other := sorted(there - weights.keys()):
+        raise UserError(
+            f"{found.folder}: holds {other[0]}, which the model has not; it is the checkpoint of another model"
+        )
+    _fill(found, weights)
+
+
+def _stored(found: Found) -> dict[str, Any]:
+    return dcp.HuggingFaceStorageReader(str(found.folder)).read_metadata().state_dict_metadata
+
+
+def _fill(found: Found, tensors: Tensors) -> None:
+    there = _stored(found)
+    for name, tensor in tensors.items():
+        stored = there.get(name)
+        if stored is None or (tuple(stored.size), stored.properties.dtype) != (tuple(tensor.shape), tensor.dtype):
+            what = f"{tuple(stored.size)} {stored.properties.dtype}" if stored else "nothing"
+            raise UserError(
+                f"{found.folder}: holds {what} for {name}, the model has {tuple(tensor.shape)} {tensor.dtype}; it is "
+                "the checkpoint of another model"
+            )
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(found.folder)))
+
+
+# ---- writing
+
+
+class Checkpoints:
+    """The run's checkpoints as the loop sees them. A context manager; a collective throughout.
+
+    `save` copies what it is given to the host and returns, a thread does the rest; of two saves the second waits.
+    """
+
+    def __init__(self, run_dir: Path, cfg: Checkpoint, found: Found | None = None):
+        self.folder, self.cfg = run_dir / "checkpoints", cfg
+        self.start = found.folder if found and found.run_dir == run_dir else None  # not a fork's
+        best = found.state["best"] if self.start else None
+        self.best = best if best and best["by"] == cfg.best else None
+        self.group = dist.aside()
+        cuda = torch.cuda.is_available()
+        # By position, for a name has changed: pinned memory, shared memory, in a thread, copies that overlap one another.
+        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        self.worker, self.pending = dist.thread(), None
+        if cfg.every:
+            dist.on_main(self._clean)
+            if not all(dist.together(self._is_seen)):
+                raise UserError(f"run_dir={run_dir}: not every rank sees it; give a folder that all nodes share")
+
+    def _clean(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob("*.part"):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path)
+        for folder in _steps(self.folder):
+            if self.start is None or _step(folder) > _step(self.start):  # damaged, as `find` said
+                aside = folder.with_name(f"{folder.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+        if self.start:  # a kill may have come between a rename and its links
+            self._link("latest", self.start)
+            self._link_best(self.best)
+
+    def _is_seen(self) -> bool:
+        for _ in range(60):  # another node may remember for a while that there was no such folder
+            if self.folder.is_dir():
+                return True
+            time.sleep(1)
+        return False
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is KeyboardInterrupt:  # Ctrl-C twice: the process ends, and with it what the thread was at
+            self.worker.shutdown(wait=False)
+            return
+        self.worker.shutdown()
+        self.stager.close()
+
+    def save(
+        self,
+        step: int,
+        tensors: Tensors,
+        state: dict[str, Any],
+        own: dict[str, Any],
+        *,
+        held_out: dict[str, float],
+        wait: bool = False,
+    ) -> bool:
+        """Writes a checkpoint of `tensors`, the run's `state` (rank 0's counts) and this rank's `own`, JSON-able.
+
+        `held_out` has the metric that checkpoint.best names, or nothing. False where this save, or with neither `wait` nor
+        checkpoint.blocking the one before it, could not be written.
+        """
+        written = self.wait()
+        best = self._best_with(step, held_out)
+        state = {"step": step, "best": best, **state}
+        staged = self.stager.stage(tensors)  # a copy on the host; the loop may go on to change the tensors
+        self.pending = best, self.worker.submit(self._write, step, staged, state, own)
+        return self.wait() if wait or self.cfg.blocking else written
+
+    def judge(self, step: int, held_out: dict[str, float]) -> None:
+        """Notes whether `step`, saved by an interruption before it was evaluated, is the best so far."""
+        self.best = self._best_with(step, held_out)
+        if dist.is_main():
+            self._link_best(self.best)
+
+    def _best_with(self, step: int, held_out: dict[str, float]) -> dict[str, Any] | None:
+        kind, _, name = (self.cfg.best or "").partition(":")
+        score = held_out.get(name, math.nan) * (1 if kind == "max" else -1)
+        better = not math.isnan(score) and (self.best is None or score > self.best["score"])
+        return {"by": self.cfg.best, "step": step, "score": score} if better else self.best
+
+    def wait(self) -> bool:
+        """Waits for the save in hand; False where it failed, which is said and costs nothing that was there before."""
+        if self.pending is None:
+            return True
+        (best, written), self.pending = self.pending, None
+        try:
+            written.result()
+        except OSError as error:
+            if dist.is_main():
+                print(f"checkpoint: {error}; earlier ones are kept, the run goes on", flush=True)
+            return False
+        self.best = best
+        return True
+
+    def _write(self, step: int, staged: Tensors, state: dict[str, Any], own: dict[str, Any]) -> None:
+        """The thread's work. Raises OSError, on all ranks, where the disk refuses; nothing of the save is then left."""
+        folder = self.folder / f"step_{step:08d}"
+        part = folder.with_name(f"{folder.name}.part")
+        try:
+            self._on_main(self._make_room, part, staged)
+            shares = dist.together(lambda: (own, self._write_share(part, staged)), self.group)
+            self._on_main(self._commit, part, folder, state, shares)
+        except OSError as error:
+            if dist.is_main():
+                shutil.rmtree(part, ignore_errors=True)
+            raise OSError(f"step {step} could not be written to {self.folder} ({error.strerror or error})") from None
+
+    def _on_main(self, work: Callable[..., None], *args: object) -> None:
+        dist.together(lambda: work(*args) if dist.is_main() else None, self.group)
+
+    def _make_room(self, part: Path, staged: Tensors) -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        needed = sum(tensor.numel() * tensor.itemsize for tensor in staged.values())  # of all ranks together
+        free = shutil.disk_usage(part).free
+        if free < needed:
+            raise OSError(f"{human(needed)} are needed, {human(free)} are free")
+
+    def _write_share(self, part: Path, staged: Tensors) -> dict[str, dict]:
+        """Writes this rank's tensors and returns its files' part of the manifest."""
+        # One thread: torch loses the error of any other, and a shard cut off by a full disk would pass for whole.
+        how = {"save_distributed": True, "thread_count": 1, "fqn_to_index_mapping": _files_of(staged)}
+        writer = dcp.HuggingFaceStorageWriter(str(part), **how)
+        writer.per_thread_copy_ahead = 0  # or it waits on the loop's CUDA stream for copies that are made already
+        try:
+            dcp.save(staged, storage_writer=writer, process_group=self.group)
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(cause.errno, cause.strerror) from None
+        mine = part.glob(f"shard-{dist.rank() + 1:05d}-*")
+        return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in mine}
+
+    def _commit(self, part: Path, folder: Path, state: dict[str, Any], shares: list[tuple[dict, dict]]) -> None:
+        _write_json(part / "state.json", state | {"ranks": [own for own, _ in shares]})
+        files = {name: entry for _, mine in shares for name, entry in mine.items()}
+        path = part / "state.json"
+        files["state.json"] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        _write_json(part / "manifest.json", {"files": files})
+        sync(part)
+        part.rename(folder)
+        sync(self.folder)  # a rename lasts once the folder that holds the name does
+        self._link("latest", folder)
+        self._link_best(state["best"])
+        self._prune(state["best"])
+
+    def _link(self, name: str, folder: Path) -> None:
+        part = self.folder / f"{name}.part"
+        part.unlink(missing_ok=True)
+        part.symlink_to(folder.name)
+        part.replace(self.folder / name)
+
+    def _link_best(self, best: dict[str, Any] | None) -> None:
+        folder = self.folder / f"step_{best['step']:08d}" if best else None
+        if folder is not None and folder.exists():
+            self._link("best", folder)
+        else:
+            (self.folder / "best").unlink(missing_ok=True)
+
+    def _prune(self, best: dict[str, Any] | None) -> None:
+        if self.cfg.keep == "all":
+            return
+        for folder in _steps(self.folder)[: -self.cfg.keep]:
+            if best is None or _step(folder) != best["step"]:
+                self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        part = folder.with_name(
+            f"{folder.name}.old.part"
+        )  # renamed first: what a kill leaves half deleted is no checkpoint
+        shutil.rmtree(part, ignore_errors=True)
+        folder.rename(part)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _files_of(tensors: Tensors) -> dict[str, int]:
+    """Which file of a rank each tensor goes to, from 1: a file is put together in memory before it is written."""
+    ends = np.cumsum([tensor.numel() * tensor.itemsize for tensor in tensors.values()])
+    _, files = np.unique(ends // (FILE_BYTES * dist.world_size()), return_inverse=True)
+    return dict(zip(tensors, (1 + files).tolist(), strict=True))
+
+
+def _write_json(path: Path, value: object) -> None:
+    with path.open("w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())

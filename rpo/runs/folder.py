@@ -1,0 +1,270 @@
+"""A run's folder: where it is, that it is its own, how the run ended, and what it ran on."""
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from rpo import dist
+from rpo.config import MAY_CHANGE, Train, differences, read_yaml, to_dict
+from rpo.errors import UserError
+from rpo.text import redacted
+
+_MARKS = (
+    "results.json",
+    "sweep.json",
+    "config.yaml",
+    "status.json",
+    "metrics.jsonl",
+)  # the first found says what it is
+
+
+def choose(given: str | None, label: str, *, continues: str | None = None) -> Path:
+    """The folder of this run, the same on every rank and not yet made.
+
+    `given`, or outputs/ID under torchrun with a rendezvous id, or outputs/TIME_label_XXXX by rank 0's clock.
+    Raises UserError where the folder holds another run already, save one that a file named `continues` begins, or a
+    link that leads out of it: a run that came as an archive could write there.
+    """
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # torchrun's word for "no --rdzv-id"
+    if given is None and launch != Path(launch).name:
+        raise UserError(f"run_dir=null with --rdzv-id={launch}: not a folder's name; give run_dir")
+    if given is None and launch == "none" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise UserError(
+            "run_dir=null: torchrun restarted the run, and its folder's name is lost; give run_dir or --rdzv-id"
+        )
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    default = f"outputs/{launch}" if launch != "none" else f"outputs/{stamp}_{label}_{uuid.uuid4().hex[:4]}"
+    folder = Path(dist.broadcast(given or default)).expanduser()
+    held = [name for name in _MARKS if (folder / name).exists()]
+    if held and held[0] != continues:
+        raise UserError(f"run_dir={folder}: already holds a run ({held[0]}); give another folder or remove it")
+    inside = os.path.join(os.path.realpath(folder), "")
+    for path in [*folder.glob("*"), *folder.glob("*/*")]:  # as deep as a run itself writes into what it finds
+        if path.is_symlink() and not os.path.realpath(path).startswith(inside):
+            raise UserError(
+                f"run_dir={folder}: {path.relative_to(folder)} is a link out of it, and the run would write there; put in "
+                "its place what it leads to, or make the folder itself the link"
+            )
+    return folder
+
+
+def check_settings(folder: Path, cfg: Train, *, fork: bool = False) -> None:
+    """Raises UserError where the run in `folder`, if any, was begun with settings that one run may not change."""
+    key = f"resume={cfg.resume}" if fork else f"run_dir={folder}"
+    path, here = folder / "config.yaml", redacted(to_dict(cfg))
+    if not path.exists():
+        if fork:
+            raise UserError(f"{key}: {folder} has no config.yaml, so nothing says which run it was; give a run's own")
+        return
+    there = read_yaml(path)
+    if not isinstance(there, dict) or not there.keys() & here.keys():
+        raise UserError(f"run_dir={folder}: already holds a run (config.yaml) of another kind; give another folder")
+    if found := differences(there, here):
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        mend = "give its settings" if fork else "give its settings, or another run_dir"
+        raise UserError(
+            f"{key}: holds a run with other settings ({'; '.join(found[:5])}{more}); within a run only "
+            f"{', '.join(MAY_CHANGE)} may change: {mend}"
+        )
+
+
+def is_done(folder: Path, total_steps: int, first_step: int) -> bool:
+    """Whether the run in `folder` has made its `total_steps` and left its model; says so on rank 0.
+
+    Raises UserError where going on, at `first_step`, would undo steps or overwrite a model/ with one begun anew.
+    """
+    status, has_model = dist.on_main(lambda: (read_status(folder), (folder / "model").exists()))
+    done = status["state"] == "finished" and status["step"] == total_steps and has_model
+    if done and dist.is_main():
+        print(f"{folder}: finished after {total_steps} steps already; for more of them raise max_steps", flush=True)
+    if not done and first_step > total_steps:
+        raise UserError(
+            f"max_steps: the run to go on from has made {first_step} steps, of {total_steps} that max_steps or epochs "
+            "ask for; ask for as many or more"
+        )
+    if not done and has_model and not first_step:
+        raise UserError(f"run_dir={folder}: holds a model/ and no checkpoint to go on from; give another folder")
+    return done
+
+
+def settings_of(model: str | None) -> dict | None:
+    """The settings of the run whose model/ this is; None for any other model."""
+    file = Path(model or "").parent / "config.yaml"
+    if not model or Path(model).name != "model" or not file.exists():
+        return None
+    settings = read_yaml(file)
+    loss = settings.get("loss") if isinstance(settings, dict) else None
+    return settings if isinstance(loss, dict) and "preference" in loss else None  # other tools have a config.yaml too
+
+
+def check_starting_model(model: str | None) -> None:
+    """Raises UserError where the weights at model.path can not silently become the reference: a preference run's own."""
+    made_by = settings_of(model)
+    if made_by is not None and made_by["loss"]["preference"] != "none":
+        raise UserError(
+            f"reference.path=null with model.path={model}: a preference run made it, and its weights are not that run's "
+            "reference; give reference.path, the run's own to go on with it, or model.path again for a new round"
+        )
+
+
+def write_json(path: Path, value: object) -> None:
+    """Written aside and renamed, so that a reader never sees half of it; without secrets."""
+    _write(path, json.dumps(redacted(value), indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several failing ranks may write the same file
+    try:
+        with part.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # or a machine that dies leaves an empty file under the name
+        part.rename(path)
+    except OSError:  # a full disk
+        part.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def read_status(folder: Path) -> dict:
+    """The run's `status.json`; a state of "absent" where it never came to write one, or a machine that died left half."""
+    absent = {"state": "absent", "reason": "", "step": None}
+    with suppress(FileNotFoundError, ValueError):
+        found = read_json(folder / "status.json")
+        return absent | found if isinstance(found, dict) else absent
+    return absent
+
+
+def stamp(folder: Path) -> tuple[int, int] | None:
+    """What changes whenever a process writes the status of `folder`; None before the first."""
+    with suppress(FileNotFoundError, NotADirectoryError):  # a file in the folder's place is refused by `recording`
+        found = (folder / "status.json").stat()
+        return found.st_ino, found.st_mtime_ns
+
+
+def write_status(folder: Path, state: str, reason: str = "", step: int | None = None) -> None:
+    """`status.json`: state running | finished | interrupted | failed, the reason in one line, the updates made.
+
+    Exit codes do not pass through torchrun, so this file is where a script looks.
+    """
+    write_json(folder / "status.json", {"state": state, "reason": reason, "step": step})
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def write_environment(folder: Path, device: torch.device, *, first_step: int = 0, **facts: object) -> None:
+    """Writes `environment.json`: code revision, versions, devices, command line, and `facts`.
+
+    Where a run goes on at `first_step`, `before` has the same of its earlier starts.
+    """
+    packages = ("torch", "transformers", "tokenizers", "numpy", "datasets", "wandb", "hydra-core")
+    git_status = _git("status", "--porcelain")
+    path = folder / "environment.json"
+    earlier = None
+    if first_step:
+        with suppress(FileNotFoundError, ValueError):
+            earlier = read_json(path)
+    here = {
+        "command": [sys.executable, *sys.argv],
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_dirty": None if git_status is None else bool(git_status),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "world_size": dist.world_size(),
+        "threads": torch.get_num_threads(),
+        "host": platform.node(),
+        "first_step": first_step,
+        **facts,
+    }
+    before = [*earlier.pop("before"), earlier] if earlier else []
+    write_json(path, here | {"before": before})
+
+
+class Status:
+    """How a run ends, as the loop sees it: `recording` writes it down whichever way the block is left."""
+
+    state = "finished"
+    reason = ""
+    step = 0
+
+
+def lock(folder: Path) -> TextIO:
+    """The file whose lock says that a process is at work in `folder`; the system frees it however that process ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run_dir={folder}: another process is at work in it; wait for it, or give another"
+            ) from None
+        except OSError as error:  # a file system without locks
+            print(f"run_dir={folder}: can not be locked ({error.strerror}); see that no second run uses it", flush=True)
+    except OSError as error:
+        raise UserError(f"run_dir={folder}: can not be written ({error.strerror}); give another folder") from None
+    return file
+
+
+@contextmanager
+def recording(folder: Path, settings: str, step: int = 0, seen: tuple[int, int] | None = None) -> Iterator[Status]:
+    """Makes the run's folder with its config.yaml, and keeps `status.json` true: running, then how it ended.
+
+    `seen` is the folder's `stamp` from when this process first looked into it. Raises UserError, on all ranks: the folder
+    can not be written, another process is at work in it, or has been since.
+    """
+    status, held = Status(), []
+    status.step = step
+
+    def begin() -> None:
+        held.append(lock(folder))
+        if stamp(folder) != seen:
+            raise UserError(f"run_dir={folder}: another process was at work in it until just now; start again")
+        try:
+            for left in [path for path in folder.glob("*.part") if path.is_file()]:  # by a start that was killed
+                left.unlink()
+            _write(folder / "config.yaml", settings)
+            write_status(folder, "running", step=step)
+        except OSError as error:
+            raise UserError(f"run_dir={folder}: can not be written ({error.strerror}); give another folder") from None
+
+    dist.on_main(begin)
+    try:
+        yield status
+        # Together: a launcher may kill rank 0 as soon as another has left.
+        dist.on_main(write_status, folder, status.state, status.reason, status.step)
+    except BaseException as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+        with suppress(OSError):  # a full disk, or another node's folder, must not hide the error itself
+            if read_status(folder)["state"] != "failed":  # the first rank to fail knows why, the others only that
+                state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+                if error.args and state == "interrupted":
+                    reason = signal.Signals(error.args[0]).name
+                write_status(folder, state, reason, status.step)
+        raise
+    finally:
+        for file in held:
+            file.close()

@@ -1,0 +1,203 @@
+"""Runs of a study by their settings: what differs in its seeds alone is one group, with a spread and a name.
+
+A run is {"run": its folder, "settings": its config.yaml as nested dicts, "curve": see overopt, "summary":
+overopt.summarise(curve)}.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rpo import stats
+from rpo.errors import UserError
+
+SEEDS = ("seed", "data.gold.seed")
+# What does not change what is learnt, or only its rounding; a key stands for everything below it.
+IGNORED = SEEDS + ("run_dir", "cache_dir", "reference.kind", "reference.cache_dir", "wandb", "checkpoint", "resume")
+IGNORED += (
+    "eval_every",
+    "log",
+    "log_every",
+    "sample_every",
+    "timeout",
+    "tokens_per_microbatch",
+    "fsdp",
+    "layout",
+    "compile",
+)
+IGNORED += ("data.gold.samples", "optim.state_dtype")
+_EMBEDDED = re.compile(r"(^|/)gold/[0-9a-f]{16}/")  # where the embedded task's files lie
+LEVEL = 0.95  # of the intervals
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs equal but for their seeds, in the order of `seeds`: one (seed, data.gold.seed) per run."""
+
+    label: str
+    loss: dict
+    seeds: list[tuple]
+    runs: list[dict]
+
+
+def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, keys joined by dots."""
+    found = {}
+    for name, value in settings.items():
+        nested = isinstance(value, dict) and value
+        found |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return found
+
+
+def differing(settings: Sequence[dict]) -> list[str]:
+    """The keys whose values are not the same in all of these settings, in the order that they first stand in."""
+    flats = [flat(each) for each in settings]
+    keys = dict.fromkeys(key for each in flats for key in each)
+    return [key for key in keys if len({repr(_nameless(each.get(key))) for each in flats}) > 1]
+
+
+def _nameless(value: Any) -> Any:
+    """The files of the embedded task as one word, whatever their digest: data.gold says what is in them."""
+    return "gold" if isinstance(value, str) and _EMBEDDED.search(value) else value
+
+
+def objective(loss: dict) -> dict:
+    """The keys of `loss` that its objective reads: one without SFT weight is the bare preference loss, and so on."""
+    read = dict(loss)
+    if read["sft"] == "none" or (not read["eta"] and read["preference"] != "none"):
+        read |= {"sft": "none", "eta": 0.0}
+    if read["preference"] != "ipo":
+        read.pop("normalize", None)
+    if read["preference"] != "sigmoid":
+        read.pop("label_smoothing", None)
+    if read["preference"] == "none" and read["sft"] != "sum":
+        read.pop("beta", None)
+    return read
+
+
+def identity(settings: dict) -> tuple[dict[str, Any], tuple]:
+    """(what makes two runs one group: every key but those ignored; the seeds of this one)."""
+    known = flat(settings | {"loss": objective(settings["loss"])})
+    kept = {k: v for k, v in known.items() if not any(k == key or k.startswith(f"{key}.") for key in IGNORED)}
+    return {k: _nameless(v) for k, v in kept.items()}, tuple(known.get(seed) for seed in SEEDS)
+
+
+def name(loss: dict) -> str:
+    """The objective in the field's words: DPO beta 0.02; RPO sum beta 0.02 eta 0.25; IPO beta 0.1; SFT."""
+    read = objective(loss)
+    smoothing = read.get("label_smoothing", 0)
+    preference = {"sigmoid": "cDPO" if smoothing else "DPO", "ipo": "IPO", "hinge": "SLiC", "none": "SFT"}
+    words = [preference[read["preference"]]]
+    if read["sft"] != "none":
+        if read["preference"] == "none":
+            words = ["SFT"] if read["sft"] == "token" else ["SFT", read["sft"]]
+        else:
+            words = ["RPO" if words == ["DPO"] else f"{words[0]} + SFT", read["sft"]]
+    if "beta" in read:
+        words.append(f"beta {read['beta']:g}")
+    if read["eta"] and (read["preference"] != "none" or read["eta"] != 1):
+        words.append(f"eta {read['eta']:g}")
+    words += [f"smoothing {smoothing:g}"] * bool(smoothing) + ["of sums"] * (read.get("normalize") is False)
+    return " ".join(words)
+
+
+def short(names: Sequence[str]) -> list[str]:
+    """Paths without the folders that all of them begin with or end in; a lone one is its last part, or RUN of RUN/model."""
+    if len(names) < 2:
+        return [name.rstrip("/").removesuffix("/model").rpartition("/")[2] or name for name in names]
+    parts = [name.split("/") for name in names]
+    for end in (0, -1):
+        while len({part[end] for part in parts}) == 1 and min(map(len, parts)) > 1:
+            for part in parts:
+                del part[end]
+    return ["/".join(part) for part in parts]
+
+
+def group(runs: Sequence[dict]) -> list[Group]:
+    """The runs by settings, seeds and paths aside: by objective, then beta and eta. UserError on two runs of one seed.
+
+    A label is `name` of the loss and key=value for every other key that differs between the groups.
+    """
+    members: dict[str, list[dict]] = {}
+    identities: dict[str, dict] = {}
+    for run in runs:
+        own, _ = identity(run["settings"])
+        key = repr(sorted(own.items()))
+        identities[key] = own
+        members.setdefault(key, []).append(run)
+    keys = dict.fromkeys(k for own in identities.values() for k in own if not k.startswith("loss."))
+    told = sorted(k for k in keys if len({repr(own.get(k)) for own in identities.values()}) > 1)
+    groups = []
+    for key, own in identities.items():
+        seeds = [identity(run["settings"])[1] for run in members[key]]
+        loss = objective(members[key][0]["settings"]["loss"])
+        label = " ".join([name(loss), *(f"{k}={own.get(k)}" for k in told)])
+        if len(set(seeds)) < len(seeds):
+            twice = next(seed for seed in seeds if seeds.count(seed) > 1)
+            both = " and ".join(
+                run.get("run", "a run") for run, seed in zip(members[key], seeds, strict=True) if seed == twice
+            )
+            raise UserError(f"{label}: {both} both have seed={twice[0]} data.gold.seed={twice[1]}; give one of them")
+        order = sorted(range(len(seeds)), key=lambda i: tuple(math.inf if s is None else s for s in seeds[i]))
+        groups.append(Group(label, loss, [seeds[i] for i in order], [members[key][i] for i in order]))
+    kinds = ("none", "sigmoid", "ipo", "hinge")
+
+    def place(g: Group) -> tuple:
+        loss = g.loss
+        form = (kinds.index(loss["preference"]), loss["sft"] != "none", loss["sft"], loss.get("label_smoothing", 0))
+        return *form, loss.get("beta", 0), loss["eta"], g.label
+
+    return sorted(groups, key=place)
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """{"mean", "sd", "ci", "n"} over seeds: ci = mean +- t sd / sqrt(n) at 95%, Student's t with n - 1 degrees.
+
+    sd and ci are None of one value, all three of none. Runs evaluated together share prompts and the random stream of
+    their samples, so that ci is of training anew and not of other prompts.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    result = {"mean": None, "sd": None, "ci": None, "n": len(values)}
+    if len(values):
+        result["mean"] = float(values.mean())
+    if len(values) > 1:
+        result["sd"] = float(values.std(ddof=1))
+        half = stats.t_quantile((1 + LEVEL) / 2, len(values) - 1) * result["sd"] / math.sqrt(len(values))
+        result["ci"] = [result["mean"] - half, result["mean"] + half]
+    return result
+
+
+def table(groups: Sequence[Group]) -> dict[str, dict[str, dict]]:
+    """label -> entry of the summary -> `interval` over the seeds that have it: n tells where some have not.
+
+    An entry that a seed lacks (a KL never reached) is a mean over the others, which are not like it.
+    """
+    rows = {}
+    for g in groups:
+        summaries = [run["summary"] for run in g.runs]
+        rows[g.label] = {
+            entry: interval([summary[entry] for summary in summaries if summary[entry] is not None])
+            for entry in summaries[0]
+        }
+    return rows
+
+
+def paired_difference(a: Group, b: Group, entry: str) -> dict[str, Any]:
+    """`interval` of a's summary entry minus b's over the seeds that both have: same data, same order, same prompts.
+
+    UserError where no seed, or none with the entry, is common.
+    """
+    of_b = dict(zip(b.seeds, b.runs, strict=True))
+    pairs = [
+        (run["summary"][entry], of_b[seed]["summary"][entry])
+        for seed, run in zip(a.seeds, a.runs, strict=True)
+        if seed in of_b
+    ]
+    known = [x - y for x, y in pairs if x is not None and y is not None]
+    if not known:
+        raise UserError(f"{a.label} and {b.label}: no seed with {entry} is common to both; run both on the same seeds")
+    return interval(known)

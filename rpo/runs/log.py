@@ -1,0 +1,194 @@
+"""What a run reports: sums kept on the device, one reduction per logging interval, JSON lines always, wandb if wanted.
+
+docs/METRICS.md explains every name. This is the only module that imports wandb, and only where a run wants it.
+Letters: P pairs.
+"""
+
+import json
+import netrc
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rpo.config import Wandb
+from rpo.errors import UserError
+from rpo.text import redacted
+
+INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run goes on offline
+
+
+def wandb_mode(cfg: Wandb) -> str:
+    """What `wandb.mode` comes to: disabled, offline or online. Looks for a key, asks nobody.
+
+    Raises UserError where `online` was asked for by name and no key is configured.
+    """
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
+    try:
+        in_netrc = netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        in_netrc = False
+    has_key = in_netrc or any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
+    if cfg.mode == "online" and not has_key:
+        raise UserError(
+            "wandb.mode=online: no API key is configured; run `wandb login`, set WANDB_API_KEY, or use wandb.mode=offline"
+        )
+    wanted = os.environ.get("WANDB_MODE", "auto") if cfg.mode == "auto" else cfg.mode
+    return ("online" if has_key else "offline") if wanted not in ("disabled", "offline", "online") else wanted
+
+
+@contextmanager
+def _redacted_command_line() -> Iterator[None]:
+    """wandb records it of its own accord when it starts."""
+    argv, sys.argv = sys.argv, redacted(sys.argv)
+    try:
+        yield
+    finally:
+        sys.argv = argv
+
+
+FILES = ("metrics.jsonl", "samples.jsonl")
+
+
+class Writer:
+    """The run's pen: FILES in its folder, and the wandb run where there is one.
+
+    Every rank calls it, the one with `enabled` writes. A context manager: what is open is closed however it is left. Given
+    an earlier pen's folder and `position` it goes on `after` it: what that one wrote later is cut off and will be written
+    again, but not sent to wandb again. Another folder's files are copied.
+    """
+
+    def __init__(
+        self, run_dir: Path, cfg: Wandb, settings: dict, *, enabled: bool, after: tuple[Path, dict] | None = None
+    ):
+        self.run_dir, self.enabled, self.run = run_dir, enabled, None
+        if not enabled:
+            return
+        source, position = after or (run_dir, {"events": 0, "seconds": 0.0} | dict.fromkeys(FILES, 0))
+        if source.resolve() != run_dir.resolve():
+            for path in [source / name for name in FILES if (source / name).exists()]:
+                shutil.copyfile(path, run_dir / path.name)
+        self.num_events, self.start = position["events"], time.monotonic() - position["seconds"]
+        num_cut = sum(_cut(run_dir / name, position[name]) for name in FILES)
+        if (mode := wandb_mode(cfg)) != "disabled":
+            self._start(cfg, settings, mode, num_cut)
+
+    def _start(self, cfg: Wandb, settings: dict, mode: str, num_cut: int) -> None:
+        import wandb
+
+        kept = self.run_dir / "wandb" / "resume.json"  # the run's id, and how many of its events wandb has had
+        try:
+            earlier = json.loads(kept.read_text())
+            sent = max(earlier["sent"], self.num_events + num_cut)
+        except (FileNotFoundError, ValueError):  # a new run, or a fork, or a machine that died while it was written
+            earlier, sent = {"id": uuid.uuid4().hex[:8]}, self.num_events
+        name = self.run_dir.name if cfg.group is None else f"{cfg.group}/{self.run_dir.name}"
+        where = redacted({"project": cfg.project, "group": cfg.group, "name": name, "config": settings})
+        where["dir"] = self.run_dir
+        for attempt in dict.fromkeys([mode, "offline"]):
+            try:  # create_new, because a sweep makes several runs in one process
+                quiet = wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT)
+                more = {"resume": "allow"} if attempt == "online" else {}
+                how = {"mode": attempt, "reinit": "create_new", "settings": quiet, **more}
+                with _redacted_command_line():
+                    self.run = wandb.init(id=earlier["id"], **where, **how)
+                break
+            except Exception as error:  # no server, a broken environment: a run is worth more than its dashboard
+                reason = redacted(" ".join(str(error).split())[:200])
+                if cfg.mode == "online":
+                    raise UserError(
+                        f"wandb.mode=online: {reason}; use wandb.mode=offline, `wandb sync` later"
+                    ) from None
+                instead = "this run is offline" if attempt == "online" else "this run goes without"
+                print(f"wandb: {reason}; {instead}", flush=True)
+        else:
+            return
+        self.num_sent = self.run.starting_step if self.run.resumed else sent
+        kept.parent.mkdir(exist_ok=True)
+        part = kept.with_name("resume.json.part")
+        part.write_text(json.dumps({"id": earlier["id"], "sent": self.num_sent}))
+        part.rename(kept)
+        self.run.define_metric("pairs")
+        self.run.define_metric("*", step_metric="pairs")
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.run is not None:
+            self.run.finish(exit_code=0 if kind is None else 1)
+
+    def position(self) -> dict | None:
+        """How far the record has come, for a later pen to go on from: events, seconds, bytes on disk. None on other ranks."""
+        if not self.enabled:
+            return None
+        sizes = {name: _on_disk(self.run_dir / name) for name in FILES}
+        return {"events": self.num_events, "seconds": round(time.monotonic() - self.start, 3), **sizes}
+
+    def log(self, split: str, step: int, pairs: int, values: dict[str, float]) -> None:
+        """One event, after `step` updates and `pairs` pairs."""
+        if not self.enabled:
+            return
+        event = {"split": split, "step": step, "pairs": pairs, "time": round(time.monotonic() - self.start, 3)}
+        self._append("metrics.jsonl", [event | values])
+        self._send({"pairs": pairs, "step": step} | {f"{split}/{name}": v for name, v in values.items()})
+
+    def log_samples(self, step: int, pairs: int, samples: list[dict[str, str]]) -> None:
+        """Held-out prompts with the policy's and the reference's answers."""
+        if not self.enabled:
+            return
+        self._append("samples.jsonl", [{"step": step, **sample} for sample in samples])
+        if self.run is not None:
+            import wandb
+
+            columns = ["step", *samples[0]]
+            table = wandb.Table(columns=columns, data=[[step, *sample.values()] for sample in samples])
+            self._send({"pairs": pairs, "samples": table})
+
+    def _append(self, name: str, events: list[dict]) -> None:
+        try:
+            with (self.run_dir / name).open("a") as file:
+                file.writelines(json.dumps(event) + "\n" for event in events)
+        except OSError as error:
+            raise UserError(
+                f"{self.run_dir / name}: can not be written ({error.strerror}); make room, and give the same command with "
+                f"run_dir={self.run_dir}: it goes on from the newest checkpoint"
+            ) from None
+        self.num_events += 1
+
+    def _send(self, values: dict[str, Any]) -> None:
+        if self.run is not None and self.num_events > self.num_sent:
+            self.run.log(values, step=self.num_events - 1, commit=True)
+
+
+def _on_disk(path: Path) -> int:
+    """The bytes of a file, made sure to survive the machine; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def _cut(path: Path, size: int) -> int:
+    """Cuts a file of JSON lines back to `size` bytes; returns how many events that takes away (samples of a step are one)."""
+    if not path.exists():
+        if size:
+            print(f"{path}: is gone; what it held until here is lost", flush=True)
+        return 0
+    whole = path.read_bytes()
+    if len(whole) < size:
+        print(f"{path}: ends {size - len(whole)} bytes before the checkpoint; what is missing is lost", flush=True)
+    lines = whole[size:].split(b"\n")[:-1]  # not one that a full disk or a kill cut short, which was sent to nobody
+    os.truncate(path, whole.rfind(b"\n", 0, size) + 1)
+    return len(lines) if path.name == FILES[0] else len({line.split(b",")[0] for line in lines})
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The events of a run's `metrics.jsonl`, in order."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

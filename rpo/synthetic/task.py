@@ -1,0 +1,296 @@
+"""The embedded task: made once into the cache by this project's own loop, and evaluated exactly.
+
+    python -m rpo.synthetic.task model FOLDER     # the supervised model; `prepare` calls both, with FOLDER/settings.json written
+    python -m rpo.synthetic.task pairs FOLDER     # the preference pairs, into a copy of the former
+
+A folder holds a word-level tokenizer, a corpus from the grammar, the supervised model that `train.py loss=sft` made
+of it, and preference pairs sampled from that model and labelled by the gold reward. From there on it is data like any
+other: same tokenizer code, template, files and loop. Tasks that differ in their pairs alone share one supervised model.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import uuid
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rpo import dist
+from rpo.config import Gold, Train
+from rpo.data import tokenizer as data_tokenizer
+from rpo.errors import UserError
+from rpo.model import divergence, hf
+from rpo.model import policy as model_policy
+from rpo.model.policy import Policy
+from rpo.model.sampling import Completion, Sampling, sample
+from rpo.model.shard import PLAIN, mesh
+from rpo.synthetic import grammar, task
+
+
+def word_tokenizer(words: list[str], chat_template: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that knows exactly `words` (split at white space) and its four special tokens."""
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<end>"}
+    inner = Tokenizer(WordLevel({word: i for i, word in enumerate([*special.values(), *words])}, unk_token="<unk>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=chat_template, **special)
+
+
+VERSION = 1  # of everything below that decides the files' content; part of their key
+CORPUS, CORPUS_EVAL = 20_000, 500
+SFT = {  # what the supervised model is trained with; 99.4% of its word pairs come out legal
+    "max_steps": 400,
+    "batch_size": 64,
+    "optim.lr": 8e-3,
+    "optim.warmup_ratio": 0.05,
+    "optim.schedule": "linear",
+    "optim.betas": [0.9, 0.999],
+    "optim.max_grad_norm": 1.0,
+    "optim.weight_decay": 0.0,
+    "model.dtype": "float32",
+    "tokens_per_microbatch": 16_384,
+    "seed": 0,
+}
+SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=48)
+BATCH_SIZE = 512  # prompts sampled at once
+TOKENS = 4096  # rows x longest of one forward pass over answers
+TEMPLATE = (  # spaces part the words: the tokenizer knows no other border
+    "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+# ---- making it
+
+
+def prepare(cfg: Train) -> Train:
+    """`cfg` with data.train, data.eval and (where none is given) model.path set to the task's files.
+
+    Makes the files on first use, in a process of its own; their folder is keyed by what decides their content.
+    """
+    of_model = {"version": VERSION, "architecture": cfg.model.architecture, "sft": SFT}
+    settings = of_model | {"gold": asdict(cfg.data.gold)}
+    settings["gold"].pop("samples")  # an evaluation's size, no property of the files
+    if cfg.model.path is not None:
+        how = {"revision": cfg.model.revision, "trust_remote_code": cfg.model.trust_remote_code}
+        known = data_tokenizer.load_tokenizer(cfg.model.tokenizer or cfg.model.path, **how).get_vocab()
+        if missing := [word for word in grammar.vocabulary() if word not in known]:
+            raise UserError(
+                f"model.path={cfg.model.path} with data.train=gold: its tokenizer does not know the embedded task's "
+                f"words ({missing[0]}); give data.train=FILE of your own"
+            )
+    root = Path(cfg.cache_dir).expanduser().resolve() / "gold"
+    folder = root / _key(settings)
+    if not folder.exists():
+        model = root / f"model-{_key(of_model)}"
+        if not model.exists():
+            print(f"making the embedded task in {root} (once; about a minute)", flush=True)
+            _make_in_subprocess("model", model, of_model)
+        _make_in_subprocess("pairs", folder, settings, beginning=model)
+    supervised = cfg.loss.preference == "none"
+    files = ("corpus.jsonl.gz", "corpus_eval.jsonl.gz") if supervised else ("pairs.jsonl.gz", "pairs_eval.jsonl.gz")
+    train, held_out = (str(folder / name) for name in files)
+    model = cfg.model
+    if supervised and model.path is None:
+        model = replace(model, tokenizer=str(folder / "tokenizer"))
+    elif model.path is None:
+        model = replace(model, path=str(folder / "sft" / "model"))
+    return replace(cfg, model=model, data=replace(cfg.data, train=train, eval=cfg.data.eval and held_out))
+
+
+def _key(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _make_in_subprocess(what: str, folder: Path, settings: dict, beginning: Path | None = None) -> None:
+    part = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    if beginning:
+        shutil.copytree(beginning, part)
+    part.mkdir(parents=True, exist_ok=True)
+    (part / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    try:
+        _run("-m", "rpo.synthetic.task", what, str(part))
+        part.rename(folder)
+    except OSError:
+        if not folder.exists():  # another run made it first: the same content
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _run(*args: str) -> None:
+    """This interpreter on `args` as a single process, whatever launched us."""
+    root = Path(__file__).parents[2]
+    launcher = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "ROLE_",
+        "MASTER_",
+        "TORCHELASTIC_",
+    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
+    done = subprocess.run(
+        [sys.executable, *args], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode:
+        raise UserError(f"data=gold: making the embedded task failed: {' '.join(done.stdout.splitlines()[-3:])}")
+
+
+def make_model(folder: Path, settings: dict) -> None:
+    """Writes tokenizer/, the corpus files and sft/ (a run of train.py) into `folder`."""
+    tokenizer = task.word_tokenizer(["<user>", "<assistant>", *grammar.vocabulary()], TEMPLATE)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    corpus = grammar.sample_corpus(CORPUS + CORPUS_EVAL, np.random.default_rng(SFT["seed"]))
+    rows = [{"prompt": [{"role": "user", "content": prompt}], "chosen": answer} for prompt, answer in corpus]
+    _write(folder / "corpus.jsonl.gz", rows[:CORPUS])
+    _write(folder / "corpus_eval.jsonl.gz", rows[CORPUS:])
+
+    architecture = ",".join(f"{key}:{value}" for key, value in settings["architecture"].items())
+    given = {"loss": "sft", "model.tokenizer": folder / "tokenizer", "model.architecture": f"{{{architecture}}}"}
+    given |= {"data.train": folder / "corpus.jsonl.gz", "data.eval": folder / "corpus_eval.jsonl.gz"}
+    given |= {"run_dir": folder / "sft", "eval_every": 0, "wandb.mode": "disabled", "cache_dir": folder / "cache"} | SFT
+    _run("train.py", *(f"{key}={value}" for key, value in given.items()))
+    shutil.rmtree(folder / "cache")
+
+
+def make_pairs(folder: Path, settings: dict) -> None:
+    """Writes the pairs files into `folder`, sampled from its sft/model."""
+    gold = Gold(**settings["gold"], samples=1)
+    tokenizer = data_tokenizer.load_tokenizer(str(folder / "tokenizer"))
+    device = dist.init()
+    lm = hf.load(str(folder / "sft" / "model"), None, torch.float32)
+    fsdp = replace(PLAIN, reshard_after_forward=False)
+    shard = {"mesh": mesh(device, fsdp), "fsdp": fsdp, "compute_dtype": torch.float32, "compile": False}
+    policy = model_policy.prepare(lm, **shard, trainable=False)
+    for name, count, seed in (("pairs", gold.pairs, 2 * gold.seed), ("pairs_eval", gold.eval_pairs, 2 * gold.seed + 1)):
+        _write(folder / f"{name}.jsonl.gz", _label(policy, tokenizer, count, seed, gold, device))
+    dist.shutdown()
+
+
+def _label(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, gold: Gold, device: torch.device
+) -> list[dict]:
+    """`count` pairs: two answers of the model to one prompt, ordered by Bradley-Terry on the gold reward, then flips."""
+    rng = np.random.default_rng([seed, 7])
+    texts = grammar.prompts()
+    asked = [texts[i] for i in rng.integers(len(texts), size=count + count // 5 + 20)]  # some pairs come out identical
+    messages = [[{"role": "user", "content": text}] for text in asked]
+    prompts = [data_tokenizer.encode_prompt(tokenizer, m, "2024-01-01") for m in messages]
+    assert not any(tokenizer.unk_token_id in prompt for prompt in prompts), "a prompt has a word that is not known"
+    stop_ids = data_tokenizer.stop_ids(tokenizer, "2024-01-01")
+    generation = {"device": device, "batch_size": BATCH_SIZE, "reshard": False}
+    sides = [sample(policy, prompts, SAMPLING, stop_ids, seed=[seed, side], **generation) for side in range(2)]
+    rows = []
+    for text, prompt, *answers in zip(asked, messages, *sides, strict=True):
+        words = [answer_words(tokenizer, answer) for answer in answers]
+        if words[0] == words[1] or not all(words):
+            continue
+        first, second = (reward(text, w, a, gold) for w, a in zip(words, answers, strict=True))
+        first_wins = rng.random() < 1 / (1 + np.exp(second - first))
+        first_wins ^= rng.random() < gold.flip
+        chosen, rejected = words if first_wins else words[::-1]
+        rows.append({"prompt": prompt, "chosen": " ".join(chosen), "rejected": " ".join(rejected)})
+    assert len(rows) >= count, (len(rows), count)
+    return rows[:count]
+
+
+def _write(path: Path, rows: list[dict]) -> None:
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def weights_of(train: str | list[str]) -> Gold | None:
+    """The reward's settings of the task whose file `train` is; None for any other data."""
+    settings = Path(train).parent / "settings.json" if isinstance(train, str) else Path()
+    if not settings.is_file() or "gold" not in (found := json.loads(settings.read_text())):
+        return None
+    return Gold(**found["gold"], samples=1)
+
+
+# ---- evaluating on it
+
+
+def answer_words(tokenizer: PreTrainedTokenizerBase, answer: Completion) -> list[str]:
+    """The words of an answer, without its end-of-turn."""
+    return tokenizer.decode(answer.text_ids).split()
+
+
+def reward(prompt: str, words: list[str], answer: Completion, gold: Gold) -> float:
+    """The exact gold reward of an answer to `prompt` (text that names the topic); see grammar.gold_reward."""
+    weights = {"hidden_weight": gold.hidden_weight, "length_weight": gold.length_weight}
+    return grammar.gold_reward(grammar.topic_of(prompt), words, answer.ended, **weights)
+
+
+def rewards(tokenizer: PreTrainedTokenizerBase, asked: list[str], answers: list[Completion], gold: Gold) -> np.ndarray:
+    """The exact gold reward of each answer to the text that asked for it. Raises UserError where that names no topic."""
+    for text in asked:
+        if not text.split() or grammar.topic_of(text) not in grammar.TOPICS:
+            raise UserError(
+                f"data.eval: the prompt {text[:60]!r} is none of the embedded task's, which has no reward for answers to "
+                "it; give prompts of its own (data.eval=null), or with task=overopt another task.gold"
+            )
+    words = [answer_words(tokenizer, answer) for answer in answers]
+    return np.array([reward(*row, gold) for row in zip(asked, words, answers, strict=True)])
+
+
+def measure(
+    policy: Policy,
+    reference: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    answers: list[Completion],
+    gold: Gold,
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    """Per answer: gold reward, KL to the reference in nats, tokens, and whether it ended (the same on every rank)."""
+    asked = [_asked(text) for text in tokenizer.batch_decode(prompts)]
+    return {
+        "gold": rewards(tokenizer, asked, answers, gold),
+        "kl": divergence.measure(policy, reference, prompts, answers, device, budget=TOKENS)["kl"],
+        "samples/length": np.array([len(answer.ids) for answer in answers]),
+        "samples/ended": np.array([answer.ended for answer in answers]),
+    }
+
+
+def evaluate(
+    policy: Policy,
+    reference: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    stop_ids: list[int],
+    gold: Gold,
+    *,
+    device: torch.device,
+    seed: int,
+    reshard: bool,
+) -> dict[str, float]:
+    """Means over one sampled answer per prompt, at temperature 1, of what `measure` gives."""
+    generation = {"device": device, "seed": [seed], "batch_size": BATCH_SIZE // 4, "reshard": reshard}
+    answers = sample(policy, prompts, SAMPLING, stop_ids, **generation)
+    table = measure(policy, reference, tokenizer, prompts, answers, gold, device)
+    return {name: float(values.mean()) for name, values in table.items()}
+
+
+def _asked(rendered: str) -> str:
+    """The user's text in a rendered prompt of this task's template; any other text as it is."""
+    _, marked, rest = rendered.partition("<user>")
+    return rest.partition("<assistant>")[0].strip() if marked else rendered
+
+
+if __name__ == "__main__":
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    {"model": make_model, "pairs": make_pairs}[what](folder, json.loads((folder / "settings.json").read_text()))

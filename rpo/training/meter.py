@@ -1,0 +1,129 @@
+"""What a run reports: sums kept on the device, one reduction per logging interval, JSON lines always, wandb if wanted.
+
+docs/METRICS.md explains every name. This is the only module that imports wandb, and only where a run wants it.
+Letters: P pairs.
+"""
+
+import resource
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from rpo.errors import UserError
+from rpo.losses import PairLogps
+
+# Means over pairs, and means over chosen tokens; the order is that of `_sums`.
+PER_PAIR_SUPERVISED = ("loss", "loss/preference", "loss/sft", "logps/chosen")
+PER_PAIR_PREFERENCE = (
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "shift/chosen",
+    "shift/rejected",
+    "displacement_rate",
+)
+PER_CHOSEN_TOKEN = ("nll/chosen", "shift_per_token/chosen")
+PERF = ("perf/pairs_per_second", "perf/tokens_per_second", "perf/mfu", "perf/memory_gib")
+TRAIN_ONLY = ("grad_norm", "lr", *PERF)
+GRADIENT_SPLIT = ("grad_norm/preference", "grad_norm/sft", "grad_cosine")  # every log.gradient_split steps
+GOLD = ("gold", "kl", "samples/length", "samples/ended")
+
+# Dense bf16 peaks in FLOP/s, without sparsity, by what CUDA calls the device.
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+def check_best(best: str | None, *, preference: bool, embedded: bool) -> None:
+    """Raises UserError where checkpoint.best names what data.eval will not have."""
+    names = PER_PAIR_SUPERVISED + PER_CHOSEN_TOKEN[:1]
+    if preference:
+        names += PER_PAIR_PREFERENCE + PER_CHOSEN_TOKEN[1:] + (GOLD if embedded else ())
+    if best is not None and best[4:] not in names:
+        raise UserError(f"checkpoint.best={best}: no such metric of data.eval; there are {', '.join(names)}")
+
+
+class Meter:
+    """Running sums of one split, on the device. `add` never waits; `read` reduces over ranks and empties it."""
+
+    def __init__(self, device: torch.device, *, preference: bool, beta: float, noise_floor: float):
+        self.preference, self.beta, self.noise_floor = preference, beta, noise_floor
+        self.per_pair = PER_PAIR_SUPERVISED + (PER_PAIR_PREFERENCE if preference else ())
+        self.per_token = PER_CHOSEN_TOKEN if preference else PER_CHOSEN_TOKEN[:1]
+        self.sums = torch.zeros(2 + len(self.per_pair) + len(self.per_token), dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, pairs: PairLogps, preference_P: Tensor, sft_P: Tensor, weight: float = 1.0) -> None:
+        chosen_P, tokens_P = pairs.chosen_P, pairs.tokens_chosen_P
+        per_pair = [preference_P + sft_P, preference_P, sft_P, chosen_P]
+        per_token = [-chosen_P]
+        if self.preference:
+            shift_P = chosen_P - pairs.ref_chosen_P
+            shift_rejected_P = pairs.rejected_P - pairs.ref_rejected_P
+            margin_P = shift_P - shift_rejected_P
+            per_pair += [pairs.rejected_P, self.beta * shift_P, self.beta * shift_rejected_P, self.beta * margin_P]
+            per_pair += [(margin_P > 0) + 0.5 * (margin_P == 0), shift_P, shift_rejected_P]
+            per_pair += [shift_P < -self.noise_floor * tokens_P]  # a fall within rounding is not a fall
+            per_token += [shift_P]
+        sums = [torch.ones_like(chosen_P), tokens_P, *per_pair, *per_token]
+        self.sums += weight * torch.stack([x.to(torch.float64).sum() for x in sums])
+
+    def read(self) -> dict[str, float]:
+        """Means since the last read over all ranks, by metric name: the interval's one all-reduce and one wait."""
+        torch_dist.all_reduce(self.sums)
+        num_pairs, num_tokens, *values = self.sums.tolist()
+        self.sums.zero_()
+        assert num_pairs > 0, "read() without a pair added"
+        counts = [num_pairs] * len(self.per_pair) + [num_tokens] * len(self.per_token)
+        return {name: v / n for name, v, n in zip(self.per_pair + self.per_token, values, counts, strict=True)}
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the FLOP count needs: parameters of the trunk (no embeddings) and of the head, layers, attention width."""
+
+    trunk: int
+    head: int
+    layers: int
+    attention_width: int
+
+    def step_flops(self, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> float:
+        """FLOPs that a step over these pairs needs at least, forward and backward, each prompt counted once.
+
+        6 (trunk x unique + head x scored) + 12 x layers x attention width x visible query-key pairs; recomputation
+        and the reference's pass are not counted (numpy arrays of token counts, one entry per pair).
+        """
+        unique, scored = (prompt + chosen + rejected).sum(), (chosen + rejected).sum()
+        prompt, chosen, rejected = (x.astype(np.int64) for x in (prompt, chosen, rejected))
+        context = prompt + chosen
+        visible = (context * (context + 1) // 2 + rejected * prompt + rejected * (rejected + 1) // 2).sum()
+        trunk_and_head = 6 * (self.trunk * int(unique) + self.head * int(scored))
+        return float(trunk_and_head + 12 * self.layers * self.attention_width * int(visible))
+
+
+def wait(device: torch.device) -> float:
+    """Waits until the device has done what it was given; returns the seconds that took."""
+    start = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def performance(rates: dict[str, float], device: torch.device, world_size: int) -> dict[str, float]:
+    """perf/ metrics from `rates` per second (pairs, unique tokens, needed FLOPs), and peak memory in GiB.
+
+    `mfu` is there only where the device's peak is known, which is no CPU's.
+    """
+    values = {f"perf/{name}": rate for name, rate in rates.items() if name != "mfu"}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if peak := next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None):
+        values["perf/mfu"] = rates["mfu"] / (peak * world_size)
+    if device.type == "cuda":
+        values["perf/memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+    else:
+        values["perf/memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    return values

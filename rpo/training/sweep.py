@@ -1,0 +1,217 @@
+"""Hydra's jobs: how one run ends for the shell, and how many runs become a table.
+
+A sweep's folder holds one numbered child per cell, `sweep.csv`, `sweep.json` and `sweep.png`.
+"""
+
+import csv
+import datetime
+import gc
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch.distributed as torch_dist
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+
+from rpo import dist
+from rpo.checks import train_config
+from rpo.config import Train, set_sweep_dir
+from rpo.errors import UserError
+from rpo.runs import folder as run_folder
+from rpo.runs import log
+from rpo.text import redacted
+from rpo.training import figures
+
+# Where a rank waits for the others to fail too; past it they are taken to hang in a collective.
+_PATIENCE = datetime.timedelta(seconds=60)
+_SHOWN = tuple(
+    f"{split}/{name}"
+    for split in ("eval", "train")
+    for name in ("gold", "rewards/accuracies", "shift/chosen", "nll/chosen")
+)
+
+
+def in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+_KEPT: dict[str, tuple[object, Any]] = {}
+
+
+def once(what: str, key: object, make: Callable[[], Any]) -> Any:
+    """`make()`; in a sweep what an earlier cell made, where its `key` was equal. One value is kept of each `what`.
+
+    Whoever uses it sees to it that a cell can not tell: what a cell changes is put back (`start.restore`).
+    """
+    if not in_sweep():
+        return make()
+    if what not in _KEPT or _KEPT[what][0] != key:
+        _KEPT.pop(what, None)
+        gc.collect()  # before the next is made: a sharded model is full of cycles
+        _KEPT[what] = key, make()
+    return _KEPT[what][1]
+
+
+def placed(cfg: Train) -> Train:
+    """`cfg` itself, or in a sweep with its numbered child of the sweep's folder and the sweep's wandb group."""
+    if not in_sweep():
+        return cfg
+    folder = Path(HydraConfig.get().sweep.dir)
+    wandb = replace(cfg.wandb, group=cfg.wandb.group or folder.name)
+    return replace(cfg, run_dir=str(folder / str(HydraConfig.get().job.num)), wandb=wandb)
+
+
+def run_job(job: Callable[[], str]) -> None:
+    """Runs one job to the end of its process, or as a cell of a sweep whose failure is a row of the table.
+
+    `job` returns finished, or the name of the signal that interrupted it. Exit codes of a single run: 0 finished, 2
+    something the user can mend (one line, no traceback), 128 + signal interrupted, 1 anything else. An interrupted cell
+    ends its sweep.
+    """
+    try:
+        ended = job()
+        code = 0 if ended == "finished" else 128 + signal.Signals[ended]
+    except UserError as error:
+        code, reason = 2, redacted(str(error))
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    except FloatingPointError as error:
+        code, reason = 1, redacted(str(error))
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as stop:
+        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        print("interrupted; what was saved is kept", file=sys.stderr, flush=True)
+    except Exception as error:
+        code, reason = 1, " ".join(f"{type(error).__name__}: {error}".split())
+        print(redacted(traceback.format_exc()), file=sys.stderr, end="", flush=True)
+    if in_sweep() and code < 128:
+        if code:
+            _KEPT.clear()  # a cell that breaks off leaves gradients where no one looks for them
+            _record_failure(reason)
+        gc.collect()  # a sharded model is full of cycles; the next cell needs its memory
+        return
+    if in_sweep() and dist.is_main():
+        write_table(Path(HydraConfig.get().sweep.dir))
+    dist.leave(code)
+
+
+def _record_failure(reason: str) -> None:
+    """Notes the failed cell and goes on, if all ranks failed; a rank that failed alone leaves the others hanging."""
+    folder, number = Path(HydraConfig.get().sweep.dir), HydraConfig.get().job.num
+    cell = folder / str(number)
+    cell.mkdir(parents=True, exist_ok=True)
+    status = run_folder.read_status(cell)
+    if status["state"] != "failed":  # with a reason of its own, perhaps of an earlier start
+        run_folder.write_status(cell, "failed", reason, status["step"])
+    if torch_dist.is_initialized() and dist.world_size() > 1:
+        store = torch_dist.distributed_c10d._get_default_store()
+        store.set(f"failed/{number}/{dist.rank()}", "yes")
+        try:
+            store.wait([f"failed/{number}/{rank}" for rank in range(dist.world_size())], _PATIENCE)
+        except torch_dist.DistStoreError:
+            write_table(folder)
+            print(f"error: cell {number} failed on rank {dist.rank()} alone; the sweep ends here", file=sys.stderr)
+            sys.exit(1)
+
+
+class Sweep(Callback):
+    """Hydra's hooks around a multirun: all cells are checked before the first starts, the table made after the last.
+
+    SystemExit is how they refuse, because Hydra turns a callback's exceptions into warnings.
+    """
+
+    def on_multirun_start(self, config: Any, **_: object) -> None:
+        try:
+            cells = _checked_cells(config)
+            dist.init(config.timeout + dist.GRACE)  # kept for all cells; also how ranks agree on the folder
+            rows = [{"cell": i} | cell for i, cell in enumerate(cells)]
+            folder = _folder(config, rows)
+            self.held: list[TextIO] = []  # as long as this process lives
+            dist.on_main(lambda: self.held.append(run_folder.lock(folder)))
+        except Exception as error:  # Hydra would warn of it and start the sweep unchecked
+            print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
+            dist.shutdown()
+            sys.exit(2 if isinstance(error, UserError) else 1)
+        set_sweep_dir(config, folder)
+        torch_dist.barrier()  # the look above comes before rank 0's first file
+        if dist.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+            run_folder.write_json(folder / "sweep.json", rows)
+            print(f"{folder}: {len(cells)} cells", flush=True)
+
+    def on_job_start(self, config: Any, **_: object) -> None:
+        if in_sweep():  # Hydra's own copy of the settings has the secrets that sweep.json and config.yaml leave out
+            (Path(HydraConfig.get().sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
+
+    def on_multirun_end(self, config: Any, **_: object) -> None:
+        num_failed = write_table(Path(config.hydra.sweep.dir)) if dist.is_main() else 0
+        dist.leave(int(dist.broadcast(num_failed) > 0))
+
+
+def _folder(config: Any, rows: list[dict]) -> Path:
+    """The sweep's folder: a new one, or with resume=auto one that holds these very cells. Raises UserError."""
+    folder = run_folder.choose(config.run_dir, "sweep", continues="sweep.json" if config.resume == "auto" else None)
+    held = run_folder.read_json(folder / "sweep.json") if (folder / "sweep.json").exists() else []
+    if held and [{key: row.get(key) for key in rows[0]} for row in held] != redacted(rows):
+        raise UserError(f"run_dir={folder}: holds a sweep of other cells; give its command again, or another run_dir")
+    return folder
+
+
+class NoSweep(Callback):
+    """Refuses -m for eval.py, whose several models belong into one table."""
+
+    def on_multirun_start(self, config: Any, **_: object) -> None:
+        print("error: -m: eval.py makes one table of several models: use model.path=[A,B] instead", file=sys.stderr)
+        sys.exit(2)
+
+
+def _checked_cells(config: Any) -> list[dict[str, str]]:
+    """The overrides of every cell, each composed and checked as its run will be. Raises UserError."""
+    if config.hydra.sweeper._target_ != f"{BasicSweeper.__module__}.BasicSweeper":
+        raise UserError(
+            f"hydra/sweeper={config.hydra.sweeper._target_}: only Hydra's basic sweeper lists its cells ahead"
+        )
+    loader = GlobalHydra.instance().config_loader()
+    overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(config.hydra.overrides.task))
+    (cells,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    for cell in cells:
+        train_config(loader.load_sweep_config(config, list(cell)))
+    return [dict(override.split("=", 1) for override in cell) for cell in cells]
+
+
+def write_table(folder: Path) -> int:
+    """`sweep.csv`, `sweep.json` and `sweep.png` from what the cells have left so far; returns how many failed.
+
+    A row is a cell: its overrides, how it ended, and its last evaluation (its last training line where it has none).
+    """
+    table = run_folder.read_json(folder / "sweep.json")
+    for row in table:
+        cell = folder / str(row["cell"])
+        row |= run_folder.read_status(cell)
+        events = log.read_jsonl(cell / "metrics.jsonl") if (cell / "metrics.jsonl").exists() else []
+        evals = [event for event in events if event["split"] == "eval"] or events
+        last = evals[-1] if evals else {}
+        # Prefixed, because `loss` is also the name of a group that a sweep sets.
+        row |= {f"{last['split']}/{k}": v for k, v in last.items() if k not in ("split", "time", "step", "pairs")}
+    run_folder.write_json(folder / "sweep.json", table)
+    columns = list(dict.fromkeys(key for row in table for key in row))
+    with (folder / "sweep.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(table)
+    swept = [key for key in table[0] if key not in ("cell", "seed") and len({row.get(key) for row in table}) > 1]
+    swept = sorted((key for key in swept if "." in key), key=lambda key: key not in ("loss.beta", "loss.eta"))[:2]
+    if swept and any(value in row for row in table for value in _SHOWN):
+        draw = figures.draw_line if len(swept) == 1 else figures.draw_heatmap
+        draw(table, *swept, _SHOWN, folder / "sweep.png")
+    num_failed = sum(row["state"] == "failed" for row in table)
+    print(f"{folder / 'sweep.csv'}: {len(table)} cells, {num_failed} failed", flush=True)
+    return num_failed

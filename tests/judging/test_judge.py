@@ -1,0 +1,734 @@
+"""The judge's client against a local server: all that befalls a server changes no reply, and none is paid for twice."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from email.utils import formatdate
+
+import pytest
+import torch
+
+from rpo.errors import UserError
+from rpo.judging import client, judge
+from rpo.judging.client import Account, Request
+from rpo.synthetic import task
+from tests.helpers import judge_server as server
+from tests.helpers.judge_server import JudgeServer, completion, expected, requests, settings, texts, verdict
+from tests.helpers.models import make_lm
+from tests.helpers.rows import TEMPLATE, WORDS
+from tests.helpers.runs import script_env
+
+SECRET = "judge-key-that-must-not-be-seen"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Waits of a hundredth of a second, a key that can be looked for, no key of the user's, no proxy."""
+    for module, name, value in (
+        (judge, "FIRST_WAIT", 0.01),
+        (judge, "LONGEST_WAIT", 0.08),
+        (judge, "GRACE", 1.0),
+    ):
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setenv("TEST_JUDGE_CREDENTIAL", SECRET)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def check_paid_once(host, asked):
+    assert sorted(host.delivered.values()) == [1] * len(asked), host.delivered
+
+
+def run(tmp_path, asked, mishap=lambda number, body: None, account=None, **more):
+    """(replies, server) of one call."""
+    with JudgeServer(mishap=mishap) as host:
+        return judge.ask(asked, settings(base_url=host.url, **more), tmp_path / "cache", account), host
+
+
+# ---- an ordinary day
+
+
+def test_replies_come_in_order_and_say_what_the_server_says(tmp_path, capsys):
+    """Text, log-probs of the first token, finish reason, the server's token counts and its name for the model."""
+    asked = requests(9, top_logprobs=2, max_tokens=5)
+    replies, host = run(tmp_path, asked)
+    assert texts(replies) == expected(asked)
+    assert all(reply.top_logprobs == {"A": -0.25, "B": -1.5} for reply in replies)
+    first = replies[0]
+    assert (first.finish_reason, first.input_tokens, first.output_tokens) == ("stop", 7, 3)
+    assert (first.model, first.error, first.cached) == ("gpt-test-0613", None, False)
+    body = host.bodies[0]
+    assert (body["temperature"], body["max_tokens"], body["logprobs"], body["top_logprobs"]) == (0.0, 5, True, 2)
+    assert host.keys == {f"Bearer {SECRET}"}
+    assert "9 requests, 0 cached, about 54 tokens in, at most 45 out\n" in capsys.readouterr().out
+
+
+def test_a_second_run_costs_nothing(tmp_path, capsys):
+    """With the same cache the same requests reach no server, which may be gone; the replies are equal but for `cached`."""
+    asked = requests(5, top_logprobs=1)
+    with JudgeServer() as host:
+        settings_of = settings(base_url=host.url)
+        first = judge.ask(asked, settings_of, tmp_path)
+    again = judge.ask(asked, settings_of, tmp_path)
+    assert again == [replace(reply, cached=True) for reply in first]
+    assert "5 requests, 5 cached\n" in capsys.readouterr().out
+
+
+def test_what_a_reply_depends_on_is_in_its_key():
+    """Server, model, temperature, tokens, log-probs, messages and repeat change the key; concurrency does not."""
+    asked, base = requests(1)[0], settings(base_url="http://a/v1")
+    other = [
+        judge.key_of(asked, replace(base, **change))
+        for change in ({"base_url": "http://b/v1"}, {"model": "m"}, {"temperature": 1.0}, {"max_tokens": 9})
+    ]
+    other += [judge.key_of(replace(asked, **change), base) for change in ({"top_logprobs": 1}, {"repeat": 1})]
+    other += [judge.key_of(requests(2)[1], base), judge.key_of(asked, base)]
+    assert len(set(other)) == len(other)
+    same = replace(base, concurrency=1, retries=1, max_cost=1.0, base_url="http://a/v1/")
+    assert judge.key_of(asked, same) == judge.key_of(asked, base)
+
+
+def test_equal_requests_are_asked_once_and_repeats_again(tmp_path):
+    """Six requests of which two are distinct, and one repeat, are three replies to pay for."""
+    asked = requests(2) * 3 + requests(1, repeat=1)
+    replies, host = run(tmp_path, asked)
+    assert texts(replies) == expected(asked)
+    assert host.tried == 3
+
+
+def test_facts_count_tokens_and_dollars_once(tmp_path):
+    """7 tokens in at $30 and 3 out at $60 a million; equal requests once; what was cached cost nothing now."""
+    with JudgeServer() as host:
+        priced = settings(base_url=host.url, price_in=30.0, price_out=60.0)
+        judge.ask(requests(2), priced, tmp_path)
+        asked = requests(5) + requests(5)
+        found = judge.facts(asked, judge.ask(asked, priced, tmp_path), priced)
+    each = (7 * 30 + 3 * 60) / 1e6
+    assert (found["requests"], found["cached"], found["errors"], found["served"]) == (5, 2, 0, ["gpt-test-0613"])
+    assert (found["input_tokens"], found["output_tokens"], found["finish_reasons"]) == (35, 15, {"stop": 5})
+    assert found["cost"] == pytest.approx(5 * each) and found["cost_now"] == pytest.approx(3 * each)
+    assert judge.facts(asked[:1], [judge._failed("why")], settings())["cost"] is None
+
+
+def test_tokens_are_estimated_where_the_server_counts_none(tmp_path):
+    """Four characters are a token (24 in, 12 out) where usage is missing or makes no sense."""
+
+    def bare(number, body):
+        made = completion(body, "[[B]] it is") | {
+            "usage": [None, {"prompt_tokens": -1, "completion_tokens": "3"}][number % 2]
+        }
+        return server.text(json.dumps(made))
+
+    replies, _ = run(tmp_path, requests(2), bare)
+    assert [(reply.input_tokens, reply.output_tokens) for reply in replies] == [(6, 3), (6, 3)]
+
+
+# ---- bad days
+
+
+def seldom(mishap, every=3):
+    """The mishap befalls every third try."""
+    return lambda number, body: mishap if number % every == 0 else None
+
+
+MISHAPS = {
+    "429": server.status(429),
+    "429, wait": server.status(429, headers={"Retry-After": "0.03"}),
+    "429, wait until": server.status(429, headers={"Retry-After": formatdate(0, usegmt=True)}),
+    "429, wait nonsense": server.status(429, headers={"Retry-After": "a while"}),
+    "429, wait nan": server.status(429, headers={"Retry-After": "nan"}),
+    "408": server.status(408),
+    "409": server.status(409),
+    "500": server.status(500),
+    "502 of a proxy": server.text("<html>Bad Gateway</html>", {"Content-Type": "text/html"}, code=502),
+    "503": server.status(503, headers={"Retry-After": "0"}),
+    "malformed": server.text('{"choices": [{"message": {"content": "[[A'),
+    "not JSON": server.text("busy"),
+    "null": server.text("null"),
+    "empty": server.text(""),
+    "no choices": server.text('{"choices": []}'),
+    "no content": server.text('{"choices": [{"message": {"role": "assistant"}}]}'),
+    "content of parts": server.text('{"choices": [{"message": {"content": [{"type": "text"}]}}]}'),
+    "error in a 200": server.text('{"error": {"message": "overloaded"}}'),
+    "truncated": server.truncated,
+    "closed": lambda handler: handler.drop(),
+}
+
+
+@pytest.mark.parametrize("name", MISHAPS)
+def test_what_passes_changes_no_reply(tmp_path, name):
+    """Every third try ends so: the replies are the undisturbed ones, and each is delivered once."""
+    asked = requests(12)
+    replies, host = run(tmp_path, asked, seldom(MISHAPS[name]))
+    assert texts(replies) == expected(asked)
+    assert host.tried > len(asked)
+    check_paid_once(host, asked)
+
+
+def test_a_reply_that_does_not_come_is_asked_for_again(tmp_path):
+    """Two tries hang beyond the timeout; all replies come."""
+    asked = requests(6)
+    replies, host = run(tmp_path, asked, lambda n, _: server.slow(20) if n in (2, 3) else None, timeout=2.0)
+    assert texts(replies) == expected(asked)
+    check_paid_once(host, asked)
+
+
+def test_a_rate_limit_is_waited_out_by_all(tmp_path):
+    """After a 429 with Retry-After nobody asks before the time is over: neither who got it nor the three others."""
+    times = []
+
+    def late(handler, body):
+        time.sleep(0.6)  # the 429 has long come
+        handler.deliver(body, completion(body, verdict(body)))
+
+    def limited(number, body):
+        times.append(time.monotonic())
+        if number == 0:
+            return server.status(429, headers={"Retry-After": "1.2"})
+        return (lambda handler: late(handler, body)) if number < 4 else None
+
+    asked = requests(8)
+    replies, _ = run(tmp_path, asked, limited, concurrency=4)
+    assert texts(replies) == expected(asked)
+    assert len(times) == 9 and times[4] - times[0] >= 1.2
+
+
+def test_a_slow_queue_is_no_failure(tmp_path):
+    """Where seven of eight tries are over the limit, requests outlast their number of retries as long as others succeed."""
+    asked = requests(12)
+    replies, host = run(tmp_path, asked, lambda n, _: server.status(429) if n < 64 and n % 8 < 7 else None, retries=6)
+    assert texts(replies) == expected(asked)
+    check_paid_once(host, asked)
+
+
+def test_a_server_dies_and_comes_back(tmp_path):
+    """Gone for a moment after a third of the replies: the end is the undisturbed one, nothing is paid for twice."""
+    asked = requests(30)
+    host = JudgeServer().start()
+    died = threading.Event()
+
+    def die(number, body):
+        if number == 10:
+            host.die()
+            died.set()
+        return None
+
+    host.mishap = die
+    threading.Thread(target=lambda: (died.wait(), time.sleep(0.3), host.start()), daemon=True).start()
+    replies = judge.ask(asked, settings(base_url=host.url, retries=100), tmp_path)
+    with host.lock:
+        host.die()
+    assert texts(replies) == expected(asked)
+    assert host.tried > len(asked)
+    check_paid_once(host, asked)
+
+
+def test_a_server_that_stays_away_ends_it_and_the_rest_is_asked_later(tmp_path):
+    """One line says that it is gone; a later start asks for the missing replies alone."""
+    asked = requests(12)
+    with JudgeServer() as host:
+
+        def die(number, body):
+            if number == 7:
+                host.die()
+
+        host.mishap = die
+        how = settings(base_url=host.url, retries=2)
+        with pytest.raises(
+            UserError, match=r"stopped answering \(.*refused.*start the server; what was answered is kept"
+        ):
+            judge.ask(asked, how, tmp_path)
+        host.mishap = lambda number, body: None
+        host.start()
+        assert texts(judge.ask(asked, how, tmp_path)) == expected(asked)
+        check_paid_once(host, asked)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from rpo import judge
+from tests.judge_server import requests, settings
+judge.ask(requests(40), settings(base_url=sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_loses_nothing_that_was_written(tmp_path):
+    """kill -9 midway: what the cache holds is not asked for again, the rest is, and the end is the undisturbed one."""
+    asked = requests(40)
+
+    def steady(body):
+        time.sleep(0.05)
+        return verdict(body)
+
+    with JudgeServer(answer=steady) as host:
+        env = script_env(TEST_JUDGE_CREDENTIAL=SECRET)
+        process = subprocess.Popen([sys.executable, "-c", SCRIPT, host.url, str(tmp_path)], env=env, stderr=-3)
+        while sum(host.delivered.values()) < 15 and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        (file,) = tmp_path.iterdir()
+        kept = file.read_bytes().count(b"\n")
+        assert 5 <= kept < 40
+        file.write_bytes(file.read_bytes() + b'{"key": "half a li')
+        replies = judge.ask(asked, settings(base_url=host.url), tmp_path)
+        assert texts(replies) == expected(asked)
+        assert sum(reply.cached for reply in replies) == kept
+        assert sum(host.delivered.values()) - 40 <= settings().concurrency  # those on their way when it was killed
+        assert len(file.read_bytes().splitlines()) == 41
+
+
+def test_damaged_lines_cost_their_own_replies_alone(tmp_path, capsys):
+    """A cut last line and lines of another form are left out; the next reply does not stand on the cut one."""
+    asked = requests(4)
+    with JudgeServer() as host:
+        how = settings(base_url=host.url)
+        judge.ask(asked, how, tmp_path)
+        (file,) = tmp_path.iterdir()
+        lines = file.read_bytes().splitlines(keepends=True)
+        file.write_bytes(
+            b"".join([lines[0], b"[]\n", b'{"key": "x", "reply": {}}\n', b"\xff\n", lines[1], lines[2][:40]])
+        )
+        assert texts(judge.ask(asked, how, tmp_path)) == expected(asked)
+        assert sum(host.delivered.values()) == 6
+        assert "4 damaged line(s)" in capsys.readouterr().out
+        assert all(reply.cached for reply in judge.ask(asked, how, tmp_path))
+
+
+def test_two_processes_may_add_to_one_cache(tmp_path):
+    """Two clients at once over one folder: every line is whole, each finds its own replies."""
+    with JudgeServer() as host:
+        how, parts = settings(base_url=host.url), (requests(40)[:20], requests(40)[20:])
+        threads = [threading.Thread(target=judge.ask, args=(part, how, tmp_path)) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        replies = judge.ask(requests(40), how, tmp_path)
+    assert all(reply.cached for reply in replies) and texts(replies) == expected(requests(40))
+
+
+# ---- items in error
+
+
+def test_one_that_fails_for_good_is_an_error_and_not_cached(tmp_path):
+    """A reply that stays malformed is that item's error; a later start asks for it again."""
+
+    def bad(number, body):
+        return server.text("{") if body["messages"][0]["content"] == "which is better, pair 3?" else None
+
+    with JudgeServer(mishap=bad) as host:
+        how = settings(base_url=host.url, retries=2)
+        replies = judge.ask(requests(6), how, tmp_path)
+        assert [reply.error is None for reply in replies] == [True] * 3 + [False] + [True] * 2
+        assert "a malformed reply" in replies[3].error and "\n" not in replies[3].error
+        assert host.tried == 5 + 3
+        host.mishap = lambda number, body: None
+        assert texts(judge.ask(requests(6), how, tmp_path)) == expected(requests(6))
+        check_paid_once(host, requests(6))
+
+
+def test_a_request_that_the_server_can_not_take_is_not_tried_again(tmp_path):
+    """A prompt beyond the context, and text that is no Unicode, are errors at once."""
+    too_long = server.status(400, "This model's maximum context length is 8192 tokens.")
+    asked = [*requests(2), Request(({"role": "user", "content": "half a pair: \ud83d"},))]
+    replies, host = run(tmp_path, asked, lambda n, body: too_long if "pair 1" in str(body) else None)
+    assert replies[0].error is None and host.tried == 2
+    assert replies[1].error == "HTTP 400: This model's maximum context length is 8192 tokens."
+    assert replies[2].error.startswith("the text can not be sent")
+
+
+def test_a_judge_that_says_nothing_has_said_so(tmp_path):
+    """Null content is a reply: a refusal is its text; one cut while it thought is empty, and was paid for."""
+
+    def mute(number, body):
+        made = completion(body, None)
+        if "pair 0" in str(body):
+            made["choices"][0]["message"]["refusal"] = "I will not judge this."
+        else:
+            made["choices"][0]["finish_reason"] = "length"
+        return server.text(json.dumps(made))
+
+    replies, host = run(tmp_path, requests(2), mute)
+    assert texts(replies) == ["I will not judge this.", ""] and replies[1].finish_reason == "length"
+    assert host.tried == 2
+
+
+def test_a_server_that_is_not_well_ends_it(tmp_path):
+    """Where one request after the other fails, ten are enough to say so."""
+    with pytest.raises(UserError, match="10 requests in a row failed, the last with: HTTP 500: out of memory"):
+        run(tmp_path, requests(50), lambda n, _: server.status(500, "out of\nmemory"), retries=0)
+
+
+# ---- log-probs
+
+
+def test_log_probs_that_the_server_leaves_out_are_none(tmp_path):
+    """A server that ignores the fields gives text alone."""
+    with JudgeServer(logprobs=False) as host:
+        replies = judge.ask(requests(3, top_logprobs=5), settings(base_url=host.url), tmp_path)
+    assert [reply.top_logprobs for reply in replies] == [None] * 3
+
+
+@pytest.mark.parametrize("code", [400, 422])
+def test_log_probs_that_the_server_refuses_are_found_out_once(tmp_path, code):
+    """After the first refusal no request asks for them, in this call and the next of the same account."""
+    refusal = server.status(code, "Unsupported fields in the request: {'logprobs', 'top_logprobs'}")
+    account = Account()
+    with JudgeServer(mishap=lambda n, body: refusal if "logprobs" in body else None) as host:
+        how = settings(base_url=host.url, concurrency=1)
+        for asked in (requests(4, top_logprobs=5), requests(6, top_logprobs=5)):
+            replies = judge.ask(asked, how, tmp_path, account)
+            assert [reply.top_logprobs for reply in replies] == [None] * len(asked)
+            assert texts(replies) == expected(asked)
+        assert host.tried == 6 + 1
+
+
+def test_log_probs_that_make_no_sense_are_left_out():
+    """NaN and infinite ones, tokens that are none; the first of two equal tokens counts; nothing left is None."""
+
+    def first(*entries):
+        tops = [{"token": token, "logprob": logprob} for token, logprob in entries]
+        return client._first_token({"logprobs": {"content": [{"top_logprobs": tops}]}})
+
+    assert first(("A", -1), ("A", -2.0), ("B", math.nan), ("C", -math.inf), (None, -1.0), ("D", True)) == {"A": -1.0}
+    assert first() is None
+    for other in ({}, {"logprobs": None}, {"logprobs": {"content": []}}, {"logprobs": {"content": "x"}}):
+        assert client._first_token(other) is None
+
+
+def test_a_model_that_takes_no_max_tokens_is_given_the_other_name(tmp_path):
+    """The vendor's later models want max_completion_tokens; found out once."""
+    said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    refuse = lambda n, body: server.status(400, said) if "max_tokens" in body else None  # noqa: E731
+    replies, host = run(tmp_path, requests(4), refuse, concurrency=1)
+    assert texts(replies) == expected(requests(4))
+    assert host.tried == 5 and host.bodies[-1]["max_completion_tokens"] == 100
+
+
+# ---- everybody's errors
+
+
+FATAL = {
+    "401": (
+        server.status(401, f"Incorrect API key provided: {SECRET}"),
+        r"no access with the key in TEST_JUDGE_CRED.*\*\*\*",
+    ),
+    "403": (server.status(403, "no"), "no access .*HTTP 403"),
+    "404": (
+        server.status(404, "The model `gpt-test` does not exist."),
+        r"judge.model=gpt-test: not found there \(HTTP 404",
+    ),
+    "501": (server.status(501, "Unsupported method"), "not found there"),
+    "page": (server.text("<!doctype html><p>Hello", {"Content-Type": "text/html"}), "a web page; give the API's URL"),
+    "404 page": (server.text("<html>no</html>", {"Content-Type": "text/html"}, code=404), "HTTP 404: a web page"),
+    "quota": (server.status(429, "You exceeded your quota", code="insufficient_quota"), "out of credit"),
+    "402": (server.status(402, "Insufficient Balance"), "out of credit"),
+    "tomorrow": (server.status(429, headers={"Retry-After": "86400"}), "asks to wait 86400 seconds"),
+}
+
+
+@pytest.mark.parametrize("name", FATAL)
+def test_what_no_request_would_survive_ends_it_at_once(tmp_path, name):
+    """One line without the key; what was answered before is kept."""
+    mishap, said = FATAL[name]
+    asked = requests(20)
+    with JudgeServer(mishap=lambda n, _: mishap if n >= 3 else None) as host:
+        how = settings(base_url=host.url, concurrency=2)
+        with pytest.raises(UserError, match=said) as caught:
+            judge.ask(asked, how, tmp_path)
+        assert host.tried <= 5
+        line = str(caught.value)
+        assert "\n" not in line and SECRET not in line and "what was answered is kept" in line
+        host.mishap = lambda number, body: None
+        assert texts(judge.ask(asked, how, tmp_path)) == expected(asked)
+        check_paid_once(host, asked)
+
+
+UNKNOWN = {
+    "code": server.status(400, "no", code="model_not_found"),
+    "words": server.status(400, "Invalid model name passed in model=gpt-test"),
+    "detail": server.text("{\"detail\": \"Server is pinned to 'other'; requested 'gpt-test'.\"}", code=400),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_model_ends_it_at_once(tmp_path, name):
+    """Servers that answer 400 for a model that they have not: one line names it, and few are tried."""
+    with JudgeServer(mishap=lambda n, _: UNKNOWN[name]) as host:
+        with pytest.raises(UserError, match=r"judge.model=gpt-test: not found there \(HTTP 400"):
+            judge.ask(requests(20), settings(base_url=host.url, concurrency=2), tmp_path)
+        assert host.tried <= 3
+
+
+def test_settings_that_the_server_refuses_end_it_soon(tmp_path):
+    """Where the server refuses whatever is asked ten refusals are enough."""
+    refuse = server.status(400, "Unsupported value: 'temperature' does not support 0 with this model.")
+    with pytest.raises(UserError, match="10 requests in a row failed, the last with: HTTP 400: Unsupported value"):
+        run(tmp_path, requests(50), lambda n, _: refuse)
+
+
+def test_nobody_at_the_url(tmp_path):
+    """A port where nobody ever listened is a wrong URL after a few tries, however patient the settings are."""
+    host = JudgeServer().start()
+    host.die()
+    with pytest.raises(UserError, match=r"judge.base_url=.*: can not be reached \(.*refused"):
+        judge.ask(requests(3), settings(base_url=host.url, retries=1000), tmp_path)
+
+
+def test_a_server_that_never_says_a_word(tmp_path):
+    """One that takes requests and lets all of them hang is given up after a few tries, however patient the settings are."""
+    with pytest.raises(UserError, match=r"can not be reached \(no reply within judge.timeout=0.3 seconds\)"):
+        run(tmp_path, requests(9), lambda n, _: server.slow(30), timeout=0.3, retries=1000)
+
+
+def test_the_vendor_wants_a_key(tmp_path):
+    """Without base_url a key must be set, and none but a key; a local server needs none."""
+    with pytest.raises(UserError, match="judge.api_key_env=OPENAI_API_KEY: no such environment variable"):
+        judge.ask(requests(1), settings(api_key_env="OPENAI_API_KEY"), tmp_path)
+    with JudgeServer() as host:
+        (reply,) = judge.ask(requests(1), settings(base_url=host.url, api_key_env="OPENAI_API_KEY"), tmp_path)
+    assert reply.error is None and SECRET not in str(host.keys)
+
+
+def test_a_key_that_is_none(tmp_path, monkeypatch):
+    """A variable with two lines in it stops before anything is sent, and its value is not shown."""
+    monkeypatch.setenv("TEST_JUDGE_CREDENTIAL", f"{SECRET}\nmore")
+    with pytest.raises(UserError, match="the variable's value is no key") as caught:
+        judge.ask(requests(1), settings(base_url="http://127.0.0.1:9/v1"), tmp_path)
+    assert SECRET not in str(caught.value)
+
+
+def test_no_library(tmp_path, monkeypatch):
+    """Where openai is not installed one line says what to install."""
+    monkeypatch.setattr(client, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -e '.\[eval\]'"):
+        judge.ask(requests(1), settings(base_url="http://127.0.0.1:9/v1"), tmp_path)
+
+
+def test_keys_are_in_no_file(tmp_path, capfd):
+    """A server that repeats the key in replies and errors: neither the cache, nor a reply, nor what is printed has it."""
+    leak = server.status(400, f"bad request of {SECRET}")
+    with JudgeServer(answer=lambda body: f"[[A]] {SECRET}", mishap=seldom(leak, 2)) as host:
+        replies = judge.ask(requests(6), settings(base_url=host.url), tmp_path)
+    assert {reply.error for reply in replies} == {None, "HTTP 400: bad request of ***"}
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert written and SECRET.encode() not in written
+    assert SECRET not in str(replies) + "".join(capfd.readouterr())
+
+
+def test_a_cache_that_can_not_be_written(tmp_path):
+    """A file in the place of the folder is one line."""
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(UserError, match="give another cache_dir"):
+        judge.ask(requests(1), settings(base_url="http://127.0.0.1:9/v1"), tmp_path / "cache")
+
+
+# ---- cost
+
+
+def test_an_estimate_above_max_cost_is_refused(tmp_path, capsys):
+    """4 requests of 6 tokens and 100 out at $30 and $60 a million may cost $0.025: more than a cent, and nothing is asked."""
+    with JudgeServer() as host:
+        how = settings(base_url=host.url, price_in=30.0, price_out=60.0, max_cost=0.01)
+        with pytest.raises(UserError, match=r"judge.max_cost=0.01: 4 requests may cost \$0.02.*raise it"):
+            judge.ask(requests(4), how, tmp_path)
+        assert host.tried == 0
+    assert "about 24 tokens in, at most 400 out, about $0.02 if all are that long" in capsys.readouterr().out
+
+
+def test_it_stops_before_max_cost_is_passed(tmp_path):
+    """A server that counts ten times the tokens of the estimate: whatever the concurrency, what it bills stays below
+    max_cost; the cache has all that was paid for, and more money goes on from there."""
+
+    def dear(number, body):
+        made = completion(body, verdict(body)) | {"usage": {"prompt_tokens": 40, "completion_tokens": 100}}
+        return lambda handler: handler.deliver(body, made)
+
+    each = (40 * 30 + 100 * 60) / 1e6
+    asked = requests(40)
+    with JudgeServer(mishap=dear) as host:
+        how = settings(base_url=host.url, price_in=30.0, price_out=60.0, max_cost=0.26, concurrency=16)
+        with pytest.raises(UserError, match=r"judge.max_cost=0.26: reached after \d+ of 40 requests"):
+            judge.ask(asked, how, tmp_path)
+        paid = sum(host.delivered.values())
+        assert 0.26 - 2 * each < paid * each <= 0.26
+        assert texts(judge.ask(asked, replace(how, max_cost=10.0), tmp_path)) == expected(asked)
+        check_paid_once(host, asked)
+
+
+def test_calls_of_one_account_share_max_cost(tmp_path):
+    """What the first call spent is not there for the second."""
+    account = Account()
+    with JudgeServer() as host:
+        how = settings(base_url=host.url, price_in=0.0, price_out=100.0, max_cost=0.0405)
+        judge.ask(requests(4), how, tmp_path, account)
+        assert account.spent == pytest.approx(4 * 3 * 100 / 1e6)
+        with pytest.raises(UserError, match=r"4 requests may cost \$0.04 beside the \$0.001 spent"):
+            judge.ask(requests(8), how, tmp_path, account)
+
+
+def test_tries_that_came_to_nothing_count_as_paid(tmp_path):
+    """Malformed replies were billed, it must be feared: tries end where max_cost could be passed."""
+    how = {"price_in": 0.0, "price_out": 100.0, "max_cost": 0.055, "concurrency": 1, "retries": 1000}
+    with JudgeServer(mishap=lambda n, _: server.text("{")) as host:
+        with pytest.raises(UserError, match="judge.max_cost=0.055: reached after 0 of 1"):
+            judge.ask(requests(1), settings(base_url=host.url, **how), tmp_path)
+        assert host.tried == 5  # $0.01 each
+
+
+# ---- Ctrl-C and ranks
+
+
+INTERRUPTED = """
+import signal, sys, time
+from pathlib import Path
+from rpo import judge
+from tests.judge_server import requests, settings
+judge.GRACE = 0.5
+try:
+    judge.ask(requests(40), settings(base_url=sys.argv[1]), Path(sys.argv[2]))
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_paid_for(tmp_path):
+    """Ctrl-C while the server hangs: the process ends long before the requests' timeout, with all replies on disk."""
+
+    def hang(number, body):
+        return server.slow(60) if number >= 10 else None
+
+    with JudgeServer(mishap=hang) as host:
+        env = script_env(TEST_JUDGE_CREDENTIAL=SECRET)
+        where = [host.url, str(tmp_path)]
+        process = subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTED, *where], env=env, stdout=-1, stderr=-3, text=True
+        )
+        while host.tried < 14 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=30)
+        assert said.endswith("interrupted\n") and process.returncode == 0
+        (file,) = tmp_path.iterdir()
+        assert file.read_bytes().count(b"\n") == sum(host.delivered.values()) == 10
+
+
+RANKS = """
+import sys, time
+from pathlib import Path
+from rpo import dist, judge
+from rpo.config import UserError
+from tests.judge_server import expected, requests, settings, texts
+judge.BEAT = 0.05
+dist.init()
+how = settings(base_url=sys.argv[1])
+replies = judge.ask(requests(12), how, Path(sys.argv[2]))
+assert texts(replies) == expected(requests(12)), replies
+try:
+    judge.ask(requests(13), settings(base_url=sys.argv[1] + "/wrong"), Path(sys.argv[2]))
+except UserError as error:
+    assert "not found there" in str(error)
+    Path(sys.argv[2], f"rank{dist.rank()}").touch()
+dist.leave(0)
+"""
+
+
+@pytest.mark.slow
+def test_rank_0_asks_for_all(tmp_path):
+    """Two ranks have the same replies, each request was tried once; an error is on both. Signs of life do no harm."""
+
+    def steady(body):
+        time.sleep(0.1)
+        return verdict(body)
+
+    (tmp_path / "script.py").write_text(RANKS)
+    with JudgeServer(answer=steady) as host:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        command += [str(tmp_path / "script.py"), host.url, str(tmp_path / "cache")]
+        subprocess.run(
+            command, env=script_env(TEST_JUDGE_CREDENTIAL=SECRET), check=True, capture_output=True, timeout=120
+        )
+        check_paid_once(host, requests(12))
+    assert (tmp_path / "cache" / "rank0").exists() and (tmp_path / "cache" / "rank1").exists()
+
+
+# ---- a real server
+
+
+def save_judge(folder):
+    """A Llama that says [[A]] to every prompt: with layers that add nothing each token alone decides what follows it."""
+    tokenizer = task.word_tokenizer(["[user]", "[assistant]", "[system]", "[[A]]", *WORDS], TEMPLATE)
+    lm = make_lm(vocab_size=len(tokenizer), hidden_size=64, max_position_embeddings=4096)
+    after = {"[assistant]": "[[A]]", "[[A]]": tokenizer.eos_token}
+    with torch.no_grad():
+        for layer in lm.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        lm.model.norm.weight.fill_(1)
+        lm.model.embed_tokens.weight.copy_(torch.eye(len(tokenizer), 64))
+        lm.lm_head.weight.zero_()
+        for one, following in after.items():
+            lm.lm_head.weight[tokenizer.convert_tokens_to_ids(following), tokenizer.convert_tokens_to_ids(one)] = 1
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def served(folder, port):
+    """transformers' own server with the model in `folder`, once it answers."""
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(port)]
+    process = subprocess.Popen([*command, "--device", "cpu"], env=script_env(), stdout=-3, stderr=-3)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, "the server ended"
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            time.sleep(0.1)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_a_real_server_with_a_real_model(tmp_path, monkeypatch):
+    """`transformers serve` with a tiny Llama: verdicts in words, no log-probs, an unknown model in one line; killed midway
+    and started again on its port, it has answered all in the end."""
+    for package in ("fastapi", "uvicorn"):
+        pytest.importorskip(package, reason="transformers[serving] is not installed")
+    save_judge(tmp_path / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    how = settings(model=str(tmp_path / "model"), base_url=f"http://127.0.0.1:{port}/v1", timeout=60.0, concurrency=2)
+    asked = requests(60, top_logprobs=2)
+    monkeypatch.setattr(judge, "LONGEST_WAIT", 20.0)  # seconds: it takes several to start
+    monkeypatch.setattr(judge, "FIRST_WAIT", 0.2)
+    with served(tmp_path / "model", port) as process:
+        with pytest.raises(UserError, match=r"elsewhere: not found there \(HTTP 40"):
+            judge.ask(asked, replace(how, model="elsewhere"), tmp_path / "cache")
+        done = []
+        thread = threading.Thread(target=lambda: done.extend(judge.ask(asked, how, tmp_path / "cache")))
+        thread.start()
+        while sum(path.read_bytes().count(b"\n") for path in (tmp_path / "cache").iterdir()) < 10:
+            time.sleep(0.01)
+        process.kill()
+    time.sleep(1)
+    assert thread.is_alive()
+    with served(tmp_path / "model", port):
+        thread.join(120)
+    assert texts(done) == ["[[A]]"] * 60
+    assert {reply.top_logprobs for reply in done} == {None} and {reply.finish_reason for reply in done} == {"stop"}
+    assert all(reply.input_tokens > 0 and reply.output_tokens > 0 for reply in done)

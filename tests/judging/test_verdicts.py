@@ -1,0 +1,150 @@
+"""What is read out of a judge's reply, against hand-made replies and closed forms."""
+
+import gzip
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from rpo.judging import verdicts
+
+NOTHING = {"text": "", "top_logprobs": None, "finish_reason": "stop", "error": None}
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("A is better. [[A]]", "A"),
+        ("[[B]]", "B"),
+        ("Neither: [[C]].", "C"),
+        ("I am to say [[A]], [[B]] or [[C]]. Final verdict: [[B]]", "B"),
+        ("[A]", None),
+        ("[[a]]", None),
+        ("[[A ]] and [[AB]]", None),
+        ("I can not judge this.", None),
+        ("", None),
+    ],
+)
+def test_letters(text, letter):
+    """The last letter in double brackets, whatever was quoted before it; else none."""
+    assert verdicts.pair_letter(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("Rating: [[7]]", 7.0),
+        ("Rating: [[7.5]]", 7.5),
+        ("[[10]]", 10.0),
+        ("It says 'Rating: [[10]]' of itself. Rating: [[2]]", 2.0),
+        ("as in [1] and [3]", 3.0),
+        ("Rating: [8]", 8.0),
+        ("by [3], so [[9]]", 9.0),
+        ("[[0]]", None),
+        ("[[11]]", None),
+        ("[[-3]]", None),
+        ("7/10", None),
+        ("[[seven]]", None),
+        ("[[٧]]", None),
+    ],
+)
+def test_rating(text, value):
+    """Double brackets come before single ones, the last number counts, and what is off the scale is no rating."""
+    assert verdicts.rating(text) == value
+
+
+def test_first_wins_is_the_softmax_of_two():
+    """P(first) = e^a / (e^a + e^b); a token that is not there has no probability; without both there is no verdict."""
+    a, b = -0.3, -1.7
+    expected = math.exp(a) / (math.exp(a) + math.exp(b))
+    assert verdicts.first_wins({"m": a, "M": b, "x": -0.1}, "m", "M") == pytest.approx(expected, abs=1e-15)
+    assert verdicts.first_wins({"m": a, "M": b}, "M", "m") == pytest.approx(1 - expected, abs=1e-15)
+    assert verdicts.first_wins({"m": -9.0}, "m", "M") == 1
+    assert verdicts.first_wins({"M": -9.0}, "m", "M") == 0
+    assert verdicts.first_wins({"x": -0.1}, "m", "M") is None
+    assert verdicts.first_wins({"m": -9999.0, "M": -9999.0}, "m", "M") == 0.5  # e^-9999 is 0
+    assert verdicts.first_wins({"m": -1.0, "M": -9999.0}, "m", "M") == 1
+
+
+def test_white_space_makes_no_other_letter():
+    """The probabilities of "A" and " A" add up."""
+    added = verdicts.by_letter({"A": math.log(0.2), " A": math.log(0.3), "B\n": math.log(0.1)})
+    assert {letter: math.exp(value) for letter, value in added.items()} == pytest.approx({"A": 0.5, "B": 0.1})
+
+
+def test_position_is_a_function_of_instruction_and_seed():
+    """AlpacaEval's draw: the same for the same text and seed, about half of all, another with another seed."""
+    texts = [f"instruction {i}" for i in range(400)]
+    drawn = [verdicts.switched(text) for text in texts]
+    assert drawn == [verdicts.switched(text, 0) for text in texts]
+    assert 150 < sum(drawn) < 250
+    assert drawn != [verdicts.switched(text, 1) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("said", "score", "why"),
+    [
+        ({"text": "[[A]]"}, 1.0, None),
+        ({"text": "[[B]]"}, 0.0, None),
+        ({"text": "[[C]]"}, 0.5, None),
+        ({"text": "I can not."}, None, "no [[A]], [[B]] or [[C]]"),
+        ({"text": "were it [[A]], then", "finish_reason": "length"}, None, "cut"),
+        ({"text": "[[A]]", "error": "HTTP 500"}, None, "HTTP 500"),
+    ],
+)
+def test_first_score_in_words(said, score, why):
+    """A letter is a score; a refusal, a reply cut short and a failed request have none, and a reason."""
+    found, reason = verdicts.first_score("text", NOTHING | said)
+    assert found == score
+    assert reason is None if why is None else why in reason
+
+
+def test_first_score_by_logprobs():
+    """The probability of A over that of B; without log-probs or without either letter there is a reason."""
+    said = NOTHING | {"text": "A", "finish_reason": "length", "top_logprobs": {"A": math.log(0.6), "B": math.log(0.2)}}
+    assert verdicts.first_score("logprobs", said) == (pytest.approx(0.75), None)
+    assert verdicts.first_score("logprobs", NOTHING)[1] == "no log-probs in the judge's reply"
+    assert "neither A nor B" in verdicts.first_score("logprobs", NOTHING | {"top_logprobs": {"The": -0.1}})[1]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "score", "agree"),
+    [
+        (1, 1, 1, True),
+        (0, 0, 0, True),
+        (0.5, 0.5, 0.5, True),
+        (1, 0, 0.5, False),
+        (0, 1, 0.5, False),
+        (1, 0.5, 0.5, False),
+        (0.5, 0, 0.5, False),
+        (0.9, 0.7, 0.8, True),
+        (0.9, 0.2, 0.5, False),
+    ],
+)
+def test_two_orders(first, second, score, agree):
+    """Orders that agree give their mean, others half; the other model's score is one minus it."""
+    assert verdicts.two_orders(first, second) == (pytest.approx(score), agree)
+    assert verdicts.two_orders(1 - first, 1 - second) == (pytest.approx(1 - score), agree)
+
+
+def test_an_error_in_either_order_is_no_score():
+    """Half a judgment is none."""
+    assert verdicts.two_orders(None, 1.0) is verdicts.two_orders(0.0, None) is verdicts.two_orders(None, None) is None
+
+
+@pytest.mark.skipif("RPO_TEST_DATA" not in os.environ, reason="RPO_TEST_DATA names no folder with real data")
+def test_letters_of_gpt4():
+    """Our reading of 640 judgments by GPT-4 gives the winners that are stored with them."""
+    folder = Path(os.environ["RPO_TEST_DATA"], "mt_bench", "rpo_repo_model_judgment")
+    count = 0
+    for file in sorted(folder.glob("gpt-4_pair_*.jsonl.gz")):
+        for line in gzip.open(file, "rt"):
+            row = json.loads(line)
+            for game, names in (("g1", ("model_1", "model_2")), ("g2", ("model_2", "model_1"))):
+                winner = {"A": names[0], "B": names[1], "C": "tie"}
+                letter = verdicts.pair_letter(row[f"{game}_judgment"])
+                assert winner[letter] == row[f"{game}_winner"], row["question_id"]
+                count += 1
+    assert count == 640

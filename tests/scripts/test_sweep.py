@@ -1,0 +1,157 @@
+"""A multirun: cells checked first, one folder, a table of all cells, failures as rows; in one process and under torchrun."""
+
+import csv
+import json
+import subprocess
+
+import pytest
+
+from rpo.runs import log
+from rpo.training import sweep as sweep_module
+from tests.helpers.runs import command, script_env, tiny_args
+
+GRID = ("loss=rpo_sum", "sample_every=2", "data.max_length=512")
+SHORT = ("batch_size=8", "max_steps=3", "log_every=1", "eval_every=0")
+
+
+def sweep(tiny, tmp_path, *more, ranks=1, cache=None):
+    """The finished process of a multirun into tmp_path/sweep, started in a folder of its own."""
+    cwd = tmp_path / "cwd"
+    cwd.mkdir(exist_ok=True)
+    args = command("train.py", "-m", *tiny_args(tiny, *SHORT, f"run_dir={tmp_path / 'sweep'}", *more), ranks=ranks)
+    env = script_env(**({"RPO_CACHE": str(cache)} if cache else {}))
+    done = subprocess.run(args, env=env, cwd=cwd, capture_output=True, text=True, timeout=200)
+    assert not list(cwd.iterdir()), "a run litters the folder that it is started in"
+    return done
+
+
+def rows(folder):
+    """The table, read back from both files, which agree."""
+    table = json.loads((folder / "sweep.json").read_text())
+    with (folder / "sweep.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    text = [{k: "" if v is None else str(v) for k, v in row.items()} for row in table]
+    assert [{k: v for k, v in line.items() if k in row} for line, row in zip(lines, text, strict=True)] == text
+    return table
+
+
+@pytest.fixture(scope="module")
+def grid(tiny, tmp_path_factory):
+    """A 3 x 4 sweep over beta and eta from an empty cache: its folder's parent, and the finished process."""
+    base = tmp_path_factory.mktemp("grid")
+    return base, sweep(tiny, base, *GRID, "loss.beta=0.02,0.1,0.5", "loss.eta=0,0.02,0.1,0.5", cache=base / "cache")
+
+
+def test_a_grid_becomes_a_table(grid):
+    """beta x eta makes twelve numbered runs, a row each with its overrides and last evaluation, and a heat map."""
+    base, done = grid
+    assert done.returncode == 0, done.stderr[-2000:]
+    folder = base / "sweep"
+    table = rows(folder)
+    cells = [(row["cell"], row["loss"], row["loss.beta"], row["loss.eta"], row["state"], row["step"]) for row in table]
+    expected = [(beta, eta) for beta in ("0.02", "0.1", "0.5") for eta in ("0", "0.02", "0.1", "0.5")]
+    assert cells == [(i, "rpo_sum", *expected[i], "finished", 3) for i in range(12)]
+    for row in table:
+        run = folder / str(row["cell"])
+        last = log.read_jsonl(run / "metrics.jsonl")[-1]
+        assert last["split"] == "eval" and row["eval/loss"] == last["loss"]
+        assert row["eval/shift/chosen"] == last["shift/chosen"]
+        assert (run / "model/model.safetensors").exists()
+        assert f"beta: {row['loss.beta']}" in (run / "config.yaml").read_text()
+    assert len({row["eval/loss"] for row in table}) == 12
+    assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cells_share_one_reference_pass_and_nothing_else(tiny, grid, tmp_path):
+    """Twelve cells score the reference once; the last logs, samples and saves, bit for bit, what a process of its own does."""
+    base, done = grid
+    assert [line for line in done.stdout.splitlines() if line.startswith("reference:")] == [
+        "reference: scored 40 of 40 train pairs, 0 from the cache",
+        "reference: scored 12 of 12 eval pairs, 0 from the cache",
+    ]
+    alone = [*tiny_args(tiny, *SHORT, *GRID), "loss.beta=0.5", "loss.eta=0.5", f"run_dir={tmp_path / 'alone'}"]
+    env = script_env(RPO_CACHE=str(base / "cache"))
+    done = subprocess.run(command("train.py", *alone), env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "reference: all 40 train pairs from the cache" in done.stdout
+    folders = base / "sweep/11", tmp_path / "alone"
+    cell, fresh = ([facts(event) for event in log.read_jsonl(folder / "metrics.jsonl")] for folder in folders)
+    assert cell == fresh and len(cell) == 5
+    for name in ("samples.jsonl", "model/model.safetensors"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_what_a_failed_cell_leaves_is_not_kept(monkeypatch):
+    """A cell that breaks off between micro-batches leaves gradients on the shared model: the next makes its own."""
+    monkeypatch.setattr(sweep_module, "in_sweep", lambda: True)
+    monkeypatch.setattr(sweep_module, "_record_failure", lambda reason: None)
+    kept = [sweep_module.once("policy", "key", object) for _ in range(2)]
+    assert kept[0] is kept[1]
+
+    def breaks_off():
+        raise RuntimeError("out of memory")
+
+    sweep_module.run_job(breaks_off)
+    assert sweep_module.once("policy", "key", object) is not kept[0]
+    sweep_module._KEPT.clear()
+
+
+def facts(event):
+    """An event without what the clock says."""
+    return {name: value for name, value in event.items() if name != "time" and not name.startswith("perf/")}
+
+
+def test_a_folder_with_a_sweep_is_refused(tiny, grid):
+    """A second sweep into the same folder ends before its first cell, and the first's table stays."""
+    base, _ = grid
+    folder = base / "sweep"
+    table = rows(folder)
+    again = sweep(tiny, base, "loss.beta=0.02,0.1")
+    assert again.returncode == 2
+    assert (
+        again.stderr
+        == f"error: run_dir={folder}: holds a sweep of other cells; give its command again, or another run_dir\n"
+    )
+    assert rows(folder) == table
+
+
+def test_a_failed_cell_is_a_row(tiny, tmp_path):
+    """A cell whose data is missing is a row with its reason; the others finish; the exit code is 1."""
+    done = sweep(tiny, tmp_path, f"data.train={tmp_path / 'MISSING.jsonl'},{tiny / 'train.jsonl.gz'}", "data.eval=null")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    failed, finished = rows(tmp_path / "sweep")
+    assert (failed["state"], finished["state"]) == ("failed", "finished")
+    assert "MISSING.jsonl: no such file" in failed["reason"]
+    assert finished["train/loss"] > 0  # without held-out data, the last training line
+    status = json.loads((tmp_path / "sweep/0/status.json").read_text())
+    assert status["state"] == "failed" and status["reason"] == failed["reason"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "code", "message"),
+    [
+        ("loss.beta=0.02,-1", 2, r"error: loss.beta=-1.0: expected > 0"),
+        ("loss=dpo,nosuch", 1, r"error: In 'train': Could not find 'loss/nosuch'"),
+    ],
+)
+def test_a_bad_later_cell_stops_the_sweep_before_the_first(bad, code, message, tiny, tmp_path):
+    """All cells are checked first: a bad value (ours: 2) or group (Hydra's: 1) in a later one leaves nothing behind."""
+    done = sweep(tiny, tmp_path, bad)
+    assert done.returncode == code
+    assert done.stderr.startswith(message) and "Warning" not in done.stderr
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_under_torchrun(tiny, tmp_path):
+    """Two ranks agree on one folder and keep their group from cell to cell, past a cell whose data rank 0 refuses."""
+    done = sweep(tiny, tmp_path, "loss=rpo_avg", "data.max_length=3,128", ranks=2)
+    assert done.returncode == 1, done.stderr[-2000:]
+    failed, finished = rows(tmp_path / "sweep")
+    assert failed["state"] == "failed" and "data.max_length=3" in failed["reason"]
+    assert (finished["state"], finished["step"]) == ("finished", 3)
+    run = tmp_path / "sweep/1"
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 2
+    assert len(log.read_jsonl(run / "metrics.jsonl")) == 2 + 3
+    assert (tmp_path / "sweep/sweep.png").exists()

@@ -1,0 +1,42 @@
+"""The scorer of GSM8K against answers whose verdicts are published, and against the harness's rules by hand."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from rpo.evals import gsm8k
+
+PUBLISHED = {"6b_finetuning": 21.68, "6b_verification": 39.04, "175b_finetuning": 34.72, "175b_verification": 56.25}
+
+
+@pytest.mark.skipif("RPO_TEST_DATA" not in os.environ, reason="RPO_TEST_DATA: no folder with gsm8k/ given")
+@pytest.mark.parametrize("model", PUBLISHED)
+@pytest.mark.parametrize("rule", [lambda text: gsm8k.strict(text, "\nA:"), gsm8k.flexible], ids=["strict", "flexible"])
+def test_published_verdicts(model, rule):
+    """Both rules give the accuracy of the four published sets of 1,319 solutions, each verdict as it was."""
+    with gzip.open(Path(os.environ["RPO_TEST_DATA"]) / "gsm8k/example_model_solutions.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    right = [gsm8k.same(rule(row[model]["solution"]), rule(row["ground_truth"])) for row in rows]
+    assert len(rows) == 1319 and right == [row[model]["is_correct"] for row in rows]
+    assert abs(100 * sum(right) / len(rows) - PUBLISHED[model]) < 0.01
+
+
+def test_rules():
+    """strict is what stands after the first ####, flexible the last number there is; neither is found where there is none."""
+    text = "He had 12, then #### 1,200. and #### 7 or $3.50"
+    assert gsm8k.strict(text) == "1,200." and gsm8k.flexible(text) == "$3.50"
+    assert gsm8k.strict("A: 4") is None and gsm8k.strict("\nA: -4", "A:") == "-4"
+    assert gsm8k.flexible("none") is None and gsm8k.flexible("so -5 it is") == "-5"
+    assert gsm8k.strict("####18") is None  # as the harness: the space belongs to it
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "right"),
+    [("1,200", "1200", True), ("$18", "18", True), ("18.", "18", True), ("18.0", "18", False), (None, "18", False)],
+)
+def test_same(answer, target, right):
+    """Commas, $ and one dot at the end are no difference; anything else is, as the harness has it."""
+    assert gsm8k.same(answer, target) == right

@@ -1,0 +1,318 @@
+"""task=judge_check: what it says of judges whose accuracy, bias and steadiness are known by their making."""
+
+import json
+import math
+import threading
+from dataclasses import replace
+
+import pytest
+
+from rpo.errors import UserError
+from rpo.evals import results
+from rpo.judging import judge
+from rpo.judging.client import Reply
+from rpo.tasks import judge_check
+from tests.helpers.judge_server import JudgeServer, slow, status, text, truncated
+from tests.helpers.rows import write_jsonl
+from tests.helpers.runs import settings
+
+PAIRS = [
+    {
+        "prompt": f"question {i % 8}",
+        "chosen": f"good {i}" + " x" * (i % 3),
+        "rejected": f"bad {i}" + " y" * ((i + 1) % 3),
+    }
+    for i in range(12)
+]  # eight prompts; the chosen answer is longer for some, shorter for some
+GAPS = [len(pair["chosen"]) - len(pair["rejected"]) for pair in PAIRS]
+
+
+def said(text="", error=None, **more):
+    values = {"top_logprobs": None, "finish_reason": "stop", "input_tokens": 9, "output_tokens": 2, "model": "it"}
+    return Reply(text=text, error=error, **(values | more))
+
+
+def first_is_good(request):
+    content = request.messages[-1]["content"]
+    return content.index("good ") < content.index("bad ")
+
+
+def asker(letter):
+    """A judge in words: `letter(request)` is its verdict, None for a reply without one."""
+
+    def ask(requests):
+        given = [letter(request) for request in requests]
+        return [said("I can not tell." if given is None else f"So: [[{given}]]") for given in given]
+
+    return ask
+
+
+def right(request):
+    return "A" if first_is_good(request) else "B"
+
+
+@pytest.fixture
+def cfg(tmp_path, group):
+    """Settings with 12 pairs, a judge in words."""
+    file = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    how = ("task=judge_check", "judge.model=it", "judge.base_url=http://127.0.0.1:9/v1", "judge.verdict=text")
+    return settings(*how, f"data.eval={file}", name="eval")
+
+
+def values(made, model="it"):
+    return {name: cell["value"] for name, cell in made.models[model].items()}
+
+
+def check(cfg, ask, tmp_path, **expected):
+    made = judge_check.evaluate(cfg, ask, run_dir=tmp_path)
+    found = values(made)
+    assert {name: found[name.replace("__", "/")] for name in expected} == pytest.approx(expected)
+    return made
+
+
+def test_a_judge_that_is_right(cfg, tmp_path):
+    """Accurate, steady, the same in both orders; the longer answer as often as it is the chosen one; 12 pairs x 2 orders x 2
+    repeats in 8 clusters."""
+    gaps = [gap for gap in GAPS if gap]
+    share = sum(gap > 0 for gap in gaps) / len(gaps)
+    perfect = {"accuracy": 1, "swap_agreement": 1, "stability": 1, "first_position": 0.5}
+    perfect |= {"longer_preferred": share, "longer_chosen": share}
+    made = check(cfg, asker(right), tmp_path, **perfect)
+    cells = made.models["it"]
+    assert (cells["accuracy"]["n"], cells["swap_agreement"]["n"], cells["stability"]["n"]) == (48, 24, 24)
+    assert len({sample["id"] for sample in made.samples}) == 48
+    assert len({sample["cluster"] for sample in made.samples}) == 8
+    assert (cells["longer_preferred"]["n"], cells["longer_chosen"]["n"]) == (4 * len(gaps), len(gaps))
+    assert made.facts["notes"] == []
+    assert (made.facts["verdict"], made.facts["judge"]["requests"]) == ("text", 48)
+    assert json.loads((tmp_path / "data_report.json").read_text())["kept"] == 12
+
+
+def test_a_judge_that_likes_the_first(cfg, tmp_path):
+    """Always A: right half of the time, in no pair the same in both orders, wholly biased for the position."""
+    biased = {"accuracy": 0.5, "swap_agreement": 0, "stability": 1, "first_position": 1, "longer_preferred": 0.5}
+    made = check(cfg, asker(lambda _: "A"), tmp_path, **biased)
+    assert made.facts["notes"][0].startswith("it: swap_agreement is 0%: on most items what this judge says changes")
+
+
+def test_a_judge_that_likes_length(cfg, tmp_path):
+    """The longer answer wins: accuracy is 1 where the chosen one is longer, 0 where shorter."""
+
+    def longer(request):
+        pair = next(
+            p
+            for p in PAIRS
+            if all(f"\n{p[side]}\n" in request.messages[-1]["content"] for side in ("chosen", "rejected"))
+        )
+        more = len(pair["chosen"]) - len(pair["rejected"])
+        return "C" if not more else "A" if (more > 0) == first_is_good(request) else "B"
+
+    assert any(gap > 0 for gap in GAPS) and any(gap < 0 for gap in GAPS)
+    by_length = {"accuracy__chosen_longer": 1, "accuracy__chosen_shorter": 0, "swap_agreement": 1}
+    check(cfg, asker(longer), tmp_path, **by_length, longer_preferred=1)
+
+
+def test_a_judge_of_moods(cfg, tmp_path):
+    """Right at first, a tie at the repeat: accuracy 3/4, never stable, yet both orders agree; ties prefer no length."""
+    mood = asker(lambda request: right(request) if request.repeat == 0 else "C")
+    share = sum(gap > 0 for gap in GAPS) / len(GAPS)
+    expected = {"accuracy": 0.75, "stability": 0, "swap_agreement": 1, "first_position": 0.5, "longer_preferred": share}
+    made = check(cfg, mood, tmp_path, **expected)
+    assert made.models["it"]["longer_preferred"]["n"] == 24
+
+
+def test_one_repeat_measures_no_stability(cfg, tmp_path):
+    """task.repeats=1 asks 24 times and has no such metric; 3 repeats compare three pairs of them."""
+    once = judge_check.evaluate(replace(cfg, task=replace(cfg.task, repeats=1)), asker(right), run_dir=tmp_path)
+    assert once.models["it"]["accuracy"]["n"] == 24 and "stability" not in once.models["it"]
+    thrice = replace(cfg, task=replace(cfg.task, repeats=3))
+    check(thrice, asker(lambda r: right(r) if r.repeat < 2 else "C"), tmp_path, stability=1 / 3)
+
+
+def test_errors_are_counted_and_in_no_mean(cfg, tmp_path):
+    """One reply without a verdict and one request that failed: two judgments, their two pairs of orders and repeats."""
+
+    def ask(requests):
+        replies = asker(right)(requests)
+        replies[0], replies[7] = said("No."), said(error="HTTP 400: too long")
+        return replies
+
+    made = check(cfg, ask, tmp_path, accuracy=1)
+    cells = made.models["it"]
+    assert {
+        name: (cells[name]["n"], cells[name]["n_error"]) for name in ("accuracy", "swap_agreement", "stability")
+    } == {
+        "accuracy": (46, 2),
+        "swap_agreement": (22, 2),
+        "stability": (22, 2),
+    }
+    failed = [sample for sample in made.samples if sample["error"]]
+    assert {sample["error"] for sample in failed} == {
+        "no [[A]], [[B]] or [[C]] in the judge's reply",
+        "HTTP 400: too long",
+    }
+    assert all(sample["scores"] == {} for sample in failed)
+
+
+def test_a_judge_that_gives_log_probs(cfg, tmp_path):
+    """verdict=auto finds them on the first pair; the first answer's probability is the score, a vote where above half."""
+    seen = []
+
+    def ask(requests):
+        seen.append(len(requests))
+        likely = {True: {"A": math.log(0.6), " B": math.log(0.2)}, False: {"A": math.log(0.3), "B": math.log(0.1)}}
+        return [said("A", top_logprobs=likely[first_is_good(request)]) for request in requests]
+
+    auto = replace(cfg, judge=replace(cfg.judge, verdict="auto"))
+    made = check(auto, ask, tmp_path, accuracy=0.5, swap_agreement=0, first_position=0.75)
+    assert made.facts["verdict"] == "logprobs" and seen == [2, 48]
+    check(auto, asker(right), tmp_path, accuracy=1)  # a server without them
+
+
+def test_stored_judgments_give_the_same_again(cfg, tmp_path, capsys):
+    """annotations= of its own samples.jsonl: equal cells and samples, no judge; two judges are two columns."""
+    noisy = asker(lambda request: None if "bad 5" in str(request.messages) and request.repeat else right(request))
+    made = judge_check.evaluate(cfg, noisy, run_dir=tmp_path)
+    results.write(tmp_path, cfg, made)
+    stored = replace(cfg, annotations=str(tmp_path / "samples.jsonl"))
+    again = judge_check.evaluate(stored, None, run_dir=tmp_path)
+    assert again.models == made.models and again.samples == made.samples
+    other = tmp_path / "other.jsonl"
+    other.write_text((tmp_path / "samples.jsonl").read_text().replace('"model": "it"', '"model": "other"'))
+    both = judge_check.evaluate(replace(stored, annotations=[stored.annotations, str(other)]), None, run_dir=tmp_path)
+    assert both.models["other"] == both.models["it"] == made.models["it"]
+    few = judge_check.evaluate(replace(stored, task=replace(cfg.task, limit=3)), None, run_dir=tmp_path)
+    assert few.models["it"]["accuracy"]["n"] == 12
+
+
+def test_against_a_server(cfg, tmp_path):
+    """From settings to samples over HTTP; the same judge again costs nothing."""
+    with JudgeServer(answer=lambda body: "[[A]]" if "good" in body["messages"][-1]["content"] else "[[B]]") as host:
+        how = replace(cfg.judge, base_url=host.url, concurrency=4)
+
+        def ask(requests):
+            return judge.ask(requests, how, tmp_path / "cache")
+
+        first = judge_check.evaluate(replace(cfg, judge=how), ask, run_dir=tmp_path)
+        assert host.tried == 48
+        again = judge_check.evaluate(replace(cfg, judge=how), ask, run_dir=tmp_path)
+        assert host.tried == 48
+    assert values(first)["first_position"] == 1.0
+    assert again.models == first.models and again.samples == first.samples
+    assert (first.facts["judge"]["cached"], again.facts["judge"]["cached"]) == (0, 48)
+
+
+def test_a_server_on_a_bad_day_changes_nothing(cfg, tmp_path, monkeypatch):
+    """Errors of all kinds, and a death midway: the table is the undisturbed one, and no reply is paid for twice."""
+    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(judge, "LONGEST_WAIT", 0.1)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    cfg = replace(cfg, task=replace(cfg.task, repeats=1))
+    host = JudgeServer(logprobs=False).start()
+    how = replace(cfg.judge, base_url=host.url, retries=100, verdict="auto", timeout=2.0)
+
+    def measured(cache):
+        asked = replace(cfg, judge=how)
+        return judge_check.evaluate(asked, lambda some: judge.ask(some, how, tmp_path / cache), run_dir=tmp_path)
+
+    calm = measured("calm")
+    host.delivered.clear()
+    bad = [
+        status(429),
+        status(429, headers={"Retry-After": "0.02"}),
+        status(500),
+        status(503),
+        slow(0.8),
+        text("{"),
+        truncated,
+    ]
+    start = host.tried
+
+    def mishap(number, body):
+        if number == start + 20:
+            host.die()
+            threading.Timer(0.3, host.start).start()
+        if number == start + 10:
+            return slow(20)
+        return bad[number % 16] if number % 16 < len(bad) else None
+
+    host.mishap = mishap
+    stormy = measured("stormy")
+    with host.lock:
+        host.die()
+    assert host.tried - start > 40
+    assert (stormy.models, stormy.samples) == (calm.models, calm.samples)
+    assert set(host.delivered.values()) == {1} and len(host.delivered) == 24 + 2  # and the trial of log-probs
+
+
+def test_pairs_of_every_form(cfg, tmp_path):
+    """Messages and transcripts are read as training reads them; repeats and empty answers are left out and counted."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"q {i}"}], "chosen": f"good {i}", "rejected": f"bad {i}"}
+        for i in range(30)
+    ]
+    rows += [{"chosen": "\n\nHuman: h\n\nAssistant: good", "rejected": "\n\nHuman: h\n\nAssistant: bad"}]
+    rows += [rows[0], {"prompt": "empty", "chosen": "good", "rejected": ""}]
+    data = replace(cfg.data, eval=str(write_jsonl(tmp_path / "forms.jsonl", rows)))
+    pairs, report = judge_check.labelled(data, None)
+    assert len(pairs) == 31 and pairs[-1][1:] == ("good", "bad")
+    assert {kind: entry["count"] for kind, entry in report["dropped"].items()} == {"repeated": 1, "uninformative": 1}
+
+
+BAD = {
+    "no pairs": ({"prompt": "p", "chosen": "c"}, r"bad.jsonl:1: field rejected"),
+    "no object": ([1], r"bad.jsonl:1: expected a JSON object"),
+    "calls": (
+        {"prompt": "p", "chosen": [{"role": "assistant", "content": None, "tool_calls": [{}]}], "rejected": "r"},
+        "bad.jsonl:1: ",
+    ),
+    "equal": ({"prompt": "p", "chosen": "same", "rejected": "same"}, "1 of 1 rows have an empty response or two equal"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_pairs(cfg, tmp_path, name):
+    """One line with file and line number; nobody is asked."""
+    row, message = BAD[name]
+    data = replace(cfg.data, eval=str(write_jsonl(tmp_path / "bad.jsonl", [row])))
+    with pytest.raises(UserError, match=message):
+        judge_check.evaluate(replace(cfg, data=data), None, run_dir=tmp_path)
+
+
+def test_bad_annotations(cfg, tmp_path):
+    """Lines of another form, a judgment twice, and none at all."""
+    made = judge_check.evaluate(cfg, asker(right), run_dir=tmp_path)
+    good = made.samples[0]
+    for rows, message in (
+        ([], "no judgments there"),
+        ([{"g1_winner": "x"}], "stored.jsonl:1: is no judgment of task=judge_check"),
+        ([good | {"score": 2}], "is no judgment"),
+        ([good | {"score": None}], "is no judgment"),
+        ([good | {"shown_first": "A"}], "is no judgment"),
+        ([good, good], r"stored.jsonl:2: it's judgment .* is there already \(.*stored.jsonl:1\)"),
+    ):
+        stored = replace(cfg, annotations=str(write_jsonl(tmp_path / "stored.jsonl", rows)))
+        with pytest.raises(UserError, match=message):
+            judge_check.evaluate(stored, None, run_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["judge.model=it"], "data.eval=None, annotations=None with task=judge_check"),
+        (["annotations=a.jsonl", "data.eval=b.jsonl"], "data.eval=b.jsonl, annotations=a.jsonl"),
+        (["annotations=a.jsonl", "task.prompts=p.jsonl"], "task.prompts=p.jsonl with annotations"),
+        (["judge.model=it", "data.eval=b", "task.prompts=p", "judge.verdict=logprobs"], "judge.verdict=logprobs with"),
+        (["judge.model=it", "data.eval=b", "task.repeats=0"], "task.repeats=0: expected at least 1"),
+        (["judge.model=it", "data.eval=b", "judge.base_url=localhost:8000/v1"], "expected http:// or https://"),
+        (["judge.model=it", "data.eval=b", "judge.base_url=http://a/v1/chat/completions"], "before /chat/completions"),
+        (["judge.model=it", "data.eval=b", "judge.timeout=inf"], "judge.timeout=inf"),
+        (["judge.model=it", "data.eval=b", "judge.max_cost=1"], "judge.max_cost=1 without judge.price_in"),
+        (["judge.model=it", "data.eval=b", "judge.api_key_env=sk-not-a-name"], "judge.api_key_env: expected the name"),
+    ],
+)
+def test_settings_that_contradict_each_other(more, message):
+    """One line names the keys; a key in the place of its variable's name is not shown."""
+    with pytest.raises(UserError, match=message) as caught:
+        settings("task=judge_check", *more, name="eval")
+    assert "sk-not" not in str(caught.value)

@@ -1,0 +1,336 @@
+"""rpo.training.meter: means against plain numpy, FLOPs by hand, wandb's mode and file, and names as docs/METRICS.md has them."""
+
+import json
+import math
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import wandb
+
+from rpo import config
+from rpo.config import Gold, Wandb
+from rpo.data.tokenizer import encode_prompt
+from rpo.errors import UserError
+from rpo.evals.settings import GenerateTask
+from rpo.losses import PairLogps
+from rpo.model import divergence
+from rpo.model.sampling import Completion
+from rpo.runs import log
+from rpo.synthetic import grammar
+from rpo.synthetic.task import TEMPLATE, evaluate, word_tokenizer
+from rpo.tasks import generate, overopt, pairs
+from rpo.training.meter import (
+    GOLD,
+    GRADIENT_SPLIT,
+    PER_CHOSEN_TOKEN,
+    PER_PAIR_PREFERENCE,
+    PER_PAIR_SUPERVISED,
+    TRAIN_ONLY,
+    Meter,
+    ModelSize,
+    performance,
+)
+from tests.helpers.models import make_lm, prepared
+from tests.helpers.rows import LENGTHS, make_rows, make_tokenizer
+from tests.helpers.runs import ROOT, settings, tiny_args
+from tests.helpers.wandb_file import history_of, key_of, read_wandb
+from train import train
+
+BETA, FLOOR = 0.3, 0.01
+ALWAYS = {*PER_PAIR_SUPERVISED, *PER_PAIR_PREFERENCE, *PER_CHOSEN_TOKEN}
+
+
+# ---- the meter
+
+
+def random_pairs(count, seed):
+    """Pairs with exact ties, and falls of the chosen response on both sides of the noise floor."""
+    rng = np.random.default_rng(seed)
+    tokens_chosen, tokens_rejected = rng.integers(1, 30, size=(2, count))
+    ref_chosen, ref_rejected = -rng.exponential(20, size=(2, count))
+    shift, shift_rejected = rng.normal(size=(2, count))
+    shift[::5] = -0.5 * FLOOR * tokens_chosen[::5]  # a fall within rounding
+    shift[1::5] = -2 * FLOOR * tokens_chosen[1::5]  # one beyond
+    columns = [ref_chosen + shift, ref_rejected + shift_rejected, ref_chosen, ref_rejected]
+    for column in columns:
+        column[2::5] = -8.0  # ties at zero
+    return PairLogps(*map(torch.from_numpy, [*columns, tokens_chosen, tokens_rejected])), rng.random((2, count))
+
+
+def test_preference_means(group):
+    """Every metric over three batches, one of them of weight 0, equals plain numpy on the other two; reading empties."""
+    meter = Meter(group, preference=True, beta=BETA, noise_floor=FLOOR)
+    batches = [random_pairs(count, seed) for seed, count in enumerate((5, 20, 11))]
+    for (batch, terms), weight in zip(batches, (1.0, 0.0, 1.0), strict=True):
+        meter.add(batch, *map(torch.from_numpy, terms), weight)
+    values = meter.read()
+
+    counted = [batches[0], batches[2]]
+    preference, sft = np.concatenate([terms for _, terms in counted], axis=1)
+    names = ("chosen_P", "rejected_P", "ref_chosen_P", "ref_rejected_P", "tokens_chosen_P")
+    chosen, rejected, ref_chosen, ref_rejected, num_tokens = (
+        np.concatenate([getattr(batch, name).numpy() for batch, _ in counted]) for name in names
+    )
+    shift, shift_rejected = chosen - ref_chosen, rejected - ref_rejected
+    margin = shift - shift_rejected
+    assert (margin == 0).any()
+    expected = {
+        "loss": preference.mean() + sft.mean(),
+        "loss/preference": preference.mean(),
+        "loss/sft": sft.mean(),
+        "logps/chosen": chosen.mean(),
+        "logps/rejected": rejected.mean(),
+        "rewards/chosen": BETA * shift.mean(),
+        "rewards/rejected": BETA * shift_rejected.mean(),
+        "rewards/margins": BETA * margin.mean(),
+        "rewards/accuracies": np.where(margin == 0, 0.5, margin > 0).mean(),
+        "shift/chosen": shift.mean(),
+        "shift/rejected": shift_rejected.mean(),
+        "displacement_rate": np.mean([s / n < -FLOOR for s, n in zip(shift, num_tokens, strict=True)]),
+        "nll/chosen": -chosen.sum() / num_tokens.sum(),
+        "shift_per_token/chosen": shift.sum() / num_tokens.sum(),
+    }
+    assert values == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(AssertionError, match="without a pair"):
+        meter.read()
+
+
+def test_a_fall_within_rounding_is_no_displacement(group):
+    """At zero noise floor every fall counts, at a larger one only those beyond it per token."""
+    batch = PairLogps(
+        *(torch.tensor(x) for x in ([-1.0, -1.2, -0.9], [-1.0] * 3, [-1.0] * 3, [-1.0] * 3, [4] * 3, [4] * 3))
+    )
+    for floor, share in ((0.0, 1 / 3), (0.04, 1 / 3), (0.06, 0.0)):
+        meter = Meter(group, preference=True, beta=1.0, noise_floor=floor)
+        meter.add(batch, torch.zeros(3), torch.zeros(3))
+        assert meter.read()["displacement_rate"] == pytest.approx(share)
+
+
+def test_supervised_means(group):
+    """Rows without a rejected side have the losses, the chosen log-prob and its NLL per token, and nothing else."""
+    batch, (preference, sft) = random_pairs(9, seed=3)
+    alone = replace(batch, rejected_P=None, ref_chosen_P=None, ref_rejected_P=None, tokens_rejected_P=None)
+    meter = Meter(group, preference=False, beta=BETA, noise_floor=FLOOR)
+    meter.add(alone, torch.zeros(9, dtype=torch.float64), torch.from_numpy(sft))
+    chosen, num_tokens = batch.chosen_P.numpy(), batch.tokens_chosen_P.numpy()
+    expected = {"loss": sft.mean(), "loss/preference": 0, "loss/sft": sft.mean(), "logps/chosen": chosen.mean()}
+    assert meter.read() == pytest.approx(expected | {"nll/chosen": -chosen.sum() / num_tokens.sum()})
+
+
+# ---- speed
+
+
+def test_step_flops_by_hand():
+    """Two pairs (P, C, R) = (3, 2, 4) and (1, 1, 1): unique 12, scored 8, visible 37 + 5 query-key pairs."""
+    size = ModelSize(trunk=10, head=7, layers=2, attention_width=5)
+    lengths = (np.array(column, dtype=np.int32) for column in ((3, 1), (2, 1), (4, 1)))
+    assert size.step_flops(*lengths) == 6 * (10 * 12 + 7 * 8) + 12 * 2 * 5 * 42
+
+
+def test_step_flops_counts_visible_tokens():
+    """Without trunk and head, FLOPs are 12 per layer, unit of width and entry of a mask drawn out entry by entry."""
+    P, C, R = 4, 3, 5
+    owner = [0] * P + [1] * C + [2] * R  # prompt, chosen, rejected
+    seen = sum(owner[k] in (0, owner[q]) for q in range(P + C + R) for k in range(q + 1))
+    size = ModelSize(trunk=0, head=0, layers=1, attention_width=1)
+    assert size.step_flops(np.array([P]), np.array([C]), np.array([R])) == 12 * seen
+
+
+def test_performance_on_a_cpu():
+    """Rates by their names, no MFU (a CPU has no known peak), and this process's peak memory in GiB."""
+    rates = {"pairs_per_second": 3.0, "tokens_per_second": 4.0, "mfu": 1e9}
+    values = performance(rates, torch.device("cpu"), 1)
+    assert 0.1 < values.pop("perf/memory_gib") < 100
+    assert values == {"perf/pairs_per_second": 3.0, "perf/tokens_per_second": 4.0}
+
+
+# ---- wandb
+
+
+def wandb_of(mode):
+    return Wandb(mode=mode, project="rpo", group=None)
+
+
+@pytest.mark.parametrize("mode", ["disabled", "offline"])
+def test_wandb_mode_is_taken_at_its_word(mode, monkeypatch):
+    """disabled and offline are what they say, with a key or without."""
+    assert log.wandb_mode(wandb_of(mode)) == mode
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert log.wandb_mode(wandb_of(mode)) == mode
+
+
+def test_wandb_mode_without_a_key():
+    """auto is offline and never asks; online is one line that names the fix."""
+    assert log.wandb_mode(wandb_of("auto")) == "offline"
+    with pytest.raises(UserError, match="wandb.mode=online: no API key .*wandb.mode=offline"):
+        log.wandb_mode(wandb_of("online"))
+
+
+def test_wandb_mode_with_a_key(monkeypatch, tmp_path):
+    """A key in the environment or in netrc, for the very host, makes auto online."""
+    (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'k' * 40}\n")
+    (tmp_path / "other").write_text(f"machine example.org login user password {'k' * 40}\n")
+    for name, value, expected in (
+        ("WANDB_API_KEY", "k" * 40, "online"),
+        ("NETRC", str(tmp_path / "netrc"), "online"),
+        ("NETRC", str(tmp_path / "other"), "offline"),
+        ("NETRC", str(tmp_path / "absent"), "offline"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert log.wandb_mode(wandb_of("auto")) == expected, (name, value)
+    monkeypatch.setenv("NETRC", str(tmp_path / "other"))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://example.org/wandb")
+    assert log.wandb_mode(wandb_of("online")) == "online"
+
+
+def test_offline_run_is_all_there(tiny, tmp_path):
+    """A run's .wandb file has every event of metrics.jsonl under its split's prefix, the pairs axis, group and config."""
+    run_dir = tmp_path / "run"
+    args = ["wandb.mode=offline", "wandb.group=sweep-7", "loss=rpo_sum", "batch_size=8", "max_steps=3", "log_every=1"]
+    cfg = settings(*tiny_args(tiny), *args, "eval_every=2", "sample_every=3", f"run_dir={run_dir}")
+    train(cfg)
+    wandb.teardown()  # waits until the file is written
+    (path,) = (run_dir / "wandb").glob("offline-run-*/*.wandb")
+    records, history = list(read_wandb(path)), history_of(path)
+    events = log.read_jsonl(run_dir / "metrics.jsonl")
+    names = {split: set() for split in ("train", "eval")}
+    for event in events:
+        split, step, num_pairs = (event.pop(key) for key in ("split", "step", "pairs"))
+        event.pop("time")
+        names[split] |= set(event)
+        expected = {"pairs": num_pairs, "step": step} | {f"{split}/{name}": value for name, value in event.items()}
+        assert any(expected.items() <= row.items() for row in history), (split, step)
+    assert names["eval"] == ALWAYS
+    assert names["train"] == ALWAYS | set(TRAIN_ONLY) - {"perf/mfu"}
+    assert sum(row.get("samples/_type") == "table-file" for row in history) == 2, "tables at step 0 and at the end"
+
+    axes = {r.metric.name or r.metric.glob_name: r.metric.step_metric for r in records if r.HasField("metric")}
+    assert axes == {"pairs": "", "*": "pairs"}
+    (run,) = (record.run for record in records if record.HasField("run"))
+    assert (run.project, run.run_group, run.display_name) == ("rpo", "sweep-7", "sweep-7/run")
+    stored = {key_of(item): json.loads(item.value_json) for item in run.config.update}
+    resolved = config.to_dict(cfg)
+    assert {key: stored[key] for key in resolved} == resolved
+    assert stored["loss"]["eta"] == cfg.loss.eta and math.isclose(stored["optim"]["lr"], 1e-3)
+
+
+# ---- the two lists of names
+
+
+def documented(text):
+    """The names in the first columns of a page's tables."""
+    return re.findall(r"^\| `([^`]+)` \|", text, flags=re.MULTILINE)
+
+
+def test_docs_and_code_have_the_same_names(group):
+    """docs/METRICS.md's tables have, once each, exactly what the loop, the gold evaluation and eval.py's tasks report."""
+    page = (ROOT / "docs" / "METRICS.md").read_text()
+    training, evaluation = page.split("\n## `eval.py`\n")
+    of_training = ALWAYS | {*TRAIN_ONLY, *GRADIENT_SPLIT, *GOLD}
+    assert sorted(documented(training)) == sorted(of_training)
+
+    where = {"device": group, "seed": 0}
+    policy = prepared(make_lm(), group)
+    on_pairs, _ = pairs.evaluate(
+        policy, policy, make_rows(LENGTHS, vocab_size=40), beta=0.1, noise_floor=0.0, tokens_per_microbatch=999, **where
+    )
+    task = GenerateTask(
+        kind="generate",
+        limit=None,
+        samples=1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=3,
+        batch_size=2,
+    )
+    made, _ = generate.evaluate(policy, make_tokenizer(), [[2, 5]], ["b"], ["here"], task, [3], **where)
+    asked = overopt.Questions(make_tokenizer(), [[2, 5]], ["b"], ["here"], None, None, None, [3], 128, "")
+    columns = {name: np.ones(1) for name in (*divergence.COLUMNS, "gold", "tokens", "ended")}
+    answered = overopt.Measured([Completion([5, 6, 7], True)], ["ba"], columns, None)
+    cfg = settings("task=overopt", "runs=R", "task.samples=1", name="eval")
+    along = overopt.point_of(answered, asked, cfg, beta=1.0, noise_floor=0.0)["metrics"]
+    of_eval = set(on_pairs) | set(made) | set(along)
+    assert sorted(documented(evaluation)) == sorted(of_eval - of_training)
+    shared = of_eval & of_training
+    assert shared <= set(re.findall(r"`([^`]+)`", evaluation)), "eval.py's part does not name all that it gives"
+
+
+def test_gold_names(group):
+    """What an evaluation of the embedded task measures is the list that the code and the page have."""
+    tokenizer = word_tokenizer(["<user>", "<assistant>", *grammar.vocabulary()], TEMPLATE)
+    policy = prepared(make_lm(vocab_size=len(tokenizer)), group)
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": grammar.prompts()[0]}], "2024-01-01")
+    weights = Gold(pairs=0, eval_pairs=0, flip=0.0, hidden_weight=1.0, length_weight=0.0, samples=1, seed=0)
+    where = {"device": group, "seed": 0, "reshard": False}
+    values = evaluate(policy, policy, tokenizer, [prompt], [tokenizer.eos_token_id], weights, **where)
+    assert tuple(values) == GOLD
+
+
+def test_a_model_against_itself(group):
+    """No shift, accuracy one half by the tie rule, NLL ln 2, Brier 1/4, nothing displaced; the error is not zero."""
+    policy = prepared(make_lm(), group)
+    rows = make_rows(LENGTHS, vocab_size=40)
+    scoring = {"beta": 0.1, "noise_floor": 0.0, "tokens_per_microbatch": 999, "seed": 0}
+    result, samples = pairs.evaluate(policy, policy, rows, group, **scoring)
+    values = {name: cell["value"] for name, cell in result.items()}
+    assert values["rewards/accuracies"] == 0.5 and values["displacement_rate"] == values["shift/chosen"] == 0
+    assert values["nll/preference"] == pytest.approx(math.log(2)) and values["brier"] == 0.25
+    parts = [result[f"rewards/accuracies/{part}"]["n"] for part in ("chosen_longer", "chosen_shorter", "same_length")]
+    assert parts == [
+        sum(c > r for _, c, r in LENGTHS),
+        sum(c < r for _, c, r in LENGTHS),
+        sum(c == r for _, c, r in LENGTHS),
+    ]
+    assert len(samples) == len(LENGTHS)
+
+
+def test_calibration_error():
+    """Small for margins whose labels follow them, large for the same margins times five; certain and right is 0."""
+    rng = np.random.default_rng(0)
+    margin = rng.normal(scale=1.5, size=20_000)
+    right = rng.random(20_000) < 1 / (1 + np.exp(-np.abs(margin)))
+    observed = np.where(right, np.abs(margin), -np.abs(margin))
+    assert pairs.calibration_error(observed, 0) < 0.02
+    assert pairs.calibration_error(5 * observed, 0) > 0.1
+    assert pairs.calibration_error(np.full(100, 50.0), 0) < 1e-12
+
+
+def test_read_jsonl_keeps_order(tmp_path):
+    """Events come back in the order in which they were logged, with split, step, pairs and a time that never falls."""
+    with log.Writer(tmp_path, wandb_of("disabled"), {}, enabled=True) as writer:
+        for step in range(3):
+            writer.log("train", step, 8 * step, {"loss": 1.0 / (step + 1)})
+    events = log.read_jsonl(tmp_path / "metrics.jsonl")
+    assert [(e["split"], e["step"], e["pairs"], e["loss"]) for e in events] == [
+        ("train", 0, 0, 1.0),
+        ("train", 1, 8, 0.5),
+        ("train", 2, 16, 1 / 3),
+    ]
+    assert all(a["time"] <= b["time"] for a, b in pairwise(events))
+
+
+def test_an_unreachable_server_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    """auto goes on offline with one line where the server does not answer; online, asked for by name, is refused."""
+    started, init = [], wandb.init
+
+    def no_server(*args, mode, **kwargs):
+        started.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("Timed out after 20.0s")
+        return init(*args, mode="disabled", **kwargs)
+
+    monkeypatch.setattr(wandb, "init", no_server)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    with log.Writer(tmp_path, wandb_of("auto"), {}, enabled=True) as writer:
+        writer.log("train", 1, 8, {"loss": 1.0})
+    assert started == ["online", "offline"] and "this run is offline" in capsys.readouterr().out
+    with pytest.raises(UserError, match="wandb.mode=online: Timed out"):
+        log.Writer(tmp_path, wandb_of("online"), {}, enabled=True)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert log.wandb_mode(wandb_of("auto")) == "disabled"
