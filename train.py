@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from rpo import checks, config, dist, losses
+from rpo import config, dist, losses
 from rpo.config import Train
 from rpo.data import batch as data_batch
 from rpo.data import dataset, schedule
@@ -384,7 +384,7 @@ def _not_finite(step: int, rows: dataset.Rows, cfg: Train) -> str:
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(cfg) -> None:
     """One run, or one cell of a sweep; exit codes: 0 finished, 2 a user's error, 128 + signal interrupted, 1 all else."""
-    sweep.run_job(lambda: train(sweep.placed(checks.train_config(cfg))))
+    sweep.run_job(lambda: train(sweep.placed(config.train_config(cfg))))
 
 
 if __name__ == "__main__":

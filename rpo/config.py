@@ -1,35 +1,75 @@
-"""What can be set for a run: frozen dataclasses, filled once from Hydra's composed YAML and checked for types.
+"""What can be set for a run: frozen groups of keys, filled once from Hydra's composed YAML and checked.
 
-Values live in `conf/*.yaml` alone: no dataclass here has a default, so what a run used is what its
-`config.yaml` says. This is the only module that imports omegaconf, and only to convert: the library is usable
-without it.
+Types and ranges stand at the field; what two keys must not say together stands in the group that holds both. Values live in
+`conf/*.yaml` alone: no group has a default, so what a run used is what its `config.yaml` says. This is the only module
+that imports omegaconf, and only to convert: the library is usable without it.
 """
 
+import datetime
+import os
 import types
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Collection
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from rpo.errors import UserError
+import pydantic
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from rpo.errors import UserError, require
 from rpo.text import redacted
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
-@dataclass(frozen=True)
+# A group of keys. Strict: 1 is a number and 1.0 no integer, true is neither, "1" is a string.
+group = pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+
+Count = Annotated[int, Field(ge=1, description="at least 1")]
+Seed = Annotated[int, Field(ge=0, lt=2**31, description="0 or more, below 2^31")]
+Share = Annotated[float, Field(ge=0, le=1, description="a share, 0 to 1")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Every = Annotated[int, Field(ge=0, description="0 (never) or a number of steps")]
+# A key that may differ between two starts of one run: how long it is, what it writes and where, what a device has to hold.
+# The last changes a gradient's rounding and no more, as another number of ranks does.
+MAY_CHANGE = Field(json_schema_extra={"may_change": True})
+
+
+@group
 class Loss:
     preference: Literal["sigmoid", "ipo", "hinge", "none"]
     sft: Literal["none", "sum", "avg", "token"]
-    beta: float
-    eta: float
-    label_smoothing: float
+    beta: Annotated[Positive, Field(description="> 0; for pure supervised training use loss=sft")]
+    eta: Annotated[
+        float,
+        Field(ge=0, allow_inf_nan=False, description=">= 0; the SFT term is a penalty and is added, never subtracted"),
+    ]
+    label_smoothing: Annotated[
+        float, Field(ge=0, lt=0.5, description="0 <= e < 0.5, the share of labels believed flipped")
+    ]
     normalize: bool
 
+    @model_validator(mode="after")
+    def _check(self) -> "Loss":
+        require(
+            self.eta == 0 or self.sft != "none",
+            f"loss.eta={self.eta} with loss.sft=none: eta would do nothing; set loss.sft=sum|avg|token or loss.eta=0",
+        )
+        require(
+            self.preference != "none" or (self.sft != "none" and self.eta > 0),
+            f"loss.preference=none with loss.sft={self.sft}, loss.eta={self.eta}: nothing to train on; use loss=sft",
+        )
+        require(
+            self.label_smoothing == 0 or self.preference == "sigmoid",
+            f"loss.label_smoothing={self.label_smoothing} with loss.preference={self.preference}: "
+            "only sigmoid reads it; set it to 0",
+        )
+        return self
 
-@dataclass(frozen=True)
+
+@group
 class Model:
     path: str | None
     revision: str | None
@@ -39,86 +79,128 @@ class Model:
     dtype: Literal["auto", "bfloat16", "float32", "float64"]
 
 
-@dataclass(frozen=True)
+@group
 class Gold:
-    pairs: int
-    eval_pairs: int
-    flip: float
+    pairs: Count
+    eval_pairs: Count
+    flip: Annotated[float, Field(ge=0, lt=0.5, description="0 <= share < 0.5")]
     hidden_weight: float
     length_weight: float
-    samples: int
-    seed: int
+    samples: Count
+    seed: Seed
 
 
-@dataclass(frozen=True)
-class Data:
-    train: str | list[str]
-    eval: str | list[str] | None
+def is_date(value: str) -> str:
+    datetime.date.fromisoformat(value)
+    return value
+
+
+Files = Annotated[str | list[str], Field(min_length=1, description="a file, a list of files, or NAME:SPLIT")]
+Date = Annotated[str, pydantic.AfterValidator(is_date), Field(description="a date as YYYY-MM-DD")]
+
+
+@group
+class EvalData:
+    eval: Files | None
     revision: str | None
     chat_template: str | None
-    template_date: str
-    max_length: int
+    template_date: Date
+    max_length: Annotated[int, Field(ge=2, description="at least 2 tokens")]
     truncation: Literal["drop", "prompt_left", "response_right"]
     on_bad_row: Literal["error", "drop"]
+
+
+@group
+class Data(EvalData):
+    train: Files
     gold: Gold
 
+    @model_validator(mode="after")
+    def _check(self) -> "Data":
+        embedded = self.train == "gold"
+        require(
+            not embedded or self.eval in ("gold", None),
+            f"data.eval={self.eval} with data.train=gold: the embedded task is evaluated on its own prompts; "
+            "use data.eval=gold or null, or give data.train=FILE",
+        )
+        require(
+            not embedded or self.chat_template is None,
+            "data.chat_template with data.train=gold: the embedded task has its own template; set it to null",
+        )
+        require(
+            embedded or self.eval != "gold",
+            f"data.eval=gold with data.train={self.train}: give data.eval=FILE of your own, or data.eval=null",
+        )
+        return self
 
-@dataclass(frozen=True)
+
+@group
 class Reference:
     kind: Literal["cached", "live"]
     path: str | None
-    cache_dir: str
+    cache_dir: Annotated[str, MAY_CHANGE]
 
 
-@dataclass(frozen=True)
+@group
 class Layout:
     kind: Literal["auto", "packed", "padded"]
     attention: Literal["auto", "varlen", "flex", "sdpa"]
 
 
-@dataclass(frozen=True)
+_MOMENT = Annotated[float, Field(ge=0, lt=1)]
+
+
+@group
 class Optim:
-    lr: float | Literal["auto"]
-    warmup_ratio: float
+    lr: Annotated[float, Field(gt=0, description="auto or > 0")] | Literal["auto"]
+    warmup_ratio: Share
     schedule: Literal["constant", "linear", "cosine"]
-    min_lr_ratio: float
-    betas: list[float]
-    weight_decay: float
-    max_grad_norm: float
+    min_lr_ratio: Share
+    betas: Annotated[list[_MOMENT], Field(min_length=2, max_length=2, description="two numbers in [0, 1)")]
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0, description="> 0 (.inf: no clipping)")]
     state_dtype: Literal["float32", "bfloat16"]
 
 
-@dataclass(frozen=True)
+@group
 class Fsdp:
-    shard_degree: int | None
-    replicate_degree: int
+    shard_degree: Annotated[
+        Count | None, Field(description="null (all the ranks that replicate_degree leaves) or at least 1")
+    ]
+    replicate_degree: Annotated[Count, Field(description="at least 1 (1: no replicas)")]
     activation_checkpointing: Literal["none", "full", "selective"]
     reshard_after_forward: bool
     accumulate: Literal["unsharded", "sharded"]
     cpu_offload: bool
 
 
-@dataclass(frozen=True)
+@group
 class Checkpoint:
-    every: int
-    keep: int | Literal["all"]
-    best: str | None
+    every: Annotated[int, Field(ge=0, description="0 (none) or a number of steps")]
+    keep: Annotated[Count | Literal["all"], Field(description="all or at least 1")]
+    best: Annotated[
+        str | None,
+        Field(
+            pattern="^(min|max):",
+            description="min:METRIC or max:METRIC, one of data.eval's as docs/METRICS.md names them",
+        ),
+    ]
     blocking: bool
 
 
-@dataclass(frozen=True)
+@group
 class Log:
-    gradient_split: int
+    gradient_split: Annotated[int, Field(ge=0, description="0 (off) or a number of steps")]
 
 
-@dataclass(frozen=True)
+@group
 class Wandb:
     mode: Literal["auto", "disabled", "offline", "online"]
     project: str
     group: str | None
 
 
-@dataclass(frozen=True)
+@group
 class Train:
     loss: Loss
     model: Model
@@ -126,103 +208,132 @@ class Train:
     reference: Reference
     layout: Layout
     optim: Optim
-    fsdp: Fsdp
-    checkpoint: Checkpoint
-    log: Log
-    wandb: Wandb
-    seed: int
-    epochs: int
-    max_steps: int | None
-    batch_size: int
-    tokens_per_microbatch: int
+    fsdp: Annotated[Fsdp, MAY_CHANGE]
+    checkpoint: Annotated[Checkpoint, MAY_CHANGE]
+    log: Annotated[Log, MAY_CHANGE]
+    wandb: Annotated[Wandb, MAY_CHANGE]
+    seed: Seed
+    epochs: Annotated[Count, MAY_CHANGE]
+    max_steps: Annotated[Count | None, MAY_CHANGE]
+    batch_size: Count
+    tokens_per_microbatch: Annotated[Count, MAY_CHANGE]
     compile: bool
-    eval_every: int
-    sample_every: int
-    log_every: int
-    run_dir: str | None
-    resume: str
-    timeout: int
-    cache_dir: str
+    eval_every: Annotated[Every, MAY_CHANGE]
+    sample_every: Annotated[Every, MAY_CHANGE]
+    log_every: Annotated[Count, MAY_CHANGE]
+    run_dir: Annotated[str | None, MAY_CHANGE]
+    resume: Annotated[str, MAY_CHANGE]
+    timeout: Annotated[Count, MAY_CHANGE]
+    cache_dir: Annotated[str, MAY_CHANGE]
+
+    @model_validator(mode="after")
+    def _check(self) -> "Train":
+        self._check_best()
+        self._check_model()
+        split = self.log.gradient_split
+        require(
+            split % self.log_every == 0,
+            f"log.gradient_split={split} with log_every={self.log_every}: what it finds stands in those lines; make it a "
+            "multiple of log_every",
+        )
+        return self
+
+    def _check_best(self) -> None:
+        best, every = self.checkpoint.best, self.checkpoint.every
+        if best is None:
+            return
+        require(
+            self.data.eval is not None, f"checkpoint.best={best} with data.eval=null: nothing is there to choose by"
+        )
+        require(
+            every > 0 and self.eval_every > 0 and every % self.eval_every == 0,
+            f"checkpoint.best={best} with checkpoint.every={every}, eval_every={self.eval_every}: each checkpoint needs an "
+            "evaluation; make checkpoint.every a multiple of eval_every",
+        )
+
+    def _check_model(self) -> None:
+        model, train = self.model, self.data.train
+        require(
+            train != "gold" or model.architecture is not None,
+            "model.architecture=null with data.train=gold: the embedded task makes a model of that architecture; use "
+            "model=tiny, or give data.train=FILE",
+        )
+        require(
+            train == "gold" or model.path or (model.architecture and model.tokenizer),
+            f"model.path=null with data.train={train}: give model.path=DIR_OR_HUB_NAME, or "
+            "model.tokenizer=DIR to start model.architecture from random weights",
+        )
+        require(
+            model.path is not None or train == "gold" or self.loss.preference == "none" or self.reference.path,
+            "model.path=null with a preference loss: a policy with random weights has no reference; train it with "
+            "loss=sft first, or give reference.path",
+        )
 
 
-@dataclass(frozen=True)
-class EvalData:
-    eval: str | list[str] | None
-    revision: str | None
-    chat_template: str | None
-    template_date: str
-    max_length: int
-    truncation: Literal["drop", "prompt_left", "response_right"]
-    on_bad_row: Literal["error", "drop"]
+# ---- filling them
 
 
-def _describe(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "|".join(map(str, args))
-    if origin is types.UnionType or origin is typing.Union:
-        return " or ".join("null" if arg is types.NoneType else _describe(arg) for arg in args)
-    if origin in (list, dict):
-        return "a list" if origin is list else "a mapping"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a string"}[hint]
+def build(cls: Any, node: Any, key: str = "", **built: Any) -> Any:
+    """`cls` filled from the mapping `node`; UserError names the first key that is absent, unknown or not what it should be.
 
-
-def _matches(hint: Any, value: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return isinstance(value, str) and value in args
-    if origin is types.UnionType or origin is typing.Union:
-        return any(_matches(arg, value) for arg in args)
-    if origin is list:
-        return isinstance(value, list) and all(_matches(args[0], item) for item in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint is float:  # YAML's `1` is a fine number; True is not, though Python calls it an int
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _is_group(hint: Any) -> bool:
-    """Whether a key of this type holds keys: a dataclass, or a union of them."""
-    return all(is_dataclass(arg) for arg in (typing.get_args(hint) or [hint]))
-
-
-def _of_kind(union: Any, node: Any, key: str) -> type:
-    """The dataclass of `union` whose `kind` is that of `node`. Raises UserError where there is none."""
-    by_kind = {typing.get_args(typing.get_type_hints(cls)["kind"])[0]: cls for cls in typing.get_args(union)}
-    kind = node.get("kind") if isinstance(node, dict) else None
-    if kind not in by_kind:
-        raise UserError(f"{key}.kind={kind}: expected {', '.join(by_kind)}")
-    return by_kind[kind]
-
-
-def typed(cls: Any, node: Any, key: str = "") -> Any:
-    """`cls` filled from the mapping `node`; UserError names the first key that is absent, unknown or of another type.
-
-    Of a union of dataclasses, each of its own `kind`, the one that `node` names.
+    `key` is what stands before the keys' names; `built` are groups within it that were filled already.
     """
-    if isinstance(cls, types.UnionType):
-        cls = _of_kind(cls, node, key)
+    hints = typing.get_type_hints(cls)
     if not isinstance(node, dict):
-        raise UserError(f"{key}={node!r}: expected a group of keys ({', '.join(f.name for f in fields(cls))})")
-    names = {field.name for field in fields(cls)}
+        raise UserError(f"{key}={node!r}: expected a group of keys ({', '.join(hints)})")
     prefix = f"{key}." if key else ""
-    if unknown := sorted(set(node) - names):
-        raise UserError(f"{prefix}{unknown[0]}: no such key; the keys here are {', '.join(sorted(names))}")
-    values = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        if name not in node:
-            raise UserError(f"{prefix}{name}: missing; give it on the command line or in the YAML")
-        value = node[name]
-        if _is_group(hint):
-            values[name] = typed(hint, value, prefix + name)
-        elif _matches(hint, value):
-            values[name] = float(value) if hint is float else value
-        else:
-            raise UserError(f"{prefix}{name}={value!r}: expected {_describe(hint)}")
-    return cls(**values)
+    if unknown := [name for name in node if name not in hints]:
+        raise UserError(f"{prefix}{unknown[0]}: no such key; the keys here are {', '.join(sorted(hints))}")
+    values = node | built
+    for name, hint in hints.items():
+        if is_dataclass(hint) and name in node and name not in built:
+            values[name] = build(hint, node[name], prefix + name)
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise UserError(_refusal(cls, values, prefix, error)) from None
+
+
+def _refusal(cls: Any, values: dict, prefix: str, error: ValidationError) -> str:
+    """One line for the first field that pydantic refuses: key, value, what was expected."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    if not first["loc"]:  # two keys contradict each other, and the group's own check says so
+        return str(first["ctx"]["error"])
+    name = first["loc"][0]
+    if first["type"] == "missing":
+        return f"{prefix}{name}: missing; give it on the command line or in the YAML"
+    own = [each for each in errors if each["loc"][0] == name]  # of a union one per member
+    described = _described(typing.get_type_hints(cls, include_extras=True)[name])
+    phrases = [_phrase(each) for each in own]
+    if described and not all(each["type"].endswith("_type") or each["type"] == "finite_number" for each in own):
+        phrases = [described]
+    if types.NoneType in typing.get_args(typing.get_type_hints(cls)[name]) and not phrases[0].startswith("null"):
+        phrases = ["null", *phrases]
+    return f"{prefix}{name}={values[name]!r}: expected {' or '.join(dict.fromkeys(phrases))}"
+
+
+def _described(hint: Any) -> str | None:
+    """What a field says of the values that it takes, the outermost word first."""
+    notes = [
+        note.description for note in getattr(hint, "__metadata__", ()) if isinstance(note, pydantic.fields.FieldInfo)
+    ]
+    inner = [_described(arg) for arg in typing.get_args(hint)]
+    return next(filter(None, [*reversed(notes), *inner]), None)
+
+
+_TYPES = {"int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "string_type": "a string"}
+_TYPES |= {"list_type": "a list", "dict_type": "a mapping", "finite_number": "a finite number"}
+
+
+def _phrase(error: dict) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "literal_error":
+        return context["expected"].replace("'", "").replace(" or ", "|").replace(", ", "|")
+    if kind in _TYPES:
+        return _TYPES[kind]
+    sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}.get(kind)
+    return f"{sign} {next(iter(context.values())):g}" if sign else error["msg"]
 
 
 def plain(cfg: "DictConfig") -> dict:
@@ -252,21 +363,26 @@ def to_dict(cfg: Any) -> dict:
     return {f.name: to_dict(v) if is_dataclass(v := getattr(cfg, f.name)) else v for f in fields(cfg)}
 
 
-# What may differ between two starts of one run: how long it goes on, what it writes and where, and what a device has to
-# hold. The last changes a gradient's rounding and no more, as another number of ranks does.
-MAY_CHANGE = ("max_steps", "epochs", "eval_every", "sample_every", "log_every", "log", "checkpoint", "wandb")
-MAY_CHANGE += ("run_dir", "resume", "timeout", "cache_dir", "reference.cache_dir", "tokens_per_microbatch", "fsdp")
+def may_change(cls: Any, prefix: str = "") -> set[str]:
+    """The keys of `cls` that carry MAY_CHANGE, with their groups' names."""
+    found = set()
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        if MAY_CHANGE in getattr(hint, "__metadata__", ()):
+            found.add(prefix + name)
+        elif is_dataclass(hint):
+            found |= may_change(hint, f"{prefix}{name}.")
+    return found
 
 
-def differences(there: dict, here: dict, may_change: Sequence[str] = MAY_CHANGE, prefix: str = "") -> list[str]:
-    """The keys outside `may_change` whose values differ between two settings, each as `key: there, here value`."""
+def differences(there: dict, here: dict, apart_from: Collection[str] = (), prefix: str = "") -> list[str]:
+    """The keys outside `apart_from` whose values differ between two settings, each as `key: there, here value`."""
     found = []
     for name in dict.fromkeys([*there, *here]):
         key, a, b = prefix + name, there.get(name), here.get(name)
-        if key in may_change or a == b:
+        if key in apart_from or a == b:
             continue
         both = isinstance(a, dict) and isinstance(b, dict)
-        found += differences(a, b, may_change, f"{key}.") if both else [f"{key}={a}, here {b}"]
+        found += differences(a, b, apart_from, f"{key}.") if both else [f"{key}={a}, here {b}"]
     return found
 
 
@@ -287,3 +403,40 @@ def set_sweep_dir(cfg: "DictConfig", folder: Path) -> None:
     with read_write(cfg), open_dict(cfg):
         cfg.hydra.sweep.dir = str(folder)
         cfg.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
+
+
+# ---- one run
+
+
+def _auto_lr(cfg: Train) -> float:
+    """The learning rate that `optim.lr: auto` stands for: the papers' for a given model, this project's for its tiny one."""
+    if cfg.model.path is not None:
+        return 2e-5 if cfg.loss.preference == "none" else 5e-7
+    return 3e-3 if cfg.loss.preference == "none" else 5e-4
+
+
+def resolved(spec: Any) -> Any:
+    """Local paths made absolute, so that a run's config.yaml means the same from any folder; names stay as they are."""
+    if isinstance(spec, list):
+        return [resolved(item) for item in spec]
+    if not spec or spec == "gold":
+        return spec
+    path = os.path.expanduser(spec)
+    return os.path.realpath(path) if os.path.exists(path) else spec
+
+
+def train_config(cfg: Any) -> Train:
+    """Checked settings of one training run, from Hydra's DictConfig.
+
+    Raises UserError: a missing, unknown, mistyped or contradictory key, in one line with its value and the fix.
+    """
+    typed = build(Train, plain(cfg))
+    typed = replace(
+        typed,
+        model=replace(typed.model, path=resolved(typed.model.path), tokenizer=resolved(typed.model.tokenizer)),
+        reference=replace(typed.reference, path=resolved(typed.reference.path)),
+        data=replace(typed.data, train=resolved(typed.data.train), eval=resolved(typed.data.eval)),
+    )
+    if typed.optim.lr == "auto":
+        typed = replace(typed, optim=replace(typed.optim, lr=_auto_lr(typed)))
+    return typed

@@ -8,7 +8,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from rpo import checks, config
+from rpo import config
 from rpo.evals.settings import eval_config
 from tests.helpers.runs import ROOT, settings
 
@@ -97,7 +97,7 @@ TRAIN_FILES = [
 def test_every_choice_is_accepted(group, name):
     """Each file of each group composes into settings that pass the checks, and config.yaml holds them all."""
     cfg = settings(f"{group}={name}", *NEEDS.get((group, name), []))
-    again = checks.train_config(OmegaConf.create(config.to_yaml(cfg)))
+    again = config.train_config(OmegaConf.create(config.to_yaml(cfg)))
     assert again == cfg
 
 

@@ -9,7 +9,6 @@ from tests.helpers.runs import ROOT
 ORDER = [
     {"errors", "text", "stats"},
     {"config", "files", "dist"},
-    {"checks"},
     {"losses", "sandbox"},
     {"data", "runs"},
     {"model", "theory", "judging"},

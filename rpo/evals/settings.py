@@ -1,15 +1,16 @@
 """Settings of one evaluation, made from Hydra's composed YAML and checked for contradictions, before a model is loaded."""
 
 import re
-from dataclasses import dataclass, replace
+import typing
+from dataclasses import replace
 from typing import Any, Literal
 
 from rpo import config
-from rpo.checks import check_date, check_seed, require, resolved
-from rpo.config import EvalData
+from rpo.config import EvalData, Seed, group, resolved
+from rpo.errors import UserError, require
 
 
-@dataclass(frozen=True)
+@group
 class EvalModel:
     path: str | list[str] | None
     revision: str | None
@@ -18,19 +19,19 @@ class EvalModel:
     dtype: Literal["auto", "bfloat16", "float32", "float64"]
 
 
-@dataclass(frozen=True)
+@group
 class EvalReference:
     path: str | None
 
 
-@dataclass(frozen=True)
+@group
 class PairsTask:
     kind: Literal["pairs"]
     beta: float | Literal["auto"]
     limit: int | None
 
 
-@dataclass(frozen=True)
+@group
 class GenerateTask:
     kind: Literal["generate"]
     limit: int | None
@@ -42,7 +43,7 @@ class GenerateTask:
     batch_size: int
 
 
-@dataclass(frozen=True)
+@group
 class GoldTask:
     kind: Literal["gold"]
     limit: int | None
@@ -50,7 +51,7 @@ class GoldTask:
     batch_size: int
 
 
-@dataclass(frozen=True)
+@group
 class OveroptTask:
     kind: Literal["overopt"]
     gold: str
@@ -64,7 +65,7 @@ class OveroptTask:
     bon_samples: int | None
 
 
-@dataclass(frozen=True)
+@group
 class SelectTask:
     kind: Literal["select"]
     results: str | None
@@ -76,7 +77,7 @@ class SelectTask:
     min_ended: float | None
 
 
-@dataclass(frozen=True)
+@group
 class WinrateTask:
     kind: Literal["winrate"]
     limit: int | None
@@ -88,7 +89,7 @@ class WinrateTask:
     batch_size: int
 
 
-@dataclass(frozen=True)
+@group
 class MtBenchTask:
     kind: Literal["mt_bench"]
     mode: Literal["single", "pairwise"]
@@ -100,7 +101,7 @@ class MtBenchTask:
     batch_size: int
 
 
-@dataclass(frozen=True)
+@group
 class AlpacaEvalTask:
     kind: Literal["alpaca_eval"]
     limit: int | None
@@ -117,7 +118,7 @@ class AlpacaEvalTask:
     batch_size: int
 
 
-@dataclass(frozen=True)
+@group
 class JudgeCheckTask:
     kind: Literal["judge_check"]
     limit: int | None
@@ -125,7 +126,7 @@ class JudgeCheckTask:
     repeats: int
 
 
-@dataclass(frozen=True)
+@group
 class LmEvalTask:
     kind: Literal["lm_eval"]
     tasks: list[str]
@@ -136,7 +137,7 @@ class LmEvalTask:
     batch_size: int
 
 
-@dataclass(frozen=True)
+@group
 class MbppTask:
     kind: Literal["mbpp"]
     data: str | None
@@ -152,7 +153,7 @@ class MbppTask:
     memory_gib: float
 
 
-@dataclass(frozen=True)
+@group
 class CompareTask:
     kind: Literal["compare"]
     results: str | list[str] | None
@@ -160,7 +161,7 @@ class CompareTask:
     draws: int
 
 
-@dataclass(frozen=True)
+@group
 class ReportTask:
     kind: Literal["report"]
     results: str | list[str] | None
@@ -177,7 +178,7 @@ ResultsTask = SelectTask | CompareTask | ReportTask  # of what other evaluations
 Task = ModelTask | RunTask | JudgedTask | BenchmarkTask | ResultsTask
 
 
-@dataclass(frozen=True)
+@group
 class Judge:
     model: str | None
     base_url: str | None
@@ -193,7 +194,7 @@ class Judge:
     max_cost: float | None
 
 
-@dataclass(frozen=True)
+@group
 class Eval:
     task: Task
     runs: str | list[str] | None
@@ -204,7 +205,7 @@ class Eval:
     model: EvalModel
     reference: EvalReference
     data: EvalData
-    seed: int
+    seed: Seed
     tokens_per_microbatch: int
     run_dir: str | None
     cache_dir: str
@@ -543,14 +544,17 @@ def _check_eval(cfg: Eval) -> None:
             )
     _check_judge(cfg.judge)
     require(cfg.tokens_per_microbatch >= 1, f"tokens_per_microbatch={cfg.tokens_per_microbatch}: expected at least 1")
-    check_date(cfg.data.template_date)
-    check_seed("seed", cfg.seed)
 
 
 def eval_config(cfg: Any) -> Eval:
     """Checked settings of one evaluation. Raises UserError as `train_config` does."""
-    typed = config.typed(Eval, config.plain(cfg))
-    if isinstance(typed.task, RunTask):  # config.yaml of an evaluation that goes on means the same from any folder
-        typed = replace(typed, runs=resolved(typed.runs))
-    _check_eval(typed)
-    return typed
+    node = config.plain(cfg)
+    by_kind = {typing.get_args(typing.get_type_hints(cls)["kind"])[0]: cls for cls in typing.get_args(Task)}
+    kind = node["task"].get("kind") if isinstance(node.get("task"), dict) else None
+    if kind not in by_kind:
+        raise UserError(f"task.kind={kind}: expected {', '.join(by_kind)}")
+    made = config.build(Eval, node, task=config.build(by_kind[kind], node["task"], "task"))
+    if isinstance(made.task, RunTask):  # config.yaml of an evaluation that goes on means the same from any folder
+        made = replace(made, runs=resolved(made.runs))
+    _check_eval(made)
+    return made

@@ -100,7 +100,7 @@ def run_of(folder: Path, settings: dict[str, Any], checkpoints: dict[int, Path],
             raise UserError(f"{folder}/config.yaml: {name}={node}: expected a group of keys")
         names = {field for field in cls.__dataclass_fields__}
         try:
-            return config.typed(cls, {key: value for key, value in node.items() if key in names} | more, name)
+            return config.build(cls, {key: value for key, value in node.items() if key in names} | more, name)
         except UserError as error:
             raise UserError(f"{folder}/config.yaml: {error}") from None
 

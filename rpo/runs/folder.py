@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import torch
 
 from rpo import dist
-from rpo.config import MAY_CHANGE, Train, differences, read_yaml, to_dict
+from rpo.config import Train, differences, may_change, read_yaml, to_dict
 from rpo.errors import UserError
 from rpo.text import redacted
 
@@ -72,12 +72,12 @@ def check_settings(folder: Path, cfg: Train, *, fork: bool = False) -> None:
     there = read_yaml(path)
     if not isinstance(there, dict) or not there.keys() & here.keys():
         raise UserError(f"run_dir={folder}: already holds a run (config.yaml) of another kind; give another folder")
-    if found := differences(there, here):
+    if found := differences(there, here, may_change(Train)):
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         mend = "give its settings" if fork else "give its settings, or another run_dir"
         raise UserError(
             f"{key}: holds a run with other settings ({'; '.join(found[:5])}{more}); within a run only "
-            f"{', '.join(MAY_CHANGE)} may change: {mend}"
+            f"{', '.join(sorted(may_change(Train)))} may change: {mend}"
         )
 
 

@@ -27,7 +27,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from transformers import PreTrainedConfig
 
-from rpo import checks
+from rpo import config
 from rpo.config import Train
 from rpo.errors import UserError
 from rpo.model import hf, shard
@@ -350,7 +350,7 @@ def plan(arguments: list[str]) -> str:
         )
     try:
         with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "conf"), version_base="1.3"):
-            cfg = checks.train_config(compose("train", overrides=given))
+            cfg = config.train_config(compose("train", overrides=given))
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from None
     if cfg.batch_size < numbers["gpus"]:

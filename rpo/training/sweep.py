@@ -23,8 +23,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
 from rpo import dist
-from rpo.checks import train_config
-from rpo.config import Train, set_sweep_dir
+from rpo.config import Train, set_sweep_dir, train_config
 from rpo.errors import UserError
 from rpo.runs import folder as run_folder
 from rpo.runs import log

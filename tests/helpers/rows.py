@@ -45,7 +45,7 @@ def write_jsonl(path, rows):
 
 DATE = "2021-03-04"
 CFG = EvalData(
-    eval="",
+    eval=None,
     revision=None,
     chat_template=None,
     template_date=DATE,

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 import train
-from rpo import checks, dist
+from rpo import config, dist
 from rpo.evals.settings import eval_config
 from rpo.runs import log
 
@@ -19,7 +19,7 @@ def settings(*overrides, name="train"):
     """The checked settings of a command line."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose(name, overrides=[str(o) for o in overrides])
-    return {"train": checks.train_config, "eval": eval_config}[name](cfg)
+    return {"train": config.train_config, "eval": eval_config}[name](cfg)
 
 
 def tiny_args(tiny, *more):

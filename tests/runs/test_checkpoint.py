@@ -448,7 +448,7 @@ def test_another_best_begins_anew(saved):
     [
         (
             ["loss.beta=0.3"],
-            r"holds a run with other settings \(loss.beta=0.5, here 0.3\); within a run only max_steps, ",
+            r"holds a run with other settings \(loss.beta=0.5, here 0.3\); within a run only cache_dir, checkpoint, ",
         ),
         (["seed=1", "optim.lr=1e-2"], r"other settings \(optim.lr=0.001, here 0.01; seed=0, here 1\)"),
         (["layout=padded"], r"layout.kind=auto, here padded"),

@@ -40,7 +40,7 @@ def refusal(tiny, tmp_path, *more):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("loss.beta=0", "loss.beta=0.0: expected > 0"),
+        ("loss.beta=0", "loss.beta=0: expected > 0"),
         ("loss.beta=-0.1", "loss.beta=-0.1: expected > 0"),
         ("loss.beta=nan", "loss.beta=nan: expected a finite number"),
         ("loss.beta=abc", "loss.beta='abc': expected a number"),
@@ -54,7 +54,7 @@ def refusal(tiny, tmp_path, *more):
         ("batch_size=0", "batch_size=0: expected at least 1"),
         ("batch_size=8.5", "batch_size=8.5: expected an integer"),
         ("max_steps=0", "max_steps=0: expected null or at least 1"),
-        ("optim.lr=fast", "optim.lr='fast': expected a number or auto"),
+        ("optim.lr=fast", "optim.lr='fast': expected auto or > 0"),
         ("optim.betas=[0.9]", "optim.betas=[0.9]: expected two numbers"),
         ("model.dtype=float16", "model.dtype='float16': expected auto|bfloat16|float32|float64"),
         ("data.max_length=1", "data.max_length=1: expected at least 2"),

@@ -131,7 +131,7 @@ def test_a_failed_cell_is_a_row(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("bad", "code", "message"),
     [
-        ("loss.beta=0.02,-1", 2, r"error: loss.beta=-1.0: expected > 0"),
+        ("loss.beta=0.02,-1", 2, r"error: loss.beta=-1: expected > 0"),
         ("loss=dpo,nosuch", 1, r"error: In 'train': Could not find 'loss/nosuch'"),
     ],
 )

@@ -15,7 +15,7 @@ from rpo.synthetic import demo, grammar, task
 from tests.helpers.models import make_lm, prepared
 
 CPU = torch.device("cpu")
-SETTINGS = Gold(pairs=0, eval_pairs=0, flip=0.25, hidden_weight=1.5, length_weight=0.05, samples=0, seed=0)
+SETTINGS = Gold(pairs=1, eval_pairs=1, flip=0.25, hidden_weight=1.5, length_weight=0.05, samples=1, seed=0)
 EVEN = {"hidden_weight": 1.5, "length_weight": 0.0}
 
 

@@ -307,7 +307,7 @@ def test_bad_annotations(cfg, tmp_path):
         (["judge.model=it", "data.eval=b", "judge.base_url=localhost:8000/v1"], "expected http:// or https://"),
         (["judge.model=it", "data.eval=b", "judge.base_url=http://a/v1/chat/completions"], "before /chat/completions"),
         (["judge.model=it", "data.eval=b", "judge.timeout=inf"], "judge.timeout=inf"),
-        (["judge.model=it", "data.eval=b", "judge.max_cost=1"], "judge.max_cost=1 without judge.price_in"),
+        (["judge.model=it", "data.eval=b", "judge.max_cost=1"], "judge.max_cost=1.0 without judge.price_in"),
         (["judge.model=it", "data.eval=b", "judge.api_key_env=sk-not-a-name"], "judge.api_key_env: expected the name"),
     ],
 )

@@ -624,7 +624,7 @@ def test_what_can_not_be_selected_from(made, results, tmp_path):
             "task.score=min:kl",
             "task.split=true",
         ): "task.split=true with task.score=min:kl",
-        (f"task.results={made}/results", "task.min_ended=2"): "task.min_ended=2: expected null or a share, 0 to 1",
+        (f"task.results={made}/results", "task.min_ended=2"): "task.min_ended=2.0: expected null or a share, 0 to 1",
         (f"task.results={made}/results", "runs=x"): "runs=x with task=select: it reads none; leave it out",
     }.items():
         with pytest.raises(UserError) as error:

@@ -266,7 +266,7 @@ def test_gold_names(group):
     tokenizer = word_tokenizer(["<user>", "<assistant>", *grammar.vocabulary()], TEMPLATE)
     policy = prepared(make_lm(vocab_size=len(tokenizer)), group)
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": grammar.prompts()[0]}], "2024-01-01")
-    weights = Gold(pairs=0, eval_pairs=0, flip=0.0, hidden_weight=1.0, length_weight=0.0, samples=1, seed=0)
+    weights = Gold(pairs=1, eval_pairs=1, flip=0.0, hidden_weight=1.0, length_weight=0.0, samples=1, seed=0)
     where = {"device": group, "seed": 0, "reshard": False}
     values = evaluate(policy, policy, tokenizer, [prompt], [tokenizer.eos_token_id], weights, **where)
     assert tuple(values) == GOLD
