@@ -1,11 +1,8 @@
-"""Every YAML composes and teaches, presets and recipes hold the published values, and README's commands are accepted."""
+"""Every YAML composes and explains its keys; presets and recipes have the published values."""
 
 import re
-import shlex
 
 import pytest
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from rpo import config
@@ -192,40 +189,3 @@ def undocumented(text, strict):
 def test_every_key_has_a_comment(path):
     """Each key is explained where it stands; a recipe, which sets keys explained elsewhere, gives its sources."""
     assert undocumented(path.read_text(), strict=path.parent.name != "recipe") == []
-
-
-def readme_commands():
-    """Every train.py or eval.py command of README's code blocks, continuation lines joined."""
-    readme = ROOT / "README.md"
-    text = readme.read_text() if readme.exists() else ""
-    blocks = "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)).replace("\\\n", " ")
-    for line in blocks.splitlines():
-        line = line.split(" #")[0].strip().removeprefix("$ ")
-        if re.search(r"\b(train|eval)\.py\b", line) and re.search(r"\b(python3?|torchrun)\b", line):
-            yield line
-
-
-def overrides_of(command):
-    """(train or eval, the lists of overrides that its cells have)."""
-    words = shlex.split(command)
-    at = next(i for i, word in enumerate(words) if word.endswith((".py",)))
-    args = [word for word in words[at + 1 :] if word not in ("-m", "--multirun", "&")]
-    script = words[at].split("/")[-1].removesuffix(".py")
-    if not {"-m", "--multirun"} & set(words[at + 1 :]):
-        return script, [args]
-    (cells,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(args), max_batch_size=None)
-    return script, [list(cell) for cell in cells]
-
-
-def test_readme_commands_are_accepted():
-    """Every command of README composes and passes the checks, a sweep in each of its cells."""
-    commands = list(readme_commands())
-    if not commands:
-        pytest.skip("there is no README.md with commands yet")
-    for command in commands:
-        script, cells = overrides_of(command)
-        for overrides in cells:
-            try:
-                settings(*overrides, name=script)
-            except Exception as error:
-                raise AssertionError(f"README: {command}") from error

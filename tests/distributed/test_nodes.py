@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -14,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers.runs import ROOT, command, script_env, settings, tiny_args
+from tests.helpers.runs import ROOT, command, script_env, tiny_args
 
 # Starts what follows its own options once per node, as srun does; with --kill-on-bad-exit one that fails ends the others.
 SRUN = """#!/bin/bash
@@ -189,18 +187,3 @@ def test_only_what_slurm_interrupted_is_requeued(tmp_path, before, after, code, 
     job = submit(tmp_path, env)
     printed = job.communicate(timeout=20)[0]
     assert (job.returncode, (tmp_path / "scontrol").exists()) == (code, requeued), printed
-
-
-def test_documented_commands_are_accepted():
-    """The settings in every command of docs/CLUSTER.md compose and pass the checks."""
-    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs/CLUSTER.md").read_text(), re.S | re.M)
-    words = [shlex.split(line, comments=True) for line in "".join(blocks).replace("\\\n", " ").splitlines()]
-    starts = [
-        (line, i + 1)
-        for line in words
-        for i, word in enumerate(line)
-        if word in ("train.py", "docs/slurm/train.sbatch")
-    ]
-    assert len(starts) == 4
-    for line, first in starts:
-        settings(*line[first:])
