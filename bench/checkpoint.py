@@ -26,6 +26,7 @@ from bench.systems import MODELS, Ours, Work, timed
 from rpo import dist
 from rpo.config import Checkpoint
 from rpo.runs import checkpoint
+from rpo.runs.state import TrainState, tensors_of
 
 WAYS = ("none", "background", "blocking")
 
@@ -37,8 +38,8 @@ def under_way(checkpoints: checkpoint.Checkpoints) -> bool:
 def measure(args: argparse.Namespace, work: Work, folder: Path) -> dict:
     """Seconds of every round by way: the saving call, each step, and which steps began while a save was under way."""
     system = Ours(work, layout="packed", cached=True, compile=args.compile)
-    tensors = checkpoint.tensors_of(system.policy, system.optimizer)
-    state = {"facts": {}, "pairs": 0, "evaluated": True, "position": None}
+    tensors = tensors_of(system.policy, system.optimizer)
+    state = TrainState(tensors, system.meter.sums, seed=0, total_steps=0, facts={})
     cells = {way: [] for way in WAYS}
     with checkpoint.Checkpoints(folder, Checkpoint(args.every, 2, None, blocking=False)) as checkpoints:
         for _ in range(args.warmup):
@@ -48,12 +49,9 @@ def measure(args: argparse.Namespace, work: Work, folder: Path) -> dict:
                 call, steps, beside = 0.0, [], []
                 for k in range(args.every):
                     if k == 0 and way != "none":
-                        own = {"rng": checkpoint.rng_state(), "sums": system.meter.sums.tolist()}
-                        step = len(WAYS) * turn + WAYS.index(way)
-                        how = {"held_out": {}, "wait": way == "blocking"}
+                        state.step = len(WAYS) * turn + WAYS.index(way)
                         call, _, _ = timed(
-                            work.device,
-                            lambda step=step, own=own, how=how: checkpoints.save(step, tensors, state, own, **how),
+                            work.device, lambda way=way: checkpoints.save(state, None, {}, wait=way == "blocking")
                         )
                     beside.append(under_way(checkpoints))
                     seconds, _, _ = timed(work.device, lambda turn=turn, k=k: system.step(turn * args.every + k))

@@ -135,7 +135,7 @@ class Ours:
         self.loss = loss
         shard.reshard(self.policy)  # a gathered parameter would be updated in vain
         self.optimizer = _adamw(self.policy, self.work)
-        self.meter = meter.Meter(self.work.device, preference=True, beta=loss.beta, noise_floor=0.0)
+        self.meter = meter.Meter(loss, 0.0, self.work.device)
         self.bad_step = torch.full((), -1, device=self.work.device)
         self.prepared = self.worker.submit(self._prepare, 0)
 

@@ -71,3 +71,11 @@ def _checksum(arrays: dict[str, np.ndarray]) -> str:
     for array in arrays.values():
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
+
+
+def digest(*parts: np.ndarray | bytes) -> str:
+    """`sha256 XXXXXXXXXXXXXXXX` of arrays or bytes, to tell whether a file still holds what the run started with."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
+    return f"sha256 {whole.hexdigest()[:16]}"

@@ -18,12 +18,25 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from rpo.config import Data, EvalData
+from rpo import dist
+from rpo.config import Data, EvalData, Model
+from rpo.data.batch import longest
 from rpo.data.formats import Example, Messages, RowError, is_empty, parse, parse_prompt
 from rpo.data.sources import UNINFORMATIVE, WELL_FORMED, Source, Tally, check_file, open_sources
-from rpo.data.tokenizer import Facts, check_unicode, close, facts_of, identity, prompt_ids, render, tokenize, with_bos
+from rpo.data.tokenizer import (
+    Facts,
+    check_unicode,
+    close,
+    facts_of,
+    identity,
+    load_tokenizer,
+    prompt_ids,
+    render,
+    tokenize,
+    with_bos,
+)
 from rpo.errors import UserError
-from rpo.files import read_arrays, write_arrays
+from rpo.files import digest, read_arrays, write_arrays
 
 CODE_VERSION = 2  # of the tokens that this module makes from given rows: raise it when they change
 BATCH = 1024  # rows tokenised in one call
@@ -319,6 +332,67 @@ def load_prompts(
     names = [source.name for source in sources]
     report = {"files": names, "read": read, "kept": len(prompts), "dropped": _named(dropped.kinds, names)}
     return prompts, said, places, report
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """A run's rows: data.train, data.eval (None without), the report of each, and the tokenizer that made them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Rows
+    eval: Rows | None
+    reports: dict[str, dict | None]
+
+    @cached_property
+    def by_name(self) -> dict[str, Rows]:
+        """The splits that there are, by name."""
+        return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest text that a model will see: max of P + max(C, R)."""
+        return max(map(longest, self.by_name.values()))
+
+    @cached_property
+    def facts(self) -> dict[str, str]:
+        """Digests of tokenizer and rows, by key, by which a checkpoint knows them again."""
+        facts = {"model.tokenizer": digest(json.dumps(identity(self.tokenizer)).encode())}
+        for name, rows in self.by_name.items():
+            content = digest(rows.ids, rows.prompt, rows.chosen, rows.rejected)
+            facts[f"data.{name}"] = f"{len(rows)} rows of {len(rows.ids)} tokens, {content}"
+        return facts
+
+    @property
+    def summary(self) -> str:
+        """How many rows there are and what became of the rest, in one line."""
+        return ", ".join(f"{name} {describe(report)}" for name, report in self.reports.items() if report)
+
+    def with_reference(self, logps: dict[str, np.ndarray]) -> "Splits":
+        """The same rows with the reference's log-probs of each split (float64, rows x 2)."""
+        return replace(self, **{name: replace(self.by_name[name], ref_logps=sums) for name, sums in logps.items()})
+
+
+def load_splits(cfg: Data, model: Model, *, pairs: bool, cache_dir: str) -> Splits:
+    """The rows of data.train and data.eval, tokenised by rank 0 into the cache and read from there by all.
+
+    `pairs`: rows need a rejected response. Raises UserError as `load` and `load_tokenizer` do.
+    """
+    tokenizer = load_tokenizer(
+        model.tokenizer or model.path,
+        revision=model.revision,
+        chat_template=cfg.chat_template,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+    def read(spec: str | list[str] | None) -> tuple[Rows | None, dict | None]:
+        if spec is None:
+            return None, None
+        return load(spec, cfg, tokenizer, pairs=pairs, cache_dir=Path(cache_dir).expanduser())
+
+    with dist.main_first():
+        train, train_report = read(cfg.train)
+        held_out, held_out_report = read(cfg.eval)
+    return Splits(tokenizer, train, held_out, {"train": train_report, "eval": held_out_report})
 
 
 def describe(report: dict) -> str:

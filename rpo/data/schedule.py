@@ -1,6 +1,7 @@
-"""Tokenised rows, their order, and the report of what became of every row that was read.
+"""Which rows make up step k, and how ranks and micro-batches divide them.
 
-Letters: P, C, R token counts of a row's prompt, chosen and rejected response; max_length bounds P + max(C, R).
+Everything here is integer work on the host and a pure function of its arguments, so every rank derives the whole step's
+plan (and with it the counts that losses are divided by) without a collective. P, C, R: a pair's token counts.
 """
 
 import bisect
@@ -36,6 +37,25 @@ def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarra
     """
     epoch, k = divmod(step, steps_per_epoch(num_rows, batch_size))
     return epoch_order(num_rows, seed, epoch)[k * batch_size : (k + 1) * batch_size]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows each step of a run is made of: a function of these numbers alone, whatever the ranks and the layout."""
+
+    num_rows: int
+    batch_size: int
+    seed: int
+    epochs: int
+    max_steps: int | None  # in place of epochs
+
+    @property
+    def total_steps(self) -> int:
+        return self.max_steps or self.epochs * steps_per_epoch(self.num_rows, self.batch_size)
+
+    def rows(self, step: int) -> np.ndarray:
+        """The rows of the step that follows `step` updates."""
+        return step_rows(step, self.num_rows, self.batch_size, self.seed)
 
 
 # Work of one visible query-key pair, in tokens of the trunk: 12 L D over 6 x 12 L D^2 FLOPs, at a width D of 2,700.

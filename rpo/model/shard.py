@@ -120,6 +120,12 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)
 
 
+def sync_gradients(root: FSDPModule, *, last: bool, accumulate: str) -> None:
+    """Before a micro-batch: whether its backward pass reduces gradients over the ranks (`accumulate`: fsdp.accumulate)."""
+    root.set_requires_gradient_sync(last or accumulate == "sharded")
+    root.set_requires_all_reduce(last)  # over replicas, of which there may be one
+
+
 def reshard(root: nn.Module) -> None:
     """Frees what a forward pass without a backward left gathered: the root always stays so, and its layers may."""
     for module in root.modules():

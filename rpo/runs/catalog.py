@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rpo import config
+from rpo import config, files
 from rpo.config import EvalData, Loss, Reference
 from rpo.config import Model as Start
 from rpo.data.tokenizer import identity, load_tokenizer
@@ -17,7 +17,7 @@ from rpo.errors import UserError
 from rpo.model import fingerprint, hf
 from rpo.model.policy import Policy, prepare
 from rpo.model.shard import PLAIN, compute_dtype, mesh, reshard
-from rpo.runs import checkpoint
+from rpo.runs import checkpoint, state
 from rpo.runs import folder as run_folder
 
 Source = tuple[str, str | None]  # folder or Hub name, revision
@@ -119,7 +119,7 @@ def tokenizer_of(run: Run, *, trust_remote_code: bool) -> PreTrainedTokenizerBas
 
 def identity_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """The tokenizer as a run's checkpoints record it."""
-    return checkpoint.digest(json.dumps(identity(tokenizer)).encode())
+    return files.digest(json.dumps(identity(tokenizer)).encode())
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Model:
     """A sharded model, the digest of the weights that it was loaded with, and the dtype that it computes in."""
 
     policy: Policy
-    weights: checkpoint.Tensors
+    weights: state.Tensors
     digest: str
     compute: torch.dtype
 
@@ -145,7 +145,7 @@ def load(source: Source, key: str, device: torch.device, *, dtype: str, asked: s
     digest = fingerprint.weights_digest(lm)
     shard = {"mesh": mesh(device, PLAIN), "fsdp": PLAIN, "compute_dtype": compute}
     policy = prepare(lm, **shard, compile=False, trainable=False)
-    return Model(policy, checkpoint.weights_of(policy), digest, compute)
+    return Model(policy, state.weights_of(policy), digest, compute)
 
 
 def lay_over(model: Model, folder: Path, facts: dict[str, str | None]) -> None:
@@ -162,4 +162,4 @@ def lay_over(model: Model, folder: Path, facts: dict[str, str | None]) -> None:
                 f"{folder}: its run began with {key} of digest {then[:24]}, now it is {now[:24]}; put it back as it was"
             )
     reshard(model.policy)
-    checkpoint.lay_over(found, model.weights)
+    found.lay_over(model.weights)

@@ -7,15 +7,13 @@
     RUN/checkpoints/latest, best    links to two of them
 
 Nothing here is pickled: torch's own metadata would be, the Hugging Face storage has none. A checkpoint from elsewhere
-can be wrong, but it can not run code.
+can be wrong, but it cannot run code.
 """
 
-import base64
 import hashlib
 import json
 import math
 import os
-import random
 import re
 import shutil
 import time
@@ -28,90 +26,23 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from rpo import dist
-from rpo.config import Checkpoint
+from rpo import config, dist
 from rpo.errors import UserError
 from rpo.files import sync
-from rpo.model.policy import Policy
+from rpo.runs.state import Tensors, TrainState, set_rng_state
 from rpo.text import human
 
-Tensors = dict[str, Tensor]
 FILE_BYTES = 2**30  # of a rank's share in one file, about
-
-
-# ---- what is in one
-
-
-def tensors_of(policy: Policy, optimizer: torch.optim.Optimizer) -> Tensors:
-    """Weights, buffers and the optimizer's state by kind/name: the live tensors themselves, each rank's share of them."""
-    tensors = {}
-    for name, param in policy.named_parameters():
-        tensors[f"weight/{name}"] = param.detach()
-        tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state[param].items()}
-    return _plain(tensors | {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()})
-
-
-def weights_of(policy: Policy) -> Tensors:
-    """The part of `tensors_of` that a log-prob depends on, of a policy that has no optimizer."""
-    weights = {f"weight/{name}": param.detach() for name, param in policy.named_parameters()}
-    return _plain(weights | {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()})
-
-
-def _plain(tensors: Tensors) -> Tensors:
-    # Activation checkpointing, which puts this into names, may change between starts.
-    return {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in tensors.items()}
-
-
-def seed_rng(*seed: int) -> None:
-    """Makes every global random generator of this process a function of `seed`; left alone they differ from run to run."""
-    of_python, of_numpy, of_torch = map(int, np.random.SeedSequence(seed).generate_state(3))
-    random.seed(of_python)
-    np.random.seed(of_numpy)
-    torch.manual_seed(of_torch)
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every global random generator of this process, JSON-able. The loop uses none; a changed loss may."""
-    kind, key, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": [kind, key.tolist(), *rest], "torch": _text(torch.get_rng_state())}
-    return state | ({"cuda": _text(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {})
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts back what `rng_state` gave, of those devices that are here."""
-    version, key, gauss = state["python"]
-    random.setstate((version, tuple(key), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(_bytes(state["torch"]))
-    if torch.cuda.is_available() and "cuda" in state:
-        torch.cuda.set_rng_state(_bytes(state["cuda"]))
-
-
-def _text(state: Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode()
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-
-def digest(*parts: np.ndarray | bytes) -> str:
-    """`sha256 XXXXXXXXXXXXXXXX` of arrays or bytes, to tell whether a file still holds what the run began with."""
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
-    return f"sha256 {whole.hexdigest()[:16]}"
 
 
 # ---- finding and reading
 
 
 @dataclass(frozen=True)
-class Found:
+class Checkpoint:
     """A whole checkpoint: its folder, and its `state.json`."""
 
     folder: Path
@@ -121,8 +52,44 @@ class Found:
     def run_dir(self) -> Path:
         return self.folder.parent.parent
 
+    def check_same(self, facts: dict[str, str]) -> None:
+        """Raises UserError where the run started with other data, tokenizer or weights than `facts` says of ours."""
+        for key, ours in facts.items():
+            if self.state["facts"].get(key) != ours:
+                raise UserError(
+                    f"{key}: {ours}, but {self.state['facts'].get(key)} when {self.run_dir} started; restore the file or "
+                    "folder, or use a new run_dir"
+                )
 
-def find(run_dir: Path, resume: str) -> Found | None:
+    def load(self, tensors: Tensors) -> dict[str, Any]:
+        """Fills `tensors`, sharded as they may be, and returns this rank's own part of the state.
+
+        With as many ranks as wrote it each gets its RNG and running sums back; with another number rank 0 gets the total
+        of the sums, and the generators stay as they are. Raises UserError where the checkpoint is of another model.
+        """
+        _fill(self, tensors)
+        ranks = self.state["ranks"]
+        if len(ranks) == dist.world_size():
+            set_rng_state(ranks[dist.rank()]["rng"])
+            return ranks[dist.rank()]
+        total = np.sum([rank["sums"] for rank in ranks], axis=0)
+        return {"sums": (total if dist.is_main() else 0 * total).tolist()}
+
+    def lay_over(self, weights: Tensors) -> None:
+        """Fills `weights`, as `weights_of` gave them, and reads nothing else: no moments, no random state.
+
+        A root that a forward pass left gathered has to be resharded first. Raises UserError where the checkpoint is of
+        another model.
+        """
+        there = {name for name in _stored(self) if name.startswith(("weight/", "buffer/"))}
+        if other := sorted(there - weights.keys()):
+            raise UserError(
+                f"{self.folder}: holds {other[0]}, which the model has not; it is the checkpoint of another model"
+            )
+        _fill(self, weights)
+
+
+def find(run_dir: Path, resume: str) -> Checkpoint | None:
     """The checkpoint that a run in `run_dir` goes on from, the same on every rank; None where it begins anew.
 
     `resume` is auto, the newest whole one of `run_dir`; never; or a run's folder, or one of its checkpoints, for a
@@ -131,7 +98,7 @@ def find(run_dir: Path, resume: str) -> Found | None:
     return dist.on_main(_find, run_dir, resume)
 
 
-def _find(run_dir: Path, resume: str) -> Found | None:
+def _find(run_dir: Path, resume: str) -> Checkpoint | None:
     if resume == "never":
         return None
     folders = _steps(run_dir / "checkpoints")
@@ -153,11 +120,11 @@ def _find(run_dir: Path, resume: str) -> Found | None:
     return named
 
 
-def _newest(folders: list[Path]) -> Found | None:
+def _newest(folders: list[Path]) -> Checkpoint | None:
     for folder in reversed(folders):
         try:
             _verify(folder)
-            return Found(folder, json.loads((folder / "state.json").read_text()))
+            return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
         except ValueError as error:
             print(f"checkpoint: {folder} is damaged ({error}) and skipped", flush=True)
         except OSError as error:  # a disk that does not answer is no reason to begin earlier
@@ -177,15 +144,15 @@ def of_run(run_dir: Path) -> dict[int, Path]:
     return {_step(folder): folder for folder in _steps(run_dir / "checkpoints")}
 
 
-def read(folder: Path) -> Found:
+def read(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, the same on every rank. Raises UserError where it is damaged."""
     return dist.on_main(_read, folder)
 
 
-def _read(folder: Path) -> Found:
+def _read(folder: Path) -> Checkpoint:
     try:
         _verify(folder)
-        return Found(folder, json.loads((folder / "state.json").read_text()))
+        return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
     except ValueError as error:
         raise UserError(f"{folder}: is damaged ({error}); put it back or remove it") from None
     except OSError as error:
@@ -225,60 +192,21 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_same(found: Found, facts: dict[str, str]) -> None:
-    """Raises UserError where the run was begun with other data, tokenizer or weights than `facts` says of ours."""
-    for key, ours in facts.items():
-        if found.state["facts"].get(key) != ours:
-            raise UserError(
-                f"{key}: {ours}, but {found.state['facts'].get(key)} when {found.run_dir} was begun; put the file or folder "
-                "back as it was, or give another run_dir"
-            )
+def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
+    return dcp.HuggingFaceStorageReader(str(checkpoint.folder)).read_metadata().state_dict_metadata
 
 
-def load(found: Found, tensors: Tensors) -> dict[str, Any]:
-    """Fills `tensors`, cut up as they may be, and returns this rank's own part of the state.
-
-    With as many ranks as wrote it each gets its RNG and running sums back; with another number rank 0 gets the total of
-    the sums, and the generators stay as they are. Raises UserError where the checkpoint is of another model.
-    """
-    _fill(found, tensors)
-    ranks = found.state["ranks"]
-    if len(ranks) == dist.world_size():
-        set_rng_state(ranks[dist.rank()]["rng"])
-        return ranks[dist.rank()]
-    total = np.sum([rank["sums"] for rank in ranks], axis=0)
-    return {"sums": (total if dist.is_main() else 0 * total).tolist()}
-
-
-def lay_over(found: Found, weights: Tensors) -> None:
-    """Fills `weights`, as `weights_of` gave them, and reads nothing else: no moments, no random state.
-
-    A root that a forward pass left gathered has to be resharded first. Raises UserError where the checkpoint is of
-    another model.
-    """
-    there = {name for name in _stored(found) if name.startswith(("weight/", "buffer/"))}
-    if other := sorted(there - weights.keys()):
-        raise UserError(
-            f"{found.folder}: holds {other[0]}, which the model has not; it is the checkpoint of another model"
-        )
-    _fill(found, weights)
-
-
-def _stored(found: Found) -> dict[str, Any]:
-    return dcp.HuggingFaceStorageReader(str(found.folder)).read_metadata().state_dict_metadata
-
-
-def _fill(found: Found, tensors: Tensors) -> None:
-    there = _stored(found)
+def _fill(checkpoint: Checkpoint, tensors: Tensors) -> None:
+    there = _stored(checkpoint)
     for name, tensor in tensors.items():
         stored = there.get(name)
         if stored is None or (tuple(stored.size), stored.properties.dtype) != (tuple(tensor.shape), tensor.dtype):
             what = f"{tuple(stored.size)} {stored.properties.dtype}" if stored else "nothing"
             raise UserError(
-                f"{found.folder}: holds {what} for {name}, the model has {tuple(tensor.shape)} {tensor.dtype}; it is "
+                f"{checkpoint.folder}: holds {what} for {name}, the model has {tuple(tensor.shape)} {tensor.dtype}; it is "
                 "the checkpoint of another model"
             )
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(found.folder)))
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint.folder)))
 
 
 # ---- writing
@@ -290,10 +218,10 @@ class Checkpoints:
     `save` copies what it is given to the host and returns, a thread does the rest; of two saves the second waits.
     """
 
-    def __init__(self, run_dir: Path, cfg: Checkpoint, found: Found | None = None):
+    def __init__(self, run_dir: Path, cfg: config.Checkpoint, resume: Checkpoint | None = None):
         self.folder, self.cfg = run_dir / "checkpoints", cfg
-        self.start = found.folder if found and found.run_dir == run_dir else None  # not a fork's
-        best = found.state["best"] if self.start else None
+        self.start = resume.folder if resume and resume.run_dir == run_dir else None  # not a fork's
+        best = resume.state["best"] if self.start else None
         self.best = best if best and best["by"] == cfg.best else None
         self.group = dist.aside()
         cuda = torch.cuda.is_available()
@@ -335,26 +263,21 @@ class Checkpoints:
         self.worker.shutdown()
         self.stager.close()
 
-    def save(
-        self,
-        step: int,
-        tensors: Tensors,
-        state: dict[str, Any],
-        own: dict[str, Any],
-        *,
-        held_out: dict[str, float],
-        wait: bool = False,
-    ) -> bool:
-        """Writes a checkpoint of `tensors`, the run's `state` (rank 0's counts) and this rank's `own`, JSON-able.
+    def is_due(self, step: int, *, last: bool) -> bool:
+        """Whether `step` belongs on disk: every checkpoint.every steps, and the last."""
+        return bool(self.cfg.every and step and (last or step % self.cfg.every == 0))
+
+    def save(self, state: TrainState, position: dict | None, held_out: dict[str, float], *, wait: bool = False) -> bool:
+        """Writes `state` after its `step` updates, and how far rank 0's log has come (`position`).
 
         `held_out` has the metric that checkpoint.best names, or nothing. False where this save, or with neither `wait` nor
         checkpoint.blocking the one before it, could not be written.
         """
         written = self.wait()
-        best = self._best_with(step, held_out)
-        state = {"step": step, "best": best, **state}
-        staged = self.stager.stage(tensors)  # a copy on the host; the loop may go on to change the tensors
-        self.pending = best, self.worker.submit(self._write, step, staged, state, own)
+        best = self._best_with(state.step, held_out)
+        shared = state.counts() | {"best": best, "position": position}
+        staged = self.stager.stage(state.tensors)  # a copy on the host: the loop may change the tensors from here on
+        self.pending = best, self.worker.submit(self._write, state.step, staged, shared, state.own())
         return self.wait() if wait or self.cfg.blocking else written
 
     def judge(self, step: int, held_out: dict[str, float]) -> None:

@@ -12,14 +12,18 @@ import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from rpo import dist
-from rpo.config import Train, differences, may_change, read_yaml, to_dict
+from rpo.config import Train, differences, may_change, read_yaml, to_dict, to_yaml
+from rpo.data.dataset import Splits
 from rpo.errors import UserError
+from rpo.runs import checkpoint
+from rpo.runs.checkpoint import Checkpoint
 from rpo.text import redacted
 
 _MARKS = (
@@ -61,6 +65,80 @@ def choose(given: str | None, label: str, *, continues: str | None = None) -> Pa
     return folder
 
 
+@dataclass(frozen=True)
+class RunFolder:
+    """A training run's folder, and the checkpoint that the run resumes from, if there is one."""
+
+    path: Path
+    resume: Checkpoint | None
+    seen: tuple[int, int] | None  # its `stamp` when this process first looked into it
+
+    @classmethod
+    def open(cls, cfg: Train) -> "RunFolder":
+        """The folder that `cfg` names, the same on every rank and not yet made.
+
+        Raises UserError: another run's folder, settings that one run may not change, a resume=PATH that names no whole
+        checkpoint.
+        """
+        continues = None if cfg.resume == "never" else "config.yaml"
+        path = choose(cfg.run_dir, f"{cfg.loss.preference}_{cfg.loss.sft}", continues=continues)
+        seen = stamp(path)
+        resume = checkpoint.find(path, cfg.resume)
+        check_settings(path, cfg)
+        if resume is not None:
+            check_settings(resume.run_dir, cfg, fork=resume.run_dir != path)
+        return cls(path, resume, seen)
+
+    def is_finished(self, total_steps: int) -> bool:
+        """Whether the run has made its `total_steps` and left its model; says so on rank 0.
+
+        Raises UserError where resuming would undo steps, or overwrite a model/ without a checkpoint to resume from.
+        """
+        first_step = self.resume.state["step"] if self.resume else 0
+        status, has_model = dist.on_main(lambda: (read_status(self.path), (self.path / "model").exists()))
+        done = status["state"] == "finished" and status["step"] == total_steps and has_model
+        if done and dist.is_main():
+            print(f"{self.path}: finished after {total_steps} steps already; for more, raise max_steps", flush=True)
+        if not done and first_step > total_steps:
+            raise UserError(
+                f"max_steps: the run to resume has made {first_step} steps, of {total_steps} that max_steps or epochs "
+                "ask for; ask for as many or more"
+            )
+        if not done and has_model and not first_step:
+            raise UserError(f"run_dir={self.path}: holds a model/ and no checkpoint to resume from; use a new run_dir")
+        return done
+
+    @property
+    def log_position(self) -> tuple[Path, dict] | None:
+        """Whose log the run continues, and from where in it."""
+        return (self.resume.run_dir, self.resume.state["position"]) if self.resume else None
+
+    def write_running(self, step: int) -> None:
+        """Notes in status.json that `step` updates are made; on rank 0."""
+        if dist.is_main():
+            write_status(self.path, "running", step=step)
+
+    @contextmanager
+    def recording(self, cfg: Train, total_steps: int, data: Splits) -> Iterator["Status"]:
+        """`recording` of this run, with data_report.json and one line on screen: its rows, and where it starts."""
+        first_step = self.resume.state["step"] if self.resume else 0
+        with recording(self.path, to_yaml(cfg), first_step, self.seen) as status:
+            if dist.is_main():
+                write_json(self.path / "data_report.json", data.reports)
+                start = ", restarting: no checkpoint found" if self.seen else ""
+                if self.resume:
+                    start = f", resuming from {self.resume.folder}"
+                    if (before := self.resume.state["total_steps"]) != total_steps:
+                        start += f"; optim.schedule is now that of {total_steps} steps, not {before}"
+                print(f"{self.path}: {data.summary}{start}", flush=True)
+            yield status
+
+    def write_environment(self, device: torch.device, **measured: object) -> None:
+        """environment.json of the run, with what was `measured` of its models; on rank 0."""
+        if dist.is_main():
+            write_environment(self.path, device, first_step=self.resume.state["step"] if self.resume else 0, **measured)
+
+
 def check_settings(folder: Path, cfg: Train, *, fork: bool = False) -> None:
     """Raises UserError where the run in `folder`, if any, was begun with settings that one run may not change."""
     key = f"resume={cfg.resume}" if fork else f"run_dir={folder}"
@@ -79,25 +157,6 @@ def check_settings(folder: Path, cfg: Train, *, fork: bool = False) -> None:
             f"{key}: holds a run with other settings ({'; '.join(found[:5])}{more}); within a run only "
             f"{', '.join(sorted(may_change(Train)))} may change: {mend}"
         )
-
-
-def is_done(folder: Path, total_steps: int, first_step: int) -> bool:
-    """Whether the run in `folder` has made its `total_steps` and left its model; says so on rank 0.
-
-    Raises UserError where going on, at `first_step`, would undo steps or overwrite a model/ with one begun anew.
-    """
-    status, has_model = dist.on_main(lambda: (read_status(folder), (folder / "model").exists()))
-    done = status["state"] == "finished" and status["step"] == total_steps and has_model
-    if done and dist.is_main():
-        print(f"{folder}: finished after {total_steps} steps already; for more of them raise max_steps", flush=True)
-    if not done and first_step > total_steps:
-        raise UserError(
-            f"max_steps: the run to go on from has made {first_step} steps, of {total_steps} that max_steps or epochs "
-            "ask for; ask for as many or more"
-        )
-    if not done and has_model and not first_step:
-        raise UserError(f"run_dir={folder}: holds a model/ and no checkpoint to go on from; give another folder")
-    return done
 
 
 def settings_of(model: str | None) -> dict | None:

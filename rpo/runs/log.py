@@ -1,7 +1,6 @@
-"""What a run reports: sums kept on the device, one reduction per logging interval, JSON lines always, wandb if wanted.
+"""A run's log: metrics.jsonl and samples.jsonl always, the same in wandb where it is wanted.
 
-docs/METRICS.md explains every name. This is the only module that imports wandb, and only where a run wants it.
-Letters: P pairs.
+The only module that imports wandb, and only where a run wants it.
 """
 
 import json
@@ -55,11 +54,11 @@ def _redacted_command_line() -> Iterator[None]:
 FILES = ("metrics.jsonl", "samples.jsonl")
 
 
-class Writer:
-    """The run's pen: FILES in its folder, and the wandb run where there is one.
+class RunLog:
+    """The run's log: FILES in its folder, and the wandb run where there is one.
 
     Every rank calls it, the one with `enabled` writes. A context manager: what is open is closed however it is left. Given
-    an earlier pen's folder and `position` it goes on `after` it: what that one wrote later is cut off and will be written
+    the folder and `position` of a checkpointed log it resumes `after` it: later lines are cut off and will be written
     again, but not sent to wandb again. Another folder's files are copied.
     """
 
@@ -116,7 +115,7 @@ class Writer:
         self.run.define_metric("pairs")
         self.run.define_metric("*", step_metric="pairs")
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -130,7 +129,7 @@ class Writer:
         sizes = {name: _on_disk(self.run_dir / name) for name in FILES}
         return {"events": self.num_events, "seconds": round(time.monotonic() - self.start, 3), **sizes}
 
-    def log(self, split: str, step: int, pairs: int, values: dict[str, float]) -> None:
+    def metrics(self, split: str, step: int, pairs: int, values: dict[str, float]) -> None:
         """One event, after `step` updates and `pairs` pairs."""
         if not self.enabled:
             return
@@ -138,16 +137,16 @@ class Writer:
         self._append("metrics.jsonl", [event | values])
         self._send({"pairs": pairs, "step": step} | {f"{split}/{name}": v for name, v in values.items()})
 
-    def log_samples(self, step: int, pairs: int, samples: list[dict[str, str]]) -> None:
+    def samples(self, step: int, pairs: int, rows: list[dict[str, str]]) -> None:
         """Held-out prompts with the policy's and the reference's answers."""
         if not self.enabled:
             return
-        self._append("samples.jsonl", [{"step": step, **sample} for sample in samples])
+        self._append("samples.jsonl", [{"step": step, **row} for row in rows])
         if self.run is not None:
             import wandb
 
-            columns = ["step", *samples[0]]
-            table = wandb.Table(columns=columns, data=[[step, *sample.values()] for sample in samples])
+            columns = ["step", *rows[0]]
+            table = wandb.Table(columns=columns, data=[[step, *row.values()] for row in rows])
             self._send({"pairs": pairs, "samples": table})
 
     def _append(self, name: str, events: list[dict]) -> None:

@@ -1,9 +1,42 @@
-"""What befalls a run from outside: a signal, a step that never ends, memory that runs out."""
+"""How a job ends for the shell: signals, exit codes, one line for what a user can fix."""
 
 import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+from rpo import dist
+from rpo.errors import UserError
+from rpo.text import redacted
 
 # Ctrl-C; a scheduler's; what SLURM's --signal is told to send; a terminal that is closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+
+def outcome(job: Callable[[], str]) -> tuple[int, str]:
+    """(exit code, reason in one line) of one job, whose error it prints.
+
+    `job` returns "finished", or the name of the signal that interrupted it. 0: finished; 2: an error the user can fix, in
+    one line without a traceback; 128 + signal: interrupted; 1: anything else.
+    """
+    try:
+        ended = job()
+        return (0, "") if ended == "finished" else (128 + signal.Signals[ended], ended)
+    except (UserError, FloatingPointError) as error:
+        reason = redacted(str(error))
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 1, reason
+    except KeyboardInterrupt as stop:
+        print("interrupted; what was saved is kept", file=sys.stderr, flush=True)
+        return 128 + (stop.args[0] if stop.args else signal.SIGINT), "interrupted"
+    except Exception as error:
+        print(redacted(traceback.format_exc()), file=sys.stderr, end="", flush=True)
+        return 1, redacted(" ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def run_job(job: Callable[[], str]) -> None:
+    """Runs a job to the end of its process, which exits with the code of its `outcome`."""
+    dist.leave(outcome(job)[0])
 
 
 class Interrupt:

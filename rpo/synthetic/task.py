@@ -74,11 +74,16 @@ TEMPLATE = (  # spaces part the words: the tokenizer knows no other border
 # ---- making it
 
 
-def prepare(cfg: Train) -> Train:
+def resolve(cfg: Train) -> Train:
     """`cfg` with data.train, data.eval and (where none is given) model.path set to the task's files.
 
-    Makes the files on first use, in a process of its own; their folder is keyed by what decides their content.
+    Rank 0 makes the files on first use, in a process of its own; their folder is keyed by what decides their content.
     """
+    with dist.main_first():
+        return _resolve(cfg)
+
+
+def _resolve(cfg: Train) -> Train:
     of_model = {"version": VERSION, "architecture": cfg.model.architecture, "sft": SFT}
     settings = of_model | {"gold": asdict(cfg.data.gold)}
     settings["gold"].pop("samples")  # an evaluation's size, no property of the files

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from rpo import dist
+from rpo import dist, files
 from rpo.config import EvalData
 from rpo.data import dataset, schedule
 from rpo.data import tokenizer as data_tokenizer
@@ -33,7 +33,7 @@ from rpo.model.policy import Policy
 from rpo.model.sampling import Completion, Sampling, sample
 from rpo.overopt import best_of_n as overopt_best_of_n
 from rpo.overopt import rewards
-from rpo.runs import catalog, checkpoint
+from rpo.runs import catalog
 from rpo.runs.catalog import Run
 from rpo.stats import clustered_mean
 from rpo.synthetic.task import SAMPLING, weights_of
@@ -115,7 +115,7 @@ def questions(run: Run, cfg: Eval, source: rewards.Gold | None) -> Questions:
         Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=new),
         data_tokenizer.stop_ids(tokenizer, run.data.template_date),
         positions,
-        checkpoint.digest(*parts, *([rows.ids, rows.prompt, rows.chosen] if rows else [])),
+        files.digest(*parts, *([rows.ids, rows.prompt, rows.chosen] if rows else [])),
     )
 
 
@@ -317,7 +317,7 @@ def evaluate(
     for family in families.values():  # models stay for all runs that share them, and then make room
         for run, curve, bon in _family(family, asked, cfg, device, points):
             of = asked[data_key(run)]
-            prompts = [checkpoint.digest(json.dumps(prompt).encode()) for prompt in of.prompts]
+            prompts = [files.digest(json.dumps(prompt).encode()) for prompt in of.prompts]
             facts = {"settings": run.settings, "prompts": prompts, "max_new_tokens": of.sampling.max_new_tokens}
             results[run.folder] = {"run": str(run.folder), **facts, "curve": curve, "bon": bon}
         gc.collect()  # a sharded model is full of cycles
@@ -371,7 +371,7 @@ def _measurements(run: Run, asked: Questions, cfg: Eval) -> list[tuple[dict, str
 
     def of(folder: Path | None) -> str:
         file = folder and folder / "manifest.json"
-        return checkpoint.digest(file.read_bytes() if file and file.is_file() else b"", asked.digest.encode())
+        return files.digest(file.read_bytes() if file and file.is_file() else b"", asked.digest.encode())
 
     name = str(run.folder)
     found = [({"run": name, "step": step}, of(folder), folder) for step, folder in {0: None, **run.checkpoints}.items()]

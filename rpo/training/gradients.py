@@ -16,6 +16,7 @@ from rpo.data.dataset import Rows
 from rpo.data.schedule import StepPlan
 from rpo.losses import PairLogps
 from rpo.model import policy as model_policy
+from rpo.model import shard
 from rpo.model.policy import Policy
 from rpo.training import guards
 from rpo.training.meter import GRADIENT_SPLIT
@@ -47,8 +48,7 @@ def gradient_split(
         """Of one term alone, by parameter, cut and summed as the update's is; it leaves none behind."""
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the update draws the same
             for i, batch in enumerate(batches, start=1):
-                policy.set_requires_gradient_sync(i == len(batches) or cfg.fsdp.accumulate == "sharded")
-                policy.set_requires_all_reduce(i == len(batches))
+                shard.sync_gradients(policy, last=i == len(batches), accumulate=cfg.fsdp.accumulate)
                 with guards.naming_memory(rows, plan.microbatches[i - 1][0], cfg):
                     pairs = model_policy.score(policy, reference, batch.to(device))
                     (term(pairs).sum() * (batch.weight / plan.pairs)).backward()

@@ -1,4 +1,4 @@
-"""What befalls a run from outside: a signal, a step that never ends, memory that runs out."""
+"""Hangs, out-of-memory errors, and losses or gradients that are not finite."""
 
 import faulthandler
 import os
@@ -16,6 +16,7 @@ import torch
 from rpo import dist
 from rpo.config import Train
 from rpo.data.dataset import Rows
+from rpo.data.schedule import Plan
 from rpo.errors import UserError
 from rpo.runs import folder as run_folder
 
@@ -79,3 +80,16 @@ def naming_memory(rows: Rows, members: np.ndarray, cfg: Train) -> Iterator[None]
             f"longest {rows.where(int(members[worst]))} with {lengths[worst]}: lower {lower}, or set "
             "fsdp.activation_checkpointing=full"
         ) from None
+
+
+def not_finite(step: int, rows: Rows, plan: Plan) -> str:
+    """What to tell of a step whose loss or gradient was not finite: its rows, and what to try."""
+    indices = plan.rows(step)
+    lines = {
+        name: sorted(int(rows.line[i]) for i in indices if rows.files[rows.file[i]] == name) for name in rows.files
+    }
+    places = "; ".join(f"{name}:{','.join(map(str, numbers))}" for name, numbers in lines.items() if numbers)
+    return (
+        f"step {step}: the loss or its gradient is not finite; no update was made from it on, and model/ holds the "
+        f"weights before it. Start another run with a lower optim.lr, or look at the step's rows: {places}"
+    )

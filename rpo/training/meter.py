@@ -1,11 +1,12 @@
-"""What a run reports: sums kept on the device, one reduction per logging interval, JSON lines always, wandb if wanted.
+"""What a run measures: sums kept on the device, one reduction per logging interval; pairs, tokens and FLOPs per second.
 
-docs/METRICS.md explains every name. This is the only module that imports wandb, and only where a run wants it.
-Letters: P pairs.
+docs/METRICS.md explains every name. Letters: P pairs.
 """
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from rpo import dist
+from rpo.config import Loss
+from rpo.data.schedule import StepPlan
 from rpo.errors import UserError
 from rpo.losses import PairLogps
 
@@ -50,10 +54,10 @@ def check_best(best: str | None, *, preference: bool, embedded: bool) -> None:
 class Meter:
     """Running sums of one split, on the device. `add` never waits; `read` reduces over ranks and empties it."""
 
-    def __init__(self, device: torch.device, *, preference: bool, beta: float, noise_floor: float):
-        self.preference, self.beta, self.noise_floor = preference, beta, noise_floor
-        self.per_pair = PER_PAIR_SUPERVISED + (PER_PAIR_PREFERENCE if preference else ())
-        self.per_token = PER_CHOSEN_TOKEN if preference else PER_CHOSEN_TOKEN[:1]
+    def __init__(self, loss: Loss, noise_floor: float, device: torch.device):
+        self.preference, self.beta, self.noise_floor = loss.preference != "none", loss.beta, noise_floor
+        self.per_pair = PER_PAIR_SUPERVISED + (PER_PAIR_PREFERENCE if self.preference else ())
+        self.per_token = PER_CHOSEN_TOKEN if self.preference else PER_CHOSEN_TOKEN[:1]
         self.sums = torch.zeros(2 + len(self.per_pair) + len(self.per_token), dtype=torch.float64, device=device)
 
     @torch.no_grad()
@@ -127,3 +131,34 @@ def performance(rates: dict[str, float], device: torch.device, world_size: int) 
     else:
         values["perf/memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
     return values
+
+
+class Throughput:
+    """Pairs, tokens and FLOPs per second of updates alone: `paused` blocks do not count."""
+
+    def __init__(self, size: ModelSize, device: torch.device):
+        self.size, self.device = size, device
+        self._reset()
+
+    def _reset(self) -> None:
+        self.began, self.done = time.perf_counter(), np.zeros(3)  # done: pairs, unique tokens, FLOPs
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block the clock stands; what the device still has to do of the updates before belongs to them."""
+        if self.done.any():
+            wait(self.device)
+        stopped = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - stopped
+
+    def count(self, plan: StepPlan) -> None:
+        """One step of all ranks together."""
+        self.done += plan.pairs, plan.unique_tokens, self.size.step_flops(*plan.lengths)
+
+    def read(self) -> dict[str, float]:
+        """The perf/ metrics since the last read; call it where the device has just been waited for."""
+        rates = self.done / (time.perf_counter() - self.began)
+        self._reset()
+        names = ("pairs_per_second", "tokens_per_second", "mfu")
+        return performance(dict(zip(names, rates.tolist(), strict=True)), self.device, dist.world_size())

@@ -1,148 +1,296 @@
-"""What a run starts from: a model loaded, proven, sharded and measured; in a sweep made once and put back for each cell."""
+"""What a run needs before its loop: a machine that can run it, rows, a policy verified at load, the reference's log-probs.
 
-from dataclasses import dataclass, field
+A builder marked `shared` is called once per sweep where its arguments are equal: they are all that it sees.
+"""
+
+import gc
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig
 
-from rpo import dist
+from rpo import config, dist
 from rpo.config import Train
-from rpo.data import schedule
+from rpo.data import dataset, schedule
 from rpo.data.batch import check_budget
-from rpo.data.dataset import Rows
+from rpo.data.dataset import Rows, Splits
 from rpo.errors import UserError
-from rpo.model import fingerprint, hf, shard
+from rpo.model import attention, fingerprint, hf, shard
 from rpo.model import policy as model_policy
 from rpo.model import probe as model_probe
 from rpo.model.policy import Policy
 from rpo.model.probe import mean_gap, packed_gap, why_not_packed
-from rpo.training import reference
+from rpo.runs import folder as run_folder
+from rpo.runs import log
+from rpo.training import meter
+from rpo.training import reference as reference_cache
 from rpo.training.meter import ModelSize
+from rpo.training.sweep import in_sweep, shared
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 NUM_PROBE_PAIRS = 8
 
+load_splits = shared(dataset.load_splits)
+
+
+# ---- before a model is loaded
+
+
+def check_machine(cfg: Train, device: torch.device) -> None:
+    """Raises UserError for what these processes, this device or this environment cannot do."""
+    log.wandb_mode(cfg.wandb)
+    if cfg.batch_size < dist.world_size():
+        raise UserError(f"batch_size={cfg.batch_size}: fewer pairs than the {dist.world_size()} ranks; raise it")
+    shard.mesh(device, cfg.fsdp)  # its degrees must fit the world size
+    if cfg.fsdp.cpu_offload and device.type == "cpu":
+        raise UserError("fsdp.cpu_offload=true: there is no GPU to offload from; set it to false")
+    if cfg.optim.state_dtype == "bfloat16" and (device.type == "cpu" or cfg.fsdp.cpu_offload):
+        raise UserError("optim.state_dtype=bfloat16: the CPU's fused AdamW has no such moments; use float32")
+    if cfg.layout.kind != "padded" and cfg.layout.attention != "auto":
+        attention.choose(cfg.layout.attention, device, shard.compute_dtype(cfg.model.dtype, device))
+
+
+def model_configs(cfg: Train, *, embedded: bool) -> "dict[str, PreTrainedConfig]":
+    """The configs of the models that `cfg` names, by key; no weight is loaded.
+
+    Raises UserError: no causal LM there, a preference run's own model as its silent reference, a checkpoint.best that
+    data.eval will not have.
+    """
+    preference = cfg.loss.preference != "none"
+    meter.check_best(cfg.checkpoint.best, preference=preference, embedded=embedded)
+    configs = hf.check_paths(cfg.model, cfg.reference)
+    if preference and cfg.reference.path is None:
+        run_folder.check_starting_model(cfg.model.path)
+    return configs
+
+
+def check_fit(cfg: Train, configs: "dict[str, PreTrainedConfig]", data: Splits) -> "dict[str, PreTrainedConfig]":
+    """`configs`, and that of a model to be built. Raises UserError where tokens, positions or the budget do not fit."""
+    if cfg.model.path is None:
+        configs = configs | {"model.architecture": hf.config_for(cfg.model.architecture, data.tokenizer)}
+    hf.check_fit(configs, data.tokenizer, data.longest)
+    check_budgets(data, "padded" if cfg.layout.kind == "padded" else "packed", cfg.tokens_per_microbatch)
+    return configs
+
+
+def check_budgets(data: Splits, layout: str, budget: int) -> None:
+    """Raises UserError where a pair of any split is larger than a micro-batch."""
+    for rows in data.by_name.values():
+        check_budget(rows, layout, budget)
+
+
+# ---- models
+
 
 @dataclass(frozen=True)
-class Ready:
-    """A sharded model and what was found out about it."""
+class Spec:
+    """All that a run's settings say of one of its models."""
 
-    policy: Policy
+    key: str  # model.path or reference.path: what names it
+    path: str | None  # None: random weights by `seed`
+    revision: str | None
+    trainable: bool
+    model: config.Model
+    layout: config.Layout
+    fsdp: config.Fsdp
+    compile: bool
+    tokens_per_microbatch: int
+    seed: int
+    positions: int  # context length of policy and reference
+
+    @classmethod
+    def of_policy(cls, cfg: Train, configs: "dict[str, PreTrainedConfig]") -> "Spec":
+        return cls(
+            key="model.path",
+            path=cfg.model.path,
+            revision=cfg.model.revision,
+            trainable=True,
+            model=cfg.model,
+            layout=cfg.layout,
+            fsdp=cfg.fsdp,
+            compile=cfg.compile,
+            tokens_per_microbatch=cfg.tokens_per_microbatch,
+            seed=cfg.seed,
+            positions=hf.positions_of(configs),
+        )
+
+    def of_reference(self, path: str | None) -> "Spec":
+        """That of the frozen model at `path`, or of the policy's own starting weights."""
+        named = {"path": path, "revision": None} if path else {}
+        return replace(self, key="reference.path", trainable=False, **named)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A sharded model and what was measured of it."""
+
+    spec: Spec
+    model: Policy
     size: ModelSize
     layout: str  # packed or padded: how this model's rows are laid out
     noise_floor: float  # nats per token by which rounding alone moves a log-prob
     identity: dict  # what its log-probs depend on beside the tokens
-    state: list[Tensor] = field(repr=False)  # this rank's weights and buffers as they began, on the host; may be empty
+    beginning: list[Tensor] = field(repr=False)  # this rank's weights and buffers, on the host; empty outside of sweeps
 
 
-def ready(
-    cfg: Train,
-    configs: dict[str, PreTrainedConfig],
-    rows: Rows,
-    device: torch.device,
-    key: str,
-    path: str | None,
-    revision: str | None,
-    *,
-    longest: int,
-    trainable: bool,
-    keep_state: bool,
-) -> Ready:
-    """The model at `path`, which `key` names (None: random weights by cfg.seed), ready to score `rows` and be trained.
+def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
+    """The model of `spec`, verified, sharded, and ready to score `data` and to be trained.
 
     No weight is left gathered, so an optimizer may be made. Prints one line where layout=auto comes to padded. Raises
-    UserError: what `models.load` refuses; a model that can not be packed where layout=packed was asked for.
+    UserError: what `hf.load` refuses; a model that cannot be packed where layout=packed was asked for.
     """
-    compute = shard.compute_dtype(cfg.model.dtype, device)
+    compute = shard.compute_dtype(spec.model.dtype, device)
     master = torch.promote_types(compute, torch.float32)
-    if path is None:
-        lm = hf.build(configs["model.architecture"], cfg.seed, master)
+    if spec.path is None:
+        lm = hf.build(hf.config_for(spec.model.architecture, data.tokenizer), spec.seed, master)
     else:
-        lm = hf.load(path, revision, master, key=key, trust_remote_code=cfg.model.trust_remote_code)
+        lm = hf.load(spec.path, spec.revision, master, key=spec.key, trust_remote_code=spec.model.trust_remote_code)
     size = ModelSize(**hf.sizes(lm))
     layout = "padded"
-    if cfg.layout.kind != "padded":
-        layout = _packed_unless(why_not_packed(lm, longest), cfg.layout.kind, key, path)
+    if spec.layout.kind != "padded":
+        layout = _packed_unless(why_not_packed(lm, data.longest), spec)
     weights = fingerprint.weights_digest(lm)
-    policy = model_policy.prepare(
+    model = model_policy.prepare(
         lm,
-        shard.mesh(device, cfg.fsdp),
-        cfg.fsdp,
+        shard.mesh(device, spec.fsdp),
+        spec.fsdp,
         compute_dtype=compute,
-        compile=cfg.compile,
-        trainable=trainable,
-        attention=cfg.layout.attention if layout == "packed" else "sdpa",
+        compile=spec.compile,
+        trainable=spec.trainable,
+        attention=spec.layout.attention if layout == "packed" else "sdpa",
     )
-    indices = schedule.step_rows(0, len(rows), NUM_PROBE_PAIRS, cfg.seed)
-    probe = schedule.plan_step(rows, indices, layout="padded", budget=cfg.tokens_per_microbatch).microbatches[0][0]
-    how = {"positions": hf.positions_of(configs), "compute_dtype": compute}
-    noise_floor = dist.broadcast(model_probe.noise_floor(policy, rows, probe, device, **how))
+    rows = data.train
+    indices = schedule.step_rows(0, len(rows), NUM_PROBE_PAIRS, spec.seed)
+    plan = schedule.plan_step(rows, indices, layout="padded", budget=spec.tokens_per_microbatch)
+    probe = plan.microbatches[0][0]
+    noise_floor = dist.broadcast(
+        model_probe.noise_floor(model, rows, probe, device, positions=spec.positions, compute_dtype=compute)
+    )
     if layout == "packed":  # again on these weights, this device, this backend, these rows
-        gap = dist.broadcast(packed_gap(policy, rows, probe, device))
+        gap = dist.broadcast(packed_gap(model, rows, probe, device))
         differ = f"packed and padded differ by {gap:.1e} nats per token, rounding explains {noise_floor:.1e}"
-        layout = _packed_unless(differ if not gap <= 3 * noise_floor + 1e-6 else None, cfg.layout.kind, key, path)
-    shard.reshard(policy)
-    how = {"compute_dtype": compute, "device": device, "layout": layout}
-    identity = fingerprint.identity(weights, policy, **how)
-    state = [_host_copy(tensor) for tensor in _tensors(policy)] if keep_state else []
-    return Ready(policy, size, layout, noise_floor, identity, state)
+        layout = _packed_unless(differ if not gap <= 3 * noise_floor + 1e-6 else None, spec)
+    shard.reshard(model)
+    identity = fingerprint.identity(weights, model, compute_dtype=compute, device=device, layout=layout)
+    beginning = [_host_copy(tensor) for tensor in _tensors(model)] if spec.trainable and in_sweep() else []
+    return Prepared(spec, model, size, layout, noise_floor, identity, beginning)
 
 
-def reference_logps(
-    cfg: Train, model: Ready, rows: Rows, name: str, device: torch.device
-) -> tuple[np.ndarray, dict[str, object]]:
-    """Rows' log-probs under `model`, float64 (rows, 2), from the cache or scored into it; and where they came from."""
-    check_budget(rows, model.layout, cfg.tokens_per_microbatch)
-    found = reference.score_rows(
-        model.policy,
-        rows,
-        model.identity,
-        cache_dir=cfg.reference.cache_dir,
-        layout=model.layout,
-        budget=cfg.tokens_per_microbatch,
-        device=device,
-        noise_floor=model.noise_floor,
-        name=name,
-    )
-    shard.reshard(model.policy)
-    return found
+_shared_policy, _shared_frozen = shared(load), shared(load)
 
 
-def check_step_0(
-    policy: Policy, live: Policy, rows: Rows, noise_floor: float, device: torch.device, *, layout: str, budget: int
-) -> None:
-    """Raises UserError unless two copies of the same weights agree on some pairs within rounding."""
-    plan = schedule.plan_step(rows, np.arange(min(NUM_PROBE_PAIRS, len(rows))), layout=layout, budget=budget)
-    gap = dist.broadcast(mean_gap(policy, live, rows, plan.microbatches[0][0], device, layout=layout))
-    shard.reshard(policy)
-    if not gap <= 3 * noise_floor + 1e-6:
-        raise UserError(
-            f"step 0: policy and reference are the same weights but differ by {gap:.1e} nats per token (rounding "
-            f"explains {noise_floor:.1e}); usual causes: dropout, or two ways of computing one model"
-        )
-
-
-def _packed_unless(reason: str | None, asked: str, key: str, path: str | None) -> str:
-    """The layout: packed where there is no reason against it. Raises UserError where it was asked for by name."""
-    if reason is None:
-        return "packed"
-    if asked == "packed":
-        raise UserError(f"layout=packed: {key}={path} can not be packed ({reason}); use layout=padded or auto")
-    if dist.is_main():
-        print(f"layout=padded, because {key}={path} can not be packed: {reason}", flush=True)
-    return "padded"
+def policy(spec: Spec, data: Splits, device: torch.device) -> Prepared:
+    """The model that is trained, at its starting weights; in a sweep loaded once and put back for each cell."""
+    prepared = _shared_policy(spec, data, device)
+    if prepared.beginning:
+        restore(prepared)
+    return prepared
 
 
 @torch.no_grad()
-def restore(ready: Ready) -> None:
+def restore(prepared: Prepared) -> None:
     """Puts the weights back to what they were, bit for bit, and drops what an earlier cell left on them."""
-    shard.reshard(ready.policy)
-    for param in ready.policy.parameters():
+    shard.reshard(prepared.model)
+    for param in prepared.model.parameters():
         param.grad = None
-    for tensor, start in zip(_tensors(ready.policy), ready.state, strict=True):
+    for tensor, start in zip(_tensors(prepared.model), prepared.beginning, strict=True):
         tensor.copy_(start)
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What a run compares its policy with: log-probs of every split, or a model; nothing without a preference."""
+
+    logps: dict[str, np.ndarray] = field(default_factory=dict)  # by split, float64 (rows, 2), where they are cached
+    reports: dict[str, dict] = field(default_factory=dict)  # by split: where they came from
+    live: Policy | None = None  # scores in the loop
+    frozen: Policy | None = None  # resident: the live one, or one for the embedded task's KL
+    layout: str = "packed"  # how rows are laid out for it
+    weights: str | None = None  # their digest
+
+
+def reference(
+    cfg: config.Reference, policy: Prepared, data: Splits, device: torch.device, *, resident: bool
+) -> Reference:
+    """The reference of a preference run, `policy` being at its starting weights.
+
+    `resident`: a model is needed even where its log-probs are cached. Raises UserError: what `load` and
+    `reference.score_rows` refuse, and where policy and live reference are the same weights but disagree.
+    """
+    spec = policy.spec.of_reference(cfg.path)
+    frozen = _shared_frozen(spec, data, device) if resident or cfg.kind == "live" else None
+    if cfg.kind == "live":
+        weights = frozen.identity["weights"]
+        if starts_as_reference(policy.spec, cfg):  # with a cache, reading it has shown the same
+            layout = "padded" if "padded" in (policy.layout, frozen.layout) else "packed"
+            _check_step_0(policy, frozen.model, data.train, device, layout=layout)
+        return Reference({}, {"train": {"weights": weights}}, frozen.model, frozen.model, frozen.layout, weights)
+    looked_up = _look_up(cfg, spec, policy, data, device)
+    logps = {name: sums for name, (sums, _) in looked_up.items()}
+    reports = {name: report for name, (_, report) in looked_up.items()}
+    model = frozen.model if frozen else None
+    return Reference(logps, reports, None, model, policy.layout, reports["train"]["weights"])
+
+
+def starts_as_reference(policy: Spec, cfg: config.Reference) -> bool:
+    """Whether the reference is the policy's own starting weights."""
+    spec = policy.of_reference(cfg.path)
+    return (spec.path, spec.revision) == (policy.path, policy.revision)
+
+
+@shared
+def _look_up(
+    cfg: config.Reference, spec: Spec, policy: Prepared, data: Splits, device: torch.device
+) -> dict[str, tuple[np.ndarray, dict]]:
+    """By split: the rows' log-probs, from the cache or scored into it, and where they came from."""
+    model = policy if starts_as_reference(policy.spec, cfg) else load(spec, data, device)
+    looked_up = {}
+    for name, rows in data.by_name.items():
+        check_budget(rows, model.layout, spec.tokens_per_microbatch)
+        looked_up[name] = reference_cache.score_rows(
+            model.model,
+            rows,
+            model.identity,
+            cache_dir=cfg.cache_dir,
+            layout=model.layout,
+            budget=spec.tokens_per_microbatch,
+            device=device,
+            noise_floor=model.noise_floor,
+            name=name,
+        )
+        shard.reshard(model.model)
+    del model
+    gc.collect()  # a reference with a path of its own was resident until here, and is full of cycles
+    return looked_up
+
+
+def _check_step_0(policy: Prepared, live: Policy, rows: Rows, device: torch.device, *, layout: str) -> None:
+    """Raises UserError unless two copies of the same weights agree on some pairs within rounding."""
+    some, budget = np.arange(min(NUM_PROBE_PAIRS, len(rows))), policy.spec.tokens_per_microbatch
+    members = schedule.plan_step(rows, some, layout=layout, budget=budget).microbatches[0][0]
+    gap = dist.broadcast(mean_gap(policy.model, live, rows, members, device, layout=layout))
+    shard.reshard(policy.model)
+    if not gap <= 3 * policy.noise_floor + 1e-6:
+        raise UserError(
+            f"step 0: policy and reference are the same weights but differ by {gap:.1e} nats per token (rounding "
+            f"explains {policy.noise_floor:.1e}); usual causes: dropout, or two ways of computing one model"
+        )
+
+
+def _packed_unless(reason: str | None, spec: Spec) -> str:
+    """The layout: packed where there is no reason against it. Raises UserError where it was asked for by name."""
+    if reason is None:
+        return "packed"
+    if spec.layout.kind == "packed":
+        raise UserError(f"layout=packed: {spec.key}={spec.path} cannot be packed ({reason}); use layout=padded or auto")
+    if dist.is_main():
+        print(f"layout=padded, because {spec.key}={spec.path} cannot be packed: {reason}", flush=True)
+    return "padded"
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

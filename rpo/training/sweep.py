@@ -6,13 +6,12 @@ A sweep's folder holds one numbered child per cell, `sweep.csv`, `sweep.json` an
 import csv
 import datetime
 import gc
-import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch.distributed as torch_dist
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -26,10 +25,11 @@ from rpo import dist
 from rpo.config import Train, set_sweep_dir, train_config
 from rpo.errors import UserError
 from rpo.runs import folder as run_folder
-from rpo.runs import log
+from rpo.runs import log, process
 from rpo.text import redacted
 from rpo.training import figures
 
+T = TypeVar("T")
 # Where a rank waits for the others to fail too; past it they are taken to hang in a collective.
 _PATIENCE = datetime.timedelta(seconds=60)
 _SHOWN = tuple(
@@ -43,21 +43,28 @@ def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-_KEPT: dict[str, tuple[object, Any]] = {}
+_KEPT: dict[Callable[..., Any], tuple[tuple, Any]] = {}
 
 
-def once(what: str, key: object, make: Callable[[], Any]) -> Any:
-    """`make()`; in a sweep what an earlier cell made, where its `key` was equal. One value is kept of each `what`.
+def shared(build: Callable[..., T]) -> Callable[..., T]:
+    """`build`; in a sweep, with arguments equal to those of the last cell that called it, the very object it returned then.
 
-    Whoever uses it sees to it that a cell can not tell: what a cell changes is put back (`start.restore`).
+    The arguments are the whole key: a builder sees nothing else, so no setting that it reads can be left out. One value
+    is kept per builder. Whoever changes what is shared puts it back (`prepare.policy`).
     """
-    if not in_sweep():
-        return make()
-    if what not in _KEPT or _KEPT[what][0] != key:
-        _KEPT.pop(what, None)
-        gc.collect()  # before the next is made: a sharded model is full of cycles
-        _KEPT[what] = key, make()
-    return _KEPT[what][1]
+
+    @wraps(build)
+    def call(*args: Any, **kwargs: Any) -> T:
+        if not in_sweep():
+            return build(*args, **kwargs)
+        key = args, kwargs
+        if call not in _KEPT or _KEPT[call][0] != key:
+            _KEPT.pop(call, None)
+            gc.collect()  # before the next is built: a sharded model is full of cycles
+            _KEPT[call] = key, build(*args, **kwargs)
+        return _KEPT[call][1]
+
+    return call
 
 
 def placed(cfg: Train) -> Train:
@@ -70,36 +77,22 @@ def placed(cfg: Train) -> Train:
 
 
 def run_job(job: Callable[[], str]) -> None:
-    """Runs one job to the end of its process, or as a cell of a sweep whose failure is a row of the table.
+    """Runs one job as `process.run_job` does, or as a cell of a sweep whose failure is a row of the table.
 
-    `job` returns finished, or the name of the signal that interrupted it. Exit codes of a single run: 0 finished, 2
-    something the user can mend (one line, no traceback), 128 + signal interrupted, 1 anything else. An interrupted cell
-    ends its sweep.
+    An interrupted cell ends its sweep.
     """
-    try:
-        ended = job()
-        code = 0 if ended == "finished" else 128 + signal.Signals[ended]
-    except UserError as error:
-        code, reason = 2, redacted(str(error))
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-    except FloatingPointError as error:
-        code, reason = 1, redacted(str(error))
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt as stop:
-        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
-        print("interrupted; what was saved is kept", file=sys.stderr, flush=True)
-    except Exception as error:
-        code, reason = 1, " ".join(f"{type(error).__name__}: {error}".split())
-        print(redacted(traceback.format_exc()), file=sys.stderr, end="", flush=True)
-    if in_sweep() and code < 128:
-        if code:
-            _KEPT.clear()  # a cell that breaks off leaves gradients where no one looks for them
-            _record_failure(reason)
-        gc.collect()  # a sharded model is full of cycles; the next cell needs its memory
+    if not in_sweep():
+        process.run_job(job)
         return
-    if in_sweep() and dist.is_main():
-        write_table(Path(HydraConfig.get().sweep.dir))
-    dist.leave(code)
+    code, reason = process.outcome(job)
+    if code >= 128:
+        if dist.is_main():
+            write_table(Path(HydraConfig.get().sweep.dir))
+        dist.leave(code)
+    if code:
+        _KEPT.clear()  # a cell that breaks off leaves gradients where no one looks for them
+        _record_failure(reason)
+    gc.collect()  # a sharded model is full of cycles; the next cell needs its memory
 
 
 def _record_failure(reason: str) -> None:

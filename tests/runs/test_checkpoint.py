@@ -20,6 +20,8 @@ from rpo.data import schedule as data_schedule
 from rpo.errors import UserError
 from rpo.runs import checkpoint, log
 from rpo.runs import folder as run_folder
+from rpo.runs import state as runs_state
+from rpo.runs.state import TrainState
 from tests.helpers.models import make_lm
 from tests.helpers.rows import make_rows_json, write_jsonl
 from tests.helpers.runs import settings, timeless, tiny_args
@@ -166,14 +168,14 @@ def test_the_reference_is_scored_by_the_starting_weights(tiny, whole, tmp_path):
 
 def test_a_changed_loss_may_use_the_global_generators(tmp_path):
     """torch's, numpy's and Python's random numbers go on where they were, through JSON."""
-    state = json.loads(json.dumps(checkpoint.rng_state()))
+    state = json.loads(json.dumps(runs_state.rng_state()))
 
     def draw():
         return torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random()
 
     first = draw()
     assert draw() != first
-    checkpoint.set_rng_state(state)
+    runs_state.set_rng_state(state)
     assert draw() == first
 
 
@@ -188,9 +190,7 @@ def test_a_longer_run_goes_on_from_a_finished_one(tiny, tmp_path):
     assert run(tiny, folder, *short, "max_steps=6", "log_every=1") == "finished"
     assert [e["step"] for e in log.read_jsonl(folder / "metrics.jsonl")] == [0, 3, 4, 4, 5, 6, 6]
     assert run_folder.read_status(folder) == {"state": "finished", "reason": "", "step": 6}
-    with pytest.raises(
-        UserError, match="max_steps: the run to go on from has made 6 steps, of 2 that max_steps or epochs"
-    ):
+    with pytest.raises(UserError, match="max_steps: the run to resume has made 6 steps, of 2 that max_steps or epochs"):
         run(tiny, folder, "max_steps=2")
 
 
@@ -368,15 +368,18 @@ def test_the_newest_and_the_best_are_kept(tiny, tmp_path):
     assert {path.name for path in folder.glob("step_*")} == {f"step_{best:08d}", "step_00000012"}
 
 
+def state_at(step, tensors):
+    """A run's state after `step` updates."""
+    return TrainState(tensors, torch.zeros(0), seed=0, total_steps=9, facts={}, step=step)
+
+
 @pytest.fixture
 def saved(tmp_path, group):
     """A function that saves a step's few numbers with a metric's value, as the loop would; and the folder."""
     folder = tmp_path / "run"
 
     def save(checkpoints, step, value):
-        state = {"facts": {}, "pairs": 0, "evaluated": True, "position": None}
-        held_out = {"loss": value}
-        return checkpoints.save(step, {"weight/a": torch.ones(3)}, state, {"sums": []}, held_out=held_out, wait=True)
+        return checkpoints.save(state_at(step, {"weight/a": torch.ones(3)}), None, {"loss": value}, wait=True)
 
     def begin(best="min:loss", keep=1):
         return checkpoint.Checkpoints(
@@ -393,16 +396,14 @@ def test_what_changes_after_save_is_not_saved(device, saved):
         pytest.skip("needs a CUDA device")
     folder, begin, _ = saved
     tensors = {f"weight/{i}": torch.full((1000, 100), float(i), device=device) for i in range(20)}
-    state = {"facts": {}, "pairs": 0, "evaluated": True, "position": None}
     with begin() as checkpoints:
         for step in (1, 2):  # the second goes through the memory of the first
-            own = {"rng": checkpoint.rng_state(), "sums": []}
-            assert checkpoints.save(step, tensors, state, own, held_out={})
+            assert checkpoints.save(state_at(step, tensors), None, {})
             for tensor in tensors.values():
                 tensor += 100
     for tensor in tensors.values():
         tensor.zero_()
-    checkpoint.load(checkpoint.find(folder.parent, "auto"), tensors)
+    checkpoint.find(folder.parent, "auto").load(tensors)
     assert all(torch.all(tensor == i + 100) for i, tensor in enumerate(tensors.values()))
 
 
@@ -472,14 +473,12 @@ def test_other_data_tokenizer_or_weights_are_refused(tiny, tmp_path):
     for name, key in (("train", "data.train"), ("eval", "data.eval")):
         write_jsonl(mine / f"{name}.jsonl.gz", make_rows_json(40, seed=5))
         with pytest.raises(
-            UserError, match=rf"^{key}: 40 rows of \d+ tokens, sha256 \w+, but \d+ rows of .* when .*/run was begun"
+            UserError, match=rf"^{key}: 40 rows of \d+ tokens, sha256 \w+, but \d+ rows of .* when .*/run started"
         ):
             run(mine, tmp_path / "run", "max_steps=4", "sample_every=0")
         shutil.copy(tiny / f"{name}.jsonl.gz", mine)
     make_lm(seed=1).save_pretrained(mine / "model")
-    with pytest.raises(
-        UserError, match=r"^model.path: \w+, but \w+ when .*/run was begun; put the file or folder back"
-    ):
+    with pytest.raises(UserError, match=r"^model.path: \w+, but \w+ when .*/run started; restore the file or folder"):
         run(mine, tmp_path / "run", "max_steps=4", "sample_every=0")
     shutil.copytree(tiny / "model", mine / "model", dirs_exist_ok=True)
     assert run(mine, tmp_path / "run", "max_steps=4", "sample_every=0") == "finished"
@@ -491,9 +490,9 @@ def test_the_checkpoint_of_another_model_is_refused(whole, group):
     name = "weight/lm.model.norm.weight"
     for tensor in (torch.zeros(33), torch.zeros(32, dtype=torch.float64)):
         with pytest.raises(UserError, match=rf"holds \(32,\) torch.float32 for {name}, the model has .*another model"):
-            checkpoint.load(found, {name: tensor})
+            found.load({name: tensor})
     with pytest.raises(UserError, match="holds nothing for weight/other"):
-        checkpoint.load(found, {"weight/other": torch.zeros(3)})
+        found.load({"weight/other": torch.zeros(3)})
 
 
 def test_what_has_no_checkpoint_is_not_begun_anew_over_a_model(tiny, tmp_path):
@@ -502,7 +501,7 @@ def test_what_has_no_checkpoint_is_not_begun_anew_over_a_model(tiny, tmp_path):
     assert run(tiny, folder, "sample_every=0", "checkpoint.every=0", kill_at=4) == "killed"
     assert run(tiny, folder, "sample_every=0", "checkpoint.every=0", "max_steps=5") == "finished"
     assert [e["step"] for e in log.read_jsonl(folder / "metrics.jsonl")] == [0, 3, 4, 5, 5]
-    with pytest.raises(UserError, match=f"run_dir={folder}: holds a model/ and no checkpoint to go on from"):
+    with pytest.raises(UserError, match=f"run_dir={folder}: holds a model/ and no checkpoint to resume from"):
         run(tiny, folder, "sample_every=0", "checkpoint.every=0", "max_steps=6")
 
 

@@ -85,14 +85,17 @@ def test_what_a_failed_cell_leaves_is_not_kept(monkeypatch):
     """A cell that breaks off between micro-batches leaves gradients on the shared model: the next makes its own."""
     monkeypatch.setattr(sweep_module, "in_sweep", lambda: True)
     monkeypatch.setattr(sweep_module, "_record_failure", lambda reason: None)
-    kept = [sweep_module.once("policy", "key", object) for _ in range(2)]
-    assert kept[0] is kept[1]
+    build = sweep_module.shared(lambda *_, **__: object())
+    kept = build("key", more=1)
+    assert build("key", more=1) is kept
 
     def breaks_off():
         raise RuntimeError("out of memory")
 
     sweep_module.run_job(breaks_off)
-    assert sweep_module.once("policy", "key", object) is not kept[0]
+    again = build("key", more=1)
+    assert again is not kept
+    assert build("key", more=2) is not again  # every argument counts
     sweep_module._KEPT.clear()
 
 

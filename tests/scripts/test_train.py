@@ -169,11 +169,11 @@ def test_a_model_that_can_not_be_packed(key, reference, tiny, tmp_path, capsys):
     args = ("loss=dpo", f"reference={reference}", f"{key}={tmp_path / 'model'}")
     auto = run(tiny, tmp_path / "auto", *args)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("layout")]
-    reason = r"can not be packed: its code does not pass on .* \(attend\(\) missing .*\)"
+    reason = r"cannot be packed: its code does not pass on .* \(attend\(\) missing .*\)"
     assert len(said) == 1 and re.fullmatch(f"layout=padded, because {key}={tmp_path / 'model'} {reason}", said[0]), said
     assert timeless(auto) == timeless(run(tiny, tmp_path / "padded", *args, "layout=padded"))
     assert json.loads((tmp_path / "auto/environment.json").read_text())["layout"] == "padded"
-    refused = rf"^layout=packed: {key}={tmp_path / 'model'} can not be packed \(.*\); use layout=padded or auto$"
+    refused = rf"^layout=packed: {key}={tmp_path / 'model'} cannot be packed \(.*\); use layout=padded or auto$"
     with pytest.raises(UserError, match=refused):
         run(tiny, tmp_path / "packed", *args, "layout=packed")
 

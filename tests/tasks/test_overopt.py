@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import train
-from rpo import dist, stats
+from rpo import dist, files, stats
 from rpo.data import batch as data_batch
 from rpo.data import dataset
 from rpo.data.tokenizer import load_tokenizer
@@ -24,7 +24,7 @@ from rpo.model.shard import PLAIN, mesh, reshard
 from rpo.overopt import best_of_n, study
 from rpo.overopt import figures as overopt_figures
 from rpo.overopt.curve import summarise
-from rpo.runs import catalog, checkpoint
+from rpo.runs import catalog
 from rpo.runs import folder as run_folder
 from rpo.synthetic import grammar
 from rpo.synthetic.task import SAMPLING, TEMPLATE, word_tokenizer
@@ -659,4 +659,4 @@ def test_digest_of_a_checkpoint_is_its_manifests(made):
     """What a point was made of changes with any byte of the checkpoint: its manifest has their hashes."""
     ((found,), _) = catalog.find([str(made / "sweep" / "0")])
     manifests = {step: (folder / "manifest.json").read_bytes() for step, folder in found.checkpoints.items()}
-    assert len({checkpoint.digest(text) for text in manifests.values()}) == STEPS
+    assert len({files.digest(text) for text in manifests.values()}) == STEPS

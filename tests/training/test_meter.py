@@ -12,7 +12,7 @@ import torch
 import wandb
 
 from rpo import config
-from rpo.config import Gold, Wandb
+from rpo.config import Gold, Loss, Wandb
 from rpo.data.tokenizer import encode_prompt
 from rpo.errors import UserError
 from rpo.evals.settings import GenerateTask
@@ -61,9 +61,13 @@ def random_pairs(count, seed):
     return PairLogps(*map(torch.from_numpy, [*columns, tokens_chosen, tokens_rejected])), rng.random((2, count))
 
 
+def loss_of(preference, beta):
+    return Loss(preference=preference, sft="avg", beta=beta, eta=1.0, label_smoothing=0.0, normalize=True)
+
+
 def test_preference_means(group):
     """Every metric over three batches, one of them of weight 0, equals plain numpy on the other two; reading empties."""
-    meter = Meter(group, preference=True, beta=BETA, noise_floor=FLOOR)
+    meter = Meter(loss_of("sigmoid", BETA), FLOOR, group)
     batches = [random_pairs(count, seed) for seed, count in enumerate((5, 20, 11))]
     for (batch, terms), weight in zip(batches, (1.0, 0.0, 1.0), strict=True):
         meter.add(batch, *map(torch.from_numpy, terms), weight)
@@ -105,7 +109,7 @@ def test_a_fall_within_rounding_is_no_displacement(group):
         *(torch.tensor(x) for x in ([-1.0, -1.2, -0.9], [-1.0] * 3, [-1.0] * 3, [-1.0] * 3, [4] * 3, [4] * 3))
     )
     for floor, share in ((0.0, 1 / 3), (0.04, 1 / 3), (0.06, 0.0)):
-        meter = Meter(group, preference=True, beta=1.0, noise_floor=floor)
+        meter = Meter(loss_of("sigmoid", 1.0), floor, group)
         meter.add(batch, torch.zeros(3), torch.zeros(3))
         assert meter.read()["displacement_rate"] == pytest.approx(share)
 
@@ -114,7 +118,7 @@ def test_supervised_means(group):
     """Rows without a rejected side have the losses, the chosen log-prob and its NLL per token, and nothing else."""
     batch, (preference, sft) = random_pairs(9, seed=3)
     alone = replace(batch, rejected_P=None, ref_chosen_P=None, ref_rejected_P=None, tokens_rejected_P=None)
-    meter = Meter(group, preference=False, beta=BETA, noise_floor=FLOOR)
+    meter = Meter(loss_of("none", BETA), FLOOR, group)
     meter.add(alone, torch.zeros(9, dtype=torch.float64), torch.from_numpy(sft))
     chosen, num_tokens = batch.chosen_P.numpy(), batch.tokens_chosen_P.numpy()
     expected = {"loss": sft.mean(), "loss/preference": 0, "loss/sft": sft.mean(), "logps/chosen": chosen.mean()}
@@ -303,9 +307,9 @@ def test_calibration_error():
 
 def test_read_jsonl_keeps_order(tmp_path):
     """Events come back in the order in which they were logged, with split, step, pairs and a time that never falls."""
-    with log.Writer(tmp_path, wandb_of("disabled"), {}, enabled=True) as writer:
+    with log.RunLog(tmp_path, wandb_of("disabled"), {}, enabled=True) as writer:
         for step in range(3):
-            writer.log("train", step, 8 * step, {"loss": 1.0 / (step + 1)})
+            writer.metrics("train", step, 8 * step, {"loss": 1.0 / (step + 1)})
     events = log.read_jsonl(tmp_path / "metrics.jsonl")
     assert [(e["split"], e["step"], e["pairs"], e["loss"]) for e in events] == [
         ("train", 0, 0, 1.0),
@@ -327,10 +331,10 @@ def test_an_unreachable_server_does_not_end_a_run(tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(wandb, "init", no_server)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    with log.Writer(tmp_path, wandb_of("auto"), {}, enabled=True) as writer:
-        writer.log("train", 1, 8, {"loss": 1.0})
+    with log.RunLog(tmp_path, wandb_of("auto"), {}, enabled=True) as writer:
+        writer.metrics("train", 1, 8, {"loss": 1.0})
     assert started == ["online", "offline"] and "this run is offline" in capsys.readouterr().out
     with pytest.raises(UserError, match="wandb.mode=online: Timed out"):
-        log.Writer(tmp_path, wandb_of("online"), {}, enabled=True)
+        log.RunLog(tmp_path, wandb_of("online"), {}, enabled=True)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert log.wandb_mode(wandb_of("auto")) == "disabled"

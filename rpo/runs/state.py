@@ -1,0 +1,119 @@
+"""All that a run's next update depends on beside its batch, in memory; `checkpoint` puts it on disk and back."""
+
+import base64
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rpo import dist
+
+if TYPE_CHECKING:
+    from rpo.runs.checkpoint import Checkpoint
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class TrainState:
+    """Weights, moments, running sums and random state as they stand, and the counters of the loop."""
+
+    tensors: Tensors  # of `tensors_of`: the live ones
+    sums: Tensor  # the meter's, of the logging interval under way
+    seed: int
+    total_steps: int
+    facts: dict[str, str]  # digests of what the run is of (rows, tokenizer, weights), which a checkpoint records
+    step: int = 0  # updates made
+    pairs: int = 0  # seen
+    evaluated: bool = False  # whether evaluation and samples of `step` are in the log already
+
+    def __post_init__(self) -> None:
+        self.first_bad = torch.full((), -1, device=self.sums.device)  # the first step that was not finite; sticky
+
+    def begin(self, resume: "Checkpoint | None") -> None:
+        """Sets the random generators for the first update; fills everything else from the checkpoint, if there is one.
+
+        A root that a forward pass left gathered has to be resharded afterwards. Raises UserError where the checkpoint is
+        of another model.
+        """
+        seed_rng(self.seed, dist.rank(), resume.state["step"] if resume else 0)
+        if resume is not None:
+            own = resume.load(self.tensors)
+            self.sums.copy_(torch.tensor(own["sums"], dtype=self.sums.dtype))
+            self.step, self.pairs, self.evaluated = (resume.state[name] for name in ("step", "pairs", "evaluated"))
+
+    @property
+    def is_bad(self) -> Tensor:
+        """Whether a step was not finite, on the device."""
+        return self.first_bad >= 0
+
+    def note_bad(self, grad_norm: Tensor) -> None:
+        """Notes the step in hand where its gradient is not finite; no synchronisation."""
+        self.first_bad = torch.where(~self.is_bad & ~grad_norm.isfinite(), self.step, self.first_bad)
+
+    def counts(self) -> dict[str, Any]:
+        """The part that all ranks share, JSON-able."""
+        return {name: getattr(self, name) for name in ("step", "total_steps", "facts", "pairs", "evaluated")}
+
+    def own(self) -> dict[str, Any]:
+        """This rank's part beside the tensors, JSON-able. Waits for the device."""
+        return {"rng": rng_state(), "sums": self.sums.tolist()}
+
+
+def tensors_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Weights, buffers and the optimizer's state by kind/name: the live tensors themselves, each rank's share of them.
+
+    Call it right after the optimizer is made, before a forward pass leaves the root gathered.
+    """
+    tensors = {}
+    for name, param in policy.named_parameters():
+        tensors[f"weight/{name}"] = param.detach()
+        tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state[param].items()}
+    return _plain(tensors | {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()})
+
+
+def weights_of(policy: nn.Module) -> Tensors:
+    """The part of `tensors_of` that a log-prob depends on, of a policy that has no optimizer."""
+    weights = {f"weight/{name}": param.detach() for name, param in policy.named_parameters()}
+    return _plain(weights | {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()})
+
+
+def _plain(tensors: Tensors) -> Tensors:
+    # Activation checkpointing, which puts this into names, may change between starts.
+    return {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in tensors.items()}
+
+
+def seed_rng(*seed: int) -> None:
+    """Makes every global random generator of this process a function of `seed`; left alone they differ from run to run."""
+    of_python, of_numpy, of_torch = map(int, np.random.SeedSequence(seed).generate_state(3))
+    random.seed(of_python)
+    np.random.seed(of_numpy)
+    torch.manual_seed(of_torch)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random generator of this process, JSON-able. The loop uses none; a changed loss may."""
+    kind, key, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": [kind, key.tolist(), *rest], "torch": _text(torch.get_rng_state())}
+    return state | ({"cuda": _text(torch.cuda.get_rng_state())} if torch.cuda.is_available() else {})
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Puts back what `rng_state` gave, of those devices that are here."""
+    version, key, gauss = state["python"]
+    random.setstate((version, tuple(key), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    torch.set_rng_state(_bytes(state["torch"]))
+    if torch.cuda.is_available() and "cuda" in state:
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
