@@ -28,7 +28,7 @@ from rpo.runs.log import RunLog, read_jsonl
 from rpo.runs.process import Interrupt
 from rpo.runs.state import TrainState, tensors_of
 from rpo.synthetic import task
-from rpo.training import figures, gradients, guards, optim, prepare, sweep
+from rpo.training import gradients, guards, optim, prepare, sweep
 from rpo.training.held_out import HeldOut, is_every
 from rpo.training.meter import Meter, Throughput
 
@@ -193,6 +193,8 @@ def train(cfg: Train) -> str:
             hf.save(policy.model, data.tokenizer, run.path / "model")
             left = "model/ is written" + ("" if checkpoints.wait() else ", its last checkpoint is not")
         if dist.is_main():
+            from rpo.training import figures  # matplotlib takes a second
+
             figures.draw_run(read_jsonl(run.path / "metrics.jsonl"), run.path / "plots")
             final = held_out.in_words() if status.state == "finished" else ""  # else it is of older weights
             print(f"{run.path}: {status.state} after {state.step} steps; {left}. {final}".rstrip(), flush=True)

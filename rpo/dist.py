@@ -1,4 +1,4 @@
-"""Processes and sharding: one path for one process, one GPU, and many nodes."""
+"""Processes: ranks, their process group, and what all of them agree on; one path for one process, one GPU, and many nodes."""
 
 import atexit
 import datetime
@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
-import torch.nn.attention.flex_attention  # these two register operators that PRODUCTS names
-import torch.nn.attention.varlen
 
 from rpo.errors import UserError
 

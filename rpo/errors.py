@@ -1,9 +1,4 @@
-"""What can be set for a run: frozen groups of keys, filled once from Hydra's composed YAML and checked.
-
-Types and ranges stand at the field; what two keys must not say together stands in the group that holds both. Values live in
-`conf/*.yaml` alone: no group has a default, so what a run used is what its `config.yaml` says. This is the only module
-that imports omegaconf, and only to convert: the library is usable without it.
-"""
+"""Errors that the user can fix."""
 
 
 class UserError(ValueError):

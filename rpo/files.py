@@ -1,4 +1,4 @@
-"""A folder of named arrays and a report, written all or not at all."""
+"""Files that are written whole or not at all: folders of named arrays with a report; digests of contents."""
 
 import hashlib
 import json

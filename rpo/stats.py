@@ -6,8 +6,6 @@ float64. Letters: N numbers, G clusters, B draws.
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -53,38 +51,12 @@ def _numbered(clusters: ArrayLike) -> tuple[np.ndarray, int]:
 # ---- quantiles
 
 
-def normal_quantile(p: float) -> float:
-    """The p-quantile of the standard normal."""
-    return NormalDist().inv_cdf(p)
-
-
-@lru_cache(maxsize=4096)
 def t_quantile(p: float, df: int | None) -> float:
-    """The p-quantile (.5 <= p < 1) of Student's t with a whole number of degrees of freedom; None: of the normal.
+    """The p-quantile of Student's t with `df` degrees of freedom; None: of the standard normal."""
+    from scipy.special import ndtri, stdtrit
 
-    Newton's method on P(|T| < t), in closed form (Abramowitz and Stegun, 26.7.3 and 26.7.4). That is concave in t, so
-    steps from the normal's quantile, which is too small, never go too far. Within 1e-10 for p <= .999.
-    """
-    assert 0.5 <= p < 1 and (df is None or df >= 1), (p, df)
-    t = normal_quantile(p)
-    if df is None:
-        return t
-    odd = df % 2
-    i = np.arange(1, (df - odd) // 2)
-    terms = np.concatenate([[1.0], np.cumprod((2 * i - 1 + odd) / (2 * i + odd))])
-
-    def inside(t: float) -> float:
-        angle = math.atan(t / math.sqrt(df))
-        series = math.sin(angle) * float((terms * math.cos(angle) ** (2 * np.arange(len(terms)))).sum())
-        return series if not odd else 2 / math.pi * (angle + (math.cos(angle) * series if df > 1 else 0))
-
-    norm = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
-    for _ in range(100):  # nearly always fewer than ten
-        step = (2 * p - 1 - inside(t)) / (2 * norm * math.exp(-(df + 1) / 2 * math.log1p(t * t / df)))
-        t += step
-        if step <= 1e-12 * t:
-            break
-    return t
+    assert 0 < p < 1 and (df is None or df >= 1), (p, df)
+    return float(ndtri(p) if df is None else stdtrit(df, p))
 
 
 # ---- tests
@@ -96,12 +68,10 @@ def sign_test(wins: int, losses: int) -> float:
     min(1, 2 P(X <= min(wins, losses))), X binomial of wins + losses throws of a fair coin. (Of two binary scores of
     the same items it is McNemar's exact test.) For independent decisions: one per cluster.
     """
+    from scipy.special import bdtr
+
     assert wins >= 0 and losses >= 0, (wins, losses)
-    n, count, tail = wins + losses, 1, 0
-    for i in range(min(wins, losses) + 1):
-        tail += count
-        count = count * (n - i) // (i + 1)  # n over i + 1
-    return min(1.0, 2 * tail / 2**n)
+    return min(1.0, 2 * float(bdtr(min(wins, losses), wins + losses, 0.5)))
 
 
 def sign_flip_test(differences: ArrayLike, clusters: ArrayLike, seed: int, draws: int = 10_000) -> float:
@@ -165,7 +135,7 @@ def clusters_needed(difference: float, se: float, num_clusters: int) -> int:
     """
     assert difference != 0 and num_clusters > 1, (difference, num_clusters)
     sigma = math.sqrt(num_clusters) * se
-    z = normal_quantile(1 - ALPHA / 2) + normal_quantile(POWER)
+    z = t_quantile(1 - ALPHA / 2, None) + t_quantile(POWER, None)
     n = max(2, math.ceil((z * sigma / difference) ** 2))
     while n < _MANY and detectable(sigma / math.sqrt(n), n) > abs(difference):
         n += 1

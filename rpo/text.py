@@ -1,4 +1,4 @@
-"""Text without its secrets: what a run writes about itself and prints goes through `redacted`."""
+"""Text for people: without secrets, in one line, with units. What a run writes about itself and prints goes through `redacted`."""
 
 import os
 import re

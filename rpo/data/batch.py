@@ -1,26 +1,27 @@
-"""From tokenised pairs to the batches that a model sees: which rank scores which pair, and how rows are laid out.
+"""From tokenised pairs to the batches that a model sees: how a micro-batch's rows are laid out.
 
 Two layouts, one `Batch`: `padded` has a right-padded row per response and plain causal attention, it is the
 specification; `packed` has one row of several pairs, each laid out once as [prompt | chosen | rejected].
 
 Letters: B rows of a batch, T tokens of a row, N scored tokens, S responses (chosen first, then rejected); P, C, R are
 a pair's token counts.
-
-Everything here is integer work on the host and a pure function of the step's rows, so every rank derives the whole
-step's plan (and with it the counts that losses are divided by) without a collective.
 """
+
+from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from rpo.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Segments:
     pair_T: Tensor  # which pair a column belongs to
     branch_T: Tensor  # 0 prompt, 1 chosen, 2 rejected
 
-    def to(self, device: torch.device) -> "Segments":
+    def to(self, device: torch.device) -> Segments:
         return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
 
     @functools.cached_property
     def block_mask(self) -> BlockMask:
+        from torch.nn.attention.flex_attention import create_block_mask
+
         pair_T, branch_T = self.pair_T, self.branch_T
 
         def visible(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -128,11 +131,11 @@ class Batch:
     position_BT: Tensor | None = None  # None: 0, 1, 2, ... in each row
     segments: Segments | None = None  # None: plain causal attention
 
-    def pin(self) -> "Batch":
+    def pin(self) -> Batch:
         """In page-locked memory, from which a copy to CUDA overlaps with compute."""
         return _map(self, Tensor.pin_memory)
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> Batch:
         return _map(self, lambda x: x.to(device, non_blocking=True))
 
 

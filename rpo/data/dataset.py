@@ -3,20 +3,20 @@
 Letters: P, C, R token counts of a row's prompt, chosen and rejected response; max_length bounds P + max(C, R).
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import tokenizers
-import transformers
-from transformers import PreTrainedTokenizerBase
 
 from rpo import dist
 from rpo.config import Data, EvalData, Model
@@ -37,6 +37,9 @@ from rpo.data.tokenizer import (
 )
 from rpo.errors import UserError
 from rpo.files import digest, read_arrays, write_arrays
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CODE_VERSION = 2  # of the tokens that this module makes from given rows: raise it when they change
 BATCH = 1024  # rows tokenised in one call
@@ -73,7 +76,7 @@ class Rows:
         """FILE:LINE that row `i` was read from."""
         return f"{self.files[self.file[i]]}:{self.line[i]}"
 
-    def head(self, count: int) -> "Rows":
+    def head(self, count: int) -> Rows:
         """The first `count` rows (all, where there are fewer)."""
         first = {name: getattr(self, name)[:count] for name in ARRAYS if name != "ids"}
         return replace(self, ids=self.ids[: self.starts[: count + 1][-1]], **first)
@@ -367,7 +370,7 @@ class Splits:
         """How many rows there are and what became of the rest, in one line."""
         return ", ".join(f"{name} {describe(report)}" for name, report in self.reports.items() if report)
 
-    def with_reference(self, logps: dict[str, np.ndarray]) -> "Splits":
+    def with_reference(self, logps: dict[str, np.ndarray]) -> Splits:
         """The same rows with the reference's log-probs of each split (float64, rows x 2)."""
         return replace(self, **{name: replace(self.by_name[name], ref_logps=sums) for name, sums in logps.items()})
 
@@ -413,6 +416,6 @@ def _named(kinds: dict[str, dict], names: Sequence[str]) -> dict[str, dict]:
 
 
 def _cache_key(sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> str:
-    parts = [CODE_VERSION, transformers.__version__, tokenizers.__version__, *identity(tokenizer)]
+    parts = [CODE_VERSION, version("transformers"), version("tokenizers"), *identity(tokenizer)]
     parts += [cfg.template_date, cfg.max_length, cfg.truncation, cfg.on_bad_row, pairs, *(s.digest for s in sources)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,7 +1,6 @@
-"""Rows of preference and supervised data as they lie in files, brought to one form.
+"""Raw rows of preference and supervised data, whichever form they have, to one form: `parse` makes an `Example` of each.
 
-A file gives raw rows with their line numbers (`open_sources`); `parse` looks at each and makes an `Example` of it.
-Nothing here knows of tokens. What is wrong with one row is a `RowError`, with a file a `UserError`.
+One reader per form, told apart by looking, row by row. What is wrong with a row is a `RowError` that names the field.
 """
 
 import re

@@ -1,7 +1,6 @@
-"""Rows of preference and supervised data as they lie in files, brought to one form.
+"""Files and data sets to raw rows with their line numbers; nothing here knows what a row means.
 
-A file gives raw rows with their line numbers (`open_sources`); `parse` looks at each and makes an `Example` of it.
-Nothing here knows of tokens. What is wrong with one row is a `RowError`, with a file a `UserError`.
+What is wrong with one row is a `RowError`, with a file a `UserError`.
 """
 
 import gzip

@@ -3,19 +3,22 @@
 A response's tokens end with exactly one end-of-turn, which is scored; what a template renders after it is dropped.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import tempfile
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, NamedTuple
 
 from rpo.data.formats import Messages, RowError
 from rpo.errors import UserError
 from rpo.text import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def load_tokenizer(
@@ -30,6 +33,8 @@ def load_tokenizer(
     `chat_template` is jinja text or the path of a file that holds it. Raises UserError where the tokenizer cannot be
     loaded, needs code of its own without `trust_remote_code` or has no EOS token, or the template's file does not exist.
     """
+    from transformers import AutoTokenizer
+
     try:
         trust = {"trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main", **trust)

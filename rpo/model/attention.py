@@ -6,6 +6,8 @@ chosen. `sdpa` computes that segment by segment on any device: it is the twin th
 Letters: H heads, T tokens of the row, D width of a head, S segments, K keys (a prompt's stand there twice), Q queries.
 """
 
+from __future__ import annotations
+
 import functools
 import inspect
 import warnings
@@ -16,19 +18,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import varlen
-from torch.nn.attention.flex_attention import flex_attention
 
 from rpo.data.batch import Segments, segments_of
 from rpo.errors import UserError
 
 PACKED = "rpo_packed"  # under which transformers knows `attend`
+UNMASKED = "rpo_unmasked"  # the library's sdpa, under a name that it makes no mask for
+
+
+@functools.cache
+def register() -> None:
+    """Makes `attend` and the unmasked sdpa known to transformers; whoever runs a model calls it first.
+
+    Not on import: transformers and torch.compile take seconds to load.
+    """
+    from transformers import AttentionInterface
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(PACKED, attend)
+    AttentionInterface.register(UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    BACKENDS["sdpa"] = torch.compiler.disable(sdpa)  # it is a loop over the pairs: a graph of it would fit one row only
 
 
 # ---- three ways to compute it: query_1HTD, key_1HTD, value_1HTD -> out_1HTD; key and value may have fewer heads
 
 
-@torch.compiler.disable  # it is a loop over the pairs: a graph of it would fit one row only
 def sdpa(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, softcap: float | None
 ) -> Tensor:
@@ -71,23 +85,23 @@ def flash(
 
     Causal with fewer queries than keys means aligned at the end, which torch leaves undocumented: `choose` measures it.
     """
+    from torch.nn.attention import varlen
+
     assert softcap is None, softcap
+    known = inspect.signature(varlen.varlen_attn).parameters
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query, key, value))
-    options = {"window_size": (-1, 0)} if "window_size" in _VARLEN_OPTIONS else {"is_causal": True}
-    if "scale" in _VARLEN_OPTIONS:  # torch 2.10 to 2.12 lack some of these
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "scale" in known:  # torch 2.10 to 2.12 lack some of these
         options["scale"] = scale
     else:
         query_THD = query_THD * (scale * query.shape[-1] ** 0.5)
-    if "enable_gqa" in _VARLEN_OPTIONS:
+    if "enable_gqa" in known:
         options["enable_gqa"] = True
     else:
         key_THD, value_THD = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key_THD, value_THD))
     key_KHD, value_KHD = (x.index_select(0, segments.key_K) for x in (key_THD, value_THD))
     starts = (segments.query_starts_S, segments.key_starts_S, segments.most_queries, segments.reach)
     return varlen.varlen_attn(query_THD, key_KHD, value_KHD, *starts, **options).transpose(0, 1)[None]
-
-
-_VARLEN_OPTIONS = inspect.signature(varlen.varlen_attn).parameters
 
 
 def flex(
@@ -104,6 +118,8 @@ def flex(
 
 @functools.cache
 def _compiled_flex() -> Callable:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention, dynamic=True)  # or every new length would cost 15 s
 
 

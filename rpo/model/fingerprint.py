@@ -1,14 +1,4 @@
-"""The reference's log-probs on disk: one number per response token, computed once per pair and never stale.
-
-    CACHE_DIR/reference/KEY/facts.json   what the numbers depend on beside the tokens; KEY is its hash
-    CACHE_DIR/reference/KEY/shard_*/     pairs of one chunk of a pass, each found by the hash of its tokens
-
-A pair's entry depends on nothing but the facts and its own tokens. So a sweep, a subset, another order, another run hit;
-changed weights miss everywhere, a changed token misses one pair; and what is missing is filled, not computed anew. Shards
-are checksummed, written whole or not at all under names of their own, so runs that fill one cache at once do no harm.
-
-Rank 0 alone touches the disk, the folder may be its node's own. N: scored tokens of a micro-batch.
-"""
+"""What log-probs depend on beside the tokens: a digest of the weights, the config, dtype, kernels and versions."""
 
 import hashlib
 import json

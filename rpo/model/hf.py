@@ -1,42 +1,28 @@
-"""Hugging Face causal LMs in, per-token log-probs out, and back to a Hugging Face folder.
+"""Hugging Face causal LMs: checked by their configs, loaded, built from scratch, saved in the same format."""
 
-Letters: B rows, T tokens of a row, N scored tokens, D model width, V vocabulary.
-"""
+from __future__ import annotations
 
 import os
 import pickle
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging as transformers_logging
 
 from rpo import dist, files
 from rpo.config import Model, Reference
 from rpo.errors import UserError
-from rpo.model.attention import PACKED, attend
+from rpo.model import attention
 from rpo.model.policy import Policy, attention_heads
 from rpo.model.probe import probe
 from rpo.text import first_line
 
-transformers_logging.disable_progress_bar()  # one bar per rank and model says nothing that the run does not
-AttentionInterface.register(PACKED, attend)
-UNMASKED = "rpo_unmasked"  # the library's sdpa, under a name that it makes no mask for
-AttentionInterface.register(UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 _CODE_IS_OFF = "which is not run; read it, then set model.trust_remote_code=true"
 
 
@@ -47,6 +33,9 @@ def check(
 
     Raises UserError: nothing there, not a causal LM, or one that needs code from elsewhere without `trust_remote_code`.
     """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
     folder = os.path.expanduser(path)
     if path.startswith(("/", "./", "../", "~")) and not os.path.isfile(os.path.join(folder, "config.json")):
         hint = f"; did you mean {path}/model?" if os.path.isdir(os.path.join(folder, "model")) else ""
@@ -86,6 +75,8 @@ def check_offline(path: str, revision: str | None = None, *, key: str = "model.p
 
     Raises UserError.
     """
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(path, revision=revision, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each config class checks itself in its own way
@@ -94,14 +85,19 @@ def check_offline(path: str, revision: str | None = None, *, key: str = "model.p
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """A causal LM of that config without meaning, unproven: for a mode in which tensors have shapes but no data."""
+    from transformers import AutoModelForCausalLM
+
+    attention.register()
     lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     if lm.config._attn_implementation == "sdpa":  # which would be given a mask where positions can not be looked at
-        lm.config._attn_implementation = UNMASKED
+        lm.config._attn_implementation = attention.UNMASKED
     return lm
 
 
 def config_for(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:
     """The model config that `model.architecture` describes, sized to the tokenizer if there is one. Raises UserError."""
+    from transformers import AutoConfig
+
     own = {}
     if tokenizer is not None:
         own = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -157,6 +153,10 @@ def load(
     Raises UserError: unreadable (a pickle that is more than tensors is), weights missing (another kind of model), or a
     probe that disagrees.
     """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar per rank and model says nothing that the run does not
     how = {"trust_remote_code": trust_remote_code, "weights_only": True, "output_loading_info": True}
     try:
         lm, info = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=master, **how)
@@ -176,6 +176,8 @@ def load(
 
 def build(config: PreTrainedConfig, seed: int, master: torch.dtype) -> PreTrainedModel:
     """A causal LM of that config with random weights, a function of `seed`."""
+    from transformers import AutoModelForCausalLM
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -202,6 +204,8 @@ def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> No
     A collective: every rank calls it, rank 0 writes. The weights are the masters, so nothing learned is rounded
     away. The folder appears whole or not at all.
     """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(policy, options=options)
     if dist.is_main():

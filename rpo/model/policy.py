@@ -1,27 +1,27 @@
-"""Hugging Face causal LMs in, per-token log-probs out, and back to a Hugging Face folder.
+"""A Hugging Face LM as the FSDP root that scores: per-token log-probs out of one `forward`; pairs under policy and reference.
 
-Letters: B rows, T tokens of a row, N scored tokens, D model width, V vocabulary.
+Letters: B rows, T tokens of a row, N scored tokens, D model width, V vocabulary, S responses, P pairs.
 """
 
-from typing import Any, NamedTuple
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-)
 
 from rpo.config import Fsdp
 from rpo.data.batch import Batch, response_sums
 from rpo.errors import UserError
 from rpo.losses import PairLogps
 from rpo.model import shard
-from rpo.model.attention import PACKED
+from rpo.model.attention import PACKED, register
 from rpo.model.attention import choose as choose_attention
 from rpo.model.logprobs import full_logits, token_logps
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import GenerationConfig, PreTrainedModel
 
 
 class Head(NamedTuple):
@@ -46,6 +46,7 @@ class Policy(nn.Module):
 
     def __init__(self, lm: PreTrainedModel, *, compile_tiles: bool, attention: str = "sdpa"):
         super().__init__()
+        register()
         self.lm = lm
         self.compile_tiles = compile_tiles
         self.attention = attention  # of packed rows; all else goes the model's own way
@@ -127,6 +128,8 @@ def prepare(
 
     `attention` is layout.attention, for packed rows. Raises UserError where this device lacks it.
     """
+    from torch.distributed.fsdp import register_fsdp_forward_method
+
     lm.requires_grad_(trainable)
     softcap = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
     backend = choose_attention(attention, torch.device(mesh.device_type), compute_dtype, softcap, attention_heads(lm))

@@ -1,22 +1,25 @@
-"""Pairs scored by a policy and its reference, and how far two scorings of one text may differ by rounding alone.
+"""What is verified of a model at load, on the model itself: its log-probs, its causality, packed rows, and its noise floor.
 
-Letters: N scored tokens, S responses, P pairs.
+Letters: B rows, T tokens of a row, N scored tokens, V vocabulary, S responses.
 """
+
+from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-)
 
 from rpo.data.batch import Batch, RowsLike, longest, make_batch, packed_batch, padded_batch
 from rpo.errors import UserError
 from rpo.model.policy import Policy
 from rpo.text import first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()

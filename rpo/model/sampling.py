@@ -1,16 +1,21 @@
 """Sampled answers: prompts in, token ids out, every sampling parameter said out loud."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as torch_dist
-from transformers import GenerationConfig
 
 from rpo import dist
 from rpo.model import shard
 from rpo.model.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Completion:
 
 
 def _config(sampling: Sampling, stop_ids: list[int]) -> GenerationConfig:
+    from transformers import GenerationConfig
+
     # The library's defaults are top-50 and whatever the model's generation config says; nothing here is left to them.
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     return GenerationConfig(

@@ -1,28 +1,24 @@
 """A model cut over ranks with FSDP2: the mesh, activation checkpointing, compile, shard."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as torch_dist
-import torch.nn.attention.flex_attention  # these two register operators that PRODUCTS names
-import torch.nn.attention.varlen
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from rpo import dist
 from rpo.config import Fsdp
 from rpo.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.utils.checkpoint import CheckpointPolicy
 
 # Weights cut over all ranks and nothing else: for what only scores and generates, and has no such keys.
 PLAIN = Fsdp(
@@ -41,6 +37,8 @@ def mesh(device: torch.device, cfg: Fsdp) -> DeviceMesh:
     Neighbouring ranks make up a shard group, so that one which fits a node stays within it. Raises UserError unless
     the two degrees multiply to the world size.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+
     world, replicate = dist.world_size(), cfg.replicate_degree
     shard = cfg.shard_degree or world // replicate
     if replicate * shard != world:
@@ -57,6 +55,8 @@ def mesh(device: torch.device, cfg: Fsdp) -> DeviceMesh:
 
 @dist.until_shutdown  # the groups hold device memory, and policy and reference may share them
 def _hybrid_mesh(device_type: str, replicate: int, shard: int) -> DeviceMesh:
+    from torch.distributed.device_mesh import DeviceMesh
+
     timeout = dist.timeout_of(device_type)  # which init_device_mesh does not ask for
     ranks = torch.arange(replicate * shard).view(replicate, shard)
     parts = {"replicate": ranks.T.tolist(), "shard": ranks.tolist()}
@@ -66,26 +66,36 @@ def _hybrid_mesh(device_type: str, replicate: int, shard: int) -> DeviceMesh:
 
 # What `selective` keeps: the results of attention and of every matrix product are dear to recompute and small
 # beside the pointwise intermediates, which are recomputed.
-PRODUCTS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.torch_attn._varlen_attn.default,
-    torch.ops.higher_order.flex_attention,
-}
+@cache
+def products() -> set[Any]:
+    """What `selective` keeps: results of attention and of every matrix product."""
+    import torch.nn.attention.flex_attention  # these two register operators named below
+    import torch.nn.attention.varlen
 
-
-def _save_products(_ctx: object, op: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+    aten = torch.ops.aten
+    return {
+        aten.mm.default,
+        aten.addmm.default,
+        aten.bmm.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.torch_attn._varlen_attn.default,
+        torch.ops.higher_order.flex_attention,
+    }
 
 
 def checkpointed(layer: nn.Module, how: str) -> nn.Module:
+    """`layer`, whose activations are recomputed in backward: all of them (full), or all but `products` (selective)."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def save_products(_ctx: object, op: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in products() else CheckpointPolicy.PREFER_RECOMPUTE
+
     if how == "selective":
-        return checkpoint_wrapper(layer, context_fn=partial(create_selective_checkpoint_contexts, _save_products))
+        return checkpoint_wrapper(layer, context_fn=partial(create_selective_checkpoint_contexts, save_products))
     return checkpoint_wrapper(layer)
 
 
@@ -98,6 +108,14 @@ def shard(
     `compute_dtype`, gradients are summed in fp32 or wider and never averaged: the loss is divided by global counts
     before the backward pass.
     """
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        FSDPModule,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
     master = next(root.parameters()).dtype
     half = compute_dtype.itemsize < master.itemsize
     mp_policy = MixedPrecisionPolicy(
@@ -128,6 +146,8 @@ def sync_gradients(root: FSDPModule, *, last: bool, accumulate: str) -> None:
 
 def reshard(root: nn.Module) -> None:
     """Frees what a forward pass without a backward left gathered: the root always stays so, and its layers may."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -136,6 +156,8 @@ def reshard(root: nn.Module) -> None:
 @contextmanager
 def gathered(root: FSDPModule, *, reshard_after_forward: bool) -> Iterator[None]:
     """Within the block a layer, once gathered, stays gathered: for generation, which calls it once per token."""
+    from torch.distributed.fsdp import FSDPModule
+
     units = [m for m in root.modules() if isinstance(m, FSDPModule) and m is not root]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)

@@ -1,13 +1,14 @@
 """Runs as they were left in their folders: which there are, what each was made of, and its checkpoints as models."""
 
+from __future__ import annotations
+
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from rpo import config, files
 from rpo.config import EvalData, Loss, Reference
@@ -19,6 +20,9 @@ from rpo.model.policy import Policy, prepare
 from rpo.model.shard import PLAIN, compute_dtype, mesh, reshard
 from rpo.runs import checkpoint, state
 from rpo.runs import folder as run_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Source = tuple[str, str | None]  # folder or Hub name, revision
 

@@ -25,9 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from rpo import config, dist
 from rpo.errors import UserError
@@ -193,10 +190,14 @@ def _sha256(path: Path) -> str:
 
 
 def _stored(checkpoint: Checkpoint) -> dict[str, Any]:
+    import torch.distributed.checkpoint as dcp
+
     return dcp.HuggingFaceStorageReader(str(checkpoint.folder)).read_metadata().state_dict_metadata
 
 
 def _fill(checkpoint: Checkpoint, tensors: Tensors) -> None:
+    import torch.distributed.checkpoint as dcp
+
     there = _stored(checkpoint)
     for name, tensor in tensors.items():
         stored = there.get(name)
@@ -219,6 +220,8 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: Path, cfg: config.Checkpoint, resume: Checkpoint | None = None):
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
         self.folder, self.cfg = run_dir / "checkpoints", cfg
         self.start = resume.folder if resume and resume.run_dir == run_dir else None  # not a fork's
         best = resume.state["best"] if self.start else None
@@ -332,6 +335,9 @@ class Checkpoints:
 
     def _write_share(self, part: Path, staged: Tensors) -> dict[str, dict]:
         """Writes this rank's tensors and returns its files' part of the manifest."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+
         # One thread: torch loses the error of any other, and a shard cut off by a full disk would pass for whole.
         how = {"save_distributed": True, "thread_count": 1, "fqn_to_index_mapping": _files_of(staged)}
         writer = dcp.HuggingFaceStorageWriter(str(part), **how)

@@ -8,6 +8,8 @@ of it, and preference pairs sampled from that model and labelled by the gold rew
 other: same tokenizer code, template, files and loop. Tasks that differ in their pairs alone share one supervised model.
 """
 
+from __future__ import annotations
+
 import gzip
 import hashlib
 import json
@@ -18,13 +20,10 @@ import sys
 import uuid
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rpo import dist
 from rpo.config import Gold, Train
@@ -37,9 +36,17 @@ from rpo.model.sampling import Completion, Sampling, sample
 from rpo.model.shard import PLAIN, mesh
 from rpo.synthetic import grammar, task
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def word_tokenizer(words: list[str], chat_template: str) -> PreTrainedTokenizerBase:
     """A tokenizer that knows exactly `words` (split at white space) and its four special tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<end>"}
     inner = Tokenizer(WordLevel({word: i for i, word in enumerate([*special.values(), *words])}, unk_token="<unk>"))
     inner.pre_tokenizer = WhitespaceSplit()

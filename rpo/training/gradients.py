@@ -1,13 +1,15 @@
 """How hard the preference and the SFT term pull on the weights, and whether they pull the same way."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from rpo import losses
 from rpo.config import Train
@@ -20,6 +22,9 @@ from rpo.model import shard
 from rpo.model.policy import Policy
 from rpo.training import guards
 from rpo.training.meter import GRADIENT_SPLIT
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 CHUNK = 2**22  # numbers of a shard that are widened to float64 at a time
 
@@ -71,6 +76,8 @@ def gradient_split(
 
 def _products(a: list[DTensor], b: list[DTensor], device: torch.device) -> tuple[float, float, float]:
     """|a|, |b| and a.b over all parameters, summed in float64; of replicas, which hold the same, one counts."""
+    from torch.distributed.tensor import DTensor
+
     assert all(isinstance(grad, DTensor) for grad in a + b), "a gradient is gathered: its shards would count twice"
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for both in zip(a, b, strict=True):

@@ -1,4 +1,4 @@
-"""Hangs, out-of-memory errors, and losses or gradients that are not finite."""
+"""Watches over a run: hangs, out-of-memory errors, and losses or gradients that are not finite."""
 
 import faulthandler
 import os

@@ -1,10 +1,9 @@
-"""AdamW, the learning-rate schedule, and an update that a non-finite number can not reach."""
+"""AdamW, the learning-rate schedule, and an update that a non-finite number cannot reach."""
 
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from rpo.config import Optim
 
@@ -15,6 +14,8 @@ def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
     Moments are in cfg.state_dtype; bfloat16 halves them (CUDA only). To be made while nothing is gathered: FSDP's root
     stays so after a forward without a backward, and what `parameters()` then gives are copies that nobody reads again.
     """
+    from torch.distributed.tensor import DTensor
+
     params = [p for p in model.parameters() if p.requires_grad]
     assert all(isinstance(p, DTensor) for p in params), "a gathered parameter would be updated in vain"
     groups = [
@@ -52,6 +53,8 @@ def lr_at(step: int, total_steps: int, cfg: Optim) -> float:
 def clip_grad_norm(model: nn.Module, max_norm: float) -> Tensor:
     """The gradient's global L2 norm before clipping, fp32 or wider, as a device scalar (no synchronisation)."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    from torch.distributed.tensor import DTensor
+
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -3,6 +3,8 @@
 A builder marked `shared` is called once per sweep where its arguments are equal: they are all that it sees.
 """
 
+from __future__ import annotations
+
 import gc
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -10,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from rpo import config, dist
 from rpo.config import Train
@@ -55,7 +56,7 @@ def check_machine(cfg: Train, device: torch.device) -> None:
         attention.choose(cfg.layout.attention, device, shard.compute_dtype(cfg.model.dtype, device))
 
 
-def model_configs(cfg: Train, *, embedded: bool) -> "dict[str, PreTrainedConfig]":
+def model_configs(cfg: Train, *, embedded: bool) -> dict[str, PreTrainedConfig]:
     """The configs of the models that `cfg` names, by key; no weight is loaded.
 
     Raises UserError: no causal LM there, a preference run's own model as its silent reference, a checkpoint.best that
@@ -69,7 +70,7 @@ def model_configs(cfg: Train, *, embedded: bool) -> "dict[str, PreTrainedConfig]
     return configs
 
 
-def check_fit(cfg: Train, configs: "dict[str, PreTrainedConfig]", data: Splits) -> "dict[str, PreTrainedConfig]":
+def check_fit(cfg: Train, configs: dict[str, PreTrainedConfig], data: Splits) -> dict[str, PreTrainedConfig]:
     """`configs`, and that of a model to be built. Raises UserError where tokens, positions or the budget do not fit."""
     if cfg.model.path is None:
         configs = configs | {"model.architecture": hf.config_for(cfg.model.architecture, data.tokenizer)}
@@ -104,7 +105,7 @@ class Spec:
     positions: int  # context length of policy and reference
 
     @classmethod
-    def of_policy(cls, cfg: Train, configs: "dict[str, PreTrainedConfig]") -> "Spec":
+    def of_policy(cls, cfg: Train, configs: dict[str, PreTrainedConfig]) -> Spec:
         return cls(
             key="model.path",
             path=cfg.model.path,
@@ -119,7 +120,7 @@ class Spec:
             positions=hf.positions_of(configs),
         )
 
-    def of_reference(self, path: str | None) -> "Spec":
+    def of_reference(self, path: str | None) -> Spec:
         """That of the frozen model at `path`, or of the policy's own starting weights."""
         named = {"path": path, "revision": None} if path else {}
         return replace(self, key="reference.path", trainable=False, **named)
@@ -299,5 +300,7 @@ def _host_copy(tensor: Tensor) -> Tensor:
 
 def _tensors(policy: Policy) -> list[Tensor]:
     """This rank's share of each parameter, and the buffers (some rotary embeddings write theirs)."""
+    from torch.distributed.tensor import DTensor
+
     params = [p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters()]
     return [tensor.detach() for tensor in params] + list(policy.buffers())

@@ -1,4 +1,4 @@
-"""Hydra's jobs: how one run ends for the shell, and how many runs become a table.
+"""Hydra's multirun: cells checked before the first starts, what they share, how a failed one is recorded, and the table.
 
 A sweep's folder holds one numbered child per cell, `sweep.csv`, `sweep.json` and `sweep.png`.
 """
@@ -27,7 +27,6 @@ from rpo.errors import UserError
 from rpo.runs import folder as run_folder
 from rpo.runs import log, process
 from rpo.text import redacted
-from rpo.training import figures
 
 T = TypeVar("T")
 # Where a rank waits for the others to fail too; past it they are taken to hang in a collective.
@@ -202,6 +201,8 @@ def write_table(folder: Path) -> int:
     swept = [key for key in table[0] if key not in ("cell", "seed") and len({row.get(key) for row in table}) > 1]
     swept = sorted((key for key in swept if "." in key), key=lambda key: key not in ("loss.beta", "loss.eta"))[:2]
     if swept and any(value in row for row in table for value in _SHOWN):
+        from rpo.training import figures  # matplotlib takes a second
+
         draw = figures.draw_line if len(swept) == 1 else figures.draw_heatmap
         draw(table, *swept, _SHOWN, folder / "sweep.png")
     num_failed = sum(row["state"] == "failed" for row in table)

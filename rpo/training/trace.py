@@ -68,7 +68,7 @@ class _Alive(TorchDispatchMode):
                 self.size[key] = storage.nbytes()
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._free, key)
-        if op in shard.PRODUCTS:
+        if op in shard.products():
             self.in_products |= there | {storage._cdata for storage in made}
         self.peak = max(self.peak, self.now)
         return out

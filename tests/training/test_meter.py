@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from rpo.runs import log
 from rpo.synthetic import grammar
 from rpo.synthetic.task import TEMPLATE, evaluate, word_tokenizer
 from rpo.tasks import generate, overopt, pairs
+from rpo.training import meter as meter_module
 from rpo.training.meter import (
     GOLD,
     GRADIENT_SPLIT,
@@ -32,6 +34,7 @@ from rpo.training.meter import (
     TRAIN_ONLY,
     Meter,
     ModelSize,
+    Throughput,
     performance,
 )
 from tests.helpers.models import make_lm, prepared
@@ -142,6 +145,25 @@ def test_step_flops_counts_visible_tokens():
     seen = sum(owner[k] in (0, owner[q]) for q in range(P + C + R) for k in range(q + 1))
     size = ModelSize(trunk=0, head=0, layers=1, attention_width=1)
     assert size.step_flops(np.array([P]), np.array([C]), np.array([R])) == 12 * seen
+
+
+def test_throughput_counts_the_time_of_updates_alone(group, monkeypatch):
+    """Two steps in 4 seconds of which 1 is a pause: two thirds of a step's pairs and tokens a second; then from zero."""
+    now = [100.0]
+    monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
+    clock = Throughput(ModelSize(trunk=10, head=7, layers=2, attention_width=5), group)
+    plan = SimpleNamespace(pairs=6, unique_tokens=90, lengths=[np.array([3]), np.array([2]), np.array([1])])
+    clock.count(plan)
+    now[0] += 1.5
+    with clock.paused():
+        now[0] += 1.0
+    clock.count(plan)
+    now[0] += 1.5
+    values = clock.read()
+    assert (values["perf/pairs_per_second"], values["perf/tokens_per_second"]) == (4.0, 60.0)
+    clock.count(plan)
+    now[0] += 2.0
+    assert clock.read()["perf/pairs_per_second"] == 3.0
 
 
 def test_performance_on_a_cpu():
