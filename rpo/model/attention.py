@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ def flash(
     from torch.nn.attention import varlen
 
     assert softcap is None, softcap
-    known = inspect.signature(varlen.varlen_attn).parameters
+    known = _varlen_options()
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "scale" in known:  # torch 2.10 to 2.12 lack some of these
@@ -102,6 +102,13 @@ def flash(
     key_KHD, value_KHD = (x.index_select(0, segments.key_K) for x in (key_THD, value_THD))
     starts = (segments.query_starts_S, segments.key_starts_S, segments.most_queries, segments.reach)
     return varlen.varlen_attn(query_THD, key_KHD, value_KHD, *starts, **options).transpose(0, 1)[None]
+
+
+@functools.cache
+def _varlen_options() -> Collection[str]:
+    from torch.nn.attention import varlen
+
+    return inspect.signature(varlen.varlen_attn).parameters
 
 
 def flex(
