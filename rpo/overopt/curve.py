@@ -228,9 +228,9 @@ def verdict(summary: dict) -> str:
     """One plain sentence on one run, from `summarise`; `kind` has the conditions."""
     found, kl = kind(summary), summary["kl/max"]
     if summary["gold/drop"] is None:
-        return "Can not tell: no gold reward was measured."
+        return "Inconclusive: no gold reward was measured."
     if summary["gold/drop_se"] is None or summary["gold/gain_se"] is None:
-        return "Can not tell: gold has no standard error; sample more prompts."
+        return "Inconclusive: gold has no standard error; sample more prompts."
     drop, gain, end = (
         _with_error(abs(summary[f"gold/{name}"]), summary[f"gold/{name}_se"]) for name in ("drop", "gain", "final_gain")
     )
@@ -251,10 +251,10 @@ def verdict(summary: dict) -> str:
                 f"Under-optimised: the policy never left the reference (KL at most {_number(kl)} nats), nor did gold."
             )
     if _constant(summary):
-        return "Can not tell: gold is the same for every answer to a prompt."
+        return "Inconclusive: gold is the same for every answer to a prompt."
     if summary["gold/gain"] > summary["gold/noise"] * summary["gold/gain_se"]:
-        return f"Can not tell: gold rose {gain}; its drop of {drop} is within noise, which allows {_number(bound)}."
-    return f"Can not tell: gold neither rose ({gain}) nor fell ({drop}) beyond noise; sample more prompts."
+        return f"Inconclusive: gold rose {gain}; its drop of {drop} is within noise, which allows {_number(bound)}."
+    return f"Inconclusive: gold neither rose ({gain}) nor fell ({drop}) beyond noise; sample more prompts."
 
 
 def group_kind(kinds: Sequence[str]) -> str:
@@ -276,7 +276,7 @@ def group_verdict(summaries: Sequence[dict]) -> str:
     if len(summaries) == 1:
         return verdict(summaries[0])
     words = {"overoptimised": "Overoptimised", "none": "No overoptimisation seen"}
-    words |= {"under-optimised": "Under-optimised", "unclear": "Can not tell"}
+    words |= {"under-optimised": "Under-optimised", "unclear": "Inconclusive"}
     counts, seeds = Counter(map(kind, summaries)), len(summaries)
     found = group_kind(list(counts.elements()))
     lead = "overoptimised" if found == SOME else found

@@ -20,7 +20,7 @@ from rpo.runs.groups import Group
 matplotlib.use("Agg")
 
 # Told apart with any colour vision (Okabe and Ito), and dark enough for a thin line on white.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _STYLES = ("-", "--", ":", "-.")  # after eight groups the colours begin again with another line and marker
 _REFERENCE = {"color": "black", "lw": 0.8, "ls": ":"}
@@ -59,17 +59,15 @@ def draw_study(groups: Sequence[Group], folder: Path, best_of_n: Sequence[dict] 
     return paths
 
 
+def style(i: int) -> dict[str, str]:
+    """Colour, marker and line style of the i-th group, as keyword arguments of matplotlib."""
+    again = i // len(COLORS)
+    marker = _MARKERS[(i + again) % len(_MARKERS)]
+    return {"color": COLORS[i % len(COLORS)], "marker": marker, "ls": _STYLES[again % len(_STYLES)]}
+
+
 def _styles(groups: Sequence[Group]) -> dict[str, dict]:
-    styles = {}
-    for i, group in enumerate(groups):
-        again = i // len(_COLORS)
-        marker = _MARKERS[(i + again) % len(_MARKERS)]
-        styles[group.label] = {
-            "color": _COLORS[i % len(_COLORS)],
-            "marker": marker,
-            "ls": _STYLES[again % len(_STYLES)],
-        }
-    return styles
+    return {group.label: style(i) for i, group in enumerate(groups)}
 
 
 def _measured(groups: Sequence[Group], *names: str) -> list[Group]:

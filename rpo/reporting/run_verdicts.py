@@ -1,6 +1,6 @@
-"""What a run's numbers say in plain words, by stated rules: is it overoptimised, is there a sign of it, what is missing?
+"""A Verdict on runs that differ in their seeds alone, by stated rules: overoptimised, a sign of it, or inconclusive.
 
-Runs that differ in their seeds alone are judged together. A logged curve is a list of evaluations in the order of steps,
+A logged curve is a list of evaluations in the order of steps,
 {"step": 50, "rewards/accuracies": .6, ...}, as metrics.jsonl has them: means without error bars. A summary is
 `overopt.summarise` of a run, as task=overopt leaves it: gold with paired errors.
 
@@ -15,6 +15,7 @@ from statistics import mean
 import numpy as np
 
 from rpo.overopt import curve as overopt_curve
+from rpo.reporting.text import sentence
 from rpo.stats import t_quantile
 
 # Signs of trouble, each from the final evaluation, a mean over seeds. They are what docs/METRICS.md calls bad values.
@@ -27,22 +28,23 @@ NO_INFORMATION = math.log(2)  # -log sigmoid of a margin of 0
 RULES = (
     "Overoptimised: gold fell from its peak beyond noise, and by at least "
     f"{overopt_curve.SLIGHT:.0%} of what it had gained. No overoptimisation seen: its gain is beyond noise, and noise leaves no room "
-    f"for a drop of {overopt_curve.LARGE:.0%} of it. Under-optimised: neither, and KL never passed {overopt_curve.STAYED:g} nats. Anything "
-    "else: can not tell.",
-    "Noise, where task=overopt measured gold: the standard error paired by prompt, times as many as the largest of all "
+    f"for a drop of {overopt_curve.LARGE:.0%} of it. Under-optimised: neither, and KL never exceeded {overopt_curve.STAYED:g} nats. Anything "
+    "else: inconclusive.",
+    "Noise, where task=overopt measured gold: the standard error paired by prompt, times the number that the largest of all "
     "comparisons between checkpoints exceeds with a chance of 5% while nothing changes (Bonferroni, Student's t). Each seed is "
-    f"judged by itself; a group is called what more than half of its seeds are, {overopt_curve.SOME} where others are more and any is, "
-    "else can not tell. So task=overopt judges groups, too.",
-    "Noise, where gold stands in the runs' own logs alone: the standard error over seeds, times as many by the same rule. One "
-    "seed decides nothing.",
+    f"judged by itself; a group has the verdict of more than half of its seeds, {overopt_curve.SOME} where others are more and any is, "
+    "else inconclusive.",
+    "Noise, where gold is only in the runs' own logs: the standard error over seeds, times that number. One seed decides "
+    "nothing.",
     "Where gold decides nothing, there are signs, from the last evaluation of held-out pairs and samples: chosen log-probs "
     f"more than {FELL:g} nats or {FELL_PER_TOKEN:g} nats per token below the reference; over {DISPLACED:.0%} of the pairs "
-    f"displaced; KL above {FAR:g} nats; held-out loss above ln 2 although most pairs are ranked right (too sure); fewer than "
-    f"{overopt_curve.ENDED:.0%} of the answers ended. A sign is no verdict: it says where to look.",
+    f"displaced; KL above {FAR:g} nats; held-out loss above ln 2 although most pairs are ranked correctly (overconfident); fewer "
+    f"than {overopt_curve.ENDED:.0%} of the answers ended. A sign is not a verdict: it says where to look.",
     "Accuracy and margin decide nothing: they stay flat through a collapse.",
-    "Every judgment has a chance of up to 5% of a false alarm, which is corrected neither for how many seeds a group has nor for "
-    "how many groups are judged: of 20 runs one may be called overoptimised by chance.",
+    "Every judgment has a chance of up to 5% of a false alarm, corrected neither for the number of seeds of a group nor for the "
+    "number of groups: of 20 runs one may be called overoptimised by chance.",
 )
+# Tone of each verdict; the page adds a shape, so that colour is not the only carrier.
 _TONES = {
     "overoptimised": "bad",
     overopt_curve.SOME: "doubt",
@@ -50,15 +52,15 @@ _TONES = {
     "under-optimised": "news",
     "signs of overoptimisation": "doubt",
     "no sign in what was measured": "news",
-    "can not tell": "unknown",
+    "inconclusive": "unknown",
     "not measured": "unknown",
     "no run finished": "bad",
 }
-_OF_KIND = {"none": "no overoptimisation seen", "unclear": "can not tell"}
+_KIND_OF = {"none": "no overoptimisation seen", "unclear": "inconclusive"}
 
 
 @dataclass(frozen=True)
-class Finding:
+class Verdict:
     kind: str  # one of _TONES
     says: str
     notes: list[str]
@@ -70,7 +72,7 @@ class Finding:
 
 def judge(
     curves: Sequence[Sequence[dict]], summaries: Sequence[dict], *, pairs: int | None = None, sigmoid: bool = True
-) -> Finding:
+) -> Verdict:
     """The verdict on runs that differ in seeds alone, from their logged `curves` and the `summaries` of task=overopt.
 
     `pairs`: how many held-out pairs the log's accuracy is of; `sigmoid`: whether ln 2 is the loss of no information.
@@ -78,9 +80,9 @@ def judge(
     curves = [curve for curve in curves if curve]
     last = _last(curves) | _of_summaries(summaries)
     if not last:
-        return Finding("not measured", "No evaluation was recorded; set eval_every and data.eval.", [])
-    notes, found = _missing(last, bool(summaries)), signs(last, sigmoid=sigmoid)
-    facts, kind, says = _sentence(_facts(curves, last, pairs)), None, ""
+        return Verdict("not measured", "No evaluation was recorded; set eval_every and data.eval.", [])
+    notes, trouble = _missing(last, bool(summaries)), signs(last, sigmoid=sigmoid)
+    facts, kind, says = sentence(_facts(curves, last, pairs)), None, ""
     if any(summary["gold/drop"] is not None for summary in summaries):
         kind = overopt_curve.group_kind([overopt_curve.kind(summary) for summary in summaries])
         says = overopt_curve.group_verdict(summaries)
@@ -89,13 +91,13 @@ def judge(
         kind, says = overopt_curve.kind(logged), f"{_of_logged_gold(logged, len(curves))} {facts}".strip()
     elif "gold" in last:
         notes = [_unjudged_gold(curves), *notes]
-    if kind is not None and (kind != "unclear" or not found):
-        return Finding(_OF_KIND.get(kind, kind), says, notes)
-    if found:
-        return Finding("signs of overoptimisation", f"{says or facts} {_sentence(found)}".strip(), notes)
+    if kind is not None and (kind != "unclear" or not trouble):
+        return Verdict(_KIND_OF.get(kind, kind), says, notes)
+    if trouble:
+        return Verdict("signs of overoptimisation", f"{says or facts} {sentence(trouble)}".strip(), notes)
     if not last.keys() & {"shift/chosen", "kl", "displacement_rate"}:
-        return Finding("not measured", f"{facts} Nothing says how far the policy went.".strip(), notes)
-    return Finding("no sign in what was measured", facts, notes)
+        return Verdict("not measured", f"{facts} No metric says how far the policy moved.".strip(), notes)
+    return Verdict("no sign in what was measured", facts, notes)
 
 
 def signs(last: dict[str, float], *, sigmoid: bool = True) -> list[str]:
@@ -104,22 +106,22 @@ def signs(last: dict[str, float], *, sigmoid: bool = True) -> list[str]:
     def below(name: str, limit: float) -> bool:
         return name in last and last[name] < limit
 
-    found = []
+    trouble = []
     if below("shift/chosen", -FELL) or below("shift_per_token/chosen", -FELL_PER_TOKEN):
-        found.append("chosen answers became far less likely than under the reference")
+        trouble.append("chosen answers became far less likely than under the reference")
     if last.get("displacement_rate", 0) > DISPLACED:
-        found.append("nearly all chosen answers lost log-prob")
+        trouble.append("nearly all chosen answers lost log-prob")
     if last.get("kl", 0) > FAR:
-        found.append("the policy is far from anything that the data speaks of")
+        trouble.append("the policy is far from the data that it was trained on")
     if sigmoid and last.get("loss/preference", 0) > NO_INFORMATION and last.get("rewards/accuracies", 0) > 0.5:
-        found.append(f"held-out loss {last['loss/preference']:.3f} is above ln 2: it is too sure of its rankings")
+        trouble.append(f"held-out loss {last['loss/preference']:.3f} is above ln 2: overconfident rankings")
     if below("samples/ended", overopt_curve.ENDED):
-        found.append(f"{1 - last['samples/ended']:.0%} of the answers did not end")
-    return found
+        trouble.append(f"{1 - last['samples/ended']:.0%} of the answers did not end")
+    return trouble
 
 
 def spread(curves: Sequence[Sequence[dict]]) -> dict | None:
-    """Drop and gain of logged gold with errors over seeds, in the form that `overopt.kind` reads; None where it can not be.
+    """Drop and gain of logged gold with errors over seeds, in the form that `overopt.kind` reads; None where they cannot be computed.
 
         drop_s = gold_s[p] - gold_s[C],  gain_s = gold_s[p] - gold_s[0],  p = argmax of the seeds' mean gold
 
@@ -145,18 +147,13 @@ def spread(curves: Sequence[Sequence[dict]]) -> dict | None:
 
 
 def beside(kind: str, says: str) -> str:
-    """What is said, without its verdict where it begins with that: to stand beside it."""
+    """The sentence without its verdict, where it begins with that: to stand beside it."""
     rest = says[len(kind) :].lstrip(" ,:;")
     return f"{rest[0].upper()}{rest[1:]}" if rest and says.lower().startswith(kind) else says
 
 
 def _number(x: float, digits: int = 3) -> str:
     return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.{digits}g}"
-
-
-def _sentence(phrases: Sequence[str]) -> str:
-    text = "; ".join(phrases)
-    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _last(curves: Sequence[Sequence[dict]]) -> dict[str, float]:
@@ -196,8 +193,8 @@ def _moved(curves: Sequence[Sequence[dict]], pairs: int | None) -> str:
     if not inner or any(len(points) < 2 for points in inner) or len({points[0]["step"] for points in inner}) > 1:
         return "" if noise is None else f" on {pairs:,} pairs"
     change = mean(points[-1]["rewards/accuracies"] - points[0]["rewards/accuracies"] for points in inner)
-    said = f", moved by {change:+.2g} since step {inner[0][0]['step']}"
-    return said if noise is None else f"{said} (with {pairs:,} pairs under {noise} may be noise)"
+    moved = f", moved by {change:+.2g} since step {inner[0][0]['step']}"
+    return moved if noise is None else f"{moved} (on {pairs:,} pairs, under {noise} may be noise)"
 
 
 def _of_logged_gold(logged: dict, seeds: int) -> str:
@@ -206,26 +203,24 @@ def _of_logged_gold(logged: dict, seeds: int) -> str:
         return f"Gold of the runs' own samples is at its highest at the end, {end} ({seeds} seeds)."
     return (
         f"Gold of the runs' own samples fell {_number(drop)} +- {_number(se, 2)} ({seeds} seeds) from its peak at step "
-        f"{logged['step/peak']} to {end}; {_number(logged['gold/noise'], 2)} such errors may be noise."
+        f"{logged['step/peak']} to {end}; up to {_number(logged['gold/noise'], 2)} such errors may be noise."
     )
 
 
 def _unjudged_gold(curves: Sequence[Sequence[dict]]) -> str:
-    """Gold in the log of one seed, told and not judged."""
+    """Gold in the log of one seed, stated and not judged."""
     gold = [(point["gold"], point["step"]) for point in curves[0] if "gold" in point]
     if not gold:
-        return "Gold was logged by some runs only, and is not judged."
+        return "Gold was logged by some runs alone, and is not judged."
     high, step = max(gold)
-    told = f"{_number(gold[0][0])} at step {gold[0][1]}, at most {_number(high)} (step {step}), {_number(gold[-1][0])} at the end"
-    return (
-        f"Gold of the run's own samples has no error bars and is not judged: {told}. task=overopt or more seeds decide."
-    )
+    path = f"{_number(gold[0][0])} at step {gold[0][1]}, at most {_number(high)} (step {step}), {_number(gold[-1][0])} at the end"
+    return f"Gold of the run's own samples has no error bars and is not judged: {path}. Use task=overopt or more seeds."
 
 
 def _missing(last: dict[str, float], studied: bool) -> list[str]:
     absent = []
     if not studied and "gold" not in last:
-        absent.append("what answers are worth (gold, a judge, a benchmark)")
+        absent.append("the quality of answers (gold, a judge, a benchmark)")
     if "kl" not in last:
         absent.append("KL to the reference")
     if "shift/chosen" not in last:

@@ -1,139 +1,162 @@
-"""The blocks of a report's page, in the order in which it is read: verdicts, runs, figures, evaluations, answers, provenance."""
+"""A Report as a Page: headline, table of arms and one figure for the first screen; below, sections that fold.
+
+A block's class says how report.html.j2 shows it. Text is plain here; it is escaped when the page is rendered.
+"""
 
 import datetime
-import math
+import itertools
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rpo.evals import pairing
-from rpo.evals.results import Results
-from rpo.reporting import eval_verdicts, figures, gather, run_verdicts, side_by_side
-from rpo.reporting.batches import Batch, Gathered, Member, overrides
-from rpo.reporting.page import Block, Code, Figure, Fold, Heading, Page, Points, Prose, Section, Table, Verdict
-from rpo.reporting.svg import Forest, number
+from rpo.reporting import collect, eval_verdicts, figures, run_verdicts, side_by_side
+from rpo.reporting.collect import Group, Member, Report
+from rpo.reporting.evaluations import Results, finite
+from rpo.reporting.figures import Chart, Forest
+from rpo.reporting.first_screen import NOT_OF_MODELS, Cell, Table, arms_table, column, main_figure, value_cells
+from rpo.reporting.side_by_side import Comparison
+from rpo.reporting.text import MINUS, counted, decimals, fixed, typeset
 from rpo.runs import groups
-from rpo.tasks import compare
 
-_COLUMNS = 6  # of swept settings
-_ROWS = 24  # of an evaluation's table; the rest is folded
-_LINES = 10  # of a list of sentences
-NOTES = 4  # more are one line that opens
-
-
-def layout(gathered: Gathered, title: str, of: Sequence[str], most: int, environment: dict) -> Page:
-    """The page; `environment` is this report's own."""
-    num = len(gathered.evaluations) + len(gathered.studies) + len(gathered.choices)
-    counted = [_count(n, what) for n, what in ((len(gathered.members), "run"), (num, "evaluation")) if n]
-    facts = [
-        f"{datetime.datetime.now():%Y-%m-%d %H:%M}, code {_revision(environment)}",
-        f"On {' and '.join(counted)}: {', '.join(of)}",
-    ]
-    parts = [_verdicts(gathered), _runs(gathered.batches), _figures(gathered.batches), _evaluated(gathered)]
-    parts += [_worst(gathered, most), _provenance(gathered)]
-    return Page(title, facts, [block for part in parts for block in part])
+ARMS = 10  # rows of the first screen's table
+_SETTINGS = 6  # columns of swept settings in the table of runs
+_ACROSS = 4  # models side by side in an evaluation's table
+_PRINTED = 6  # rows of an evaluation's table on paper
+_COMPARISONS = 12  # side by side, of which PRINTED_DUELS on paper
+PRINTED_DUELS = 2
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
+@dataclass(frozen=True)
+class Points:
+    items: Sequence[str]
+    title: str = ""
+    small: bool = False
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    arms: Sequence[Group]
+
+
+@dataclass(frozen=True)
+class Charts:
+    """Beside one another; `legend`: (label, style) of their lines."""
+
+    charts: Sequence[Chart | Forest]
+    caption: str = ""
+    legend: Sequence[tuple[str, int]] = ()
+
+
+@dataclass(frozen=True)
+class Duels:
+    comparison: Comparison
+    printed: int
+
+
+@dataclass(frozen=True)
+class Code:
+    lines: Sequence[str]
+
+
+Block = Table | Points | Verdicts | Charts | Duels | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    """Folded: its title and the line beside it show."""
+
+    title: str
+    line: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Page:
+    title: str
+    facts: Sequence[str]
+    headline: str
+    asides: Sequence[str]
+    arms: Table | None
+    figure: Chart | Forest | None
+    sections: Sequence[Section]
+
+
+def layout(report: Report, title: str, sources: Sequence[str], most: int, environment: dict) -> Page:
+    """The page of a report on the folders `sources`, with `most` answers side by side per comparison.
+
+    `environment` is that of the report itself.
+    """
+    counts = [counted(len(report.members), "run"), counted(len(report.evaluations), "evaluation")]
+    facts = [", ".join(count for count in counts if not count.startswith("0 ")), ", ".join(sources)]
+    facts += [f"{datetime.datetime.now():%Y-%m-%d %H:%M}", f"code {_revision(environment)}"]
+    arms = arms_table(report)
+    parts = [_verdicts(report), _evaluations(report), _training(report), _runs(report), *_answers(report, most)]
+    parts += [_notes(report), _rules(report), _provenance(report)]
+    if report.groups and len(report.groups) > ARMS:
+        parts.insert(0, Section("All arms", counted(len(report.groups), "arm"), [arms]))
+        arms = Table(
+            arms.caption,
+            arms.head,
+            arms.rows[:ARMS],
+            arms.right,
+            f"{len(arms.rows) - ARMS} more arms below. {arms.note}",
+        )
+    return Page(
+        title=title,
+        facts=facts,
+        headline=typeset(eval_verdicts.headline(report)),
+        asides=list(map(typeset, eval_verdicts.asides(report))),
+        arms=arms,
+        figure=main_figure(report),
+        sections=[part for part in parts if part is not None and part.blocks],
+    )
 
 
 def _revision(environment: dict) -> str:
-    revision = str(environment.get("git_revision") or "of no known revision")[:12]
+    revision = str(environment.get("git_revision") or "unknown")[:12]
     return revision + (" with uncommitted changes" if environment.get("git_dirty") else "")
 
 
-def _verdicts(gathered: Gathered) -> list[Block]:
-    blocks: list[Block] = [Heading("Verdict")]
-    kinds = Counter(batch.finding.kind for batch in gathered.batches)
-    if kinds:
-        told = "; ".join(f"{kind}: {count}" for kind, count in kinds.items())
-        of = f"{_count(len(gathered.members), 'run')} in {_count(len(gathered.batches), 'group')} that differ in more than their seeds"
-        blocks.append(Prose(f"{of}. {told[0].upper()}{told[1:]}."))
-    for batch in gathered.batches:
-        found = batch.finding
-        says = _typeset(run_verdicts.beside(found.kind, found.says))
-        blocks.append(Verdict(_subject(batch), found.kind, found.tone, says, found.notes, batch.style))
-    over_seeds = [_typeset(line) for line in eval_verdicts.over_seeds(gathered.batches)]
-    compared = [sentence for each in gathered.evaluations if each.task == "compare" for sentence in differences(each)]
-    told = [
-        f"{each.task}, {each.folder.name}: {_typeset(line)}"
-        for each in gathered.evaluations
-        for line in eval_verdicts.of_evaluation(each)
-    ]
-    for title, lines in {
-        "Groups on the same seeds": over_seeds,
-        "Differences between models": compared,
-        "Evaluations in a sentence": told,
-    }.items():
-        if lines:
-            blocks += [Heading(title, 3), Points(lines[:_LINES])]
-            more = lines[_LINES:]
-            blocks += [Fold(f"{len(more)} more", [Points(more)])] if more else []
-    if bad := [line for each in gathered.evaluations for line in _unusable(each)]:
-        blocks += [Heading("Unusable", 3), Points(bad)]
-    if gathered.notes:
-        notes = Points(gathered.notes)
-        many = len(gathered.notes) > NOTES
-        blocks += [] if many else [Heading("Left out, or to be read with care", 3), notes]
-        blocks += [Fold(f"Left out, or to be read with care: {len(gathered.notes)} notes", [notes])] if many else []
-    rules = [*(run_verdicts.RULES if kinds else ()), *(eval_verdicts.RULES if told or over_seeds else ())]
-    return [*blocks, Fold("How the verdicts are made", [Points(rules)])] if rules else blocks
+# ---- sections
 
 
-def _typeset(says: str) -> str:
-    return says.replace(" +- ", " \u00b1 ").replace(" -", " \u2212")
+def _verdicts(report: Report) -> Section | None:
+    if not report.groups:
+        return None
+    kinds = Counter(arm.verdict.kind for arm in report.groups)
+    blocks: list[Block] = [Verdicts(report.groups)]
+    if over_seeds := eval_verdicts.over_seeds(report.groups):
+        blocks.append(Points(list(map(typeset, over_seeds)), "Arms on the same seeds"))
+    return Section("Verdicts in words", "; ".join(f"{kind}: {count}" for kind, count in kinds.items()), blocks)
 
 
-def _subject(batch: Batch) -> str:
-    if len(batch.members) > 1:
-        return f"{batch.label} ({len(batch.members)} seeds)"
-    name = batch.members[0].name
-    return batch.label if name in batch.label else f"{batch.label} (run {name})"
-
-
-def differences(found: Results) -> list[str]:
-    """What task=compare says, in its own words; adjusted p smallest first."""
-    said = []
-    for (first, second), metrics in zip(_compared(found), found.models.values(), strict=True):
-        for name, cell in metrics.items():
-            try:
-                text = compare.verdict(cell, first, second, int(found.facts.get("comparisons") or 1))
-                said.append((float(cell["p_holm"]), f"{name}: {text}."))
-            except (KeyError, TypeError, ValueError):  # made by another version: its table stands below all the same
-                continue
-    return [text for _, text in sorted(said)]
-
-
-def _compared(found: Results) -> list[list[str]]:
-    """The two models of each comparison, without the folders that all share."""
-    pairs = found.facts.get("pairs")
-    whole = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
-    if not whole or len(pairs) != len(found.models):
-        pairs = [(f"{name}, the first", "the second") for name in found.models]
-    names = list(dict.fromkeys(str(name) for pair in pairs for name in pair))
-    name_of = dict(zip(names, groups.short(names), strict=True))
-    return [[name_of[str(name)] for name in pair] for pair in pairs]
-
-
-def _unusable(found: Results) -> list[str]:
-    why = {
-        model: next((c["unusable"] for c in cells.values() if "unusable" in c), None)
-        for model, cells in found.models.items()
-    }
-    return [f"{model} by task={found.task} ({found.folder}): {reason}" for model, reason in why.items() if reason]
-
-
-# ---- runs
+def _training(report: Report) -> Section | None:
+    charts = figures.along(report.groups)
+    swept = [key for key in _swept(report.members) if key not in groups.SEEDS]
+    blocks: list[Block] = []
+    if charts:
+        legend = {line.style: line.label for chart in charts for line in figures.thick(chart)}
+        caption = "Thin lines are seeds, thick ones their mean; bars are one standard error."
+        blocks.append(Charts(charts, caption, [(label, i) for i, label in sorted(legend.items())]))
+    for key in swept[:2]:
+        ends = figures.against_swept(report.groups, key)
+        caption = (
+            f"The last evaluation against {key}, its values evenly spaced; grey lines join what is otherwise equal."
+        )
+        blocks += [Charts(ends, caption)] if ends else []
+    titles = ", ".join(chart.title.lower() for chart in charts[:3])
+    return Section("Along training", titles, blocks)
 
 
 def _swept(members: Sequence[Member]) -> list[str]:
-    """The keys that differ and mean something: not where a run lies or how it was carried out, nor what its label says."""
+    """The keys that differ and change what is learnt; not those that a label already has."""
+    flats = [groups.flat(member.settings) for member in members if member.settings]
     keys = groups.differing([member.settings for member in members if member.settings])
     ignored = [key for key in groups.IGNORED if key not in groups.SEEDS] + ["loss.preference", "loss.sft"]
     kept = [key for key in keys if not any(key == no or key.startswith(f"{no}.") for no in ignored)]
-    flats = [groups.flat(member.settings) for member in members if member.settings]
     if all(flat.get("data.gold.seed") == flat.get("seed") for flat in flats):
         kept = [key for key in kept if key != "data.gold.seed"]
     return kept
@@ -143,238 +166,206 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
-def _runs(batches: Sequence[Batch]) -> list[Block]:
-    members = [member for batch in batches for member in batch.members]
+def _runs(report: Report) -> Section | None:
+    members = report.members
     if not members:
-        return []
+        return None
     swept = _swept(members)
     names = [name for name in figures.SHOWN if any(name in m.curve[-1] for m in members if m.curve)]
-    rows: list[list[str] | Section] = []
-    for batch in batches:
-        rows.append(Section(batch.label, batch.style))
-        rows += [_run_row(member, swept[:_COLUMNS], names) for member in batch.members]
-        ends = [member.curve[-1] for member in batch.members if member.curve and member.done]
-        if len(ends) > 1:
-            rows.append(["mean \u00b1 sd", *[""] * (len(swept[:_COLUMNS]) + 2), *(_spread(ends, n) for n in names)])
-    more = f" Settings that differ besides: {', '.join(swept[_COLUMNS:])}." if swept[_COLUMNS:] else ""
-    note = (
-        "The last evaluation of each run. \u00b1 is one standard error, by prompt, where task=overopt measured it; a bare number is "
-        f"the run's own, whose error is not known; in rows of means it is the standard deviation over seeds.{more}"
-    )
-    head = ["run", *swept[:_COLUMNS], "state", "step", *names]
-    return [Heading("Runs"), Table("Runs by settings, seeds below one another", head, rows, note)]
+    ends = {name: column([_of_run(member, name) for member in members]) for name in names}
+    rows: list[list[Cell]] = []
+    number = itertools.count()
+    for arm in report.groups:
+        several = len(arm.members) > 1  # else the run's own row is enough
+        rows += [[Cell(arm.short, style=arm.style)]] if several else []
+        for member in arm.members:
+            settings = groups.flat(member.settings) or dict(each.split("=", 1) for each in member.overrides())
+            step = member.record.step if member.record else None
+            step = member.curve[-1]["step"] if step is None and member.curve else step
+            cells = [Cell(_value(settings.get(key))) for key in swept[:_SETTINGS]]
+            i = next(number)
+            state = Cell(member.state, tone=None if member.done else "bad")
+            name = Cell(member.name, style=None if several else arm.style)
+            rows.append([name, *cells, state, Cell(_value(step)), *(ends[name][i] for name in names)])
+    more = f"Other settings that differ: {', '.join(swept[_SETTINGS:])}." if swept[_SETTINGS:] else ""
+    caption = "The last evaluation of each run; \u00b1 one standard error by prompt, where task=overopt measured it"
+    head = ["Run", *swept[:_SETTINGS], "state", "step", *names]
+    right = frozenset(i for i in range(1, len(head)) if i != 1 + len(swept[:_SETTINGS]))
+    states = Counter(member.state for member in members)
+    line = ", ".join(f"{count} {state}" for state, count in states.items())
+    return Section("Runs", line, [Table(caption, head, rows, right, more)])
 
 
-def _run_row(member: Member, swept: Sequence[str], names: Sequence[str]) -> list[str]:
-    settings, end, errors = groups.flat(member.settings), member.curve[-1] if member.curve else {}, member.errors()
-    if not settings:
-        settings = dict(override.split("=", 1) for override in overrides(member))
-    step = member.run.step if member.run and member.run.step is not None else end.get("step")
-    cells = [_pm(end[n], errors.get((end["step"], n))) if n in end else "-" for n in names]
-    return [member.name, *(_value(settings.get(key)) for key in swept), member.state, _value(step), *cells]
+def _of_run(member: Member, metric: str) -> tuple[float, float | None] | None:
+    end = member.curve[-1] if member.curve else {}
+    return (end[metric], member.errors().get((end["step"], metric))) if metric in end else None
 
 
-def _pm(value: float, error: float | None) -> str:
-    """As many decimals as the error's two digits have."""
-    if not error:
-        return number(value)
-    decimals = min(max(0, 1 - math.floor(math.log10(abs(error)))), 12)
-    return f"{value:.{decimals}f} \u00b1\u00a0{error:.{decimals}f}".replace("-", "\u2212")
-
-
-def _spread(ends: Sequence[dict], name: str) -> str:
-    found = groups.interval([end[name] for end in ends if name in end])
-    return "-" if found["mean"] is None else _pm(found["mean"], found["sd"])
-
-
-def _figures(batches: Sequence[Batch]) -> list[Block]:
-    swept = _swept([member for batch in batches for member in batch.members])
-    curves = []
-    for batch in batches:
-        ran = [member for member in batch.members if member.curve]
-        ran = [member for member in ran if member.done] or ran
-        settings = groups.flat(batch.members[0].settings)
-        values = {key: settings[key] for key in swept if key in settings and key not in groups.SEEDS}
-        values = {key: value if isinstance(value, int | float) else str(value) for key, value in values.items()}
-        errors = ran[0].errors() if len(ran) == 1 else {}
-        form = f"{settings.get('loss.preference')} {settings.get('loss.sft')}"
-        seeds = [member.curve for member in ran]
-        curves.append(figures.Curves(batch.label, batch.style, seeds, errors, values, form))
-    numeric = [
-        key
-        for key in dict.fromkeys(key for each in curves for key in each.swept)
-        if all(gather.finite(each.swept[key]) for each in curves if key in each.swept)
-    ]
-    drawn = [
-        *figures.along(curves),
-        *figures.against_distance(curves),
-        *figures.against_swept(curves, numeric),
-    ]
-    return [Heading("Figures"), *drawn] if drawn else []
-
-
-# ---- evaluations
-
-
-def _evaluated(gathered: Gathered) -> list[Block]:
+def _evaluations(report: Report) -> Section | None:
     blocks: list[Block] = []
-    for i, each in enumerate(gathered.evaluations):
-        blocks.append(Heading(f"{each.task}: {each.folder.name}", 3))
-        said = eval_verdicts.context(each)
-        blocks += [Points(said)] if said else []
-        blocks += _comparisons(each, i) if each.task == "compare" else _table(each)
-    for choice in gathered.choices:
-        rows = [[run, label, _value(step), reason] for run, label, step, reason in choice.rows]
+    for each in report.evaluations:
+        lines = [*eval_verdicts.of_evaluation(each), *(f"Unusable: {line}" for line in eval_verdicts.unusable(each))]
+        lines += eval_verdicts.context(each)
+        tables = _of_overopt(each) if each.task == "overopt" else _table(each)
+        name = each.folder.name
         blocks += [
-            Heading(f"select: {choice.folder.name}", 3),
-            Table("Checkpoints", ["run", "group", "step", "why"], rows),
+            Points(list(map(typeset, lines)), each.task if name == each.task else f"{each.task}: {name}"),
+            *tables,
         ]
-    return [Heading("Evaluations"), *blocks] if blocks else []
+    tasks = ", ".join(dict.fromkeys(each.task for each in report.evaluations))
+    return Section("Evaluations", tasks, blocks) if blocks else None
 
 
-def _cells(cell: dict) -> list[str]:
-    if "unusable" in cell:
-        return ["unusable", "-", _value(cell["n"]), _value(cell["n_error"])]
-    value = "-" if cell["value"] is None else _pm(cell["value"], cell["se"])
-    low_high = cell["interval"] and [_pm(bound, cell["se"]).split()[0] for bound in cell["interval"]]
-    interval = f"[{', '.join(low_high)}]" if low_high else "-"
-    return [value, interval, _value(cell["n"]), _value(cell["n_error"])]
+def _of_overopt(results: Results) -> list[Block]:
+    curves = [run["curve"] for run in results.curves]
+    num_metrics = len({name for curve in curves for point in curve for name in point["metrics"]})
+    checkpoints = counted(sum(map(len, curves)), "checkpoint")
+    measured = f"{counted(num_metrics, 'metric')} at {checkpoints} of {counted(len(curves), 'run')}"
+    return [Points([f"Measured {measured}: the curves and verdicts of these runs are by them."])]
 
 
-def _table(found: Results) -> list[Block]:
-    """A row per metric and model, metrics together; what is past _ROWS is folded."""
-    models = dict(zip(found.models, groups.short(list(found.models)), strict=True))
-    names = list(dict.fromkeys(name for cells in found.models.values() for name in cells))
-    rows = [
-        [name, models[m], *_cells(found.models[m][name])] for name in names for m in models if name in found.models[m]
-    ]
-    head = ["metric", "model", "value \u00b1 se", "95% interval", "n", "errors"]
-    caption = f"{found.task}, {found.folder}"
-    blocks: list[Block] = [Table(caption, head, rows[:_ROWS])] if rows else [Prose("It has no metrics.")]
-    if rows[_ROWS:]:
-        blocks.append(Fold(f"{len(rows) - _ROWS} more rows", [Table(f"{caption}, continued", head, rows[_ROWS:])]))
+def _table(results: Results) -> list[Block]:
+    """Metrics of quality first. Up to four models stand side by side, more below one another; a comparison has its p."""
+    names = list(dict.fromkeys(name for cells in results.models.values() for name in cells))
+    names.sort(key=lambda name: not eval_verdicts.is_quality(name))
+    if not names:
+        return []
+    across = results.task != "compare" and 1 < len(results.models) <= _ACROSS
+    numbers = _across(results, names) if across else _down(results, names)
     notes = [
-        f"{models[m]}: {name}: {cell['note']}."
-        for m, cells in found.models.items()
+        f"{results.name(m)}: {name}: {cell['note']}."
+        for m, cells in results.models.items()
         for name, cell in cells.items()
-        if cell.get("note")
+        if cell.get("note") and not any(str(cell["note"]) in note for note in results.notes)
     ]
-    return [*blocks, Points(notes)] if notes else blocks
+    return [numbers, *([Points(notes, small=True)] if notes else [])]
 
 
-def _comparisons(found: Results, i: int) -> list[Block]:
-    """A forest per metric, and the table of all."""
-    pairs = [" \u2212 ".join(pair) for pair in _compared(found)]
-    forests, rows = {}, []
-    for pair, metrics in zip(pairs, found.models.values(), strict=True):
-        for name, cell in metrics.items():
-            value, interval, *counts = _cells(cell)
-            ps = [f"{cell[key]:.2g}" if gather.finite(cell.get(key)) else "-" for key in ("p", "p_holm", "detectable")]
-            rows.append([name, pair, value, interval, *ps, *counts])
-            if cell["value"] is not None and cell["interval"]:
-                said = f"{number(cell['value'])} {interval}"
-                forests.setdefault(name, []).append((pair, cell["value"], *cell["interval"], said))
-    charts = [
-        Forest(name, "paired difference, first minus second, 95% interval", lines) for name, lines in forests.items()
-    ]
+def _across(results: Results, names: Sequence[str]) -> Table:
+    rows = []
+    for name in names:
+        cells = [of.get(name) for of in results.models.values()]
+        ns = dict.fromkeys(_value(c["n"]) + (f" ({c['n_error']} failed)" if c["n_error"] else "") for c in cells if c)
+        rows.append([Cell(name), *value_cells(cells), Cell(" / ".join(ns))])
+    head = ["Metric", *map(results.name, results.models), "n"]
+    return Table(_caption(results), head, rows, frozenset(range(1, len(head))), printed=_PRINTED)
+
+
+def _caption(results: Results) -> str:
+    return f"{results.folder}, value \u00b1 standard error"
+
+
+def _down(results: Results, names: Sequence[str]) -> Table:
+    extra, labels, note = {}, list(map(results.name, results.models)), ""
+    if results.task == "compare":
+        labels = [f" {MINUS} ".join(pair) for pair in eval_verdicts.compared(results)]
+        extra = {"p": "p", "p_holm": "Holm p", "detectable": "detectable"}
+        note = "detectable: the smallest true difference that is seen in 80% of such comparisons."
+    rows = []
+    for name in names:
+        cells = [of.get(name) for of in results.models.values()]
+        for label, cell, value in zip(labels, cells, value_cells(cells, exact=True), strict=True):
+            if cell is not None:
+                bounds = [fixed(bound, decimals([cell["se"]])) for bound in cell["interval"] or ()]
+                ps = [f"{cell[key]:.2g}" if finite(cell.get(key)) else "-" for key in extra]
+                texts = [" to ".join(bounds) or "-", *ps, _value(cell["n"]), _value(cell["n_error"])]
+                rows.append([Cell(name), Cell(label), value, *map(Cell, texts)])
     head = [
-        "metric",
-        "first \u2212 second",
-        "difference \u00b1 se",
+        "Metric",
+        "first \u2212 second" if extra else "Model",
+        "Value",
         "95% interval",
-        "p",
-        "Holm p",
-        "detectable",
+        *extra.values(),
         "n",
         "errors",
     ]
-    note = "detectable: the smallest true difference that is seen in 80% of such comparisons."
+    return Table(_caption(results), head, rows, frozenset(range(2, len(head))), note, printed=_PRINTED)
+
+
+def _answers(report: Report, most: int) -> list[Section]:
+    """Where it got worse: models of one task against its baseline or first, and each arm's end against its start."""
+    comparisons = [each for each in [*_of_models(report, most), *_of_studies(report, most)] if each is not None]
     blocks: list[Block] = []
-    if charts:
-        caption = "Paired differences by item with 95% intervals; an interval on both sides of the dotted line tells no difference."
-        blocks.append(Figure(f"differences_{i + 1}", caption, charts[:6]))
-    return [*blocks, Table(f"compare, {found.folder}", head, rows, note)]
+    left = PRINTED_DUELS
+    for comparison in comparisons[:_COMPARISONS]:
+        blocks.append(Duels(comparison, min(left, len(comparison.duels), 1)))
+        left -= min(left, len(comparison.duels), 1)
+    if len(comparisons) > _COMPARISONS:
+        blocks.append(Points([f"{len(comparisons) - _COMPARISONS} more comparisons are not shown."]))
+    line = f"the worst answers of {counted(len(comparisons[:_COMPARISONS]), 'comparison')}"
+    return [Section("Side by side", line, blocks)]
 
 
-def _worst(gathered: Gathered, most: int) -> list[Block]:
-    shown: list[list[Block]] = []
-    sources = [each for each in gathered.evaluations if each.task != "compare" and not _unusable(each)]
+def _of_models(report: Report, most: int) -> Iterable[Comparison | None]:
+    sources = [each for each in report.evaluations if each.task not in NOT_OF_MODELS]
     for task in dict.fromkeys(each.task for each in sources):
-        models = [(m, each) for each in sources if each.task == task for m in each.models]
+        models = [(m, each) for each in sources if each.task == task for m in each.models if not each.unusable(m)]
         twice = Counter(model for model, _ in models)
-        name_of = dict(zip(twice, groups.short(list(twice)), strict=True))
-        labels = [name_of[model] + (f" ({each.folder})" if twice[model] > 1 else "") for model, each in models]
-        items = {label: side_by_side.items_of(each.samples, m) for label, (m, each) in zip(labels, models, strict=True)}
-        judged = {label: pairing.judged_by(task, each.facts) for label, (_, each) in zip(labels, models, strict=True)}
-        whose = {label: (m, each.folder) for label, (m, each) in zip(labels, models, strict=True)}
-        config = [
-            each.facts["config"] for each in sources if each.task == task and isinstance(each.facts.get("config"), dict)
-        ]
-        named = [i for i, (model, *_) in enumerate(models) if any(model == c.get("baseline") for c in config)]
-        base = list(items)[named[0] if named else 0] if items else None
-        for other in items:
-            if other != base and not pairing.judged_apart(judged[base], judged[other]):
-                duel = (whose[base][0], whose[other][0]) if whose[base][1] == whose[other][1] else None
-                met = side_by_side.alike(items[base], items[other], duel)
-                shown.append(side_by_side.compared(base, items[base], other, met, most))
-    for study in gathered.studies:
-        for batch in gathered.batches:
-            runs = [run["run"] for run in study.runs if any(run is member.studied for member in batch.members)]
-            before, after = side_by_side.study_items(study.samples, runs)
-            shown.append(side_by_side.compared("the start", before, f"{batch.label}, last checkpoint", after, most))
-    shown = [blocks for blocks in shown if blocks]
-    return [Heading("Where it got worse"), *side_by_side.folded(shown)] if shown else []
+        labels = [each.name(model) + (f" ({each.folder})" if twice[model] > 1 else "") for model, each in models]
+        items = [side_by_side.items_of(each.samples, model) for model, each in models]
+        named = [i for i, (model, each) in enumerate(models) if model == each.config.get("baseline")]
+        base = named[0] if named else 0
+        for i, (model, each) in enumerate(models):
+            first, its = models[base]
+            if i != base and not pairing.judged_apart(its.judged_by, each.judged_by):
+                duel = (first, model) if its is each else None
+                met = side_by_side.comparable(items[base], items[i], duel)
+                yield side_by_side.worst(labels[base], items[base], labels[i], met, most)
+
+
+def _of_studies(report: Report, most: int) -> Iterable[Comparison | None]:
+    for each in report.evaluations:
+        for arm in report.groups if each.curves else ():
+            runs = [run["run"] for run in each.curves if any(run is member.measured for member in arm.members)]
+            before, after = side_by_side.start_and_end(each.samples, runs)
+            yield side_by_side.worst("the start", before, f"{arm.short}, last checkpoint", after, most)
+
+
+def _notes(report: Report) -> Section | None:
+    notes = Points(report.notes)
+    return (
+        Section("Left out, or to be read with care", counted(len(report.notes), "note"), [notes])
+        if report.notes
+        else None
+    )
+
+
+def _rules(report: Report) -> Section:
+    rules = [*(run_verdicts.RULES if report.groups else ()), *eval_verdicts.RULES]
+    return Section("How verdicts are reached", "the rules", [Points(rules, small=True)])
 
 
 # ---- provenance
 
 
-def _provenance(gathered: Gathered) -> list[Block]:
-    members = gathered.members
-    blocks: list[Block] = [Heading("Provenance")]
-    settings = {m.name: groups.flat(m.settings) for m in members if m.settings}
-    rows = []
-    for key in groups.differing([m.settings for m in members if m.settings]):
-        having: dict[str, list[str]] = {}
-        for name, flat in settings.items():
-            having.setdefault(_value(flat.get(key)), []).append(name)
-        told = [f"{value} ({_few(names)})" for value, names in having.items()]
-        rows.append([key, "; ".join(told[:8]) + (f"; {len(told) - 8} more" if len(told) > 8 else "")])
+def _provenance(report: Report) -> Section | None:
+    ran = [member.record.environment for member in report.members if member.record and member.record.environment]
+    ran += [found for each in report.evaluations if (found := collect.environment(each.folder))]
+    settings = {m.name: groups.flat(m.settings) for m in report.members if m.settings}
+    blocks: list[Block] = []
+    versions = _versions(ran)
+    read = {
+        key: "; ".join(dict.fromkeys(_value(flat.get(key)) for flat in settings.values()))
+        for key in ("data.train", "data.eval", "model.path")
+    }
+    rows = [*versions, *read.items()] if settings else versions
     if rows:
-        blocks.append(Fold("Settings that differ between runs", [Table("Settings", ["key", "value (runs)"], rows)]))
-    environments = [("run", m.run.environment) for m in members if m.run and m.run.environment]
-    folders = [each.folder for each in (*gathered.evaluations, *gathered.studies, *gathered.choices)]
-    environments += [("evaluation", found) for folder in folders if (found := gather.environment(folder))]
-    kinds = [
-        ("code", _revision),
-        ("device", lambda e: str(e.get("device"))),
-        ("python", lambda e: str(e.get("python"))),
-    ]
-    packages = dict.fromkeys(p for _, e in environments if isinstance(e.get("versions"), dict) for p in e["versions"])
-    kinds += [(name, lambda e, name=name: str((e.get("versions") or {}).get(name))) for name in packages]
-    rows = []
-    for what, read in kinds:
-        counts = Counter(read(environment) for _, environment in environments)
-        told = [
-            value if len(counts) == 1 else f"{value} ({count} of {len(environments)})"
-            for value, count in counts.items()
-        ]
-        rows += [[what, "; ".join(told)]] if told else []
-    if rows:
-        blocks.append(Table("What runs and evaluations were made with", ["what", "version"], rows))
-    read = {"data.train": {}, "data.eval": {}, "model.path": {}}
-    for flat in settings.values():
-        for key, values in read.items():
-            values[_value(flat.get(key))] = None
-    rows = [[key, "; ".join(values)] for key, values in read.items() if values]
-    blocks += [Table("What runs read", ["setting", "value"], rows)] if rows else []
-    commands = dict.fromkeys(
-        shlex.join(map(str, e["command"])) for _, e in environments if isinstance(e.get("command"), list)
-    )
+        blocks.append(Table("Versions and sources", ["What", "Value"], [[Cell(a), Cell(b)] for a, b in rows]))
+    commands = dict.fromkeys(shlex.join(map(str, e["command"])) for e in ran if isinstance(e.get("command"), list))
     if commands:
-        blocks.append(Fold(f"Commands ({len(commands)})", [Code(command) for command in commands]))
-    return blocks if len(blocks) > 1 else []
+        blocks.append(Code(list(commands)))
+    return Section("Provenance", "versions, sources, commands", blocks)
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+def _versions(ran: Sequence[dict]) -> list[tuple[str, str]]:
+    """(what, its value or values with counts) over the environments of runs and evaluations."""
+    kinds: dict[str, Callable[[dict], str]] = {"code": _revision}
+    kinds |= {name: lambda e, name=name: str(e.get(name)) for name in ("device", "python")}
+    packages = dict.fromkeys(p for e in ran if isinstance(e.get("versions"), dict) for p in e["versions"])
+    kinds |= {name: lambda e, name=name: str((e.get("versions") or {}).get(name)) for name in packages}
+    rows = []
+    for what, read in kinds.items():
+        counts = Counter(map(read, ran))
+        values = [v if len(counts) == 1 else f"{v} ({count} of {len(ran)})" for v, count in counts.items()]
+        rows += [(what, "; ".join(values))] if set(counts) - {"None"} else []
+    return rows

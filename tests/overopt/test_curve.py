@@ -207,20 +207,20 @@ PAIRS = {"rewards/accuracies": [0.5, 0.601, 0.605, 0.605], "shift/chosen": [0.0,
             "unclear",
             [2.9, 3.0, 2.95, 2.85],
             {},
-            "Can not tell: gold neither rose (0.1 +- 0.14) nor fell (0.15 +- 0.14) beyond noise; sample more prompts.",
+            "Inconclusive: gold neither rose (0.1 +- 0.14) nor fell (0.15 +- 0.14) beyond noise; sample more prompts.",
         ),
-        ("unclear", [1.0] * 4, {"se": 0.0}, "Can not tell: gold is the same for every answer to a prompt."),
+        ("unclear", [1.0] * 4, {"se": 0.0}, "Inconclusive: gold is the same for every answer to a prompt."),
         (
             "unclear",
             [2.9, 3.3, 3.25, 3.1],
             {},
-            "Can not tell: gold rose 0.4 +- 0.14; its drop of 0.2 +- 0.14 is within noise, which allows 0.501.",
+            "Inconclusive: gold rose 0.4 +- 0.14; its drop of 0.2 +- 0.14 is within noise, which allows 0.501.",
         ),
         (
             "unclear",
             [2.9, 4.0, 1.0, 0.0],
             {"se": None},
-            "Can not tell: gold has no standard error; sample more prompts.",
+            "Inconclusive: gold has no standard error; sample more prompts.",
         ),
     ],
 )
@@ -235,7 +235,7 @@ def test_verdict_without_gold():
     """No gold reward, no judgement."""
     summary = overopt_curve.summarise([make_point(0, kl=0.0), make_point(50, kl=1.0)])
     assert overopt_curve.kind(summary) == "unclear"
-    assert overopt_curve.verdict(summary) == "Can not tell: no gold reward was measured."
+    assert overopt_curve.verdict(summary) == "Inconclusive: no gold reward was measured."
 
 
 def test_group_verdict():
@@ -258,22 +258,22 @@ def test_group_verdict():
     )
     flat = [overopt_curve.summarise(make_curve([2.9, 2.95, end])) for end in (2.8, 2.7)]
     assert overopt_curve.group_verdict([fine, flat[0]]).startswith(
-        "Can not tell in 1 of 2 seeds, no overoptimisation seen in 1: gold ended"
+        "Inconclusive in 1 of 2 seeds, no overoptimisation seen in 1: gold ended"
     )
     stayed = overopt_curve.summarise(make_curve([2.9, 2.95, 2.9], [0.0, 0.01, 0.01]))
     assert overopt_curve.group_verdict([fine, stayed]).startswith(
-        "Can not tell, no overoptimisation seen in 1 of 2 seeds, under-optimised in 1: gold ended"
+        "Inconclusive, no overoptimisation seen in 1 of 2 seeds, under-optimised in 1: gold ended"
     )
     assert overopt_curve.group_verdict(flat) == (
-        "Can not tell in 2 of 2 seeds: gold ended 0.15 below the reference and 0.2 (sd 0.071) below its peak."
+        "Inconclusive in 2 of 2 seeds: gold ended 0.15 below the reference and 0.2 (sd 0.071) below its peak."
     )
     assert overopt_curve.group_verdict([fine]) == overopt_curve.verdict(fine)
     constant = overopt_curve.summarise(make_curve([1.0] * 3, se=0.0))
     assert overopt_curve.group_verdict([constant] * 2) == (
-        "Can not tell in 2 of 2 seeds: gold is the same for every answer to a prompt."
+        "Inconclusive in 2 of 2 seeds: gold is the same for every answer to a prompt."
     )
     assert (
-        overopt_curve.group_verdict([bare, bare]) == "Can not tell in 2 of 2 seeds: not every seed has a gold reward."
+        overopt_curve.group_verdict([bare, bare]) == "Inconclusive in 2 of 2 seeds: not every seed has a gold reward."
     )
 
 

@@ -18,7 +18,7 @@ def test_a_verdict_is_said_once():
     """Beside its kind a sentence goes without it; one that begins otherwise stays."""
     kind = "no overoptimisation seen"
     assert run_verdicts.beside(kind, "No overoptimisation seen in 2 of 2 seeds: it") == "In 2 of 2 seeds: it"
-    assert run_verdicts.beside("can not tell", "Can not tell: gold.") == "Gold."
+    assert run_verdicts.beside("inconclusive", "Inconclusive: gold.") == "Gold."
     assert run_verdicts.beside(SOME, "Overoptimised in 1 of 2 seeds") == "Overoptimised in 1 of 2 seeds"
     assert run_verdicts.beside(kind, "") == ""
 
@@ -61,7 +61,7 @@ CASES = {
         [],
         "no overoptimisation seen",
     ),
-    "seeds that differ": ([curve(1, 3, end, **HEALTHY) for end in (3, 0)], [], "can not tell"),
+    "seeds that differ": ([curve(1, 3, end, **HEALTHY) for end in (3, 0)], [], "inconclusive"),
     "seeds that differ, with a sign": (
         [curve(1, 3, end, **HEALTHY | {"kl": 40.0}) for end in (3, 0)],
         [],
@@ -69,18 +69,18 @@ CASES = {
     ),
     "measured collapse": ([curve(None, None, **HEALTHY)], [summary(*COLLAPSED)], "overoptimised"),
     "measured, held": ([curve(None, None, **HEALTHY)], [summary(*HELD)], "no overoptimisation seen"),
-    "measured, noise": ([curve(None, None, **HEALTHY)], [summary(*NOISY)], "can not tell"),
+    "measured, noise": ([curve(None, None, **HEALTHY)], [summary(*NOISY)], "inconclusive"),
     "measured, never left": ([], [summary(*NOISY, kl=0.01)], "under-optimised"),
     "most of the seeds": ([], [summary(*COLLAPSED), summary(*COLLAPSED), summary(*HELD)], "overoptimised"),
     "half of the seeds": ([], [summary(*COLLAPSED), summary(*HELD)], "overoptimised in some seeds"),
     "one of three seeds": ([], [summary(*HELD), summary(*COLLAPSED), summary(*HELD)], "overoptimised in some seeds"),
-    "no half": ([], [summary(*HELD), summary(*NOISY)], "can not tell"),
+    "no half": ([], [summary(*HELD), summary(*NOISY)], "inconclusive"),
     "gold measured beats signs": (
         [curve(None, None, **HEALTHY | {"shift/chosen": -63.0})],
         [summary(*HELD)],
         "no overoptimisation seen",
     ),
-    "a drop without an error": ([], [summary(*COLLAPSED, se=None)], "can not tell"),
+    "a drop without an error": ([], [summary(*COLLAPSED, se=None)], "inconclusive"),
 }
 
 
@@ -88,25 +88,26 @@ CASES = {
 def test_rules(case):
     """Each case is called what the rules say, in one or more whole sentences with a tone that the page knows."""
     curves, summaries, kind = CASES[case]
-    found = run_verdicts.judge(curves, summaries, pairs=2000)
-    assert found.kind == kind
-    assert found.says.endswith(".") and found.tone in ("bad", "doubt", "good", "unknown", "news")
-    assert "nan" not in found.says.lower()
+    verdict = run_verdicts.judge(curves, summaries, pairs=2000)
+    assert verdict.kind == kind
+    assert verdict.says.endswith(".") and verdict.tone in ("bad", "doubt", "good", "unknown", "news")
+    assert "nan" not in verdict.says.lower()
     if summaries:  # the sentence of task=overopt begins with the same kind
-        assert found.says.startswith(kind.removesuffix(" in some seeds").capitalize())
+        assert verdict.says.startswith(kind.removesuffix(" in some seeds").capitalize())
 
 
 def test_the_sentence_has_the_numbers():
     """Shift, accuracy with what may be noise, KL and what was not measured are said as they are."""
     first = {"step": 10, "rewards/accuracies": 0.614}
     points = [{"step": 0}, first, {"step": 20} | HEALTHY | {"shift/chosen": -63.2}]
-    found = run_verdicts.judge([points], [], pairs=2000)
+    verdict = run_verdicts.judge([points], [], pairs=2000)
     noise = 1.96 * math.sqrt(2 * 0.25 / 2000)
-    assert "fell 63.2 nats below the reference" in found.says and "KL 3 nats" in found.says
+    assert "fell 63.2 nats below the reference" in verdict.says and "KL 3 nats" in verdict.says
     assert (
-        f"accuracy 0.620, moved by +0.006 since step 10 (with 2,000 pairs under {noise:.2g} may be noise)" in found.says
+        f"accuracy 0.620, moved by +0.006 since step 10 (on 2,000 pairs, under {noise:.2g} may be noise)"
+        in verdict.says
     )
-    assert found.notes == ["Not measured: what answers are worth (gold, a judge, a benchmark)."]
+    assert verdict.notes == ["Not measured: the quality of answers (gold, a judge, a benchmark)."]
     assert "KL to the reference" in run_verdicts.judge([[{"step": 0}, {"step": 10, "shift/chosen": -1.0}]], []).notes[0]
 
 
@@ -119,12 +120,12 @@ def test_too_sure_is_a_matter_of_the_sigmoid_loss():
 def test_spread_by_hand():
     """Drop and gain of logged gold are means over seeds from the peak of their mean, with sd / sqrt(S); None where it can not be."""
     golds = [(1.0, 4.0, 2.0, 1.0), (1.2, 3.0, 3.5, 0.5), (0.9, 3.6, 2.2, 1.4)]
-    found = run_verdicts.spread([curve(*g) for g in golds])
+    verdict = run_verdicts.spread([curve(*g) for g in golds])
     drops = [g[1] - g[3] for g in golds]
-    assert found["step/peak"] == 10 and found["gold/drop"] == pytest.approx(statistics.mean(drops))
-    assert found["gold/drop_se"] == pytest.approx(statistics.stdev(drops) / math.sqrt(3))
-    assert found["gold/gain"] == pytest.approx(statistics.mean(g[1] - g[0] for g in golds))
-    assert found["gold/noise"] == t_quantile(1 - 0.05 / 3, 2)
+    assert verdict["step/peak"] == 10 and verdict["gold/drop"] == pytest.approx(statistics.mean(drops))
+    assert verdict["gold/drop_se"] == pytest.approx(statistics.stdev(drops) / math.sqrt(3))
+    assert verdict["gold/gain"] == pytest.approx(statistics.mean(g[1] - g[0] for g in golds))
+    assert verdict["gold/noise"] == t_quantile(1 - 0.05 / 3, 2)
     assert run_verdicts.spread([curve(*golds[0])]) is None and run_verdicts.spread([]) is None
     assert run_verdicts.spread([curve(1.0, 2.0), curve(1.0, 2.0)]) is None
     ragged = [curve(*golds[0]), curve(*golds[1])[:-1]]
@@ -137,6 +138,6 @@ def test_noise_is_not_called_a_drop(seeds):
     rng, called = np.random.default_rng(seeds), 0
     for _ in range(600):
         gold_SC = rng.normal(size=(seeds, 8)) + np.array([0, *[2] * 7])
-        found = run_verdicts.spread([curve(*row) for row in gold_SC.tolist()])
-        called += found["gold/drop"] > found["gold/noise"] * found["gold/drop_se"]
+        verdict = run_verdicts.spread([curve(*row) for row in gold_SC.tolist()])
+        called += verdict["gold/drop"] > verdict["gold/noise"] * verdict["gold/drop_se"]
     assert called / 600 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 600)

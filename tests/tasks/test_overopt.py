@@ -297,7 +297,7 @@ def test_sources_of_gold(made, tmp_path):
     assert "shift/chosen" not in run["runs"][0]["curve"][0]["metrics"]
     (run,) = overopt_of(made / "sweep/0", tmp_path / "none", "task.gold=none")["runs"]
     assert "gold" not in run["curve"][0]["metrics"] and run["bon"] is None and run["fits"] == []
-    assert run["verdict"] == "Can not tell: no gold reward was measured."
+    assert run["verdict"] == "Inconclusive: no gold reward was measured."
 
 
 def test_supervised_run(tiny, tmp_path, capsys):

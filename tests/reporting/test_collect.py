@@ -1,0 +1,314 @@
+"""What a report finds in folders: whole, broken and hostile runs and evaluations, in groups with verdicts and notes."""
+
+import copy
+import json
+import random
+from dataclasses import replace
+
+import pytest
+
+from rpo import config
+from rpo.errors import UserError
+from rpo.overopt import study
+from rpo.reporting import collect, evaluations, render, sections
+from rpo.runs import folder as run_folder
+from rpo.stats import clustered_mean
+from tests.helpers.rows import write_jsonl
+from tests.helpers.runs import settings, tiny_args
+
+STEPS = (0, 10, 20, 30)
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    """The settings of a run, as its config.yaml has them."""
+    return config.to_dict(settings("data=files", *tiny_args(tiny), "loss=rpo_sum"))
+
+
+def point(step, *, gold=None, shift=0.0, accuracy=0.6, kl=0.0):
+    event = {"split": "eval", "step": step, "pairs": 8 * step, "time": 1.0, "shift/chosen": shift, "kl": kl}
+    event |= {"rewards/accuracies": accuracy, "loss/preference": 0.66, "displacement_rate": 0.5, "samples/ended": 1.0}
+    return event | ({} if gold is None else {"gold": gold})
+
+
+def leave_run(folder, base, *, eta=0.0, seed=0, golds=None, state="finished", reason="", shift=-1.0):
+    """A run's folder as a run leaves it, without its weights."""
+    folder.mkdir(parents=True)
+    own = copy.deepcopy(base)
+    own["loss"]["eta"], own["seed"], own["run_dir"] = eta, seed, str(folder)
+    (folder / "config.yaml").write_text(json.dumps(own))  # JSON is YAML
+    golds = golds or [None] * len(STEPS)
+    events = [point(s, gold=g, shift=shift * s, kl=0.1 * s) for s, g in zip(STEPS, golds, strict=True)]
+    write_jsonl(folder / "metrics.jsonl", [events[0], {"split": "train", "step": 5, "loss": 0.6}, *events[1:]])
+    run_folder.write_status(folder, state, reason, STEPS[-1])
+    run_folder.write_json(folder / "data_report.json", {"eval": {"kept": 500}})
+    run_folder.write_json(
+        folder / "environment.json", {"command": ["train.py", f"seed={seed}"], "git_revision": "abc123"}
+    )
+    return folder
+
+
+def leave_sweep(folder, base):
+    """Two etas of three seeds, of which the first falls and the second holds."""
+    for i, (eta, seed) in enumerate((eta, seed) for eta in (0.0, 0.25) for seed in range(3)):
+        golds = [1.0, 3.0 + 0.1 * seed, 1.5, 0.2 * seed] if not eta else [1.0, 2.0, 2.9, 3.0 + 0.1 * seed]
+        leave_run(folder / str(i), base, eta=eta, seed=seed, golds=golds)
+    return folder
+
+
+def leave(folder, task, models, samples=(), *, notes=(), details=None, config=None):
+    """The folder of an evaluation in the form that all tasks write."""
+    folder.mkdir(parents=True)
+    content = {"task": task, "models": models, "notes": list(notes), "details": details or {}, "config": config or {}}
+    run_folder.write_json(folder / "results.json", content | {"versions": {}})
+    write_jsonl(folder / "samples.jsonl", list(samples))
+    (folder / "config.yaml").write_text(json.dumps({"task": {"kind": task}}))
+    run_folder.write_status(folder, "finished")
+    return folder
+
+
+def sample(model, id_, scores, **more):
+    blank = {"prompt": None, "response": None, "error": None, "against": None, "details": {}}
+    return {"model": model, "id": id_, "cluster": id_, "scores": scores} | blank | more
+
+
+def measure(runs):
+    """(runs, groups) as task=overopt has them, numbers made up, form and verdicts its own."""
+    measured = []
+    for run in runs:
+        own = json.loads((run / "config.yaml").read_text())
+        curve = []
+        for step, gold in zip((0, 10, 30), [1.0, 3.0, 2.9 if own["loss"]["eta"] else 0.5], strict=True):
+            metrics = {"gold": clustered_mean([gold - 0.1, gold, gold + 0.1], [0, 1, 2])}
+            metrics |= {"kl": clustered_mean([0.4 * step] * 3, [0, 1, 2])}
+            metrics |= {"samples/ended": clustered_mean([1.0] * 3, [0, 1, 2])}
+            metrics |= {"shift/chosen": clustered_mean([-step, -step - 1], [0, 1])}
+            clusters = {"gold": {"mean": [gold - 0.1, gold, gold + 0.1], "size": [1, 1, 1]}}
+            curve.append({"step": step, "metrics": metrics, "clusters": clusters})
+        more = {"prompts": [], "max_new_tokens": 48, "curve": curve, "bon": None}
+        measured.append({"run": str(run), "settings": own} | more)
+    return study.summarise(measured, 0)[:2]
+
+
+def leave_study(folder, runs):
+    """An evaluation of `runs` by task=overopt."""
+    of_runs, of_groups = measure(runs)
+    models = {run["run"]: {name: {"value": value} for name, value in run["summary"].items()} for run in of_runs}
+    samples = [
+        sample(str(run), f"f:1@{step}", {"gold": gold}, prompt="say it", response=f"answer of {step}")
+        | {"cluster": "f:1", "details": {"step": step}}
+        for run in runs
+        for step, gold in ((0, 1.0), (10, 9.0), (30, 0.5))
+    ]
+    details = {"groups": of_groups, "runs": of_runs, "left_out": ["x/9 (failed: no room)"]}
+    return leave(folder, "overopt", models, samples, details=details)
+
+
+def leave_evaluation(folder, scores, *, task="pairs", text=None, errors=0, ids="q", notes=(), details=None):
+    """An evaluation of models: `scores` of each, item by item, and as many items in error."""
+    samples = [
+        sample(model, f"{ids}{i}", {"accuracy": score})
+        | ({} if text is None else {"prompt": f"question {i}", "response": f"{text} {model} {i}"})
+        for model, of in scores.items()
+        for i, score in enumerate(of)
+    ]
+    samples += [sample(model, f"e{i}", {}, error="timed out") for model in scores for i in range(errors)]
+    models = {m: {"accuracy": clustered_mean(of, range(len(of))) | {"n_error": errors}} for m, of in scores.items()}
+    if errors:
+        for cells in models.values():
+            blank = dict.fromkeys(("value", "se", "interval"))
+            cells["accuracy"] |= blank | {"unusable": f"{errors} items failed, {errors} with: timed out"}
+    return leave(folder, task, models, samples, notes=notes, details=details)
+
+
+def collected(runs=(), results=()):
+    return collect.collect(list(map(str, runs)), list(map(str, results)))
+
+
+def kinds(report):
+    return {group.label: group.verdict.kind for group in report.groups}
+
+
+# ---- runs
+
+
+def test_groups_and_labels(base, tmp_path):
+    """Runs that differ in seeds are one group; `short` leaves out what all labels say; means are of what the verdict is on."""
+    sweep = leave_sweep(tmp_path / "sweep", base)
+    report = collected([sweep])
+    assert [(g.label, g.short, [m.name for m in g.members]) for g in report.groups] == [
+        ("DPO beta 0.01", "DPO", ["0", "1", "2"]),
+        ("RPO sum beta 0.01 eta 0.25", "RPO sum eta 0.25", ["3", "4", "5"]),
+    ]
+    assert list(kinds(report).values()) == ["overoptimised", "no overoptimisation seen"]
+    assert collect.shortened(["A beta 1", "A beta 1 seed=2"]) == (["A", "A seed=2"], ["beta 1"])
+    assert collect.shortened(["A beta 1", "A beta 1"]) == (["A beta 1", "A beta 1"], [])
+    leave_study(sweep / "study", [sweep / name for name in "0135"])
+    first, second = collected([sweep]).groups
+    assert [m.name for m in first.judged] == ["0", "1"] and [m.name for m in second.judged] == ["3", "5"]
+    assert "task=overopt measured 2 of 3; the verdict is on these." in first.verdict.notes
+
+
+def test_what_did_not_finish_is_named(base, tmp_path):
+    """Failed, interrupted, killed, half-written and never started runs are named; the verdict is on what finished."""
+    sweep = leave_sweep(tmp_path / "sweep", base)
+    run_folder.write_json(sweep / "sweep.json", [{"cell": i, "seed": str(i), "loss.eta": "0"} for i in range(8)])
+    run_folder.write_status(sweep / "0", "failed", "UserError: no room", 7)
+    run_folder.write_status(sweep / "1", "interrupted", "SIGTERM", 20)
+    run_folder.write_status(sweep / "3", "running", "", 20)
+    (sweep / "6").mkdir()
+    run_folder.write_status(sweep / "6", "failed", "UserError: loss.beta=-1")
+    with (sweep / "2" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(point(40) | {"gold": float("nan"), "kl": float("inf")}) + '\n{"split": "eval", "st')
+    report = collected([sweep])
+    assert [note for group in report.groups for note in group.verdict.notes if note.startswith("Run")] == [
+        "Run 0 failed at step 7: UserError: no room.",
+        "Run 1 was interrupted at step 20: SIGTERM.",
+        "Run 2: 1 unreadable line of metrics.jsonl skipped.",
+        "Run 2: kl, gold at step 40 not finite, skipped.",
+        "Run 3 is running, or was killed at step 20.",
+        "Run 6 failed: UserError: loss.beta=-1.",
+    ]
+    assert report.notes == [f"{sweep}: cells of the sweep that were not started: 7"]
+    assert kinds(report)["seed=6 loss.eta=0"] == "no run finished"
+
+
+def test_runs_with_one_setting_and_seed_stand_apart(base, tmp_path):
+    """A copy of a run is no second seed: each of the two is judged by itself, with a note; other groups stay."""
+    for name in "ab":
+        leave_run(tmp_path / "runs" / name, base, shift=-3.0)
+    for seed in (1, 2):
+        leave_run(tmp_path / "runs" / f"c{seed}", base, eta=0.5, seed=seed)
+    report = collected([tmp_path / "runs"])
+    assert [(g.label, [m.name for m in g.members]) for g in report.groups] == [
+        ("RPO sum beta 0.01 eta 0.5", ["c1", "c2"]),
+        ("DPO beta 0.01 (a)", ["a"]),
+        ("DPO beta 0.01 (b)", ["b"]),
+    ]
+    assert "each is shown by itself" in report.notes[0]
+    assert set(kinds(report).values()) == {"signs of overoptimisation"}  # chosen fell 90 nats, or 30
+
+
+def test_malformed_settings(base, tmp_path):
+    """A run whose config.yaml has something else where groups and labels are read stands by itself; nothing is raised."""
+    odd = [("preference", "foo"), ("beta", "x"), ("beta", None), ("beta", float("nan")), ("eta", "x")]
+    odd += [("label_smoothing", "x"), ("seed", "x"), ("seed", [1]), ("seed", float("nan"))]
+    for i, (key, value) in enumerate(odd):
+        file = leave_run(tmp_path / "runs" / str(i), base) / "config.yaml"
+        own = json.loads(file.read_text())
+        (own if key == "seed" else own["loss"])[key] = value
+        file.write_text(json.dumps(own))
+    leave_run(tmp_path / "runs" / "whole", base)
+    (leave_run(tmp_path / "runs" / "old", base) / "config.yaml").write_text("loss: {kind: dpo}\n")
+    for name, text in {"broken": "a: [", "other": "learner: x\n"}.items():
+        (tmp_path / "runs" / name).mkdir()
+        (tmp_path / "runs" / name / "config.yaml").write_text(text)
+    report = collected([tmp_path / "runs"])
+    alone = sum("settings of another version; shown by itself" in note for note in report.notes)
+    assert alone == len(odd) + 1 and len(report.groups) == alone + 1
+    assert any("is not the settings of a run" in note for note in report.notes)
+    assert any("is not that of a run or an evaluation" in note for note in report.notes)
+    render.html(sections.layout(report, "t", [], 5, {}))
+
+
+# ---- evaluations
+
+
+def test_models_are_named_by_their_arm(base, tmp_path):
+    """The model of a run has its arm's name, others their path without what all share."""
+    sweep = leave_sweep(tmp_path / "sweep", base)
+    models = [f"{sweep}/0/model", f"{sweep}/4", "hub/x"]
+    (read,) = collected([sweep], [leave_evaluation(tmp_path / "e", {m: [1.0, 0.0] for m in models})]).evaluations
+    assert [read.name(model) for model in models] == ["DPO (run 0)", "RPO sum eta 0.25 (run 4)", "hub/x"]
+    assert read.name("elsewhere") == "elsewhere"
+
+
+def test_results_that_do_not_compare(tmp_path):
+    """Evaluations of one task without a common item, or by other judges, are noted; too many errors make a model unusable."""
+    a = leave_evaluation(tmp_path / "a", {"m": [1.0, 0.0]}, errors=3)
+    b = leave_evaluation(tmp_path / "b", {"m": [1.0, 1.0]})
+    report = collected(results=[a, b])
+    assert report.notes == [] and [each.unusable("m") for each in report.evaluations] == [
+        "3 items failed, 3 with: timed out",
+        None,
+    ]
+    c = leave_evaluation(tmp_path / "c", {"m": [1.0, 1.0]}, ids="other")
+    (note,) = collected(results=[b, c]).notes
+    assert note == f"{b} and {c}, of task=pairs, have no item in common: do not compare their numbers"
+    judged = [
+        leave_evaluation(tmp_path / name, {"m": [1.0]}, details={"judge": {"model": name, "prompt": "own"}})
+        for name in ("j", "k")
+    ]
+    assert "had different judges (judge j and k)" in collected(results=judged).notes[0]
+
+
+def test_torn_and_odd_samples(tmp_path):
+    """Half a line, lines without an id and scores that are no numbers are dropped; the rest is kept."""
+    folder = leave_evaluation(tmp_path / "e", {"m": [1.0]})
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write('{"model": "m"}\n[1]\n{"model": "m", "id": 7, "scores": {"a": NaN, "b": true, "c": 2}}\n')
+        file.write('{"model": "m", "id": "x", "scores": 3}\n{"model": "m", "id"')
+    (read,) = collected(results=[folder]).evaluations
+    assert [(each["id"], each["scores"]) for each in read.samples] == [
+        ("q0", {"accuracy": 1.0}),
+        ("7", {"c": 2}),
+        ("x", {}),
+    ]
+
+
+def test_the_older_form(base, tmp_path):
+    """Evaluations from before details and one form of samples are read the same."""
+    sweep = leave_sweep(tmp_path / "sweep", base)
+    new = leave_study(tmp_path / "new", [sweep / "0", sweep / "3"])
+    content = json.loads((new / "results.json").read_text())
+    old = leave(tmp_path / "old", "overopt", {})
+    run_folder.write_json(old / "results.json", {"task": "overopt"} | content["details"])
+    write_jsonl(
+        old / "samples.jsonl",
+        [{"run": str(sweep / "0"), "step": 30, "row": "f:1", "prompt": "p", "response": "r", "gold": 0.5}],
+    )
+    read = [evaluations.read_results(folder) for folder in (new, old)]
+    assert read[0].models == read[1].models and read[0].curves == read[1].curves
+    assert read[1].samples[0] | {"details": None} == sample(str(sweep / "0"), "f:1@30", {"gold": 0.5}) | {
+        "cluster": "f:1",
+        "prompt": "p",
+        "response": "r",
+        "details": None,
+    }
+    win = leave(tmp_path / "win", "winrate", {})
+    run_folder.write_json(win / "results.json", {"task": "winrate", "models": {"a": {}}, "judge": {"model": "j"}})
+    write_jsonl(win / "samples.jsonl", [{"model": "a", "id": "q", "scores": {}, "against": "b", "answer": "x"}])
+    read = evaluations.read_results(win)
+    assert read.judged_by["judge"] == "j" and read.samples[0]["against"]["model"] == "b"
+    assert read.samples[0]["response"] == "x"
+
+
+def test_damaged_results_are_one_line_or_a_page(base, tmp_path):
+    """A study's results with any one value replaced by another kind of thing give a UserError of one line, or a page."""
+    sweep = leave_sweep(tmp_path / "sweep", base)
+    file = leave_study(tmp_path / "study", [sweep / "0", sweep / "3"]) / "results.json"
+    whole, rng = file.read_text(), random.Random(0)
+    refused = 0
+    for _ in range(40):
+        content, spots = json.loads(whole), []
+
+        def walk(node, spots=spots):
+            for key in node if isinstance(node, dict) else range(len(node)):
+                spots.append((node, key))
+                if isinstance(node[key], dict | list):
+                    walk(node[key])
+
+        walk(content["details"]["runs"])
+        node, key = rng.choice(spots)
+        node[key] = rng.choice([None, -1, "x", [], {}, float("nan"), 1e308, True, {"value": "y"}])
+        file.write_text(json.dumps(content))
+        try:
+            report = collected([sweep], [file])
+        except UserError as error:
+            assert "\n" not in str(error) and str(file) in str(error)
+            refused += 1
+        else:
+            page = sections.layout(report, "t", ["x"], 5, {})
+            html = render.html(replace(page, figure=None, sections=page.sections[:2]))  # drawing takes longest
+            assert "<h2>Verdicts in words" in html
+    assert 3 < refused < 37

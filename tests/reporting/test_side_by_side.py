@@ -1,0 +1,47 @@
+"""The worst answers: which items may stand side by side, which is worse, what is shown of them."""
+
+from rpo.reporting import side_by_side
+from tests.reporting.test_collect import sample
+
+
+def test_one_opponent_or_each_other():
+    """Items against different opponents do not stand side by side, those of two that met each other do."""
+
+    def item(against):
+        return {"q": sample("m", "q", {"win_rate": 1.0}, against=against and {"model": against, "response": None})}
+
+    comparable = side_by_side.comparable
+    assert comparable(item("x"), item("x"), None) and comparable(item("b"), item("a"), ("a", "b"))
+    assert not comparable(item("x"), item("y"), None) and not comparable(item("b"), item("a"), None)
+    assert not comparable(item("x"), item("a"), ("a", "b")) and comparable(item(None), item(None), None)
+
+
+def test_the_metric_s_direction():
+    """Of a metric of which less is better a rise is worse; items in error, or without a score or a counterpart, are left out."""
+    samples = [
+        sample(model, str(i), {"samples/length": 9, "kl": kl}, response=f"{model}{i}")
+        for model, kls in (("a", (1.0, 1.0, 1.0)), ("b", (3.0, 0.5, 9.0)))
+        for i, kl in enumerate(kls)
+    ]
+    samples += [sample("a", "7", {"kl": 1.0}), sample("b", "8", {}), sample("b", "2", {}, error="no")]
+    a, b = side_by_side.items_of(samples, "a"), side_by_side.items_of(samples, "b")
+    compared = side_by_side.worst("a", a, "b", b, 1)
+    assert compared.summary == "b against a, by kl: worse on 2 of 3 items, better on 1."
+    assert [duel.right.start for duel in compared.duels] == ["b2"]
+    assert side_by_side.worst("a", a, "b", {}, 5) is None and side_by_side.worst("a", a, "b", b, 0) is None
+    lengths = {"q": sample("a", "q", {"samples/length": 9, "samples/ended": 1.0})}
+    assert side_by_side.worst("a", lengths, "b", lengths, 5) is None  # lengths say nothing of which is better
+
+
+def test_what_is_shown():
+    """Messages with their roles, a lone one without; long answers in two parts, the rest counted; none is said to be none."""
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    assert side_by_side.prompt_of(sample("m", "q", {}, prompt=turns)) == "user: hi\nassistant: yo"
+    assert side_by_side.prompt_of(sample("m", "q", {}, prompt=turns[:1])) == "hi"
+    assert side_by_side.prompt_of(sample("m", "q", {})) == "q"
+    good = {"q": sample("a", "q", {"s": 1.0}, response="x" * 25_000)}
+    for response, start in {None: "(answer not kept)", "": "(empty)", "y" * 450: "y" * 450}.items():
+        (duel,) = side_by_side.worst("a", good, "b", {"q": sample("b", "q", {"s": 0.0}, response=response)}, 5).duels
+        assert duel.right.start == start and duel.right.rest == ""
+    left = duel.left
+    assert (len(left.start), len(left.rest), left.more) == (400, side_by_side.LONGEST - 400, 5_000)
