@@ -4,9 +4,10 @@ import os
 
 import pytest
 
-from rpo import dist
+from rpo import config, dist
 from tests.helpers.models import make_lm
 from tests.helpers.rows import make_rows_json, make_tokenizer, write_jsonl
+from tests.helpers.runs import settings, tiny_args
 
 
 def pytest_configure(config):
@@ -40,3 +41,9 @@ def tiny(tmp_path_factory):
     write_jsonl(folder / "train.jsonl.gz", make_rows_json(40))
     write_jsonl(folder / "eval.jsonl.gz", make_rows_json(12, seed=1))
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tiny):
+    """The settings of a run, as its config.yaml has them."""
+    return config.to_dict(settings("data=files", *tiny_args(tiny), "loss=rpo_sum"))

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
 
 from rpo import config, dist
-from rpo.config import group
+from rpo.config import Field, group
 from rpo.errors import require
 from rpo.evals.results import Evaluation
 from rpo.evals.settings import Eval

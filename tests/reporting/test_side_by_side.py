@@ -1,7 +1,7 @@
 """The worst answers: which items may stand side by side, which is worse, what is shown of them."""
 
 from rpo.reporting import side_by_side
-from tests.reporting.test_collect import sample
+from tests.helpers.left_behind import sample
 
 
 def test_one_opponent_or_each_other():

@@ -17,15 +17,9 @@ from rpo.runs import folder as run_folder
 from rpo.tasks import compare
 from rpo.tasks import report as task
 from rpo.training import figures as training_figures
+from tests.helpers.left_behind import leave, leave_evaluation, leave_run, leave_study, leave_sweep
+from tests.helpers.page_reader import NASTY, Reader
 from tests.helpers.runs import ROOT, settings, tiny_args
-from tests.reporting.test_collect import (
-    leave,
-    leave_evaluation,
-    leave_run,
-    leave_study,
-    leave_sweep,  # noqa: F401
-)
-from tests.reporting.test_render import NASTY, Reader
 
 
 def report(run_dir, *more):
