@@ -6,11 +6,71 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from rpo.errors import UserError
+
+DIGITS = 16  # hexadecimal digits of a digest that are kept: 64 bits
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes beside `path` and renames: a reader sees the old file or the whole new one, after a power cut too."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several failing ranks may write the same file
+    try:
+        with part.open("wb") as file:
+            file.write(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # or a machine that dies leaves an empty file under the name
+        part.rename(path)
+    except OSError:  # a full disk
+        part.unlink(missing_ok=True)
+        raise
+
+
+def to_lines(rows: Iterable[dict]) -> str:
+    """One JSON object per line; ASCII, so that no line separator of Unicode's stands inside a line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+class JsonLines:
+    """Objects in a JSON lines file, found again by one of their fields.
+
+    `rows` maps the field `key` to the object; of two with one key the later counts. A line that a killed writer left
+    half written is skipped, and costs no other line.
+    """
+
+    def __init__(self, path: Path, key: str = "key"):
+        self.path, self._key = path, key
+        self.rows: dict[str, dict] = {}
+        text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
+        self._torn = bool(text) and not text.endswith("\n")
+        for line in text.split("\n"):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and isinstance(row.get(key), str):
+                self.rows[row[key]] = row
+
+    def append(self, rows: Sequence[dict]) -> None:
+        """Adds the rows, each with its key, at the end of the file."""
+        with self.path.open("a") as file:
+            file.write("\n" * self._torn + to_lines(rows))
+        self._torn = False
+        self.rows |= {row[self._key]: row for row in rows}
+
+
+def short_hash(*parts: str | bytes | list | dict) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of text, bytes and JSON values, each counted with its length."""
+    whole = hashlib.sha256()
+    for part in parts:
+        part = json.dumps(part) if isinstance(part, list | dict) else part
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        whole.update(len(data).to_bytes(8, "big") + data)
+    return whole.hexdigest()[:DIGITS]
 
 
 def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:

@@ -42,6 +42,11 @@ def clustered_mean(values: ArrayLike, clusters: ArrayLike, sizes: ArrayLike | No
     return {"value": float(mean), "se": float(se), "interval": interval, "n": len(values)}
 
 
+def with_errors(cell: dict, n_error: int) -> dict:
+    """The cell with the number of items that would belong to it and failed."""
+    return cell | {"n_error": n_error}
+
+
 def _numbered(clusters: ArrayLike) -> tuple[np.ndarray, int]:
     """The number of each row's cluster, 0 to G - 1, and G."""
     names, number_N = np.unique(np.asarray(clusters), return_inverse=True)

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from rpo import config, dist
+from tests.helpers.gold_runs import make_gold_sweep
 from tests.helpers.models import make_lm
 from tests.helpers.rows import make_rows_json, make_tokenizer, write_jsonl
 from tests.helpers.runs import settings, tiny_args
@@ -47,3 +48,9 @@ def tiny(tmp_path_factory):
 def base(tiny):
     """The settings of a run, as its config.yaml has them."""
     return config.to_dict(settings("data=files", *tiny_args(tiny), "loss=rpo_sum"))
+
+
+@pytest.fixture(scope="module")
+def gold_sweep(tmp_path_factory):
+    """A folder that the embedded task could have made, and sweep/ with runs on it: see `make_gold_sweep`."""
+    return make_gold_sweep(tmp_path_factory.mktemp("gold_sweep"))

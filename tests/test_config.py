@@ -5,8 +5,8 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
+import eval as evaluation
 from rpo import config
-from rpo.evals.settings import eval_config
 from tests.helpers.runs import ROOT, settings
 
 CONF = ROOT / "conf"
@@ -117,7 +117,7 @@ def test_every_task_is_accepted(name):
     """eval.py's tasks compose with nothing but what they evaluate, and each file holds its own task's keys alone."""
     cfg = settings(f"task={name}", *TASK_NEEDS.get(name, "model.path=RUN/model").split(), name="eval")
     assert cfg.task.kind == name and cfg.data.eval is None
-    assert eval_config(OmegaConf.create(config.to_yaml(cfg))) == cfg
+    assert evaluation.eval_config(OmegaConf.create(config.to_yaml(cfg))) == cfg
 
 
 def test_groups_are_those_of_the_tests():

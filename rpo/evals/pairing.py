@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rpo.stats import clustered_mean
+from rpo import stats
+from rpo.evals.results import Cells, Item, Results
+from rpo.stats import clustered_mean, with_errors
 
 
 @dataclass(frozen=True)
@@ -29,56 +31,73 @@ class Pairing:
 
     def cell(self) -> dict:
         """The mean difference with its clustered error; n_error counts what failed."""
-        return clustered_mean(self.differences_N, self.clusters_N) | {"n_error": self.failed}
+        return with_errors(clustered_mean(self.differences_N, self.clusters_N), self.failed)
 
 
-def shared(first: Mapping[str, dict], second: Mapping[str, dict]) -> list[tuple[str, dict, dict]]:
-    """(id, the first's item, the second's) of the items that both have, in the order of the first."""
-    return [(name, item, second[name]) for name, item in first.items() if name in second]
+def shared(first: Mapping[str, Item], second: Mapping[str, Item]) -> list[tuple[Item, Item]]:
+    """(the first's item, the second's) of the items that both have, in the order of the first."""
+    return [(item, second[id]) for id, item in first.items() if id in second]
 
 
-def pair(first: Mapping[str, dict], second: Mapping[str, dict], metric: str) -> Pairing:
+def pair(first: Mapping[str, Item], second: Mapping[str, Item], metric: str) -> Pairing:
     """The items of two models, each by id, paired by one metric."""
     both, failed = [], set()
-    for name, a, b in shared(first, second):
-        known, broken = [metric in item["scores"] for item in (a, b)], [bool(item.get("error")) for item in (a, b)]
+    for a, b in shared(first, second):
+        known, broken = [metric in item.scores for item in (a, b)], [bool(item.error) for item in (a, b)]
         if all(known):
             both.append((a, b))
         elif any(broken) and (any(known) or all(broken)):  # one that works has no such score: it is not of this metric
-            failed.add(name)
-    names = [(a["cluster"], b["cluster"]) for a, b in both]
+            failed.add(a.id)
+    names = [(a.cluster, b.cluster) for a, b in both]
     number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    scored = [{name for name, item in items.items() if metric in item["scores"]} for items in (first, second)]
+    scored = [{id for id, item in items.items() if metric in item.scores} for items in (first, second)]
     return Pairing(
-        [a["scores"][metric] - b["scores"][metric] for a, b in both],
-        [number[name] for name in names],
-        len(number) == len({a for a, _ in number}) == len({b for _, b in number}),
-        len(failed),
-        len(scored[0] - scored[1] - failed),
-        len(scored[1] - scored[0] - failed),
+        differences_N=[a.scores[metric] - b.scores[metric] for a, b in both],
+        clusters_N=[number[name] for name in names],
+        alike=len(number) == len({a for a, _ in number}) == len({b for _, b in number}),
+        failed=len(failed),
+        num_first=len(scored[0] - scored[1] - failed),
+        num_second=len(scored[1] - scored[0] - failed),
     )
 
 
-def judged_by(task: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Who gave an evaluation its scores, and how: judge, served (its names), prompt, verdict, baseline; {} without a judge.
+def differences(items: Sequence[Item], baseline: str) -> dict[str, Cells]:
+    """{model: {"difference/METRIC": cell}} of every other model of `items`: its mean score minus the baseline's."""
+    of_model: dict[str, dict[str, Item]] = {}
+    for item in items:
+        of_model.setdefault(item.model, {})[item.id] = item
+    base = of_model.pop(baseline)
+    metrics = {model: dict.fromkeys(m for item in own.values() for m in item.scores) for model, own in of_model.items()}
+    return {
+        model: {f"difference/{name}": pair(own, base, name).cell() for name in metrics[model]}
+        for model, own in of_model.items()
+    }
 
-    None: not known, as of stored judgments that do not say. (task=judge_check judges the judges: they are its models.)
+
+# ---- by whom
+
+
+def judged_by(found: Results) -> dict[str, str | None]:
+    """Who gave an evaluation its scores: judge, served (its names), prompt, verdict, baseline; {} without a judge.
+
+    None: not known, as of stored judgments that do not say. (Where the models are judges, task=judge_check, nobody
+    judged them.)
     """
-    judge, stored = facts.get("judge"), facts.get("annotations") is not None
+    details = found.details
+    judge, stored = details.get("judge"), details.get("annotations") is not None
     live = isinstance(judge, dict)
-    if task == "judge_check" or not (live or stored):
+    if found.task == "judge_check" or not (live or stored):
         return {}
-    made = dict.fromkeys(("judge", "served", "prompt")) | {"verdict": facts.get("verdict")}
+    known = dict.fromkeys(("judge", "served", "prompt")) | {"verdict": details.get("verdict")}
     if live:
-        settings = facts.get("config")
-        of_task = settings.get("task") if isinstance(settings, dict) else None
+        of_task = found.config.get("task")
         prompts = of_task.get("prompts") if isinstance(of_task, dict) else None
-        made |= {"judge": judge.get("model"), "prompt": judge.get("prompt") or prompts or "own"}
-        made["served"] = _names(judge.get("served"))
-        made["verdict"] = made["verdict"] or ("logprobs" if judge.get("with_logprobs") else "text")
+        known |= {"judge": judge.get("model"), "prompt": judge.get("prompt") or prompts or "own"}
+        known["served"] = _names(judge.get("served"))
+        known["verdict"] = known["verdict"] or ("logprobs" if judge.get("with_logprobs") else "text")
     else:
-        made["judge"] = _names(facts.get("judges"))
-    return made | {"baseline": facts.get("baseline") if task == "alpaca_eval" else None}
+        known["judge"] = _names(details.get("judges"))
+    return known | {"baseline": details.get("baseline") if found.task == "alpaca_eval" else None}
 
 
 def _names(listed: Any) -> str | None:
@@ -94,16 +113,47 @@ def judged_apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     )
 
 
-def differences(samples: Sequence[dict], baseline: str) -> dict[str, dict[str, dict]]:
-    """{model: {"difference/METRIC": cell}} of every other model of `samples`: its mean score minus the baseline's."""
-    items: dict[str, dict[str, dict]] = {}
-    for sample in samples:
-        items.setdefault(sample["model"], {})[sample["id"]] = sample
-    base = items.pop(baseline)
-    metrics = {
-        model: dict.fromkeys(name for item in own.values() for name in item["scores"]) for model, own in items.items()
-    }
-    return {
-        model: {f"difference/{name}": pair(own, base, name).cell() for name in metrics[model]}
-        for model, own in items.items()
-    }
+# ---- in words
+
+
+def verdict(cell: dict, first: str, second: str, comparisons: int) -> str:
+    """One plain sentence on one comparison: by its Holm-adjusted p at 5%; which way is better is for the reader to say.
+
+    A difference that only its own p supports is said to be one of so many comparisons; where none is seen, how large
+    one would have been seen; and where so few clusters have no p below 5%, that it is inconclusive.
+    """
+    value, (above, below) = cell["value"], (first, second) if cell["value"] > 0 else (second, first)
+    ps = f"p {cell['p']:.2g}" + (f", Holm {cell['p_holm']:.2g}" if comparisons > 1 else "")
+    one_sided = [(cell["n_first"], first), (cell["n_second"], second)]
+    left = " and ".join(f"{count} that only {name} has" for count, name in one_sided if count)
+    left = f"; left out: {left}" if left else ""
+    left += f"; {cell['n_error']} failed" if cell["n_error"] else ""
+    least = 2 / 2 ** cell["clusters"]
+    if least > stats.ALPHA:
+        return f"inconclusive: with {cell['clusters']} clusters the smallest possible p is {least:.2g}; use more prompts{left}"
+    flat = f"nothing varied over {cell['clusters']} clusters, so there is no interval"
+    if not value and not cell["se"]:
+        return f"{first} and {second} have the same mean in each cluster: {flat}, nor a smallest difference to be seen{left}"
+    if cell["interval"] is None:
+        size = f"{number(abs(value))} ({flat}; {ps})"
+    else:
+        low, high = cell["interval"] if value > 0 else (-x for x in reversed(cell["interval"]))
+        size = f"{number(abs(value))} (95% {number(low)} to {number(high)}; {ps})"
+    if cell["p_holm"] <= stats.ALPHA:
+        return f"{above} is above {below} by {size}{left}"
+    if cell["p"] <= stats.ALPHA:
+        return f"{above} is above {below} by {size}, which among {comparisons} comparisons may be luck{left}"
+    seen = f"{above} is above by {size}" if value else f"it is {size}"
+    power = ""
+    if cell["detectable"] is not None:
+        power = f"; a true difference of {number(cell['detectable'])} would be seen in 80% of such comparisons, a smaller one in fewer"
+    return (
+        f"no difference seen between {first} and {second}: {seen}{power}"
+        + (f"; one as large as that seen needs about {cell['needed']} clusters" if cell["needed"] else "")
+        + left
+    )
+
+
+def number(x: float) -> str:
+    """Three significant digits."""
+    return f"{x:.3g}"

@@ -1,139 +1,220 @@
-"""What an evaluation leaves: results.json, samples.jsonl and a table on screen, in one form for all that read them.
+"""What every evaluation leaves, in one form: results.json, samples.jsonl, and a table on screen.
 
-results.json    {"task", what it is of ..., "models": {model: {metric: cell}}, "config", "versions"}
-a cell          {"value", "se", "interval", "n", "n_error"}: the mean, its standard error, its 95% interval, what it is the
-                mean of, and what would belong to it and failed
-samples.jsonl   one object per item: "model", "id" (the same item has the same one in every evaluation), "cluster" (what
-                belongs together), "scores" ({metric: number}, what cells are means of), "error" (null, or why it has none)
+results.json    {"task": kind, "models": {model: {metric: cell}}, "notes": [...], "details": {what this task alone says},
+                "config": settings, "versions": {package: version}}
+a cell          {"value", "se", "interval", "n", "n_error"}: the mean, its standard error, its 95% interval, the number of
+                items behind it, and of those that would belong to it and failed; "unusable": why there is no value
+samples.jsonl   one `Item` per line
 """
 
 import importlib.metadata
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rpo import config
 from rpo.errors import UserError
 from rpo.evals.settings import Eval
+from rpo.files import to_lines, write_atomic
 from rpo.runs import folder as run_folder
 from rpo.text import redacted
 
 MAX_ERRORS = 0.05  # a larger share of failures makes a result unusable: what failed is rarely like the rest
-_PLACES = ("model", "against", "id", "cluster", "row")  # of a sample: paths among them, which may hold a secret
 _VERSIONS = ("torch", "transformers", "tokenizers", "numpy")
+Cells = dict[str, dict[str, Any]]  # by metric
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one model did on one item of the data.
+
+    id         the same item has the same one in every evaluation
+    cluster    items with one are not independent: of one prompt, question or pair
+    scores     what the model's cells are means of; {} where it failed
+    error      why there is no score
+    against    whom the response was judged against: {"model", "response"}
+    details    what else the task says of it
+    """
+
+    model: str
+    id: str
+    cluster: str
+    prompt: str | list[dict] | None = None
+    response: str | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+    against: dict[str, str | None] | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def opponent(self) -> str | None:
+        return self.against and self.against["model"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`models`: model -> metric -> cell; `samples`: one per item; `facts`: what else results.json says."""
+    """What a task found: `models` by name, an item each; `notes` are what a reader has to know of the numbers."""
 
-    models: dict[str, dict[str, dict]]
-    samples: list[dict]
-    facts: dict
+    models: dict[str, Cells]
+    items: list[Item] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Results:
+class Results(Evaluation):
     """An evaluation as read back from `folder`."""
 
-    folder: Path
-    task: str
-    models: dict[str, dict[str, dict]]
-    samples: list[dict]
-    facts: dict
+    folder: Path = Path()
+    task: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
 
-def with_errors(cell: dict, n_error: int) -> dict:
-    """The cell with the number of items that would belong to it and failed."""
-    return cell | {"n_error": n_error}
+# ---- writing
 
 
-def unusable(samples: list[dict]) -> str | None:
-    """Why a model's results can not be used: more than 5% of its items failed; None where they can."""
-    failed = [" ".join(sample["error"].split()) for sample in samples if sample.get("error")]
-    if len(failed) <= MAX_ERRORS * len(samples):
-        return None
-    reason, count = Counter(failed).most_common(1)[0]
-    return f"{len(failed)} of {len(samples)} items failed, {count} with: {reason}"
+def write(run_dir: Path, cfg: Eval, evaluation: Evaluation, table: Callable[[Evaluation], str] | None = None) -> None:
+    """Writes both files and prints a table, the notes and where the files are.
 
-
-def write(run_dir: Path, cfg: Eval, made: Evaluation, shown: str | None = None) -> None:
-    """Writes both files and prints a table (or what is `shown`) and the notes.
-
-    `facts["notes"]` are what a reader has to know of the numbers. Raises UserError, all written, where a model's results are
-    unusable.
+    Raises UserError, everything written, where a model's results are unusable.
     """
-    models, why = {}, {}
-    for name, cells in made.models.items():
-        models[name] = {metric: {"interval": None, "n_error": 0} | cell for metric, cell in cells.items()}
-        if reason := unusable([sample for sample in made.samples if sample.get("model") == name]):
-            why[name] = reason
-    for name, cells in models.items():
-        for metric, cell in cells.items():
-            of = name if name in why else cfg.baseline if metric.startswith("difference/") else None
-            if of in why:
-                cells[metric] = _blank(cell) | {"unusable": why[of]}
-    installed = {name: importlib.metadata.version(name) for name in _VERSIONS}
-    facts = {"models": models, "config": config.to_dict(cfg), "versions": installed}
-    part = run_dir / "samples.jsonl.part"  # renamed when whole: a file cut between two lines would look whole
-    with part.open("w") as file:
-        for sample in made.samples:  # text of models and data stays as it is, paths may hold a secret
-            secretless = {key: redacted(sample[key]) for key in _PLACES if key in sample}
-            file.write(json.dumps(sample | secretless) + "\n")
-    part.rename(run_dir / "samples.jsonl")
-    run_folder.write_json(run_dir / "results.json", {"task": cfg.task.kind, **made.facts, **facts})
-    notes = [f"note: {note}" for note in made.facts.get("notes", [])]
+    models, unusable = _complete(evaluation, cfg.baseline)
+    evaluation = replace(evaluation, models=models)
+    write_atomic(run_dir / "samples.jsonl", to_lines(map(_to_json, evaluation.items)))
+    content = {
+        "task": cfg.task.kind,
+        "models": models,
+        "notes": evaluation.notes,
+        "details": evaluation.details,
+        "config": config.to_dict(cfg),
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
+    }
+    run_folder.write_json(run_dir / "results.json", content)
+    notes = [f"note: {note}" for note in evaluation.notes]
     files = [str(run_dir / name) for name in ("results.json", "samples.jsonl")]
-    print(*map(redacted, [shown or table(models), *notes, *files]), sep="\n", flush=True)
-    if why:
-        name, reason = next(iter(why.items()))
+    print(*map(redacted, [table(evaluation), *notes, *files]), sep="\n", flush=True)
+    if unusable:
+        name, reason = next(iter(unusable.items()))
         raise UserError(
-            f"{redacted(name)}: {reason}; more than {MAX_ERRORS:.0%} failed, so results.json has no score of it. Mend the "
+            f"{redacted(name)}: {reason}; more than {MAX_ERRORS:.0%} failed, so results.json has no score of it. Fix the "
             "cause and start again: what was answered is kept, unreadable replies too (another cache_dir asks all again)"
         )
 
 
-def _blank(cell: dict) -> dict:
-    """The cell's counts alone."""
-    return {key: value if isinstance(value, int) and key != "value" else None for key, value in cell.items()}
+def _complete(evaluation: Evaluation, baseline: str | None) -> tuple[dict[str, Cells], dict[str, str]]:
+    """(cells with all of their keys, blank where unusable; why, by model)."""
+    items: dict[str, list[Item]] = {}
+    for item in evaluation.items:
+        items.setdefault(item.model, []).append(item)
+    reasons = {name: _why_unusable(items.get(name, [])) for name in evaluation.models}
+    unusable = {name: reason for name, reason in reasons.items() if reason}
+    models = {}
+    for name, cells in evaluation.models.items():
+        models[name] = {}
+        for metric, cell in cells.items():
+            cell = {"value": None, "se": None, "interval": None, "n": 0, "n_error": 0} | cell
+            of = name if name in unusable else baseline if metric.startswith("difference/") else None
+            if of in unusable:
+                counts = {key: value for key, value in cell.items() if isinstance(value, int) and key != "value"}
+                cell = dict.fromkeys(cell) | counts | {"unusable": unusable[of]}
+            models[name][metric] = cell
+    return models, unusable
+
+
+def _why_unusable(items: Sequence[Item]) -> str | None:
+    """Why a model's results cannot be used: more than 5% of its items failed; None where they can."""
+    failed = [" ".join(item.error.split()) for item in items if item.error]
+    if len(failed) <= MAX_ERRORS * len(items):
+        return None
+    reason, count = Counter(failed).most_common(1)[0]
+    return f"{len(failed)} of {len(items)} items failed, {count} with: {reason}"
+
+
+def _to_json(item: Item) -> dict[str, Any]:
+    """Text of models and data stays as it is; names and places may be paths, which may hold a secret."""
+    row = asdict(item)
+    row |= {key: redacted(row[key]) for key in ("model", "id", "cluster")}
+    if item.against is not None:
+        row["against"]["model"] = redacted(item.against["model"])
+    return row
+
+
+# ---- reading
 
 
 def read(given: str | Path) -> Results:
-    """The evaluation in a folder, or in its results.json. Raises UserError where there is none."""
+    """The evaluation in a folder, or in its results.json. Raises UserError where there is none, or one of another form."""
     try:
         path = Path(given).expanduser()
         path = path / "results.json" if path.is_dir() else path
-        facts = run_folder.read_json(path)
-        text = path.with_name("samples.jsonl").read_text() if path.with_name("samples.jsonl").exists() else ""
-        samples = [json.loads(line) for line in text.split("\n") if line]
+        found = run_folder.read_json(path)
+        samples = path.with_name("samples.jsonl")
+        rows = [json.loads(line) for line in samples.read_text().split("\n") if line] if samples.exists() else []
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nested too deep, no such ~user
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(
             f"{str(given)[:300]}: no evaluation can be read there ({reason}); give the run_dir of one"
         ) from None
-    models = facts.get("models") if isinstance(facts, dict) else None
-    well_formed = isinstance(models, dict) and isinstance(facts.get("task"), str)
-    if not well_formed or not all(isinstance(each, dict) for each in (facts.get("config", {}), *models.values())):
-        raise UserError(f"{path}: holds no results by model; give the run_dir of an evaluation of models")
-    if not all(isinstance(sample, dict) for sample in samples):
-        raise UserError(
-            f"{path.with_name('samples.jsonl')}: expected an object on each line, as an evaluation writes them"
-        )
-    rest = {key: value for key, value in facts.items() if key not in ("task", "models")}
-    return Results(path.parent, facts["task"], models, samples, rest)
+    kinds = {"task": str, "models": dict, "notes": list, "details": dict, "config": dict, "versions": dict}
+    whole = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
+    cells = [cell for each in found["models"].values() for cell in _values(each)] if whole else [None]
+    if not all(isinstance(cell, dict) for cell in cells):
+        raise UserError(f"{path}: holds no results by model; give the run_dir of an evaluation")
+    items = _items(rows, samples)
+    rest = {key: found[key] for key in kinds}
+    return Results(folder=path.parent, items=items, **rest)
 
 
-def table(models: dict[str, dict[str, dict]]) -> str:
+def _values(cells: Any) -> Iterable:
+    return cells.values() if isinstance(cells, dict) else [None]
+
+
+def _items(rows: Sequence[Any], file: Path) -> list[Item]:
+    names, items = list(Item.__dataclass_fields__), []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not row.keys() >= set(names):
+            raise UserError(
+                f"{file}:{number}: expected an object with {', '.join(names)}, as an evaluation writes them"
+            )
+        items.append(Item(**{name: row[name] for name in names}))
+        if not _is_well_formed(items[-1]):
+            raise UserError(
+                f"{file}:{number}: expected text in model, id, cluster, response, error and against.model, and objects in "
+                "scores and details"
+            )
+    return items
+
+
+def _is_well_formed(item: Item) -> bool:
+    texts = all(isinstance(text, str) for text in (item.model, item.id, item.cluster, item.error or ""))
+    said = isinstance(item.prompt, str | list | None) and isinstance(item.response, str | None)
+    against = item.against is None or (isinstance(item.against, dict) and isinstance(item.against.get("model"), str))
+    return texts and said and against and isinstance(item.scores, dict) and isinstance(item.details, dict)
+
+
+# ---- on screen
+
+
+def table(evaluation: Evaluation) -> str:
     """Metrics down, models across, each value +- its standard error; of more than three models the other way round."""
-    names = list(dict.fromkeys(name for result in models.values() for name in result))
+    models = evaluation.models
+    names = list(dict.fromkeys(name for cells in models.values() for name in cells))
     lines = [["", *models]]
     for name in names:
-        lines.append([name, *(_cell(result.get(name)) for result in models.values())])
+        lines.append([name, *(_cell(cells.get(name)) for cells in models.values())])
     if len(models) > 3:
         lines = [list(line) for line in zip(*lines, strict=True)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text, every column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
     return "\n".join(line.rstrip() for line in padded)
 

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rpo.errors import UserError
-from rpo.evals.settings import Judge
+from rpo.judging.settings import Judge
 from rpo.text import redacted
 
 if TYPE_CHECKING:

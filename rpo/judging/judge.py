@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from rpo import dist
 from rpo.errors import UserError
-from rpo.evals.settings import Judge
 from rpo.judging.client import (
     KEPT,
     Account,
@@ -35,6 +34,7 @@ from rpo.judging.client import (
     tokens_in,
     url_of,
 )
+from rpo.judging.settings import Judge
 from rpo.text import redacted
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0  # seconds before a request is tried again: doubled each time, and jittered

@@ -12,12 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rpo.data.formats import Messages
-from rpo.evals.results import with_errors
-from rpo.evals.settings import Judge
 from rpo.judging import judge, verdicts
 from rpo.judging.client import Reply, Request
 from rpo.judging.prompts import OURS, letter, load, pair
-from rpo.stats import clustered_mean
+from rpo.judging.settings import Judge
+from rpo.stats import clustered_mean, with_errors
 
 _LETTER = re.compile(r"\[\[([ABC])\]\]")
 _RATINGS = (re.compile(r"\[\[([0-9]+\.?[0-9]*)\]\]"), re.compile(r"\[([0-9]+\.?[0-9]*)\]"))

@@ -68,11 +68,12 @@ def sample(
     seed: list[int],
     batch_size: int,
     reshard: bool,
+    first: int = 0,
 ) -> list[Completion]:
     """One completion per prompt (token ids), in order, the same on every rank.
 
-    Prompts are cut into batches of `batch_size`, each sampled with a seed of its own (`seed` and its number), and
-    dealt to the ranks: so the samples do not depend on the world size beyond rounding, and the caller's random
+    Prompts are cut into batches of `batch_size`, each sampled with a seed of its own (`seed` and its number, from
+    `first` on: a caller may sample batches in several calls), and dealt to the ranks: so the samples do not depend on the world size beyond rounding, and the caller's random
     state is left alone. A collective: every rank calls it with the same arguments; `reshard` is the policy's
     fsdp.reshard_after_forward.
     """
@@ -83,7 +84,7 @@ def sample(
         for turn in range(0, len(starts), world):  # FSDP gathers in step: every rank takes as many turns
             number = min(turn + dist.rank(), len(starts) - 1)
             chosen = prompts[starts[number] : starts[number] + batch_size]
-            mine[number] = _sample_batch(policy, chosen, config, stop_ids, device, [*seed, number])
+            mine[number] = _sample_batch(policy, chosen, config, stop_ids, device, [*seed, first + number])
     gathered: list[dict[int, list[Completion]]] = [{}] * world
     torch_dist.all_gather_object(gathered, mine)
     by_number = {number: batch for share in gathered for number, batch in share.items()}

@@ -22,7 +22,7 @@ def best_of_n_weights(proxy_K: ArrayLike, n: int) -> np.ndarray:
     """The chance of each of K answers to be the best by proxy of n that are drawn from them without replacement.
 
     The i-th smallest has C(i-1, n-1)/C(K, n) (arXiv 2310.02743). Equal proxies share theirs, which is the exact
-    expectation over a fair choice among them. Made by w_K = n/K, w_i = w_(i+1) (i-n+1)/i, which can not overflow.
+    expectation over a fair choice among them. Made by w_K = n/K, w_i = w_(i+1) (i-n+1)/i, which cannot overflow.
     UserError where n is not in 1..K or a proxy is not finite.
     """
     proxy_K = np.asarray(proxy_K, dtype=np.float64)

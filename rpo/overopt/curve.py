@@ -103,7 +103,7 @@ def summarise(curve: Sequence[dict], levels: Sequence[float] = LEVELS) -> dict[s
     The peak is the highest of many noisy numbers, so that gold/peak, gain and drop are biased upwards by the choice.
     gold/noise makes up for it: as many standard errors as the largest of all comparisons with one checkpoint exceeds
     with a chance of at most ALPHA while nothing changes (Bonferroni; Student's t where `clusters` are known). A drop of
-    fewer standard errors is not told from noise. UserError where the curve is not one.
+    fewer standard errors is within noise. UserError where the curve is not one.
     """
     steps = [point["step"] for point in curve]
     if len(curve) < 2 or steps[0] != 0 or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
@@ -123,11 +123,7 @@ def summarise(curve: Sequence[dict], levels: Sequence[float] = LEVELS) -> dict[s
         return summary
     gold = column(curve, "gold")
     reference, peak, final = curve[0], curve[int(gold.argmax())], curve[-1]
-    for name, (a, b) in {
-        "drop": (peak, final),
-        "gain": (peak, reference),
-        "final_gain": (final, reference),
-    }.items():
+    for name, (a, b) in {"drop": (peak, final), "gain": (peak, reference), "final_gain": (final, reference)}.items():
         gap = difference(a, b, "gold")
         summary |= {f"gold/{name}": gap["value"], f"gold/{name}_se": gap["se"]}
     noise = t_quantile(1 - ALPHA / (len(curve) - 1), gap["df"])

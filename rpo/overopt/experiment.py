@@ -1,6 +1,6 @@
 """The study of overoptimisation: every arm trained and evaluated over paired seeds, then one table and its figures.
 
-    python -m rpo.overopt.experiment FOLDER      # make overopt; begun again, it goes on where it was
+    python -m rpo.overopt.experiment FOLDER      # make overopt; the same command resumes it
 
 An arm is one `train.py -m recipe=overopt` over all seeds and its own grid, and one `eval.py task=overopt` of its runs.
 A seed decides pairs, labels and order, so arms of one task are compared on the same data, step for step.
@@ -16,13 +16,15 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from rpo import config
-from rpo.overopt import curve, figures, selection
+from rpo.overopt import selection
+from rpo.overopt.curve import gold_at, value
+from rpo.overopt.figures import draw_study
 from rpo.overopt.selection import Limits
 from rpo.runs import folder as run_folder
 from rpo.runs import groups
 from rpo.runs.groups import Group
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parent.parent.parent
 WORKERS = 2  # arms at once, one thread each: the model is too small for more
 DPO, RPO = ("loss=dpo", "loss.beta=0.02"), ("loss=rpo_sum", "loss.beta=0.02", "loss.eta=0.25")
 AVG = ("loss=rpo_avg", "loss.beta=0.02", "loss.eta=0.1")
@@ -92,7 +94,7 @@ def _train(folder: Path, arm: str, seeds: list[int]) -> None:
 
 
 def make(folder: Path, seeds: list[int]) -> None:
-    """Trains and evaluates every arm into `folder`, WORKERS at a time; what is there already is gone on with."""
+    """Trains and evaluates every arm into `folder`, WORKERS at a time; what is there already is kept."""
 
     def one(arm: str) -> None:
         _train(folder, arm, seeds)
@@ -109,7 +111,7 @@ def make(folder: Path, seeds: list[int]) -> None:
 def read(folder: Path, arms: Sequence[str]) -> list[Group]:
     """The evaluated runs of `arms`, grouped over seeds."""
     return groups.group(
-        [run for arm in arms for run in run_folder.read_json(folder / "eval" / arm / "results.json")["runs"]]
+        [run for arm in arms for run in run_folder.read_json(folder / "eval" / arm / "results.json")["details"]["runs"]]
     )
 
 
@@ -126,7 +128,7 @@ def stopped(group: Group, limits: Limits | None) -> dict[str, list[float]]:
             first = next((i for i, reasons in enumerate(failed) if reasons), len(failed))
             step = run["curve"][max(first - 1, 0)]["step"]
         chosen["step"].append(step)
-        chosen["gold"] += [curve.value(point, "gold") for point in run["curve"] if point["step"] == step]
+        chosen["gold"] += [value(point, "gold") for point in run["curve"] if point["step"] == step]
     return chosen
 
 
@@ -154,9 +156,9 @@ def table(found: Sequence[Group]) -> str:
     }
     lines = []
     for group in found:
-        cells = [_cell([run["summary"][name] for run in group.runs], *how) for name, *how in columns.values()]
-        cells += [_cell([curve.gold_at(run["curve"], level) for run in group.runs]) for level in KL_LEVELS]
-        tokens = [curve.value(run["curve"][-1], "samples/length") for run in group.runs]
+        cells = [_cell([run["summary"][name] for run in group.runs], *form) for name, *form in columns.values()]
+        cells += [_cell([gold_at(run["curve"], level) for run in group.runs]) for level in KL_LEVELS]
+        tokens = [value(run["curve"][-1], "samples/length") for run in group.runs]
         lines.append([group.label, *cells, _cell(tokens, 1)])
     return _markdown(["", *columns, *(f"gold at KL {level:g}" for level in KL_LEVELS), "tokens"], lines)
 
@@ -192,8 +194,8 @@ def report(folder: Path) -> str:
         parts += [f"## {title}", table(found)]
         if title == "Losses":
             parts += ["## Differences on the same seeds", differences(found, RPO_NAME), "## Stopping", stopping(found)]
-            figures.draw_study([group for group in found if group.label in DRAWN], folder / "plots")
-            figures.draw_study(found, folder / "plots" / "all")
+            draw_study([group for group in found if group.label in DRAWN], folder / "plots")
+            draw_study(found, folder / "plots" / "all")
     page = "\n\n".join(parts)
     (folder / "overoptimisation.md").write_text(page + "\n")
     return page
@@ -203,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m rpo.overopt.experiment", description="The study of overoptimisation."
     )
-    parser.add_argument("folder", type=Path, help="of its runs and results; begun again with the same, it goes on")
+    parser.add_argument("folder", type=Path, help="of its runs and results; the same folder again resumes it")
     parser.add_argument("--seeds", type=int, default=5, help="how many (default 5); a task of its own for each")
     args = parser.parse_args()
     folder = args.folder.resolve()

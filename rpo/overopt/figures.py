@@ -8,13 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
+
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from rpo.overopt import curve as overopt_curve
+from rpo.overopt.curve import column, distance, value
 from rpo.runs.groups import Group
 
 matplotlib.use("Agg")
@@ -38,16 +40,16 @@ _HEALTH = (
 def draw_study(groups: Sequence[Group], folder: Path, best_of_n: Sequence[dict] = ()) -> list[Path]:
     """Writes into `folder` every figure whose metrics were measured; returns the paths.
 
-    `best_of_n` is the reference's own curve (answers.best_of_n), a yardstick.
+    `best_of_n` is the reference's own curve (`best_of_n`), a yardstick.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    how = _styles(groups)
+    styles = _styles(groups)
     figures = {
-        "overoptimisation": lambda: _distance_figure(groups, how, best_of_n),
+        "overoptimisation": lambda: _distance_figure(groups, styles, best_of_n),
         "beta": lambda: _beta_figure(groups),
-        "signals": lambda: _step_figure(groups, how, _SIGNALS, columns=2),
-        "accuracy": lambda: _accuracy_figure(groups, how),
-        "health": lambda: _step_figure(groups, how, _HEALTH, columns=3),
+        "signals": lambda: _step_figure(groups, styles, _SIGNALS, columns=2),
+        "accuracy": lambda: _accuracy_figure(groups, styles),
+        "health": lambda: _step_figure(groups, styles, _HEALTH, columns=3),
     }
     paths = []
     for name, draw in figures.items():
@@ -75,7 +77,7 @@ def _measured(groups: Sequence[Group], *names: str) -> list[Group]:
 
     def complete(group: Group) -> bool:
         points = [point for run in group.runs for point in run["curve"]]
-        return all(overopt_curve.value(point, name) is not None for point in points for name in names)
+        return all(value(point, name) is not None for point in points for name in names)
 
     return [group for group in groups if complete(group)]
 
@@ -114,13 +116,11 @@ def _line(axes: Axes, group: Group, style: dict, x: Callable, name: str) -> None
     kept = [[i for i, point in enumerate(curve) if point["step"] in common] for curve in curves]
     x_SC, y_SC = (
         np.array([of(curve)[rows] for curve, rows in zip(curves, kept, strict=True)])
-        for of in (x, lambda curve: overopt_curve.column(curve, name))
+        for of in (x, lambda curve: column(curve, name))
     )
     if len(curves) > 1:
         for curve in curves:
-            axes.plot(
-                x(curve), overopt_curve.column(curve, name), color=style["color"], ls=style["ls"], alpha=0.3, lw=0.8
-            )
+            axes.plot(x(curve), column(curve, name), color=style["color"], ls=style["ls"], alpha=0.3, lw=0.8)
         error_C = y_SC.std(0, ddof=1) / np.sqrt(len(curves))
     else:
         error_C = np.array([point["metrics"][name].get("se") or 0 for point in curves[0]])
@@ -133,7 +133,7 @@ def _steps(curve: Sequence[dict]) -> np.ndarray:
     return np.array([point["step"] for point in curve])
 
 
-def _distance_figure(groups: Sequence[Group], how: dict, best_of_n: Sequence[dict]) -> Figure | None:
+def _distance_figure(groups: Sequence[Group], styles: dict, best_of_n: Sequence[dict]) -> Figure | None:
     """Gold reward, and beside it the proxy that training raises, against sqrt(KL)."""
     shown = {name: _measured(groups, "kl", name) for name in ("gold", "proxy")}
     names = [name for name, having in shown.items() if having]
@@ -142,13 +142,11 @@ def _distance_figure(groups: Sequence[Group], how: dict, best_of_n: Sequence[dic
     figure, panels = _panels(len(names), 2, height=4.4)
     for axes, name in zip(panels, names, strict=True):
         for group in shown[name]:
-            _line(axes, group, how[group.label], overopt_curve.distance, name)
+            _line(axes, group, styles[group.label], distance, name)
         axes.set(xlabel=_DISTANCE, ylabel={"gold": "gold reward", "proxy": "implicit reward (beta x nats)"}[name])
         axes.set_title({"gold": "Gold reward", "proxy": "Proxy: the implicit reward"}[name])
     if "gold" in names:
-        start = np.mean(
-            [overopt_curve.column(run["curve"], "gold")[0] for group in shown["gold"] for run in group.runs]
-        )
+        start = np.mean([column(run["curve"], "gold")[0] for group in shown["gold"] for run in group.runs])
         panels[0].axhline(start, **_REFERENCE, label="reference")
         if best_of_n:
             d = [point["kl"] ** 0.5 for point in best_of_n]
@@ -174,15 +172,13 @@ def _beta_figure(groups: Sequence[Group]) -> Figure | None:
     styles = _styles([Group(label, {}, [], []) for label in lines])
     for i, (label, line) in enumerate(lines.items()):
         line = sorted(line, key=lambda group: group.loss["beta"])
-        finals = [[overopt_curve.column(run["curve"], "gold")[-1] for run in group.runs] for group in line]
+        finals = [[column(run["curve"], "gold")[-1] for run in group.runs] for group in line]
         mean = np.array([np.mean(final) for final in finals])
         spread = np.array([np.std(final, ddof=1) if len(final) > 1 else 0 for final in finals])
         # Beside one another, so that bars do not hide each other.
         x = np.array([group.loss["beta"] for group in line]) * 1.03 ** (i - (len(lines) - 1) / 2)
         axes.errorbar(x, mean, spread, label=label, lw=1.8, ms=5, elinewidth=1, capsize=3, **styles[label])
-    start = np.mean(
-        [overopt_curve.column(r["curve"], "gold")[0] for line in lines.values() for g in line for r in g.runs]
-    )
+    start = np.mean([column(r["curve"], "gold")[0] for line in lines.values() for g in line for r in g.runs])
     axes.axhline(start, **_REFERENCE, label="reference")
     axes.set(xscale="log", xlabel="beta", ylabel="gold reward at the end (bars: sd over seeds)")
     axes.xaxis.set_major_locator(FixedLocator(betas))
@@ -192,7 +188,9 @@ def _beta_figure(groups: Sequence[Group]) -> Figure | None:
     return figure
 
 
-def _step_figure(groups: Sequence[Group], how: dict, names: Sequence[tuple[str, str]], columns: int) -> Figure | None:
+def _step_figure(
+    groups: Sequence[Group], styles: dict, names: Sequence[tuple[str, str]], columns: int
+) -> Figure | None:
     """One panel for each of `names`, against the optimizer step."""
     shown = [(name, label, having) for name, label in names if (having := _measured(groups, name))]
     if not shown:
@@ -200,7 +198,7 @@ def _step_figure(groups: Sequence[Group], how: dict, names: Sequence[tuple[str, 
     figure, panels = _panels(len(shown), columns)
     for axes, (name, label, having) in zip(panels, shown, strict=True):
         for group in having:
-            _line(axes, group, how[group.label], _steps, name)
+            _line(axes, group, styles[group.label], _steps, name)
         if name == "shift/chosen":
             axes.axhline(0, **_REFERENCE)
         axes.set(xlabel="optimizer step", ylabel=label)
@@ -208,17 +206,15 @@ def _step_figure(groups: Sequence[Group], how: dict, names: Sequence[tuple[str, 
     return figure
 
 
-def _accuracy_figure(groups: Sequence[Group], how: dict) -> Figure | None:
+def _accuracy_figure(groups: Sequence[Group], styles: dict) -> Figure | None:
     """Every trained checkpoint by held-out accuracy and gold reward; the last of each run is outlined."""
     shown = _measured(groups, "gold", "rewards/accuracies")
     if not shown:
         return None
     figure, (axes,) = _panels(1, 1, height=4.4)
     for group in shown:
-        style = {"color": how[group.label]["color"], "marker": how[group.label]["marker"]}
-        columns = [
-            [overopt_curve.column(run["curve"], name) for run in group.runs] for name in ("rewards/accuracies", "gold")
-        ]
+        style = {"color": styles[group.label]["color"], "marker": styles[group.label]["marker"]}
+        columns = [[column(run["curve"], name) for run in group.runs] for name in ("rewards/accuracies", "gold")]
         axes.scatter(*(np.concatenate([c[1:] for c in column]) for column in columns), s=18, alpha=0.5, lw=0, **style)
         last = [[c[-1] for c in column] for column in columns]
         axes.scatter(*last, s=55, edgecolors="black", linewidths=1, label=group.label, **style)

@@ -131,14 +131,13 @@ class RewardModel:
 
     def __init__(self, path: str, *, device: torch.device, dtype: torch.dtype, date: str, trust_remote_code: bool):
         self.key, self.device, self.date = f"task.gold={path}", device, date
-        trust = {"trust_remote_code": trust_remote_code}
         expected = (
             "expected auto, none, FILE.py:FUNCTION, or a reward model (AutoModelForSequenceClassification, one label)"
         )
         try:
-            found = AutoConfig.from_pretrained(path, **trust)
+            found = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         except Exception as error:  # each config class checks itself in its own way
-            raise UserError(f"{self.key}: can not be read ({one_line(error)}); {expected}") from None
+            raise UserError(f"{self.key}: cannot be read ({one_line(error)}); {expected}") from None
         names = found.architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in names):
             raise UserError(
@@ -146,14 +145,15 @@ class RewardModel:
             )
         if found.num_labels != 1:
             raise UserError(f"{self.key}: has {found.num_labels} labels, a reward is one number; {expected}")
-        how = {"dtype": dtype, "weights_only": True, "output_loading_info": True} | trust
         try:
-            model, info = AutoModelForSequenceClassification.from_pretrained(path, **how)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=dtype, weights_only=True, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
         except Exception as error:  # files, the library and a model's own code: each its own type
             raise UserError(f"{self.key}: the weights could not be loaded ({one_line(error)})") from None
         if info["missing_keys"]:
             raise UserError(f"{self.key}: the checkpoint lacks {sorted(info['missing_keys'])[0]}; it is incomplete")
-        self.tokenizer = load_tokenizer(path, **trust)
+        self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         settings = fingerprint.computed(json.loads(found.to_json_string(use_diff=False)))
         facts = [
             fingerprint.weights_digest(model),

@@ -95,10 +95,10 @@ def fit_curves(
     """`fit` of all checkpoints of `curves` pooled, each against its own reference, with bootstrapped "intervals".
 
     `over` is what is drawn anew: "runs" (whole curves: seeds), "prompts" (all curves on the same prompts, reference
-    included, which needs `clusters`; see overopt) or None. The intervals are percentiles 2.5 and 97.5 of `draws` refits;
+    included, which needs `clusters`; see `curve`) or None. The intervals are percentiles 2.5 and 97.5 of `draws` refits;
     a bound on a peak is None where it is at infinity, and there are none of one prompt. Percentiles of few units are
     too narrow: of fewer than about ten runs or twenty prompts they are an indication. Draws that do not determine the
-    law are left out. Where step 0 is further than overopt.STAYED from the reference nothing is fitted: the laws begin
+    law are left out. Where step 0 is further than STAYED from the reference nothing is fitted: the laws begin
     there. UserError as `fit`, and where there is nothing to draw from.
     """
     d = np.concatenate([distance(curve) for curve in curves])

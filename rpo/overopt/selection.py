@@ -1,14 +1,21 @@
 """Which checkpoint of a run to keep: those within limits, and among them the earliest that is as good as the best.
 
-A curve is what `overopt` says it is. Its step 0, the reference, is compared with and never chosen.
+A curve is what `curve` says it is. Its step 0, the reference, is compared with and never chosen.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from rpo.errors import UserError
 from rpo.overopt.curve import column, difference
+from rpo.runs import folder as run_folder
+from rpo.stats import clustered_mean
+
+LEAST = 4  # prompts in a half: fewer have no standard error to speak of
 
 
 @dataclass(frozen=True)
@@ -79,10 +86,10 @@ def select(curve: Sequence[dict], limits: Limits, *, score: str | None = None, d
         feasible = [i for i in feasible if i < first]
     if not feasible:
         words = {"max_kl": "kl ", "max_displacement": "displacement_rate ", "entropy_falls": "entropy/top10 "}
-        mend = [f"raise task.{key}" for key, word in words.items() if any(f.startswith(word) for f in failed[1])]
-        mend += ["lower task.min_ended"] * any(f.startswith("samples/ended ") for f in failed[1])
+        fixes = [f"raise task.{key}" for key, word in words.items() if any(f.startswith(word) for f in failed[1])]
+        fixes += ["lower task.min_ended"] * any(f.startswith("samples/ended ") for f in failed[1])
         raise UserError(
-            f"no checkpoint is feasible: step {curve[1]['step']} has {', '.join(failed[1])}; {', '.join(mend)}"
+            f"no checkpoint is feasible: step {curve[1]['step']} has {', '.join(failed[1])}; {', '.join(fixes)}"
         )
     if score is None:
         why = "the last checkpoint: none fails"
@@ -119,3 +126,110 @@ def _gap(a: dict, b: dict, score: str) -> dict:
 def _chosen(curve: Sequence[dict], i: int, rows: list[dict], reason: str) -> dict:
     facts = {"over_reference": None, "over_reference_se": None, "checkpoints": rows}
     return {"step": curve[i]["step"], "reason": reason} | facts
+
+
+# ---- of runs
+
+
+def read(folder: str) -> list[dict]:
+    """The runs in the results.json of task=overopt in `folder`, or that file itself. Raises UserError where there are none."""
+    path = Path(folder).expanduser()
+    file = path if path.name == "results.json" and path.is_file() else path / "results.json"
+    if not file.is_file():
+        raise UserError(
+            f"task.results={folder}: has no results.json; give the run_dir of an evaluation by task=overopt that is done"
+        )
+    try:
+        found = run_folder.read_json(file)
+    except ValueError as error:
+        raise UserError(f"{file}: is not JSON ({error})") from None
+    details = found.get("details") if isinstance(found, dict) and found.get("task") == "overopt" else None
+    if not isinstance(details, dict) or not isinstance(details.get("runs"), list):
+        raise UserError(f"{file}: is not of task=overopt; give the folder of such an evaluation")
+    return details["runs"]
+
+
+def choose(runs: Sequence[dict], limits: Limits, *, score: str, split: bool) -> list[dict]:
+    """For each run {"run", "label", "chosen", "label_free"}: by `score` (max:METRIC or min:METRIC), and by the limits alone.
+
+    `chosen` is `select` with the checkpoint's folder, or {"step": null, "reason"} where nothing is feasible. With `split`
+    its score is of one half of the prompts, by hash, and "report" has the other half's: gold there, and its difference
+    from the reference's, which the choice does not flatter. Raises UserError where the score was not measured.
+    """
+    direction, _, name = score.partition(":")
+    chosen = []
+    for run in runs:
+        names = sorted({metric for point in run["curve"] for metric in point["metrics"]})
+        if name not in names:
+            raise UserError(f"task.score={score}: {run['run']} has no {name}; there are {', '.join(names)}")
+        curve, report = run["curve"], None
+        if split:
+            chosen_by, reported = halves(run["prompts"])
+            curve, report = part_of(run["curve"], chosen_by), part_of(run["curve"], reported)
+        best = _selected(run, curve, limits, score=name, direction=direction)
+        if report is not None and best["step"] is not None:
+            best["report"] = reported_on(report, best["step"])
+        label_free = _selected(run, run["curve"], limits)
+        chosen.append({"run": run["run"], "label": run["label"], "chosen": best, "label_free": label_free})
+    return chosen
+
+
+def _selected(
+    run: dict, curve: Sequence[dict], limits: Limits, *, score: str | None = None, direction: str = "max"
+) -> dict:
+    try:
+        chosen = select(curve, limits, score=score, direction=direction)
+    except UserError as error:
+        if not str(error).startswith("no checkpoint is feasible"):
+            raise UserError(f"{run['run']}: {error}") from None
+        return {"step": None, "checkpoint": None, "reason": str(error)}
+    return chosen | {"checkpoint": f"{run['run']}/checkpoints/step_{chosen['step']:08d}"}
+
+
+def halves(prompts: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Indices of the prompts to select on and of those to report on, by the order of their digests: a function of the set.
+
+    Raises UserError where a half would have fewer than LEAST.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    if len(order) < 2 * LEAST:
+        raise UserError(f"task.split=true: {len(order)} prompts; two halves need {2 * LEAST}: set task.split=false")
+    return sorted(order[::2]), sorted(order[1::2])
+
+
+def part_of(curve: Sequence[dict], prompts: Sequence[int]) -> list[dict]:
+    """The curve with gold of these prompts alone; what else there is stays of all."""
+    part = []
+    for point in curve:
+        whole = point["clusters"]["gold"]
+        mean_G, size_G = (np.asarray(whole[name], dtype=np.float64)[list(prompts)] for name in ("mean", "size"))
+        gold = clustered_mean(mean_G * size_G, np.arange(len(mean_G)), size_G)
+        clusters = {"gold": {"mean": mean_G.tolist(), "size": size_G.tolist()}}
+        part.append(point | {"metrics": point["metrics"] | {"gold": gold}, "clusters": clusters})
+    return part
+
+
+def reported_on(curve: Sequence[dict], step: int) -> dict:
+    """Gold at `step` and its paired difference from step 0's, on the prompts of `curve`."""
+    point = next(point for point in curve if point["step"] == step)
+    return {"gold": point["metrics"]["gold"], "over_reference": difference(point, curve[0], "gold")}
+
+
+def lines(chosen: Sequence[dict], score: str, *, limited: bool) -> str:
+    """For each run the step that either rule takes, why, and its folder; the second rule where there is a limit."""
+    shown = []
+    for run in chosen:
+        best, report = run["chosen"], ""
+        if "report" in best:
+            gold, over = best["report"]["gold"], best["report"]["over_reference"]
+            report = (
+                f"; on the other half of the prompts gold {gold['value']:.3g}, {over['value']:+.2g} +- {over['se']:.2g} "
+                "over the reference"
+            )
+        shown.append(f"{run['run']} ({run['label']})")
+        rules = {score: best} | ({"limits alone": run["label_free"]} if limited else {})
+        for name, taken in rules.items():
+            step = "" if taken["step"] is None else f"step {taken['step']}, "
+            shown.append(f"  {name}: {step}{taken['reason']}{report if taken is best else ''}")
+            shown += [f"    {taken['checkpoint']}"] * (taken["step"] is not None)
+    return "\n".join(shown)

@@ -1,11 +1,11 @@
 """A study's results from the curves of its runs: summaries, fits and verdicts, by run and by group of seeds."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from rpo.overopt import curve as overopt_curve
+from rpo.evals.results import Cells
+from rpo.overopt import curve as of_run
 from rpo.overopt import scaling_laws
 from rpo.runs.groups import Group, group, table
 
@@ -33,14 +33,9 @@ def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], 
     `runs` are {"run", "settings", "max_new_tokens", "curve", ...}. A group's fits pool its curves, with intervals that draw runs anew
     (prompts, where there is one run); a run's have none.
     """
-    runs = [run | {"summary": overopt_curve.summarise(run["curve"])} for run in runs]
+    runs = [run | {"summary": of_run.summarise(run["curve"])} for run in runs]
     runs = [
-        run
-        | {
-            "kind": overopt_curve.kind(run["summary"]),
-            "verdict": overopt_curve.verdict(run["summary"]),
-            "fits": _fits([run]),
-        }
+        run | {"kind": of_run.kind(run["summary"]), "verdict": of_run.verdict(run["summary"]), "fits": _fits([run])}
         for run in runs
     ]
     groups = group(runs)
@@ -52,8 +47,8 @@ def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], 
             "loss": g.loss,
             "runs": [run["run"] for run in g.runs],
             "seeds": [list(seeds) for seeds in g.seeds],
-            "verdict": overopt_curve.group_verdict([run["summary"] for run in g.runs]),
-            "cut": overopt_curve.cut([run["curve"] for run in g.runs], max(run["max_new_tokens"] for run in g.runs)),
+            "verdict": of_run.group_verdict([run["summary"] for run in g.runs]),
+            "cut": of_run.cut([run["curve"] for run in g.runs], max(run["max_new_tokens"] for run in g.runs)),
             "summary": intervals[g.label],
             "fits": _fits(g.runs, over="runs" if len(g.runs) > 1 else "prompts", seed=seed),
         }
@@ -62,12 +57,12 @@ def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], 
     return [run | {"label": labels[run["run"]]} for run in runs], records, groups
 
 
-def _fits(runs: Sequence[dict], **how: Any) -> list[dict]:
+def _fits(runs: Sequence[dict], *, over: str | None = None, seed: int = 0) -> list[dict]:
     """Both laws fitted to the curves; nothing where gold was not measured."""
     curves = [run["curve"] for run in runs]
-    if any(overopt_curve.value(point, "gold") is None for curve in curves for point in curve):
+    if any(of_run.value(point, "gold") is None for curve in curves for point in curve):
         return []
-    return [scaling_laws.fit_curves(curves, form, **how) for form in scaling_laws.FORMS]
+    return [scaling_laws.fit_curves(curves, form, over=over, seed=seed) for form in scaling_laws.FORMS]
 
 
 def mean_best_of_n(runs: Sequence[dict]) -> list[dict]:
@@ -88,20 +83,41 @@ def mean_best_of_n(runs: Sequence[dict]) -> list[dict]:
     return mean
 
 
+def cells_of(run: dict) -> Cells:
+    """The entries of a run's summary as cells: those read off one checkpoint have its error and n, a difference of two
+    its paired one, and the rest the number of trained checkpoints for n."""
+    summary, curve = run["summary"], run["curve"]
+    at = {"reference": 0, "final": summary["step/final"], "peak": summary["step/peak"]}
+    points = {point["step"]: point["metrics"] for point in curve}
+    measured = {"gold": "gold", "kl": "kl", "accuracy": "rewards/accuracies"}
+    cells = {}
+    for entry, value in summary.items():
+        if value is None or entry.endswith("_se"):
+            continue
+        kind, _, place = entry.partition("/")
+        read_off = points.get(at.get(place), {}).get(measured.get(kind)) if place in at else None
+        if entry == "shift/chosen":
+            read_off = curve[-1]["metrics"][entry]
+        se = summary.get(f"{entry}_se")
+        n = curve[-1]["metrics"]["gold"]["n"] if se is not None else summary["checkpoints"]
+        cells[entry] = read_off or {"value": value, "se": se, "interval": None, "n": n}
+    return cells
+
+
 def lines(records: Sequence[dict]) -> str:
     """A row per group: means over seeds, with the drop's standard deviation; below it a sentence each, or two."""
-    cells = [["", *(heading for heading, *_ in _SHOWN), "seeds"]]
+    rows = [["", *(heading for heading, *_ in _SHOWN), "seeds"]]
     for record in records:
         row = [record["label"]]
         for _, entry, form in _SHOWN:
-            found = record["summary"][entry]
-            spread = f" +- {found['sd']:{form}}" if entry == "gold/drop" and found["sd"] is not None else ""
-            row.append("-" if found["mean"] is None else f"{found['mean']:{form}}{spread}")
-        cells.append([*row, str(len(record["runs"]))])
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    made = [
+            over_seeds = record["summary"][entry]
+            spread = f" +- {over_seeds['sd']:{form}}" if entry == "gold/drop" and over_seeds["sd"] is not None else ""
+            row.append("-" if over_seeds["mean"] is None else f"{over_seeds['mean']:{form}}{spread}")
+        rows.append([*row, str(len(record["runs"]))])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in cells
+        for row in rows
     ]
     said = [f"{record['label']}: {text}" for record in records for text in (record["verdict"], record["cut"]) if text]
-    return "\n".join([*made, *said])
+    return "\n".join([*table, *said])

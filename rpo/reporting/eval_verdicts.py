@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from rpo.evals import pairing
 from rpo.reporting import side_by_side
 from rpo.reporting.collect import Group, Member, Report
 from rpo.reporting.evaluations import Results, as_dict, finite
 from rpo.reporting.text import counted, decimals, fixed
 from rpo.runs import groups
 from rpo.stats import ALPHA, t_quantile
-from rpo.tasks import compare
 
 RULES = (
     "Top of the page: an arm improved (or got worse) where the 95% interval of its gold at the end minus at the start leaves out "
@@ -66,7 +66,7 @@ def _differences(results: Results) -> list[tuple[float, str]]:
     for (first, second), metrics in zip(compared(results), results.models.values(), strict=True):
         for name, cell in metrics.items():
             try:
-                text = compare.verdict(cell, first, second, int(results.details.get("comparisons") or 1))
+                text = pairing.verdict(cell, first, second, int(results.details.get("comparisons") or 1))
                 sentences.append((float(cell["p_holm"]), f"{name}: {text}."))
             except (KeyError, TypeError, ValueError):  # written by another version: its table is shown all the same
                 continue

@@ -80,7 +80,7 @@ class Results:
 
     @property
     def judged_by(self) -> dict[str, Any]:
-        return pairing.judged_by(self.task, self.details | {"config": self.config})
+        return pairing.judged_by(self)
 
     def unusable(self, model: str) -> str | None:
         """Why this model's results cannot be used; None where they can."""
@@ -99,7 +99,6 @@ def read_results(spec: str | Path) -> Results:
     if not isinstance(content, dict) or not isinstance(content.get("task"), str):
         raise UserError(f"{path}: holds no results of an evaluation; give the run_dir of one")
     samples, _ = lines(path.with_name("samples.jsonl"))
-    content, samples = _from_old_form(content, samples)
     details, settings = content.get("details") or {}, content.get("config") or {}
     models, notes = content.get("models"), content.get("notes")
     try:
@@ -122,32 +121,6 @@ def read_results(spec: str | Path) -> Results:
     ]
     notes = list(map(str, notes)) if isinstance(notes, list) else []
     return Results(path.parent, content["task"], cells, samples, notes, details, settings, curves)
-
-
-def _from_old_form(content: dict, samples: list[dict]) -> tuple[dict, list[dict]]:
-    """What evaluations wrote until each had details, and samples one form; in the present form unchanged."""
-    if "details" in content:
-        return content, samples
-    common = {"task", "models", "notes", "config", "versions"}
-    details = {name: value for name, value in content.items() if name not in common}
-    models, runs = content.get("models"), details.get("runs")
-    if models is None and isinstance(runs, list):  # overopt and select had lists of runs alone
-        models = {}
-        for run in map(as_dict, runs):
-            summary = as_dict(run.get("summary"))
-            models[str(run.get("run"))] = {name: {"value": value} for name, value in summary.items()}
-    present = []
-    for sample in samples:
-        response = next(
-            (sample[name] for name in ("response", "answer", "judgment", "reply") if sample.get(name)), None
-        )
-        against = None if sample.get("against") is None else {"model": sample["against"], "response": None}
-        scores = sample.get("scores", {name: sample[name] for name in ("gold", "kl") if name in sample})
-        names = {"model": sample.get("model", sample.get("run")), "cluster": sample.get("cluster", sample.get("row"))}
-        names["id"] = sample.get("id", f"{sample.get('row')}@{sample.get('step')}")
-        texts = {"prompt": sample.get("prompt"), "response": response, "against": against}
-        present.append(names | texts | {"scores": scores, "error": sample.get("error"), "details": sample})
-    return content | {"models": models, "details": details}, present
 
 
 def _measured(run: dict) -> dict:

@@ -1,4 +1,4 @@
-"""Runs as they were left in their folders: which there are, what each was made of, and its checkpoints as models."""
+"""Runs as they were left in their folders: which there are, what each was made of, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from rpo import config, files
 from rpo.config import EvalData, Loss, Reference
 from rpo.config import Model as Start
 from rpo.data.tokenizer import identity, load_tokenizer
 from rpo.errors import UserError
-from rpo.model import fingerprint, hf
-from rpo.model.policy import Policy, prepare
-from rpo.model.shard import PLAIN, compute_dtype, mesh, reshard
-from rpo.runs import checkpoint, state
+from rpo.runs import checkpoint
 from rpo.runs import folder as run_folder
 
 if TYPE_CHECKING:
@@ -124,46 +119,3 @@ def tokenizer_of(run: Run, *, trust_remote_code: bool) -> PreTrainedTokenizerBas
 def identity_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """The tokenizer as a run's checkpoints record it."""
     return files.digest(json.dumps(identity(tokenizer)).encode())
-
-
-@dataclass(frozen=True)
-class Model:
-    """A sharded model, the digest of the weights that it was loaded with, and the dtype that it computes in."""
-
-    policy: Policy
-    weights: state.Tensors
-    digest: str
-    compute: torch.dtype
-
-
-def load(source: Source, key: str, device: torch.device, *, dtype: str, asked: str, trust_remote_code: bool) -> Model:
-    """The model at `source`, ready to score, to sample and to have checkpoints laid over it.
-
-    Its weights are as wide as those of a run with model.dtype=`dtype`; it computes in `asked` (auto: as the run did).
-    """
-    compute = compute_dtype(dtype if asked == "auto" else asked, device)
-    master = torch.promote_types(compute_dtype(dtype, device), torch.float32)
-    if torch.promote_types(compute, master) != master:
-        raise UserError(f"model.dtype={asked}: the run's weights are {str(master)[6:]}; give auto, or no wider a type")
-    lm = hf.load(*source, master, key=key, trust_remote_code=trust_remote_code)
-    digest = fingerprint.weights_digest(lm)
-    shard = {"mesh": mesh(device, PLAIN), "fsdp": PLAIN, "compute_dtype": compute}
-    policy = prepare(lm, **shard, compile=False, trainable=False)
-    return Model(policy, state.weights_of(policy), digest, compute)
-
-
-def lay_over(model: Model, folder: Path, facts: dict[str, str | None]) -> None:
-    """Makes `model` the policy of the checkpoint in `folder`.
-
-    `facts` is what the checkpoint's run began with as it is now (model.path, reference.path, model.tokenizer: digests).
-    Raises UserError: a damaged checkpoint, one of another model, or a fact that differs from the recorded one.
-    """
-    found = checkpoint.read(folder)
-    for key, now in facts.items():
-        then = found.state["facts"].get(key)
-        if then is not None and then != now:
-            raise UserError(
-                f"{folder}: its run began with {key} of digest {then[:24]}, now it is {now[:24]}; put it back as it was"
-            )
-    reshard(model.policy)
-    found.lay_over(model.weights)

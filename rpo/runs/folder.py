@@ -22,6 +22,7 @@ from rpo import dist
 from rpo.config import Train, differences, may_change, read_yaml, to_dict, to_yaml
 from rpo.data.dataset import Splits
 from rpo.errors import UserError
+from rpo.files import write_atomic
 from rpo.runs import checkpoint
 from rpo.runs.checkpoint import Checkpoint
 from rpo.text import redacted
@@ -181,20 +182,7 @@ def check_starting_model(model: str | None) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Written aside and renamed, so that a reader never sees half of it; without secrets."""
-    _write(path, json.dumps(redacted(value), indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several failing ranks may write the same file
-    try:
-        with part.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())  # or a machine that dies leaves an empty file under the name
-        part.rename(path)
-    except OSError:  # a full disk
-        part.unlink(missing_ok=True)
-        raise
+    write_atomic(path, json.dumps(redacted(value), indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -305,7 +293,7 @@ def recording(folder: Path, settings: str, step: int = 0, seen: tuple[int, int] 
         try:
             for left in [path for path in folder.glob("*.part") if path.is_file()]:  # by a start that was killed
                 left.unlink()
-            _write(folder / "config.yaml", settings)
+            write_atomic(folder / "config.yaml", settings)
             write_status(folder, "running", step=step)
         except OSError as error:
             raise UserError(f"run_dir={folder}: can not be written ({error.strerror}); give another folder") from None

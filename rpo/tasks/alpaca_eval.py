@@ -10,23 +10,27 @@ Letters: N instructions.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from rpo import dist
+from rpo.config import group
 from rpo.data.answers import Outputs, aligned, by_key, empty_notes, id_of, read
 from rpo.data.formats import Messages
-from rpo.errors import UserError
-from rpo.evals.results import Evaluation, with_errors
-from rpo.evals.settings import AlpacaEvalTask, Eval
+from rpo.errors import UserError, require
+from rpo.evals import results
+from rpo.evals.context import Context, sampling_of
+from rpo.evals.results import Cells, Evaluation, Item
+from rpo.evals.settings import Answers, Draws, Eval, check_judged, check_subjects, listed
+from rpo.files import write_atomic
 from rpo.judging import alpaca_files, judge, length_control, verdicts
 from rpo.judging.alpaca_files import Judgment
 from rpo.judging.client import Reply, Request
-from rpo.model.sampling import Sampling
-from rpo.stats import clustered_mean
+from rpo.stats import clustered_mean, with_errors
 from rpo.text import redacted
 
 TOP = 5  # log-probs of the first token that are asked for
@@ -46,9 +50,48 @@ PROMPT = [
 _NOT_OFFICIAL = "the length-controlled rate is not the leaderboard's"
 
 
-def evaluate(
-    cfg: Eval, answer: Callable | None, ask: Callable[[Sequence[Request]], list[Reply]] | None, *, run_dir: Path
-) -> Evaluation:
+# The files that each form of length control reads.
+_NEEDS = {"full": {"difficulty", "gamed"}, "no_gamed": {"difficulty"}, "minimal": set(), "none": set()}
+
+
+@group
+class Settings(Answers):
+    kind: Literal["alpaca_eval"]
+    prompts: str | None
+    length_control: Literal["auto", "full", "no_gamed", "minimal", "none"]
+    difficulty: str | None
+    gamed: str | None
+    weights: str | None
+    compat: Literal["instruction", "row"]
+    bootstrap: Draws
+
+
+def check(cfg: Eval) -> None:
+    """Answers to judge, and the files that the form of length control reads, no more."""
+    task = cfg.task
+    form, given = task.length_control, {name for name in ("difficulty", "gamed", "weights") if getattr(task, name)}
+    if form == "auto":
+        missing = {"difficulty"} - given if given else set()
+        surplus = {"gamed"} & given if "weights" in given else set()
+        key = f"task.weights={task.weights}" if task.weights is not None else f"task.gamed={task.gamed}"
+    else:
+        missing, surplus = _NEEDS[form] - given, given - _NEEDS[form]
+        key = f"task.length_control={form}"
+    require(not missing, f"{key}: needs task.{' and task.'.join(sorted(missing))}; give the file")
+    require(
+        not surplus,
+        f"task.{' and task.'.join(sorted(surplus))} with task.length_control={form}"
+        f"{' and task.weights' if 'weights' in given - surplus else ''}: would not be read; leave it out",
+    )
+    require(
+        task.compat == "instruction" or task.difficulty is not None,
+        f"task.compat={task.compat} without task.difficulty: says how that is matched; give the file, or leave it out",
+    )
+    check_subjects(cfg, "model.path", "outputs", "annotations", "baseline", "judge.model")
+    check_judged(cfg)
+
+
+def run(cfg: Eval, ctx: Context) -> Evaluation:
     """Rates of each model in percent, from stored judgments or by a judge.
 
     win_rate                    mean of preference - 1; its standard error is the sample's over sqrt(n)
@@ -69,12 +112,12 @@ def evaluate(
     instructions = None if baseline is None else list(by_key(baseline))
     control = _Control.of(cfg.task, instructions)  # before anything is paid for
     if cfg.annotations is not None:
-        name, judged = alpaca_files.read_annotations(_listed(cfg.annotations), baseline)
+        name, judged = alpaca_files.read_annotations(listed(cfg.annotations), baseline)
         judges = {row.annotator for rows in judged.values() for row in rows if row.annotator is not None}
-        facts: dict = {"annotations": cfg.annotations, "judges": sorted(map(str, judges))}
+        details: dict = {"annotations": cfg.annotations, "judges": sorted(map(str, judges))}
     else:
         name = baseline.name
-        judged, facts = _judged(cfg, baseline, answer, ask, run_dir)
+        judged, details = _judged(cfg, baseline, ctx)
     if instructions is None:
         instructions = list(dict.fromkeys(row.instruction for rows in judged.values() for row in rows))
     kept = set(instructions[: cfg.task.limit])
@@ -84,33 +127,31 @@ def evaluate(
             f"task.limit={cfg.task.limit}: {none[0]} has no judgment of the first {len(kept)} instructions; raise it"
         )
     notes = control.notes + _unweighted(control, cfg.task, name, list(judged))
-    models, samples, weights = {}, [], {}
+    models, items, weights = {}, [], {}
     for model, rows in judged.items():
         models[model], fitted = metrics(rows, name, control, cfg)
         weights[model] = None if fitted is None else vars(fitted)
         if note := models[model].get(control.metric, {}).get("note"):
             notes.append(f"{model}: {control.metric}: {note}")
-        samples += [_sample(row) for row in rows]
+        items += [_item(row, name) for row in rows]
     empty = {model: sum(_empty(row) for row in rows) for model, rows in judged.items()}
     equal = {model: sum(_equal(row) for row in rows) for model, rows in judged.items()}
     for model, rows in judged.items():
         notes += empty_notes({model: empty[model]}, len(rows))
         if equal[model]:
             notes.append(f"{model}: {equal[model]} of {len(rows)} answers equal the baseline's: half a win each")
-    facts |= {
+    details |= {
         "baseline": name,
         "instructions": len(kept),
         "length_control": {"form": control.form, "compat": cfg.task.compat, "weights": weights},
         "without_judgment": {model: len(kept) - len(rows) for model, rows in judged.items()},
         "empty_answers": empty,
         "equal_answers": equal,
-        "notes": notes,
     }
-    return Evaluation(models, samples, facts)
+    return Evaluation(models, items, notes, details)
 
 
-def _listed(given: str | list[str]) -> list[str]:
-    return [given] if isinstance(given, str) else given
+table = results.table
 
 
 def _empty(row: Judgment) -> bool:
@@ -127,23 +168,26 @@ def _equal(row: Judgment) -> bool:
 # ---- answers and judgments
 
 
-def _judged(
-    cfg: Eval, baseline: Outputs, answer: Callable | None, ask: Callable, run_dir: Path
-) -> tuple[dict[str, list[Judgment]], dict]:
-    """(model -> its answers, judged, in the order of the baseline's file; facts). Both are written in AlpacaEval's form."""
+def _judged(cfg: Eval, baseline: Outputs, ctx: Context) -> tuple[dict[str, list[Judgment]], dict]:
+    """(model -> its answers, judged, in the order of the baseline's file; details). Both are written in AlpacaEval's form."""
     template = PROMPT if cfg.task.prompts is None else alpaca_files.read_prompt(cfg.task.prompts)
-    texts, facts = _answers(cfg, baseline, answer)
+    texts, details = _answers(cfg, baseline, ctx)
     unjudged = [
         Judgment(model, own.key, row, len(own.text), len(text), None, None, own.text, text)
         for model, answers in texts.items()
         for row, (own, text) in enumerate(zip(baseline.rows[: cfg.task.limit], answers, strict=True))
     ]
     official = [{"instruction": row.instruction, "output": row.answer, "generator": row.model} for row in unjudged]
-    dist.on_main(_write, run_dir, "model_outputs.json", official, "generator")
+    ctx.begin()
+    dist.on_main(_write, ctx.run_dir, "model_outputs.json", official, "generator")
 
-    how = {"top_logprobs": 0} if cfg.judge.verdict == "text" else {"max_tokens": 1, "top_logprobs": TOP}
-    requests = [Request(_shown(template, row), **how) for row in unjudged if not _equal(row)]
-    replies = ask(requests)
+    in_letters = cfg.judge.verdict != "text"
+    requests = [
+        Request(_shown(template, row), max_tokens=1 if in_letters else None, top_logprobs=TOP if in_letters else 0)
+        for row in unjudged
+        if not _equal(row)
+    ]
+    replies = ctx.ask(requests)
     judged: dict[str, list[Judgment]] = {model: [] for model in texts}
     in_words, replied = dict.fromkeys(texts, 0), iter(replies)
     for row in unjudged:
@@ -158,30 +202,29 @@ def _judged(
             preference = 1 + first if verdicts.switched(row.instruction) else 2 - first
         judged[row.model].append(replace(row, preference=preference, error=why))
     rows = [_official(row, baseline.name, cfg.judge.model) for rows in judged.values() for row in rows]
-    dist.on_main(_write, run_dir, "annotations.json", rows, "generator_2")
+    dist.on_main(_write, ctx.run_dir, "annotations.json", rows, "generator_2")
     asked = judge.facts(requests, replies, cfg.judge) | {"prompt": cfg.task.prompts or "own"}
-    return judged, facts | {"judge": asked, "verdicts_in_words": in_words}
+    return judged, details | {"judge": asked, "verdicts_in_words": in_words}
 
 
-def _answers(cfg: Eval, baseline: Outputs, answer: Callable | None) -> tuple[dict[str, list[str]], dict]:
-    """(model -> its answers to the first task.limit of the baseline's instructions, facts)."""
+def _answers(cfg: Eval, baseline: Outputs, ctx: Context) -> tuple[dict[str, list[str]], dict]:
+    """(model -> its answers to the first task.limit of the baseline's instructions, details)."""
     task = cfg.task
     if cfg.outputs is not None:
-        files = [read(spec) for spec in _listed(cfg.outputs)]
-        names = [made.name for made in files]
+        files = [read(spec) for spec in listed(cfg.outputs)]
+        names = [file.name for file in files]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"outputs={cfg.outputs}: two files are of {twice[0]}; give each model once")
-        return {made.name: [own.text for _, own in aligned(baseline, made, task.limit)] for made in files}, {}
+        return {file.name: [own.text for _, own in aligned(baseline, file, task.limit)] for file in files}, {}
     conversations = [
         [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
         for row in baseline.rows[: task.limit]
     ]
-    sampling = Sampling(task.temperature, task.top_p, 0, task.max_new_tokens)
     texts, cut = {}, {}
-    for path in _listed(cfg.model.path):
-        made = answer(path, conversations, sampling)
-        texts[redacted(path)] = [one.text for one in made]
-        cut[redacted(path)] = sum(not one.ended for one in made)
+    for path in listed(cfg.model.path):
+        answers = ctx.answer(path, conversations, sampling_of(task))
+        texts[redacted(path)] = [answer.text for answer in answers]
+        cut[redacted(path)] = sum(not answer.ended for answer in answers)
     return texts, {"cut_answers": cut}
 
 
@@ -240,9 +283,8 @@ def _write(run_dir: Path, name: str, rows: Sequence[dict], model: str) -> None:
         safe = re.sub(r"[^\w.-]+", "_", one)[-80:]
         folder = run_dir if len(models) == 1 else run_dir / f"{number}_{safe}"
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{name}.part"  # not `rundir.write_json`: text of models and data stays as it is
-        part.write_text(json.dumps([row for row in rows if row[model] == one], indent=2) + "\n")
-        part.rename(folder / name)
+        # Not `rundir.write_json`: text of models and data stays as it is.
+        write_atomic(folder / name, json.dumps([row for row in rows if row[model] == one], indent=2) + "\n")
 
 
 # ---- rates
@@ -268,7 +310,7 @@ class _Control:
         return "length_controlled_win_rate" + (f"/{self.form}" if self.form in ("no_gamed", "minimal") else "")
 
     @classmethod
-    def of(cls, task: AlpacaEvalTask, instructions: Sequence[str] | None) -> "_Control":
+    def of(cls, task: Settings, instructions: Sequence[str] | None) -> "_Control":
         """From the files that the task names, for the baseline's `instructions`. Raises UserError where they do not fit."""
         form = "stored" if task.weights is not None else task.length_control
         if form == "auto":
@@ -293,7 +335,7 @@ class _Control:
             notes.append(f"{form}, a fit without {without}: {_NOT_OFFICIAL}")
         return cls(form, difficulty, place_of, gamed, weights, notes)
 
-    def difficulty_of(self, rows: Sequence[Judgment], task: AlpacaEvalTask) -> np.ndarray | None:
+    def difficulty_of(self, rows: Sequence[Judgment], task: Settings) -> np.ndarray | None:
         if self.difficulty is None:
             return None
         if self.place_of is not None:
@@ -306,7 +348,7 @@ class _Control:
         return self.difficulty[[row.row for row in rows]]
 
 
-def _unweighted(control: _Control, task: AlpacaEvalTask, baseline: str, models: Sequence[str]) -> list[str]:
+def _unweighted(control: _Control, task: Settings, baseline: str, models: Sequence[str]) -> list[str]:
     """What to say of models without stored weights; UserError where none has any, or their baseline."""
     if control.weights is None:
         return []
@@ -317,7 +359,7 @@ def _unweighted(control: _Control, task: AlpacaEvalTask, baseline: str, models: 
     return [f"no stored weights, and so no length-controlled rate, of {', '.join(lacking)}"] if lacking else []
 
 
-def _places(task: AlpacaEvalTask, difficulty: np.ndarray, instructions: Sequence[str] | None) -> dict[str, int]:
+def _places(task: Settings, difficulty: np.ndarray, instructions: Sequence[str] | None) -> dict[str, int]:
     if instructions is None:
         raise UserError(
             f"task.difficulty={task.difficulty}: tells instructions by their place in the baseline's file; give baseline=, or "
@@ -333,7 +375,7 @@ def _places(task: AlpacaEvalTask, difficulty: np.ndarray, instructions: Sequence
 
 def metrics(
     rows: Sequence[Judgment], baseline: str, control: _Control, cfg: Eval
-) -> tuple[dict[str, dict], length_control.Weights | None]:
+) -> tuple[Cells, length_control.Weights | None]:
     """(the cells of one model, the weights behind its length-controlled rate)."""
     wins_N = np.array([np.nan if row.preference is None else row.preference - 1 for row in rows])
     ok_N = np.isfinite(wins_N)
@@ -345,14 +387,11 @@ def metrics(
         return with_errors(cell, int((of_N & ~ok_N).sum()))
 
     all_N, differ_N = np.full(len(rows), True), np.array([not _equal(row) for row in rows])
-    made = {
-        "win_rate": rate(wins_N, all_N),
-        "discrete_win_rate": rate(_discrete(wins_N), all_N),
-    }
+    cells = {"win_rate": rate(wins_N, all_N), "discrete_win_rate": rate(_discrete(wins_N), all_N)}
     controlled, weights = _controlled(rows, wins_N, baseline, control, cfg)
     if controlled is not None:
-        made[control.metric] = controlled
-    return made | {
+        cells[control.metric] = controlled
+    return cells | {
         "win_rate/shown_first": rate(wins_N, shown_first_N),
         "win_rate/shown_second": rate(wins_N, ~shown_first_N),
         "first_preferred": rate(first_N, differ_N),
@@ -383,27 +422,30 @@ def _controlled(
     if model == baseline:  # by construction, as in the original: theta is what tells the two apart
         return with_errors({"value": 50.0, "se": 0.0, "interval": None, "n": len(rows) - failed}, failed), None
     length_N = np.array([float(row.len_baseline - row.len_model) for row in rows])
-    how = {"draws": task.bootstrap, "seed": cfg.seed}
-    cell, weights = length_control.length_controlled(wins_N, length_N, difficulty_N, control.gamed, **how)
+    cell, weights = length_control.length_controlled(
+        wins_N, length_N, difficulty_N, control.gamed, draws=task.bootstrap, seed=cfg.seed
+    )
     return with_errors(cell, failed), weights
 
 
-def _sample(row: Judgment) -> dict:
+def _item(row: Judgment, baseline: str) -> Item:
     key = id_of(row.instruction)
     win = None if row.preference is None else row.preference - 1
-    scores = (
-        {} if win is None else {"win_rate": 100 * win, "discrete_win_rate": 100 * float(_discrete(np.float64(win)))}
+    return Item(
+        model=row.model,
+        id=key,
+        cluster=key,
+        prompt=row.instruction,
+        response=row.answer,
+        # percent, as the rates that are their means
+        scores={}
+        if win is None
+        else {"win_rate": 100 * win, "discrete_win_rate": 100 * float(_discrete(np.float64(win)))},
+        error=row.error,
+        against={"model": baseline, "response": row.baseline_answer},
+        details={
+            "shown_first": "model" if verdicts.switched(row.instruction) else "baseline",
+            "characters": row.len_model,
+            "baseline_characters": row.len_baseline,
+        },
     )
-    return {
-        "model": row.model,
-        "id": key,
-        "cluster": key,
-        "scores": scores,  # percent, as the rates that are their means
-        "error": row.error,
-        "shown_first": "model" if verdicts.switched(row.instruction) else "baseline",
-        "characters": row.len_model,
-        "baseline_characters": row.len_baseline,
-        "prompt": row.instruction,
-        "response": row.answer,
-        "baseline_response": row.baseline_answer,
-    }

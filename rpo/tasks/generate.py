@@ -1,58 +1,69 @@
-"""Answers to the prompts of a file: JSON lines that other tools, and other tasks, read."""
+"""Answers to the prompts of a file: samples.jsonl is what other tools, and other tasks, read as `outputs`."""
+
+from typing import Annotated, Literal
 
 import numpy as np
-import torch
-from transformers import PreTrainedTokenizerBase
+from pydantic import Field
 
-from rpo.data.formats import Messages
-from rpo.evals.settings import GenerateTask
-from rpo.model.policy import Policy
-from rpo.model.sampling import Sampling, sample
+from rpo.config import Count, group
+from rpo.evals import results
+from rpo.evals.context import Answer, Context, Prompts, sampling_of
+from rpo.evals.results import Cells, Evaluation, Item
+from rpo.evals.settings import Answers, Eval, check_subjects
 from rpo.stats import clustered_mean
 
 
-def evaluate(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: list[list[int]],
-    said: list[str | Messages],
-    places: list[str],
-    task: GenerateTask,
-    stop_ids: list[int],
-    *,
-    device: torch.device,
-    seed: int,
-) -> tuple[dict, list[dict]]:
-    """(length, ended and truncated shares with standard errors; one sample per answer).
+@group
+class Settings(Answers):
+    kind: Literal["generate"]
+    samples: Count
+    top_k: Annotated[int, Field(ge=0, description="0 (off) or more")]
 
-    `task.samples` answers per prompt; stop tokens and template are those of training. An answer is truncated where
-    max_new_tokens came before a stop token. `said` has the questions as their rows say them, for a judge to read.
+
+def check(cfg: Eval) -> None:
+    check_subjects(cfg, "model.path")
+
+
+def run(cfg: Eval, ctx: Context) -> Evaluation:
+    """Length, ended and truncated shares of each model; an item per answer, `task.samples` of them per prompt.
+
+    Stop tokens and template are those of training. An answer is truncated where max_new_tokens came before a stop token.
     """
-    sampling = Sampling(task.temperature, task.top_p, task.top_k, task.max_new_tokens)
-    prompts = [question for question in questions for _ in range(task.samples)]
-    answers = sample(
-        policy, prompts, sampling, stop_ids, device=device, seed=[seed], batch_size=task.batch_size, reshard=True
-    )
-    texts = tokenizer.batch_decode([answer.text_ids for answer in answers])
-    clusters = np.repeat(np.arange(len(questions)), task.samples)
-    result = {
-        "samples/length": clustered_mean([len(a.ids) for a in answers], clusters),
-        "samples/ended": clustered_mean([a.ended for a in answers], clusters),
-        "samples/truncated": clustered_mean([not a.ended for a in answers], clusters),
+    task, data = cfg.task, ctx.data
+    ctx.note_other_settings()
+    prompts, report = ctx.prompts(task.limit, task.max_new_tokens)
+    ctx.write_report(report)
+    repeated = [ids for ids in prompts.ids for _ in range(task.samples)]
+    models, items = {}, []
+    for path in ctx.paths:
+        answers = ctx.complete(path, repeated, sampling_of(task))
+        models[path] = metrics(answers, np.repeat(np.arange(len(prompts.ids)), task.samples))
+        items += _items(path, prompts, answers, ctx.tokenizer.batch_decode(prompts.ids), task.samples)
+    return Evaluation(models, items, details={"data": data})
+
+
+table = results.table
+
+
+def metrics(answers: list[Answer], clusters: np.ndarray) -> Cells:
+    return {
+        "samples/length": clustered_mean([answer.tokens for answer in answers], clusters),
+        "samples/ended": clustered_mean([answer.ended for answer in answers], clusters),
+        "samples/truncated": clustered_mean([not answer.ended for answer in answers], clusters),
     }
-    rendered = tokenizer.batch_decode(prompts)
-    samples = [
-        {
-            "id": f"{places[row]}#{i % task.samples}",
-            "cluster": places[row],
-            "scores": {"samples/length": len(answer.ids), "samples/ended": float(answer.ended)},
-            "row": places[row],
-            "messages": [{"role": "user", "content": said[row]}] if isinstance(said[row], str) else said[row],
-            "prompt": prompt,
-            "response": text,
-            "tokens": len(answer.ids),
-            "ended": answer.ended,
-        }
-        for i, (row, prompt, text, answer) in enumerate(zip(clusters, rendered, texts, answers, strict=True))
+
+
+def _items(path: str, prompts: Prompts, answers: list[Answer], rendered: list[str], samples: int) -> list[Item]:
+    return [
+        Item(
+            model=path,
+            id=f"{prompts.places[row]}#{i % samples}",
+            cluster=prompts.places[row],
+            prompt=prompts.said[row],
+            response=answer.text,
+            scores={"samples/length": answer.tokens, "samples/ended": float(answer.ended)},
+            details={"rendered": rendered[row], "ended": answer.ended},
+        )
+        for i, answer in enumerate(answers)
+        for row in [i // samples]
     ]
-    return result, samples

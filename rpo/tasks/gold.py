@@ -1,45 +1,89 @@
-"""The embedded task's exact gold reward and KL to the reference, of samples."""
+"""The embedded task's exact gold reward and KL to the reference, of samples at temperature 1."""
+
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from transformers import PreTrainedTokenizerBase
 
-from rpo.config import Gold
-from rpo.evals.settings import GoldTask
-from rpo.model.policy import Policy
-from rpo.model.sampling import sample
+from rpo.config import Count, group
+from rpo.errors import UserError
+from rpo.evals import results
+from rpo.evals.context import Context
+from rpo.evals.results import Evaluation, Item
+from rpo.evals.settings import Eval, Limit, check_subjects
+from rpo.files import short_hash
 from rpo.stats import clustered_mean
-from rpo.synthetic.task import SAMPLING, measure
+
+if TYPE_CHECKING:
+    from rpo.config import Gold
 
 
-def evaluate(
-    policy: Policy,
-    reference: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: list[list[int]],
-    task: GoldTask,
-    weights: Gold,
-    stop_ids: list[int],
-    *,
-    device: torch.device,
-    seed: int,
-) -> tuple[dict, list[dict]]:
-    """(gold, kl, length and ended share with standard errors; one sample per answer), at temperature 1.
+@group
+class Settings:
+    kind: Literal["gold"]
+    limit: Limit
+    samples: Count
+    batch_size: Count
+
+
+def check(cfg: Eval) -> None:
+    check_subjects(cfg, "model.path", "reference.path")
+
+
+def run(cfg: Eval, ctx: Context) -> Evaluation:
+    """Gold, KL, length and ended share of each model; an item per answer, `task.samples` of them per prompt.
 
     The KL is nats per response, Rao-Blackwellised; its estimator needs samples of the policy itself.
     """
-    prompts = [question for question in questions for _ in range(task.samples)]
-    generation = {"device": device, "seed": [seed], "batch_size": task.batch_size, "reshard": True}
-    answers = sample(policy, prompts, SAMPLING, stop_ids, **generation)
-    table = measure(policy, reference, tokenizer, prompts, answers, weights, device)
+    from rpo.synthetic import task
+
+    reference, data = ctx.reference_path, ctx.data
+    weights = _weights(ctx.runs)
+    ctx.note_other_settings()
+    prompts, report = ctx.prompts(cfg.task.limit, task.SAMPLING.max_new_tokens)
+    ctx.write_report(report)
+    repeated = [ids for ids in prompts.ids for _ in range(cfg.task.samples)]
     # Prompts repeat in this task (a topic has few wordings), and answers to one prompt are not independent questions.
-    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    clusters = np.array([number[tuple(prompt)] for prompt in prompts])
-    result = {name: clustered_mean(values, clusters) for name, values in table.items()}
-    texts = tokenizer.batch_decode([answer.text_ids for answer in answers])
-    samples = []
-    for i, (prompt, text) in enumerate(zip(tokenizer.batch_decode(prompts), texts, strict=True)):
-        scores = {name: float(values[i]) for name, values in table.items()}
-        same = {"id": f"{prompt}#{i}", "cluster": prompt, "scores": scores}
-        samples.append(same | {"prompt": prompt, "response": text} | scores)
-    return result, samples
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, repeated)))}
+    clusters, rendered = [number[tuple(prompt)] for prompt in repeated], ctx.tokenizer.batch_decode(repeated)
+    models, items = {}, []
+    for path in ctx.paths:
+        columns, texts = _measured(cfg, ctx, path, repeated, weights)
+        models[path] = {name: clustered_mean(values, clusters) for name, values in columns.items()}
+        for i, (prompt, text) in enumerate(zip(rendered, texts, strict=True)):
+            scores = {name: float(values[i]) for name, values in columns.items()}
+            items.append(
+                Item(model=path, id=f"{prompt}#{i}", cluster=prompt, prompt=prompt, response=text, scores=scores)
+            )
+    return Evaluation(models, items, details={"reference": reference, "data": data})
+
+
+table = results.table
+
+
+def _weights(runs: list[dict | None]) -> "Gold":
+    from rpo.synthetic import task
+
+    for run in runs:
+        if run is not None and (weights := task.weights_of(run["data"]["train"])) is not None:
+            return weights
+    raise UserError("task=gold: no model.path is the model/ of a run with data=gold, so there is no reward to compute")
+
+
+def _measured(
+    cfg: Eval, ctx: Context, path: str, prompts: list[list[int]], weights: "Gold"
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(columns of `gold.measure`, texts) of one answer per prompt; resumes where it was killed."""
+    from rpo.model.sampling import Completion
+    from rpo.synthetic import task
+
+    answers = ctx.complete(path, prompts, task.SAMPLING)
+
+    def compute() -> dict[str, list]:
+        completions = [Completion(answer.ids, answer.ended) for answer in answers]
+        policy, reference = ctx.model(path).policy, ctx.reference.policy
+        columns = task.measure(policy, reference, ctx.tokenizer, prompts, completions, weights, ctx.device)
+        return {name: values.tolist() for name, values in columns.items()}
+
+    key = short_hash(ctx.identity(path), ctx.identity(ctx.reference_path), str(weights), [prompts, answers])
+    columns = ctx.store("points").once(key, compute, model=path)
+    return {name: np.array(values) for name, values in columns.items()}, [answer.text for answer in answers]

@@ -9,27 +9,70 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from rpo import dist
-from rpo.config import EvalData
+from rpo.config import Count, EvalData, group
 from rpo.data import answers
 from rpo.data.formats import Messages, RowError, is_empty, parse
 from rpo.data.sources import Tally, check_file, open_sources
-from rpo.errors import UserError
-from rpo.evals.results import Evaluation
-from rpo.evals.settings import Eval
-from rpo.judging import prompts, verdicts
+from rpo.errors import UserError, require
+from rpo.evals import results
+from rpo.evals.context import Context
+from rpo.evals.results import Evaluation, Item
+from rpo.evals.settings import Eval, Limit, check_judged, check_subjects, check_words
+from rpo.judging import verdicts
 from rpo.judging.client import Reply, Request
+from rpo.judging.prompts import transcript
 from rpo.judging.verdicts import Shown, cell, position_notes
-from rpo.runs import folder as run_folder
 
 SIDES = ("chosen", "rejected")
+
+
+@group
+class Settings:
+    kind: Literal["judge_check"]
+    limit: Limit
+    prompts: str | None
+    repeats: Count
+
+
+def check(cfg: Eval) -> None:
+    """Labelled pairs, or what a judge said of them."""
+    check_subjects(cfg, "annotations", "judge.model", optional=True)
+    check_judged(cfg, "prompts")
+    check_words(cfg)
+    require(
+        (cfg.annotations is None) != (cfg.data.eval is None),
+        f"data.eval={cfg.data.eval}, annotations={cfg.annotations} with task=judge_check: judges labelled pairs "
+        "(data.eval=FILE) or reads stored judgments, which hold their pairs (annotations); give one of them",
+    )
+
+
+def run(cfg: Eval, ctx: Context) -> Evaluation:
+    """Metrics of the judge (of each, from stored annotations): see `statistics`.
+
+    Raises UserError for data without pairs and annotations of another form.
+    """
+    if cfg.annotations is not None:
+        judgments, details = read(cfg.annotations, cfg.task.limit), {"annotations": cfg.annotations}
+    else:
+        pairs, report = labelled(cfg.data, cfg.task.limit)
+        ctx.write_report(report)
+        judgments, details = _judged(cfg, pairs, ctx.ask)
+        details |= {"data": cfg.data.eval}
+    of_judge = defaultdict(list)
+    for one in judgments:
+        of_judge[one.model].append(one)
+    cells = {model: statistics(some) for model, some in of_judge.items()}
+    notes = [f"{model}: {note}" for model in cells for note in position_notes(cells[model], "swap_agreement")]
+    return Evaluation(cells, [_item(one) for one in judgments], notes, details)
+
+
+table = results.table
 
 
 @dataclass(frozen=True)
@@ -55,27 +98,6 @@ class Judgment:
     @property
     def id(self) -> str:
         return f"{self.pair}:{self.shown_first}_first:{self.repeat}"
-
-
-def evaluate(cfg: Eval, ask: Callable[[Sequence[Request]], list[Reply]] | None, *, run_dir: Path) -> Evaluation:
-    """Metrics of the judge (of each, from stored annotations): see `statistics`. `ask` asks it; not needed for those.
-
-    Raises UserError for data without pairs and annotations of another form.
-    """
-    if cfg.annotations is not None:
-        judgments, facts = read(cfg.annotations, cfg.task.limit), {"annotations": cfg.annotations}
-    else:
-        pairs, report = labelled(cfg.data, cfg.task.limit)
-        dist.on_main(run_folder.write_json, run_dir / "data_report.json", report)
-        judgments, facts = _judged(cfg, pairs, ask)
-        facts |= {"data": cfg.data.eval}
-    of_judge = defaultdict(list)
-    for one in judgments:
-        of_judge[one.model].append(one)
-    samples = [_sample(one) for one in judgments]
-    cells = {model: statistics(some) for model, some in of_judge.items()}
-    notes = [f"{model}: {note}" for model in cells for note in position_notes(cells[model], "swap_agreement")]
-    return Evaluation(cells, samples, facts | {"notes": notes})
 
 
 # ---- pairs
@@ -129,7 +151,7 @@ def _text(answer: str | Messages) -> str:
         return answer
     if any(message["content"] is None for message in answer):
         raise RowError("wrong_type", "expected answers with text, found a bare tool call; drop the row")
-    return answer[0]["content"] if len(answer) == 1 else prompts.transcript(answer)
+    return answer[0]["content"] if len(answer) == 1 else transcript(answer)
 
 
 # ---- judgments
@@ -138,24 +160,35 @@ def _text(answer: str | Messages) -> str:
 def _judged(
     cfg: Eval, pairs: Sequence[tuple[str | Messages, str, str]], ask: Callable[[Sequence[Request]], list[Reply]]
 ) -> tuple[list[Judgment], dict]:
-    """Every pair in both orders, task.repeats times, and facts about the judge."""
+    """Every pair in both orders, task.repeats times, and details about the judge."""
     looks = [(pair, side, repeat) for pair in pairs for repeat in range(cfg.task.repeats) for side in SIDES]
     shown = [
         Shown(prompt, chosen, rejected, repeat) if side == "chosen" else Shown(prompt, rejected, chosen, repeat)
         for (prompt, chosen, rejected), side, repeat in looks
     ]
-    form, replies, facts = verdicts.judged(shown, cfg.judge, cfg.task.prompts, ask)
+    form, replies, details = verdicts.judged(shown, cfg.judge, cfg.task.prompts, ask)
     judgments = []
     for (pair, side, repeat), reply in zip(looks, replies, strict=True):
         first, error = verdicts.first_score(form, vars(reply))
         score = first if first is None or side == "chosen" else 1 - first
         judgments.append(Judgment(cfg.judge.model, *pair, side, repeat, score, error, reply.text))
-    return judgments, {"verdict": form, "judge": facts}
+    return judgments, {"verdict": form, "judge": details}
 
 
-def _sample(one: Judgment) -> dict:
-    correct = {} if one.score is None else {"accuracy": float(_verdict(one.score))}
-    return {"id": one.id, "cluster": answers.id_of(answers.key_of(one.prompt)), "scores": correct} | asdict(one)
+_DETAILS = ("chosen", "rejected", "shown_first", "repeat", "score")  # of an item
+
+
+def _item(one: Judgment) -> Item:
+    return Item(
+        model=one.model,
+        id=one.id,
+        cluster=answers.id_of(answers.key_of(one.prompt)),
+        prompt=one.prompt,
+        response=one.reply,
+        scores={} if one.score is None else {"accuracy": float(_verdict(one.score))},
+        error=one.error,
+        details={name: getattr(one, name) for name in _DETAILS},
+    )
 
 
 def _verdict(score: float) -> float:
@@ -190,7 +223,9 @@ def _parse(row: Any, where: str) -> Judgment:
     if isinstance(row, RowError):
         raise UserError(f"{where}: {row}")
     row = row if isinstance(row, dict) else {}
-    fields = {name: row.get(name) for name in Judgment.__annotations__}
+    details = row["details"] if isinstance(row.get("details"), dict) else {}
+    fields = {name: row.get(name) for name in ("model", "error")} | {name: details.get(name) for name in _DETAILS}
+    fields["reply"] = row.get("response")
     score, texts = fields["score"], ("model", "chosen", "rejected", "reply")
     is_score = type(score) in (int, float) and math.isfinite(score) and 0 <= score <= 1
     well_formed = (

@@ -3,7 +3,7 @@
 The harness says what a question looks like, when an answer ends and what is right; the model is loaded as for any other
 task here, and generates by the task's settings alone: what its generation_config.json says is left out.
 
-RUN_DIR/lm_eval/*.json    what is done, one file per model and task: a start after it goes on from there
+RUN_DIR/lm_eval/*.json    what is done, one file per model and task: a start after it resumes from there
 """
 
 import difflib
@@ -17,22 +17,23 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from rpo import dist
-from rpo.data import tokenizer as data_tokenizer
-from rpo.errors import UserError
-from rpo.evals import gsm8k
-from rpo.evals.context import identity_of
+from rpo.config import Count, group
+from rpo.errors import UserError, require
+from rpo.evals import gsm8k, results
+from rpo.evals.context import Context, identity_of
 from rpo.evals.pairing import differences
-from rpo.evals.results import Evaluation, with_errors
-from rpo.evals.settings import Eval, LmEvalTask
-from rpo.model import hf, shard
+from rpo.evals.results import Cells, Evaluation, Item
+from rpo.evals.settings import Eval, Limit, check_subjects, listed
+from rpo.files import write_atomic
 from rpo.runs import folder as run_folder
-from rpo.stats import clustered_mean
+from rpo.stats import clustered_mean, with_errors
 from rpo.text import one_line
 
 BOOTSTRAP = 1000  # draws, where a metric is not the mean over questions (F1, perplexity); it is the harness that draws
@@ -46,44 +47,65 @@ LOCAL: dict[str, tuple[str, dict]] = {
 }
 
 
-def evaluate(cfg: Eval, device: torch.device, *, run_dir: Path) -> Evaluation:
+@group
+class Settings:
+    kind: Literal["lm_eval"]
+    tasks: Annotated[list[str], Field(min_length=1, description="names of lm-evaluation-harness's tasks")]
+    shots: Annotated[int, Field(ge=0, description="standard, or 0 or more")] | Literal["standard"]
+    data: str | None
+    limit: Limit
+    chat_template: bool
+    batch_size: Count
+
+
+def check(cfg: Eval) -> None:
+    check_subjects(cfg, "model.path", "baseline")
+    names, paths = cfg.task.tasks, listed(cfg.model.path)
+    require(len(set(names)) == len(names), f"task.tasks={names}: one is there twice; leave it out")
+    require(cfg.baseline in (None, *paths), f"baseline={cfg.baseline}: expected one of model.path ({', '.join(paths)})")
+
+
+def run(cfg: Eval, ctx: Context) -> Evaluation:
     """The harness's metrics of each model on each task, as "TASK/METRIC" ("TASK/METRIC,FILTER" where it has filters).
 
     With `baseline`, one of the models: "difference/..." of each other. Raises UserError: harness not installed, more than
-    one rank, a task or file that is not there, a model that can not be loaded.
+    one rank, a task or file that is not there, a model that cannot be loaded.
     """
-    task, paths = cfg.task, [cfg.model.path] if isinstance(cfg.model.path, str) else cfg.model.path
+    from rpo.model import hf
+
+    task, paths, trust = cfg.task, listed(cfg.model.path), cfg.model.trust_remote_code
     if dist.world_size() > 1:
         raise UserError(f"task=lm_eval on {dist.world_size()} ranks: it runs on one; start it without torchrun")
-    if cfg.baseline not in (None, *paths):
-        raise UserError(f"baseline={cfg.baseline}: expected one of model.path ({', '.join(paths)})")
     for path in paths:
-        hf.check(path, cfg.model.revision, trust_remote_code=cfg.model.trust_remote_code)
-    files = {(path, name): _file(cfg, run_dir, path, name) for path in paths for name in task.tasks}
+        hf.check(path, cfg.model.revision, trust_remote_code=trust)
+    files = {(path, name): _file(cfg, ctx.run_dir, path, name) for path in paths for name in task.tasks}
     missing = [key for key, file in files.items() if not file.exists()]
     specs = _specs(task, Path(cfg.cache_dir).expanduser() / "datasets") if missing else {}
+    ctx.begin()
     for path in dict.fromkeys(path for path, _ in missing):
-        model = _model(cfg, path, device)
+        model = _model(cfg, path, ctx.device)
         for name in [name for of, name in missing if of == path]:
-            file = files[path, name]
-            file.parent.mkdir(exist_ok=True)
-            part = file.with_suffix(".part")  # not `rundir.write_json`: text of models and data stays as it is
-            part.write_text(json.dumps(_measured(model, name, specs[name], cfg)))
-            part.rename(file)
+            files[path, name].parent.mkdir(exist_ok=True)
+            # Not `rundir.write_json`: text of models and data stays as it is.
+            write_atomic(files[path, name], json.dumps(_measured(model, name, specs[name], cfg)))
         del model
         gc.collect()  # the next one needs its memory
     done = {key: run_folder.read_json(file) for key, file in files.items()}
-    cells: dict[str, dict[str, dict]] = {path: {} for path in paths}
-    samples = []
+    cells: dict[str, Cells] = {path: {} for path in paths}
+    items = []
     for (path, _), found in done.items():
-        made = [{"model": path, **sample} for sample in found["samples"]]
-        cells[path] |= _cells(made, found["totals"])
-        samples += made
+        own = [Item(model=path, **each) for each in found["items"]]
+        cells[path] |= _cells(own, found["totals"])
+        items += own
     if cfg.baseline is not None:
-        for path, made in differences(samples, cfg.baseline).items():
-            cells[path] |= made
-    facts = {name: done[paths[0], name]["facts"] for name in task.tasks}
-    return Evaluation(cells, samples, {"data": task.data or "Hub", "chat_template": task.chat_template, "tasks": facts})
+        for path, found in differences(items, cfg.baseline).items():
+            cells[path] |= found
+    details = {name: done[paths[0], name]["facts"] for name in task.tasks}
+    details = {"data": task.data or "Hub", "chat_template": task.chat_template, "tasks": details}
+    return Evaluation(cells, items, details=details)
+
+
+table = results.table
 
 
 def _file(cfg: Eval, run_dir: Path, path: str, name: str) -> Path:
@@ -95,10 +117,10 @@ def _file(cfg: Eval, run_dir: Path, path: str, name: str) -> Path:
 # ---- tasks
 
 
-def _specs(task: LmEvalTask, cache: Path) -> dict[str, str | dict]:
+def _specs(task: Settings, cache: Path) -> dict[str, str | dict]:
     """What the harness is given for each task: its name, or its own settings with the data's place changed.
 
-    Raises UserError for what it does not know or can not read, before a model is loaded.
+    Raises UserError for what it does not know or cannot read, before a model is loaded.
     """
     for package in ("lm_eval", "accelerate"):
         if importlib.util.find_spec(package) is None:
@@ -117,10 +139,10 @@ def _specs(task: LmEvalTask, cache: Path) -> dict[str, str | dict]:
             loaded = manager.load([specs[name]])
         except Exception as error:  # the network, files, a task's own code: each its own type
             raise UserError(
-                f"task.tasks: {name} can not be loaded ({one_line(error)}); without a network give task.data, and see "
+                f"task.tasks: {name} cannot be loaded ({one_line(error)}); without a network give task.data, and see "
                 "that its files are whole"
             ) from None
-        if unsafe := [leaf for leaf, made in loaded["tasks"].items() if getattr(made, "UNSAFE_CODE", False)]:
+        if unsafe := [leaf for leaf, own in loaded["tasks"].items() if getattr(own, "UNSAFE_CODE", False)]:
             raise UserError(
                 f"task.tasks: {unsafe[0]} runs what models write, unprotected; use task=mbpp or leave it out"
             )
@@ -135,7 +157,7 @@ def _manager() -> Any:
     return TaskManager()
 
 
-def _local(manager: Any, name: str, task: LmEvalTask, cache: Path) -> dict:
+def _local(manager: Any, name: str, task: Settings, cache: Path) -> dict:
     """The harness's settings of the task, its data from files of `task.data`."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -167,15 +189,18 @@ def _model(cfg: Eval, path: str, device: torch.device) -> Any:
     """The harness's own wrapper around the model at `path`. Raises UserError as `models.load` does."""
     from lm_eval.models.huggingface import HFLM
 
-    given, trust = cfg.model, {"trust_remote_code": cfg.model.trust_remote_code}
+    from rpo.data import tokenizer as data_tokenizer
+    from rpo.model import hf, shard
+
+    given, trust = cfg.model, cfg.model.trust_remote_code
     compute = shard.compute_dtype(given.dtype, device)
     wide = torch.promote_types(compute, torch.float32)
     tokenizer = data_tokenizer.load_tokenizer(
-        given.tokenizer or path, revision=given.revision, chat_template=cfg.data.chat_template, **trust
+        given.tokenizer or path, revision=given.revision, chat_template=cfg.data.chat_template, trust_remote_code=trust
     )
     if cfg.task.chat_template and tokenizer.chat_template is None:
         raise UserError(f"task.chat_template=true: the tokenizer of {path} has none; give data.chat_template")
-    lm = hf.load(path, given.revision, wide, **trust).to(device, compute)
+    lm = hf.load(path, given.revision, wide, trust_remote_code=trust).to(device, compute)
     stop_ids = data_tokenizer.stop_ids(tokenizer, cfg.data.template_date)
     # A generation_config.json may ask for a repetition penalty, which "greedy" does not turn off.
     lm.generation_config = type(lm.generation_config)(eos_token_id=stop_ids, pad_token_id=stop_ids[0])
@@ -195,7 +220,7 @@ def _model(cfg: Eval, path: str, device: torch.device) -> Any:
 
 
 def _measured(model: Any, name: str, spec: str | dict, cfg: Eval) -> dict:
-    """{"samples", "totals", "facts"} of one model on one task, by the harness."""
+    """{"items", "totals", "facts"} of one model on one task, by the harness."""
     import lm_eval
 
     task, loaded = cfg.task, _manager().load([spec])
@@ -211,7 +236,7 @@ def _measured(model: Any, name: str, spec: str | dict, cfg: Eval) -> dict:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(int(seeds[2]))
             # Not its simple_evaluate, which calls pip and other programs to describe the machine: 20 seconds a task.
-            made = lm_eval.evaluate(
+            found = lm_eval.evaluate(
                 lm=model,
                 task_dict=loaded,
                 limit=task.limit,
@@ -220,21 +245,21 @@ def _measured(model: Any, name: str, spec: str | dict, cfg: Eval) -> dict:
                 bootstrap_iters=BOOTSTRAP,
             )
     except ValueError as error:
-        raise UserError(f"task.tasks: {name} can not be run ({one_line(error)}); leave it out") from None
+        raise UserError(f"task.tasks: {name} cannot be run ({one_line(error)}); leave it out") from None
     finally:
         random.setstate(state[0])
         np.random.set_state(state[1])
-    samples = [sample for leaf, logged in made["samples"].items() for sample in _samples(leaf, logged)]
+    items = [item for leaf, logged in found["samples"].items() for item in _items(leaf, logged)]
     totals = {
         f"{leaf}/{_metric(*key.split(','))}": [float(value), _number(result.get(key.replace(",", "_stderr,", 1)))]
-        for leaf, result in made["results"].items()
+        for leaf, result in found["results"].items()
         for key, value in result.items()
         if "," in key and "_stderr," not in key and _number(value) is not None
     }
-    facts = {key: made[key] for key in ("n-shot", "versions")} | {"lm_eval": importlib.metadata.version("lm_eval")}
+    facts = {key: found[key] for key in ("n-shot", "versions")} | {"lm_eval": importlib.metadata.version("lm_eval")}
     if name == "gsm8k":
-        facts["scored_otherwise"] = _scored_otherwise(samples)
-    return {"samples": samples, "totals": totals, "facts": facts}
+        facts["scored_otherwise"] = _scored_otherwise(items)
+    return {"items": items, "totals": totals, "facts": facts}
 
 
 def _metric(metric: str, filtered: str) -> str:
@@ -245,57 +270,58 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, bool | int | float | np.number) else None
 
 
-def _samples(task: str, logged: Sequence[dict]) -> list[dict]:
-    """One sample per question, the scores of all of the harness's filters together."""
-    made: dict[int, dict] = {}
+def _items(task: str, logged: Sequence[dict]) -> list[dict]:
+    """The fields of an item per question but for its model, the scores of all of the harness's filters together."""
+    items: dict[int, dict] = {}
     seen: dict[str, int] = {}
     for line in logged:
-        if line["doc_id"] not in made:
-            item = f"{task}/{line['doc_hash'][:16]}"
-            seen[item] = seen.get(item, 0) + 1
-            item += f"#{seen[item]}" if seen[item] > 1 else ""  # the same question again
-            about = {"id": item, "cluster": item.partition("#")[0], "task": task, "scores": {}, "error": None}
-            made[line["doc_id"]] = about | _shown(line)
+        if line["doc_id"] not in items:
+            name = f"{task}/{line['doc_hash'][:16]}"
+            seen[name] = seen.get(name, 0) + 1
+            again = f"#{seen[name]}" if seen[name] > 1 else ""  # the same question
+            items[line["doc_id"]] = {"id": name + again, "cluster": name, "scores": {}} | _shown(task, line)
         scores = {_metric(name, line["filter"]): _number(line[name]) for name in line["metrics"]}
-        made[line["doc_id"]]["scores"] |= {f"{task}/{key}": v for key, v in scores.items() if v is not None}
-    return list(made.values())
+        items[line["doc_id"]]["scores"] |= {f"{task}/{key}": v for key, v in scores.items() if v is not None}
+    return list(items.values())
 
 
-def _shown(line: dict) -> dict:
+def _shown(task: str, line: dict) -> dict:
     """What was asked and said: the text generated, or the choice found likeliest and the log-prob in nats of each."""
-    asked, said = line["arguments"], [answer[0] for answer in line["resps"]]
-    target = line["target"]
+    asked, said, target = line["arguments"], [answer[0] for answer in line["resps"]], line["target"]
     if isinstance(said[0], str):
-        return {"prompt": asked[0][0], "answer": said[0], "target": str(target)}
-    choices = [request[1] for request in asked]
-    logps = [float(answer[0] if isinstance(answer, Sequence) else answer) for answer in said]
-    right = choices[target] if isinstance(target, int) and 0 <= target < len(choices) else str(target)
-    return {"prompt": asked[0][0], "answer": choices[int(np.argmax(logps))], "target": right, "logps": logps}
+        response, details = said[0], {"task": task, "target": str(target)}
+    else:
+        choices = [request[1] for request in asked]
+        logps = [float(answer[0] if isinstance(answer, Sequence) else answer) for answer in said]
+        right = choices[target] if isinstance(target, int) and 0 <= target < len(choices) else str(target)
+        response, details = choices[int(np.argmax(logps))], {"task": task, "target": right, "logps": logps}
+    return {"prompt": asked[0][0], "response": response, "details": details}
 
 
-def _scored_otherwise(samples: Sequence[dict]) -> list[str]:
+def _scored_otherwise(items: Sequence[dict]) -> list[str]:
     """The ids of answers to GSM8K that our scorer judges otherwise than the harness: none, or its rules have changed."""
     rules = {"strict-match": gsm8k.strict, "flexible-extract": gsm8k.flexible}
-    return [
-        sample["id"]
-        for sample in samples
-        if any(
-            sample["scores"].get(f"gsm8k/exact_match,{name}")
-            != gsm8k.same(rule(sample["answer"]), gsm8k.strict(sample["target"]) or sample["target"])
+
+    def differs(item: dict) -> bool:
+        target = item["details"]["target"]
+        return any(
+            item["scores"].get(f"gsm8k/exact_match,{name}")
+            != gsm8k.same(rule(item["response"]), gsm8k.strict(target) or target)
             for name, rule in rules.items()
         )
-    ]
+
+    return [item["id"] for item in items if differs(item)]
 
 
 # ---- cells
 
 
-def _cells(samples: Sequence[dict], totals: dict[str, list]) -> dict[str, dict]:
+def _cells(items: Sequence[Item], totals: dict[str, list]) -> Cells:
     """A cell for each of the harness's totals: our own where that is the mean over questions, else as it says."""
     cells = {}
     for name, (value, se) in totals.items():
-        scored = [sample for sample in samples if name in sample["scores"]]
-        cell = clustered_mean([s["scores"][name] for s in scored], [s["cluster"] for s in scored])
+        scored = [item for item in items if name in item.scores]
+        cell = clustered_mean([item.scores[name] for item in scored], [item.cluster for item in scored])
         if cell["value"] is None or abs(cell["value"] - value) > 1e-9:  # perplexity, F1 of a whole set, a group
             cell = {"value": value, "se": se, "interval": None, "n": len(scored)}
         cells[name] = with_errors(cell, 0)

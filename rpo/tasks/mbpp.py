@@ -6,28 +6,31 @@ goes on, so no chat template is used. Of a reply in Markdown the fenced code is 
 
 import ast
 import builtins
-import itertools
 import math
 import os
 import re
 import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from rpo import dist
+from rpo.config import Count, group
 from rpo.data import sources
 from rpo.data.formats import RowError
-from rpo.errors import UserError
+from rpo.errors import UserError, require
+from rpo.evals import results
+from rpo.evals.context import Context, sampling_of
 from rpo.evals.pairing import differences
-from rpo.evals.results import Evaluation, with_errors
-from rpo.evals.settings import Eval, MbppTask
-from rpo.model.sampling import Sampling
-from rpo.sandbox import run
-from rpo.stats import clustered_mean
+from rpo.evals.results import Cells, Evaluation, Item
+from rpo.evals.settings import Answers, Eval, check_subjects, listed
+from rpo.sandbox import run as sandbox_run
+from rpo.stats import clustered_mean, with_errors
 from rpo.text import one_line
 
 SHOWN, TEST = (2, 3, 4), range(11, 511)  # task ids
@@ -36,6 +39,72 @@ CHUNK = 128  # programs that are tried while the other ranks wait, whose wait ha
 _FIELDS = {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str}
 _PROGRAM = ("program", "completion", "response", "output")  # the first of them that a row of outputs has
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)  # or cut before its end
+
+
+@group
+class Settings(Answers):
+    kind: Literal["mbpp"]
+    data: str | None
+    allow_code_execution: bool
+    samples: Count
+    k: Annotated[list[Count], Field(min_length=1, description="numbers of programs, each at least 1")]
+    seconds: Count
+    memory_gib: Annotated[float, Field(ge=0.125, description="at least 0.125, for Python itself")]
+
+
+def check(cfg: Eval) -> None:
+    task = cfg.task
+    require(
+        task.allow_code_execution,
+        "task.allow_code_execution=false: task=mbpp runs programs that models wrote, in a sandbox; set it to true if they may",
+    )
+    require(task.data is not None, "task.data=null: give the data set's mbpp.jsonl")
+    check_subjects(cfg, "model.path", "outputs", "baseline")
+    names, key = listed(cfg.model.path or cfg.outputs), "model.path" if cfg.model.path else "outputs"
+    require(cfg.baseline in (None, *names), f"baseline={cfg.baseline}: expected one of {key} ({', '.join(names)})")
+    if cfg.outputs is not None:
+        return
+    require(
+        max(task.k) <= task.samples,
+        f"task.k={task.k} with task.samples={task.samples}: pass@k needs k programs; set task.samples={max(task.k)} or more",
+    )
+    require(
+        task.samples == 1 or task.temperature > 0,
+        f"task.samples={task.samples} with task.temperature=0: greedy programs are all the same; set task.temperature",
+    )
+
+
+def run(cfg: Eval, ctx: Context) -> Evaluation:
+    """pass@k of each model, or of each file of `outputs`; programs are run by rank 0.
+
+    Raises UserError: no data, problems without a program, or a machine that cannot make a sandbox that holds.
+    """
+    task, limits = cfg.task, sandbox_run.Limits(cfg.task.seconds, cfg.task.memory_gib)
+    dist.on_main(sandbox_run.check, limits)
+    problems, digest = read(task.data)
+    asked = [problems[i] for i in TEST if i in problems][: task.limit]
+    names = listed(cfg.model.path or cfg.outputs)
+    if cfg.outputs is None:
+        prompts = [prompt(problems, problem) for problem in asked for _ in range(task.samples)]
+        texts = {name: [answer.text for answer in ctx.answer(name, prompts, sampling_of(task))] for name in names}
+        tried = {
+            name: [said[i : i + task.samples] for i in range(0, len(said), task.samples)]
+            for name, said in texts.items()
+        }
+    else:
+        tried = {name: stored(name, asked, max(task.k)) for name in names}
+    ctx.begin()
+    of_model = {name: _scored(name, asked, programs, task.k, limits) for name, programs in tried.items()}
+    items = [item for own in of_model.values() for item in own]
+    models = {name: _cells(own, task) for name, own in of_model.items()}
+    if cfg.baseline is not None:
+        for name, cells in differences(items, cfg.baseline).items():
+            models[name] |= cells
+    details = {"data": {"file": task.data, "digest": digest, "problems": len(asked)}, "shown": list(SHOWN)}
+    return Evaluation(models, items, [_tally(name, own) for name, own in of_model.items()], details)
+
+
+table = results.table
 
 
 @dataclass(frozen=True)
@@ -51,49 +120,12 @@ class Problem:
     imports: tuple[str, ...]
 
 
-def evaluate(cfg: Eval, answer: Callable | None, *, run_dir: Path) -> Evaluation:
-    """pass@k of each model (`answer`), or of each file of `outputs`; a collective, programs are run by rank 0.
-
-    Raises UserError: no data, problems without a program, or a machine that can not make a sandbox that holds.
-    """
-    task, limits = cfg.task, run.Limits(cfg.task.seconds, cfg.task.memory_gib)
-    dist.on_main(run.check, limits)
-    problems, digest = read(task.data)
-    asked = [problems[i] for i in TEST if i in problems][: task.limit]
-    given = cfg.model.path if answer else cfg.outputs
-    names = [given] if isinstance(given, str) else given
-    if cfg.baseline not in (None, *names):
-        raise UserError(
-            f"baseline={cfg.baseline}: expected one of {'model.path' if answer else 'outputs'} ({', '.join(names)})"
-        )
-    if answer:
-        prompts = [prompt(problems, problem) for problem in asked for _ in range(task.samples)]
-        sampling = Sampling(task.temperature, task.top_p, 0, task.max_new_tokens)
-        texts = {name: [made.text for made in answer(name, prompts, sampling)] for name in names}
-        tried = {
-            name: [said[i : i + task.samples] for i in range(0, len(said), task.samples)]
-            for name, said in texts.items()
-        }
-    else:
-        tried = {name: stored(name, asked, max(task.k)) for name in names}
-    samples = []
-    for name, programs in tried.items():
-        samples += _scored(name, asked, programs, task.k, limits)
-    models = {name: _cells([s for s in samples if s["model"] == name], task) for name in names}
-    if cfg.baseline is not None:
-        for name, cells in differences(samples, cfg.baseline).items():
-            models[name] |= cells
-    facts = {"data": {"file": task.data, "digest": digest, "problems": len(asked)}, "shown": list(SHOWN)}
-    facts["notes"] = [_tally(name, [s for s in samples if s["model"] == name]) for name in names]
-    return Evaluation(models, samples, facts)
-
-
-def _cells(samples: Sequence[dict], task: MbppTask) -> dict[str, dict]:
-    good = [sample for sample in samples if sample["error"] is None]
-    clusters = [sample["cluster"] for sample in good]
+def _cells(items: Sequence[Item], task: Settings) -> Cells:
+    good = [item for item in items if item.error is None]
+    clusters = [item.cluster for item in good]
     return {
         f"pass@{k}": with_errors(
-            clustered_mean([sample["scores"][f"pass@{k}"] for sample in good], clusters), len(samples) - len(good)
+            clustered_mean([item.scores[f"pass@{k}"] for item in good], clusters), len(items) - len(good)
         )
         for k in task.k
     }
@@ -194,46 +226,64 @@ def stored(file: str, asked: Sequence[Problem], least: int) -> list[list[str]]:
 
 
 def _scored(
-    name: str, asked: Sequence[Problem], programs: Sequence[Sequence[str]], ks: Sequence[int], limits: run.Limits
-) -> list[dict]:
-    """One sample per problem, its programs tried by rank 0. A collective."""
+    name: str,
+    asked: Sequence[Problem],
+    programs: Sequence[Sequence[str]],
+    ks: Sequence[int],
+    limits: sandbox_run.Limits,
+) -> list[Item]:
+    """One item per problem, its programs tried by rank 0. A collective."""
     exams = [exam_of(problem, text) for problem, texts in zip(asked, programs, strict=True) for text in texts]
-    tried = [dist.on_main(_tried, exams[i : i + CHUNK], limits) for i in range(0, len(exams), CHUNK)]
-    outcomes, samples = itertools.chain(*tried), []
-    for problem, texts in zip(asked, programs, strict=True):
-        tried = [(text, next(outcomes)) for text in texts]
-        error = next((outcome.error for _, outcome in tried if outcome.error), None)
-        passed = sum(outcome.passed for _, outcome in tried)
-        scores = {} if error else {f"pass@{k}": pass_at_k(len(tried), passed, k) for k in ks}
-        item = f"mbpp/{problem.task_id}"
-        about = {"task_id": problem.task_id, "prompt": problem.text, "tests": problem.tests}
-        made = [
-            {"program": text, "passed": outcome.passed, "why": outcome.why, "kind": outcome.kind}
-            for text, outcome in tried
+    outcomes = iter(
+        [
+            outcome
+            for start in range(0, len(exams), CHUNK)
+            for outcome in dist.on_main(_tried, exams[start : start + CHUNK], limits)
         ]
-        samples.append(
-            {"model": name, "id": item, "cluster": item, "scores": scores, "error": error, **about, "programs": made}
+    )
+    items = []
+    for problem, texts in zip(asked, programs, strict=True):
+        own = [next(outcomes) for _ in texts]
+        error = next((outcome.error for outcome in own if outcome.error), None)
+        passed = sum(outcome.passed for outcome in own)
+        of_programs = [
+            {"program": text, "passed": outcome.passed, "why": outcome.why, "kind": outcome.kind}
+            for text, outcome in zip(texts, own, strict=True)
+        ]
+        items.append(
+            Item(
+                model=name,
+                id=f"mbpp/{problem.task_id}",
+                cluster=f"mbpp/{problem.task_id}",
+                prompt=problem.text,
+                response=texts[0] if len(texts) == 1 else None,
+                scores={} if error else {f"pass@{k}": pass_at_k(len(own), passed, k) for k in ks},
+                error=error,
+                details={"task_id": problem.task_id, "tests": problem.tests, "programs": of_programs},
+            )
         )
-    return samples
+    return items
 
 
-def _tally(name: str, samples: Sequence[dict]) -> str:
+def _tally(name: str, items: Sequence[Item]) -> str:
     """How many of a model's programs failed, and of what."""
-    made = [made for sample in samples for made in sample["programs"]]
-    kinds = Counter(program["kind"] or "not tried" for program in made if not program["passed"])
+    programs = [program for item in items for program in item.details["programs"]]
+    kinds = Counter(program["kind"] or "not tried" for program in programs if not program["passed"])
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-    return f"{name}: {kinds.total()} of {len(made)} programs failed" + (f" ({counts})" if counts else "")
+    return f"{name}: {kinds.total()} of {len(programs)} programs failed" + (f" ({counts})" if counts else "")
 
 
-def _tried(exams: Sequence[run.Exam], limits: run.Limits) -> list[run.Outcome]:
+def _tried(exams: Sequence[sandbox_run.Exam], limits: sandbox_run.Limits) -> list[sandbox_run.Outcome]:
     """The outcome of each, as many at once as there are processors."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads that wait for processes
-        return list(pool.map(lambda exam: run.examine(exam, limits), exams))
+        return list(pool.map(lambda exam: sandbox_run.examine(exam, limits), exams))
 
 
-def exam_of(problem: Problem, text: str) -> run.Exam:
+def exam_of(problem: Problem, text: str) -> sandbox_run.Exam:
     """The problem's tests of the program in `text`."""
-    return run.Exam(program_of(text), list(problem.tests), list(problem.names), problem.setup, list(problem.imports))
+    return sandbox_run.Exam(
+        program_of(text), list(problem.tests), list(problem.names), problem.setup, list(problem.imports)
+    )
 
 
 def program_of(text: str) -> str:

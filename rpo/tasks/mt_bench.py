@@ -5,23 +5,26 @@ forms (`fastchat`). Everything is computed from rows of these forms, ours and st
 clustered by question. Letters: N judged items.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from rpo import dist
+from rpo.config import Count, group
 from rpo.data import answers
-from rpo.errors import UserError
-from rpo.evals.results import Evaluation
-from rpo.evals.settings import Eval
+from rpo.errors import UserError, require
+from rpo.evals import results
+from rpo.evals.context import Context
+from rpo.evals.results import Cells, Evaluation, Item
+from rpo.evals.settings import Eval, Limit, check_judged, check_subjects, listed
 from rpo.judging import judge, mt_bench_files, verdicts
 from rpo.judging.client import Reply, Request
 from rpo.judging.mt_bench_files import ModelAnswers, Question
 from rpo.judging.prompts import OURS, Kind, Template, load, pair_turns, single
 from rpo.judging.verdicts import cell, of_orders, position_notes, rates
-from rpo.model.sampling import Sampling
 from rpo.text import redacted
 
 # Of the answers, as in FastChat's gen_model_answer; of other categories OTHER.
@@ -33,41 +36,80 @@ _SCORES = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}  # of mode
 _UNPARSED, _UNANSWERED = "no verdict in the judge's reply", "the judge gave no reply"
 
 
-def evaluate(
-    cfg: Eval, answer: Callable | None, ask: Callable[[Sequence[Request]], list[Reply]] | None, *, run_dir: Path
-) -> Evaluation:
+@group
+class Settings:
+    kind: Literal["mt_bench"]
+    mode: Literal["single", "pairwise"]
+    questions: str | None
+    references: str | None
+    prompts: str | None
+    limit: Limit
+    max_new_tokens: Count
+    batch_size: Count
+
+
+def check(cfg: Eval) -> None:
+    """Questions to go with answers, a baseline to go with pairs, verdicts in words."""
+    task, stored = cfg.task, cfg.annotations is not None
+    check_subjects(cfg, "model.path", "outputs", "annotations", "baseline", "judge.model")
+    check_judged(cfg, "prompts", "references")
+    require(
+        stored or task.questions is not None, "task.questions=null with task=mt_bench: give FastChat's question.jsonl"
+    )
+    require(
+        stored or (cfg.baseline is not None) == (task.mode == "pairwise"),
+        f"task.mode={task.mode}, baseline={cfg.baseline} with task=mt_bench: mode pairwise compares with a baseline's answers "
+        "(baseline=FILE), single reads none; give both or neither",
+    )
+    require(
+        not stored or cfg.baseline is None,
+        f"baseline={cfg.baseline} with annotations: stored judgments name their models; leave it out",
+    )
+    require(
+        cfg.judge.verdict != "logprobs",
+        "judge.verdict=logprobs with task=mt_bench: its judges say ratings and verdicts in words; set judge.verdict=auto",
+    )
+
+
+def run(cfg: Eval, ctx: Context) -> Evaluation:
     """Scores by turn and category (mode single), or win rates of both models of each pair (pairwise).
 
-    `answer` makes answers (`answering.Answerer`), `ask` asks the judge. Raises UserError for files that do not belong
-    together.
+    Raises UserError for files that do not belong together.
     """
     asked = mt_bench_files.questions(cfg.task.questions) if cfg.task.questions is not None else None
-    if cfg.annotations is not None:
-        kind, rows = mt_bench_files.judgments(cfg.annotations)
-        categories = _categories(asked, rows, cfg)
-        kept = list(dict.fromkeys(row["question_id"] for row in rows))[: cfg.task.limit]
-        rows = [row for row in rows if row["question_id"] in kept]
-        facts = {"annotations": cfg.annotations, "judges": _judges(rows), "reread": _reread(rows)}
-        made = of_judgments(kind, rows, categories)
-    else:
-        kind = "pair" if cfg.task.mode == "pairwise" else "single"
-        questions = asked[: cfg.task.limit]
-        prompts = cfg.task.prompts
-        templates = OURS if prompts is None else load(prompts, kind)
-        references = _references(cfg, questions)
-        known, facts = _answers(cfg, asked, answer, run_dir)
-        rows, requests = _asked(cfg.judge.model, kind, questions, known, references, templates)
-        replies = ask(requests)
-        facts["judge"] = judge.facts(requests, replies, cfg.judge)
-        rows = _filled(kind, rows, replies)
-        name = f"{mt_bench_files.file_name(cfg.judge.model)}_{kind}.jsonl"
-        dist.on_main(mt_bench_files.write_judgments, run_dir / "model_judgment" / name, rows)
-        made = of_judgments(kind, rows, {question.id: question.category for question in questions})
-        _add_texts(made.samples, {question.id: question for question in questions}, known)
-        empty = {one.model: sum(not turn.strip() for q in questions for turn in one.turns[q.id]) for one in known}
-        facts["empty_answers"] = empty
-        made.facts["notes"] += answers.empty_notes(empty, mt_bench_files.TURNS * len(questions))
-    return Evaluation(made.models, made.samples, {"kind": kind} | facts | made.facts)
+    return _of_stored(cfg, asked) if cfg.annotations is not None else _of_answers(cfg, asked, ctx)
+
+
+table = results.table
+
+
+def _of_stored(cfg: Eval, asked: Sequence[Question] | None) -> Evaluation:
+    kind, rows = mt_bench_files.judgments(cfg.annotations)
+    categories = _categories(asked, rows, cfg)
+    kept = list(dict.fromkeys(row["question_id"] for row in rows))[: cfg.task.limit]
+    rows = [row for row in rows if row["question_id"] in kept]
+    details = {"kind": kind, "annotations": cfg.annotations, "judges": _judges(rows), "reread": _reread(rows)}
+    return replace(of_judgments(kind, rows, categories), details=details)
+
+
+def _of_answers(cfg: Eval, asked: Sequence[Question], ctx: Context) -> Evaluation:
+    kind = "pair" if cfg.task.mode == "pairwise" else "single"
+    questions = {question.id: question for question in asked[: cfg.task.limit]}
+    prompts = cfg.task.prompts
+    templates = OURS if prompts is None else load(prompts, kind)
+    references = _references(cfg, list(questions.values()))
+    known, details = _answers(cfg, asked, ctx)
+    rows, requests = _asked(cfg.judge.model, kind, list(questions.values()), known, references, templates)
+    replies = ctx.ask(requests)
+    rows = _filled(kind, rows, replies)
+    name = f"{mt_bench_files.file_name(cfg.judge.model)}_{kind}.jsonl"
+    ctx.begin()
+    dist.on_main(mt_bench_files.write_judgments, ctx.run_dir / "model_judgment" / name, rows)
+    found = of_judgments(kind, rows, {number: question.category for number, question in questions.items()})
+    empty = {one.model: sum(not turn.strip() for number in questions for turn in one.turns[number]) for one in known}
+    details |= {"kind": kind, "judge": judge.facts(requests, replies, cfg.judge), "empty_answers": empty}
+    notes = found.notes + answers.empty_notes(empty, mt_bench_files.TURNS * len(questions))
+    return Evaluation(found.models, _with_texts(found.items, questions, known), notes, details)
 
 
 # ---- stored judgments
@@ -122,20 +164,15 @@ def _winner(text: str, first: str, second: str) -> str:
 # ---- answers
 
 
-def _answers(
-    cfg: Eval, asked: Sequence[Question], answer: Callable | None, run_dir: Path
-) -> tuple[list[ModelAnswers], dict]:
-    """The answers of all models, the baseline's last where there is one, and facts."""
-    files = [] if cfg.outputs is None else [cfg.outputs] if isinstance(cfg.outputs, str) else [*cfg.outputs]
-    files += [] if cfg.baseline is None else [cfg.baseline]
-    known, cut = [mt_bench_files.answers(file) for file in files], {}
+def _answers(cfg: Eval, asked: Sequence[Question], ctx: Context) -> tuple[list[ModelAnswers], dict]:
+    """The answers of all models, the baseline's last where there is one, and details."""
+    known, cut = [mt_bench_files.answers(file) for file in listed(cfg.outputs) + listed(cfg.baseline)], {}
     for one in known:
         _check_covers(one, asked, cfg)
     if cfg.outputs is None:
-        paths = [cfg.model.path] if isinstance(cfg.model.path, str) else cfg.model.path
-        made = [_generated(cfg, asked[: cfg.task.limit], answer, path, run_dir) for path in paths]
-        known = [one for one, _ in made] + known
-        cut = {"cut_answers": {one.model: count for one, count in made}}
+        generated = [_generated(cfg, asked[: cfg.task.limit], path, ctx) for path in listed(cfg.model.path)]
+        known = [one for one, _ in generated] + known
+        cut = {"cut_answers": {one.model: count for one, count in generated}}
     for i, one in enumerate(known):
         if one.model in [other.model for other in known[:i]]:
             raise UserError(f"{one.file}: answers of {one.model}, as are those of another file; give each model once")
@@ -158,23 +195,23 @@ def _check_covers(one: ModelAnswers, asked: Sequence[Question], cfg: Eval) -> No
         )
 
 
-def _generated(
-    cfg: Eval, questions: Sequence[Question], answer: Callable, path: str, run_dir: Path
-) -> tuple[ModelAnswers, int]:
+def _generated(cfg: Eval, questions: Sequence[Question], path: str, ctx: Context) -> tuple[ModelAnswers, int]:
     """A model's answers, the second turn's after its own first, and how many were cut at task.max_new_tokens."""
+    from rpo.model.sampling import Sampling
+
     samplings = [
         Sampling(TEMPERATURES.get(question.category, OTHER), 1.0, 0, cfg.task.max_new_tokens) for question in questions
     ]
     conversations = [[{"role": "user", "content": question.turns[0]}] for question in questions]
-    first = answer(path, conversations, samplings)
+    first = ctx.answer(path, conversations, samplings)
     conversations = [
-        [*said, {"role": "assistant", "content": made.text}, {"role": "user", "content": question.turns[1]}]
-        for said, made, question in zip(conversations, first, questions, strict=True)
+        [*said, {"role": "assistant", "content": own.text}, {"role": "user", "content": question.turns[1]}]
+        for said, own, question in zip(conversations, first, questions, strict=True)
     ]
-    second = answer(path, conversations, samplings)
+    second = ctx.answer(path, conversations, samplings)
     turns = {q.id: [a.text, b.text] for q, a, b in zip(questions, first, second, strict=True)}
-    file = dist.on_main(mt_bench_files.write_answers, run_dir / "model_answer", redacted(path), turns)
-    return ModelAnswers(redacted(path), str(file), turns), sum(not made.ended for made in (*first, *second))
+    file = dist.on_main(mt_bench_files.write_answers, ctx.run_dir / "model_answer", redacted(path), turns)
+    return ModelAnswers(redacted(path), str(file), turns), sum(not own.ended for own in (*first, *second))
 
 
 # ---- the judge
@@ -247,123 +284,138 @@ def _rating_of(reply: Reply) -> dict:
 
 def _games_of(first: Reply, second: Reply) -> dict:
     """The fields of a pairwise judgment that the replies to both orders fill."""
-    made, reasons = {}, []
+    fields, reasons = {}, []
     for game, (reply, names) in enumerate(((first, ("model_1", "model_2")), (second, ("model_2", "model_1"))), start=1):
         score, why = verdicts.first_score("text", vars(reply))
         winner = {1.0: names[0], 0.0: names[1], 0.5: "tie", None: "error"}[score]
         said = reply.text if reply.error is None else mt_bench_files.FAILED
-        made |= {f"g{game}_winner": winner, f"g{game}_judgment": said}
+        fields |= {f"g{game}_winner": winner, f"g{game}_judgment": said}
         reasons += [why] * (why is not None)
-    return made | ({"error": reasons[0]} if reasons else {})
+    return fields | ({"error": reasons[0]} if reasons else {})
 
 
 # ---- statistics
 
 
 def of_judgments(kind: str, rows: Sequence[dict], categories: Mapping[int, str]) -> Evaluation:
-    """Metrics of every model that the rows judge, and a sample per model, question and turn (of a pair two).
+    """Metrics of every model that the rows judge, and an item per model, question and turn (of a pair two).
 
     single: score, the mean rating. pair: those of `rates`; a win is one in both orders, all else but two losses is a tie
     (FastChat's adjusted win rate). Either also as NAME/turn_1, NAME/turn_2 and NAME/CATEGORY. Where a model meets several
     others, every pair has win_rate/against/OTHER on both sides, and that model has no rate over all: it would be as good as
     those it happened to meet.
     """
-    samples = [sample for row in rows for sample in _samples(kind, row, categories)]
-    several = _name_apart(samples)
-    models = list(dict.fromkeys(sample["model"] for sample in samples))
-    of_model = {model: [sample for sample in samples if sample["model"] == model] for model in models}
+    items, several = _told_apart([item for row in rows for item in _items(kind, row, categories)])
+    models = list(dict.fromkeys(item.model for item in items))
+    of_model = {model: [item for item in items if item.model == model] for model in models}
     cells = {model: _metrics(kind, own, model in several, bool(several)) for model, own in of_model.items()}
     notes = [
         f"{model}: met {several[model]} models, so it has a rate against each and none over all" for model in several
     ]
     if kind == "pair":
-        notes += position_notes(_of_orders(samples), "order_consistency")
-    return Evaluation(cells, samples, {"notes": notes})
+        notes += position_notes(_of_orders(items), "order_consistency")
+    return Evaluation(cells, items, notes)
 
 
-def _metrics(kind: str, samples: Sequence[dict], met_several: bool, by_opponent: bool) -> dict[str, dict]:
-    """The cells of the one model whose samples these are."""
+def _metrics(kind: str, items: Sequence[Item], met_several: bool, by_opponent: bool) -> Cells:
+    """The cells of the one model whose items these are."""
     name = "score" if kind == "single" else "win_rate"
-    values_N = np.array([sample["scores"].get(name, np.nan) for sample in samples])
-    clusters_N = np.array([sample["cluster"] for sample in samples])
+    values_N = np.array([item.scores.get(name, np.nan) for item in items])
+    clusters_N = np.array([item.cluster for item in items])
     failed_N = np.isnan(values_N)
-    by_question_N = np.argsort([sample["question"] for sample in samples], kind="stable")
+    by_question_N = np.argsort([item.details["question"] for item in items], kind="stable")
 
-    def by(field: str, label: str) -> dict[str, dict]:
-        own_N, made = np.array([str(sample[field]) for sample in samples]), {}
+    def by(labels: Sequence[object], label: str) -> Cells:
+        own_N, cells = np.array(list(map(str, labels))), {}
         for part in dict.fromkeys(own_N[by_question_N]):
             part_N = own_N == part
-            made[f"{name}/{label}{part}"] = cell(values_N[part_N], clusters_N[part_N], failed_N[part_N])
-        return made
+            cells[f"{name}/{label}{part}"] = cell(values_N[part_N], clusters_N[part_N], failed_N[part_N])
+        return cells
 
     metrics = {}
     if not met_several:
         metrics = {name: cell(values_N, clusters_N, failed_N)} if kind == "single" else rates(values_N, clusters_N)
-    metrics |= _of_orders(samples) if kind == "pair" else {}
-    metrics |= {} if met_several else by("turn", "turn_") | by("category", "")
-    return metrics | (by("against", "against/") if by_opponent else {})
+    metrics |= _of_orders(items) if kind == "pair" else {}
+    if not met_several:
+        metrics |= by([item.details["turn"] for item in items], "turn_")
+        metrics |= by([item.details["category"] for item in items], "")
+    return metrics | (by([item.opponent for item in items], "against/") if by_opponent else {})
 
 
-def _of_orders(samples: Sequence[dict]) -> dict[str, dict]:
-    agree_N = np.array([bool(sample["orders_agree"]) for sample in samples])
-    first_N = np.array([_first_position(sample) for sample in samples])
-    failed_N = np.array([sample["error"] is not None for sample in samples])
-    return of_orders(agree_N, first_N, [sample["cluster"] for sample in samples], failed_N)
+def _of_orders(items: Sequence[Item]) -> Cells:
+    agree_N = np.array([bool(item.details["orders_agree"]) for item in items])
+    first_N = np.array([_first_position(item) for item in items])
+    failed_N = np.array([item.error is not None for item in items])
+    return of_orders(agree_N, first_N, [item.cluster for item in items], failed_N)
 
 
-def _first_position(sample: dict) -> float:
+def _first_position(item: Item) -> float:
     """The mean score of the answer shown first, over both orders; NaN where the judgment failed."""
-    if sample["error"] is not None:
+    if item.error is not None:
         return np.nan
-    shown = [(game["shown_first"] == sample["model"], game["score"]) for game in sample["judgments"]]
+    shown = [(game["shown_first"] == item.model, game["score"]) for game in item.details["judgments"]]
     return sum(score if own else 1 - score for own, score in shown) / len(shown)
 
 
-def _samples(kind: str, row: dict, categories: Mapping[int, str]) -> list[dict]:
+def _items(kind: str, row: dict, categories: Mapping[int, str]) -> list[Item]:
     """What a row says of the one model, or of either of the two."""
     number, turn = row["question_id"], row["turn"]
-    item = {"id": f"{number}:{turn}", "cluster": str(number)}
+    id, cluster = f"{number}:{turn}", str(number)
     about = {"question": number, "turn": turn, "category": categories[number]}
     if kind == "single":
         failed = row["score"] == -1
         error = row.get("error") or (_UNANSWERED if row.get("judgment") == mt_bench_files.FAILED else _UNPARSED)
-        sample = {"model": row["model"], **item, "scores": {} if failed else {"score": float(row["score"])}}
-        return [sample | {"error": error if failed else None} | about | {"judgment": row.get("judgment")}]
+        return [
+            Item(
+                model=row["model"],
+                id=id,
+                cluster=cluster,
+                scores={} if failed else {"score": float(row["score"])},
+                error=error if failed else None,
+                details=about | {"judgment": row.get("judgment")},
+            )
+        ]
     models = (row["model_1"], row["model_2"])
     games = [_SCORES[row["g1_winner"]], _SCORES[row["g2_winner"]]]
     both = verdicts.two_orders(*games)
     unanswered = mt_bench_files.FAILED in (row.get("g1_judgment"), row.get("g2_judgment"))
     error = None if both else row.get("error") or (_UNANSWERED if unanswered else _UNPARSED)
-    made = []
+    items = []
     for m, model in enumerate(models):
         own = [score if score is None or m == 0 else 1 - score for score in (*games, both and both.score)]
         judgments = [
             {"shown_first": models[k], "score": own[k], "reply": row.get(f"g{k + 1}_judgment")} for k in (0, 1)
         ]
-        sample = {"model": model, **item, "scores": {"win_rate": own[2]} if both else {}, "error": error}
-        sample |= about | {"against": models[1 - m], "orders_agree": both and both.agree, "judgments": judgments}
-        made.append(sample)
-    return made
+        items.append(
+            Item(
+                model=model,
+                id=id,
+                cluster=cluster,
+                scores={"win_rate": own[2]} if both else {},
+                error=error,
+                against={"model": models[1 - m], "response": None},
+                details=about | {"orders_agree": both and both.agree, "judgments": judgments},
+            )
+        )
+    return items
 
 
-def _name_apart(samples: Sequence[dict]) -> dict[str, int]:
-    """The models that meet several others, with how many; in the ids of their items is the other's name from now on."""
-    met: dict[str, set[str]] = {}
-    for sample in samples:
-        met.setdefault(sample["model"], set()).add(sample.get("against", ""))
+def _told_apart(items: Sequence[Item]) -> tuple[list[Item], dict[str, int]]:
+    """(the items, with the opponent in the ids of models that meet several; those models, with how many they meet)."""
+    met: dict[str, set[str | None]] = {}
+    for item in items:
+        met.setdefault(item.model, set()).add(item.opponent)
     several = {model: len(others) for model, others in met.items() if len(others) > 1}
-    for sample in samples:
-        if sample["model"] in several:
-            sample["id"] += f":{sample['against']}"
-    return several
+    renamed = [replace(item, id=f"{item.id}:{item.opponent}") if item.model in several else item for item in items]
+    return renamed, several
 
 
-def _add_texts(samples: Sequence[dict], questions: Mapping[int, Question], known: Sequence[ModelAnswers]) -> None:
-    """Question and answers beside each judgment of them."""
-    turns = {one.model: one.turns for one in known}
-    for sample in samples:
-        number, turn = sample["question"], sample["turn"] - 1
-        sample["prompt"] = questions[number].turns[turn]
-        sample["response"] = turns[sample["model"]][number][turn]
-        if "against" in sample:
-            sample["other_response"] = turns[sample["against"]][number][turn]
+def _with_texts(items: Sequence[Item], questions: Mapping[int, Question], known: Sequence[ModelAnswers]) -> list[Item]:
+    """The items with question and answers."""
+    turns, complete = {one.model: one.turns for one in known}, []
+    for item in items:
+        number, turn = item.details["question"], item.details["turn"] - 1
+        against = item.against and item.against | {"response": turns[item.opponent][number][turn]}
+        response = turns[item.model][number][turn]
+        complete.append(replace(item, prompt=questions[number].turns[turn], response=response, against=against))
+    return complete

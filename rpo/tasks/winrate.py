@@ -7,33 +7,86 @@ A tie is half a win, and so is a prompt on which the orders disagree (`verdicts.
 nobody is asked about. Letters: N prompts.
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from rpo import dist
+from rpo.config import group
 from rpo.data import answers as data_answers
 from rpo.data.answers import Output, Outputs
 from rpo.data.formats import Messages, RowError
 from rpo.data.sources import open_sources
-from rpo.errors import UserError
-from rpo.evals.results import Evaluation, with_errors
-from rpo.evals.settings import Eval
+from rpo.errors import UserError, require
+from rpo.evals import results
+from rpo.evals.context import Context, sampling_of
+from rpo.evals.results import Evaluation, Item
+from rpo.evals.settings import Answers, Draws, Eval, check_judged, check_subjects, check_words, listed
+from rpo.files import to_lines, write_atomic
 from rpo.judging import verdicts
-from rpo.judging.client import Reply, Request
 from rpo.judging.length_control import length_controlled
 from rpo.judging.prompts import load
 from rpo.judging.verdicts import Shown, cell, of_orders, position_notes, rates
-from rpo.model.sampling import Sampling
-from rpo.stats import clustered_mean, sign_test
+from rpo.stats import clustered_mean, sign_test, with_errors
 from rpo.text import redacted
 
 _SAID = ("text", "top_logprobs", "finish_reason", "error")
+
+
+@group
+class Settings(Answers):
+    kind: Literal["winrate"]
+    prompts: str | None
+    bootstrap: Draws
+
+
+def check(cfg: Eval) -> None:
+    """Two models' answers, and one way to have them judged."""
+    check_subjects(cfg, "model.path", "outputs", "annotations", "baseline", "judge.model")
+    check_judged(cfg, "prompts")
+    check_words(cfg)
+    for key, value in {"outputs": cfg.outputs, "model.path": cfg.model.path}.items():
+        count = len(listed(value)) + (cfg.baseline is not None and key == "outputs")
+        require(
+            value is None or count == 2 or (key == "outputs" and count == 1),
+            f"{key}={value}, baseline={cfg.baseline} with task=winrate: expected two models: {key}=[A,B]"
+            + (", outputs=A baseline=B, or outputs=FILE with the answers of both" if key == "outputs" else ""),
+        )
+    require(
+        cfg.outputs is not None or cfg.baseline is None,
+        f"baseline={cfg.baseline} with task=winrate: goes with outputs=FILE alone; leave it out, or give outputs",
+    )
+    require(
+        cfg.model.path is None or cfg.data.eval is not None,
+        "data.eval=null with task=winrate and model.path: give the prompts to be answered, data.eval=FILE",
+    )
+
+
+def run(cfg: Eval, ctx: Context) -> Evaluation:
+    """Win rates of both models with what they have to be read with: ties, order, position, lengths.
+
+    Raises UserError for files that cannot be paired.
+    """
+    if cfg.annotations is not None:
+        judged = read(cfg.annotations)[: cfg.task.limit]
+        details = {"annotations": cfg.annotations, "judges": sorted({one.judge for one in judged if one.judge})}
+    else:
+        if cfg.task.prompts is not None:  # a bad file is to be found before models answer
+            load(cfg.task.prompts, "pair")
+        pairs, names, details = _answers(cfg, ctx)
+        judged, of_judge = _judged(cfg, pairs, names, ctx.ask)
+        details |= {"judge": of_judge}
+        ctx.begin()
+        dist.on_main(write, ctx.run_dir / "annotations.jsonl", judged)
+    evaluation = summarise(judged, seed=cfg.seed, bootstrap=cfg.task.bootstrap)
+    return replace(evaluation, details=details | evaluation.details)
+
+
+table = results.table
 
 
 @dataclass(frozen=True)
@@ -56,38 +109,14 @@ class Judged:
         return data_answers.id_of(data_answers.key_of(self.prompt))
 
 
-def evaluate(
-    cfg: Eval, answer: Callable | None, ask: Callable[[Sequence[Request]], list[Reply]] | None, *, run_dir: Path
-) -> Evaluation:
-    """Win rates of both models with what they have to be read with: ties, order, position, lengths.
-
-    `answer` makes answers (`answering.Answerer`), `ask` asks the judge. Raises UserError for files that can not be paired.
-    """
-    if cfg.annotations is not None:
-        judged = read(cfg.annotations)[: cfg.task.limit]
-        facts = {"annotations": cfg.annotations, "judges": sorted({one.judge for one in judged if one.judge})}
-    else:
-        if cfg.task.prompts is not None:  # a bad file is to be found before models answer
-            load(cfg.task.prompts, "pair")
-        pairs, names, facts = _answers(cfg, answer, run_dir)
-        judged, judge_facts = _judged(cfg, pairs, names, ask)
-        facts |= {"judge": judge_facts}
-        dist.on_main(write, run_dir / "annotations.jsonl", judged)
-    made = summarise(judged, seed=cfg.seed, bootstrap=cfg.task.bootstrap)
-    return Evaluation(made.models, made.samples, facts | made.facts)
-
-
 # ---- answers
 
 
-def _answers(
-    cfg: Eval, answer: Callable | None, run_dir: Path
-) -> tuple[list[tuple[Output, Output]], tuple[str, str], dict]:
-    """(answers to the same prompts, names of the two models, facts)."""
+def _answers(cfg: Eval, ctx: Context) -> tuple[list[tuple[Output, Output]], tuple[str, str], dict]:
+    """(answers to the same prompts, names of the two models, details)."""
     if cfg.outputs is None:
-        return _generated(cfg, answer, run_dir)
-    files = [cfg.outputs] if isinstance(cfg.outputs, str) else list(cfg.outputs)
-    files += [] if cfg.baseline is None else [cfg.baseline]
+        return _generated(cfg, ctx)
+    files = listed(cfg.outputs) + listed(cfg.baseline)
     both = data_answers.read_models(files[0]) if len(files) == 1 else [data_answers.read(file) for file in files]
     if len(both) != 2:
         raise UserError(
@@ -103,21 +132,19 @@ def _answers(
     return data_answers.aligned(*both, cfg.task.limit), names, {"outputs": [both[0].file, both[1].file]}
 
 
-def _generated(cfg: Eval, answer: Callable, run_dir: Path) -> tuple[list[tuple[Output, Output]], tuple[str, str], dict]:
-    task = cfg.task
+def _generated(cfg: Eval, ctx: Context) -> tuple[list[tuple[Output, Output]], tuple[str, str], dict]:
     prompts, report = data_answers.prompts(cfg.data.eval, cfg.data.revision, cfg.data.on_bad_row)
-    prompts = prompts[: task.limit]
-    sampling = Sampling(task.temperature, task.top_p, 0, task.max_new_tokens)
+    prompts = prompts[: cfg.task.limit]
     both, names, cut = [], tuple(map(redacted, cfg.model.path)), {}
     for number, (path, name) in enumerate(zip(cfg.model.path, names, strict=True), start=1):
-        answers = answer(path, prompts, sampling)
-        rows = [Output(prompt, made.text) for prompt, made in zip(prompts, answers, strict=True)]
-        file = run_dir / f"outputs_{number}.jsonl"
+        answers = ctx.answer(path, prompts, sampling_of(cfg.task))
+        rows = [Output(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
+        file = ctx.run_dir / f"outputs_{number}.jsonl"
         dist.on_main(data_answers.write, file, name, rows)
         both.append(Outputs(name, str(file), rows))
-        cut[name] = sum(not made.ended for made in answers)
-    facts = {"data": {"eval": cfg.data.eval} | report, "outputs": [made.file for made in both], "cut_answers": cut}
-    return data_answers.aligned(*both), names, facts
+        cut[name] = sum(not answer.ended for answer in answers)
+    details = {"data": {"eval": cfg.data.eval} | report, "outputs": [one.file for one in both], "cut_answers": cut}
+    return data_answers.aligned(*both), names, details
 
 
 # ---- the judge
@@ -126,16 +153,16 @@ def _generated(cfg: Eval, answer: Callable, run_dir: Path) -> tuple[list[tuple[O
 def _judged(
     cfg: Eval, pairs: Sequence[tuple[Output, Output]], names: tuple[str, str], ask: Callable
 ) -> tuple[list[Judged], dict]:
-    """Every pair with what the judge said of it, and the facts about the judge."""
+    """Every pair with what the judge said of it, and details about the judge."""
     differ = [(a, b) for a, b in pairs if a.text != b.text]
     shown = [Shown(a.prompt, *texts) for a, b in differ for texts in ((a.text, b.text), (b.text, a.text))]
-    verdict, replies, facts = verdicts.judged(shown, cfg.judge, cfg.task.prompts, ask)
+    verdict, replies, details = verdicts.judged(shown, cfg.judge, cfg.task.prompts, ask)
     said = iter([{field: getattr(reply, field) for field in _SAID} for reply in replies])
     judged = []
     for a, b in pairs:
         both = None if a.text == b.text else (next(said), next(said))
         judged.append(Judged(a.prompt, names, (a.text, b.text), verdict, both, cfg.judge.model))
-    return judged, facts
+    return judged, details
 
 
 # ---- stored annotations
@@ -143,11 +170,7 @@ def _judged(
 
 def write(file: Path, judged: Sequence[Judged]) -> None:
     """One object per prompt, that `read` reads back."""
-    with file.open("w") as stream:
-        for one in judged:
-            row = {"prompt": one.prompt, "models": one.models, "answers": one.answers, "verdict": one.verdict}
-            row |= {"judge": one.judge}
-            stream.write(json.dumps(row | {"said": one.said}) + "\n")
+    write_atomic(file, to_lines(vars(one) for one in judged))
 
 
 def read(spec: str | list[str]) -> list[Judged]:
@@ -216,7 +239,7 @@ def _is_said(one: dict) -> bool:
 
 
 def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluation:
-    """Metrics of both models, two samples per prompt (one per model), and the sign test.
+    """Metrics of both models, two items per prompt (one per model), and the sign test.
 
     Those of `rates`, with items clustered by prompt (of the orders: where answers differ), and
     win_rate/length_controlled  share as it would be at equal lengths: the minimal form of `length_control`
@@ -225,13 +248,13 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
 
     A prompt whose judgment failed in either order has no score: it is in n_error, and in no mean but that of lengths.
     """
-    models, table = judged[0].models, [_scored(one) for one in judged]
+    models, scored = judged[0].models, [_scored(one) for one in judged]
     ids_N = [one.id for one in judged]
     length_2N = np.array([[len(one.answers[m]) for one in judged] for m in (0, 1)])
-    score_N = np.array([both.score if both else np.nan for both, _, _ in table])
+    score_N = np.array([both.score if both else np.nan for both, _, _ in scored])
     failed_N = np.isnan(score_N)
     asked_N = [i for i, one in enumerate(judged) if one.answers[0] != one.answers[1]]
-    of_asked = [table[i] for i in asked_N]
+    of_asked = [scored[i] for i in asked_N]
     agree_N = np.array([bool(both and both.agree) for both, _, _ in of_asked])
     first_N = np.array([(scores[0] + 1 - scores[1]) / 2 if both else np.nan for both, scores, _ in of_asked])
     orders = of_orders(agree_N, first_N, np.array(ids_N)[asked_N], failed_N[asked_N])
@@ -260,15 +283,14 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
         )
     if "note" in controlled:
         notes.append(f"win_rate/length_controlled: {controlled['note']}")
-    facts = {
+    details = {
         "verdict": judged[0].verdict,
         "sign_test": {"of": models[0], "wins": wins, "losses": losses, "even": even, "p": p},
         "empty_answers": empty,
         "equal_answers": num_equal,
-        "notes": notes,
     }
-    samples = [_sample(one, m, *scored) for m in (0, 1) for one, scored in zip(judged, table, strict=True)]
-    return Evaluation(metrics, samples, facts)
+    items = [_item(one, m, *each) for m in (0, 1) for one, each in zip(judged, scored, strict=True)]
+    return Evaluation(metrics, items, notes, details)
 
 
 def _scored(one: Judged) -> tuple[verdicts.TwoOrders | None, tuple[float | None, float | None], str | None]:
@@ -296,28 +318,25 @@ def _opposite(cell: dict) -> dict:
     }
 
 
-def _sample(
-    one: Judged,
-    m: int,
-    both: verdicts.TwoOrders | None,
-    scores: tuple[float | None, float | None],
-    error: str | None,
-) -> dict:
-    """The item as model `m` sees it."""
+def _item(
+    one: Judged, m: int, both: verdicts.TwoOrders | None, scores: tuple[float | None, float | None], error: str | None
+) -> Item:
+    """The prompt as model `m` sees it."""
     own = [score if score is None or m == 0 else 1 - score for score in (*scores, both and both.score)]
-    return {
-        "model": one.models[m],
-        "id": one.id,
-        "cluster": one.id,
-        "scores": {} if both is None else {"win_rate": own[2]},
-        "error": error,
-        "prompt": one.prompt,
-        "response": one.answers[m],
-        "against": one.models[1 - m],
-        "other_response": one.answers[1 - m],
-        "orders_agree": None if both is None or one.answers[0] == one.answers[1] else both.agree,
-        "judgments": [
-            {"shown_first": one.models[k], "score": own[k], "reply": said["text"]}
-            for k, said in enumerate(one.said or ())
-        ],
-    }
+    return Item(
+        model=one.models[m],
+        id=one.id,
+        cluster=one.id,
+        prompt=one.prompt,
+        response=one.answers[m],
+        scores={} if both is None else {"win_rate": own[2]},
+        error=error,
+        against={"model": one.models[1 - m], "response": one.answers[1 - m]},
+        details={
+            "orders_agree": None if both is None or one.answers[0] == one.answers[1] else both.agree,
+            "judgments": [
+                {"shown_first": one.models[k], "score": own[k], "reply": said["text"]}
+                for k, said in enumerate(one.said or ())
+            ],
+        },
+    )

@@ -5,11 +5,16 @@ import math
 import pytest
 
 from rpo.evals.pairing import differences, judged_apart, judged_by
+from rpo.evals.results import Item, Results
 
 
 def sample(model, item, value, cluster=None):
     scores, error = ({}, "late") if value is None else ({"acc": value}, None)
-    return {"model": model, "id": item, "cluster": cluster or item, "scores": scores, "error": error}
+    return Item(model=model, id=item, cluster=cluster or item, scores=scores, error=error)
+
+
+def found(task, details, config=None):
+    return Results({}, details=details, task=task, config=config or {})
 
 
 def test_paired_by_id():
@@ -37,12 +42,13 @@ def test_no_other_model():
 
 
 def test_who_judged():
-    """By tasks' facts: AlpacaEval's baseline is part of it, what only one side knows tells nothing apart, no judge is {}."""
+    """By tasks' details: AlpacaEval's baseline is part of it, what only one side knows tells nothing apart, no judge is {}."""
     config = {"task": {"prompts": "p.jsonl"}}
-    live = {"judge": {"model": "j", "served": ["j-2", "j-1"], "with_logprobs": 3}, "config": config, "baseline": "b"}
+    live = {"judge": {"model": "j", "served": ["j-2", "j-1"], "with_logprobs": 3}, "baseline": "b"}
     known = {"judge": "j", "served": "j-1, j-2", "prompt": "p.jsonl", "verdict": "logprobs", "baseline": "b"}
-    assert judged_by("alpaca_eval", live) == known and judged_by("winrate", live)["baseline"] is None
-    stored = judged_by("alpaca_eval", {"annotations": "f", "baseline": "c"})
+    assert judged_by(found("alpaca_eval", live, config)) == known
+    assert judged_by(found("winrate", live, config))["baseline"] is None
+    stored = judged_by(found("alpaca_eval", {"annotations": "f", "baseline": "c"}))
     assert judged_apart(known, stored) == "baseline b and c"
     assert judged_apart(known, stored | {"baseline": "b"}) == judged_apart(known, {}) == ""
-    assert judged_by("pairs", {"data": "d"}) == judged_by("judge_check", live) == {}
+    assert judged_by(found("pairs", {"data": "d"})) == judged_by(found("judge_check", live, config)) == {}

@@ -12,8 +12,8 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from rpo.evals.settings import Judge
 from rpo.judging.client import Request
+from rpo.judging.settings import Judge
 
 JSON = {"Content-Type": "application/json"}
 

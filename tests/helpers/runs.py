@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 import train
 from rpo import config, dist
-from rpo.evals.settings import eval_config
 from rpo.runs import log
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +18,11 @@ def settings(*overrides, name="train"):
     """The checked settings of a command line."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose(name, overrides=[str(o) for o in overrides])
-    return {"train": config.train_config, "eval": eval_config}[name](cfg)
+    if name == "eval":
+        import eval as evaluation
+
+        return evaluation.eval_config(cfg)
+    return config.train_config(cfg)
 
 
 def tiny_args(tiny, *more):

@@ -92,7 +92,8 @@ def test_what_a_reply_depends_on_is_in_its_key():
     other += [judge.key_of(replace(asked, **change), base) for change in ({"top_logprobs": 1}, {"repeat": 1})]
     other += [judge.key_of(requests(2)[1], base), judge.key_of(asked, base)]
     assert len(set(other)) == len(other)
-    same = replace(base, concurrency=1, retries=1, max_cost=1.0, base_url="http://a/v1/")
+    priced = {"price_in": 1.0, "price_out": 1.0, "max_cost": 1.0}
+    same = replace(base, concurrency=1, retries=1, base_url="http://a/v1/", **priced)
     assert judge.key_of(asked, same) == judge.key_of(asked, base)
 
 

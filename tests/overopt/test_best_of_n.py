@@ -1,4 +1,4 @@
-"""rpo.overopt.best_of_n: best-of-n from samples, its KL, and distinct-n."""
+"""rpo.answers: best-of-n from samples, its KL, and distinct-n."""
 
 import itertools
 import math

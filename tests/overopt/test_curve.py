@@ -7,7 +7,7 @@ import pytest
 
 from rpo import stats
 from rpo.errors import UserError
-from rpo.overopt import curve as overopt_curve
+from rpo.overopt import curve as overopt
 
 
 def make_point(step, *, clusters=None, size=None, se=0.1, **metrics):
@@ -38,16 +38,14 @@ def test_difference_is_paired_where_clusters_are_known():
     rng = np.random.default_rng(0)
     base = rng.normal(size=40)
     a, b = base + 0.3 * rng.normal(size=40), base + 0.3 * rng.normal(size=40)
-    found = overopt_curve.difference(make_point(50, clusters=a), make_point(0, clusters=b), "gold")
+    found = overopt.difference(make_point(50, clusters=a), make_point(0, clusters=b), "gold")
     covariance = np.cov(a, b)
     assert found["value"] == pytest.approx(a.mean() - b.mean())
     assert found["se"] == pytest.approx(math.sqrt((covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]) / 40))
     assert found["df"] == 39
 
     size = rng.integers(1, 6, size=40)
-    found = overopt_curve.difference(
-        make_point(50, clusters=a, size=size), make_point(0, clusters=b, size=size), "gold"
-    )
+    found = overopt.difference(make_point(50, clusters=a, size=size), make_point(0, clusters=b, size=size), "gold")
     gap = sum(s * (x - y) for s, x, y in zip(size, a, b, strict=True)) / sum(size)
     square = sum((s * (x - y - gap)) ** 2 for s, x, y in zip(size, a, b, strict=True))
     assert found["value"] == pytest.approx(gap)
@@ -57,26 +55,26 @@ def test_difference_is_paired_where_clusters_are_known():
 def test_difference_without_clusters():
     """The two errors added in squares, none where one is unknown, and a point does not differ from itself."""
     a, b = make_point(50, gold=2.0, se=0.3), make_point(0, gold=1.5, se=0.4)
-    assert overopt_curve.difference(a, b, "gold") == {"value": 0.5, "se": pytest.approx(0.5), "df": None}
-    assert overopt_curve.difference(a, make_point(0, gold=1.0, se=None), "gold")["se"] is None
-    assert overopt_curve.difference(a, a, "gold") == {"value": 0.0, "se": 0.0, "df": None}
+    assert overopt.difference(a, b, "gold") == {"value": 0.5, "se": pytest.approx(0.5), "df": None}
+    assert overopt.difference(a, make_point(0, gold=1.0, se=None), "gold")["se"] is None
+    assert overopt.difference(a, a, "gold") == {"value": 0.0, "se": 0.0, "df": None}
 
 
 def test_gold_at_matched_kl():
     """By hand: linear in sqrt(KL), at the first passage of a KL that falls again, exact at a checkpoint, else None."""
     curve = make_curve([1.0, 3.0, 5.0, 4.0], kls=[0.0, 1.0, 9.0, 4.0])
-    assert overopt_curve.gold_at(curve, 0.25) == pytest.approx(2.0)  # d = .5, halfway from 0 to 1
-    assert overopt_curve.gold_at(curve, 1) == pytest.approx(3.0)
-    assert overopt_curve.gold_at(curve, 4) == pytest.approx(4.0)  # d = 2, halfway from 1 to 3, not the last checkpoint
-    assert overopt_curve.gold_at(curve, 9) == pytest.approx(5.0)
-    assert overopt_curve.gold_at(curve, 9.01) is None
+    assert overopt.gold_at(curve, 0.25) == pytest.approx(2.0)  # d = .5, halfway from 0 to 1
+    assert overopt.gold_at(curve, 1) == pytest.approx(3.0)
+    assert overopt.gold_at(curve, 4) == pytest.approx(4.0)  # d = 2, halfway from 1 to 3, not the last checkpoint
+    assert overopt.gold_at(curve, 9) == pytest.approx(5.0)
+    assert overopt.gold_at(curve, 9.01) is None
 
 
 def test_summary_by_hand():
     """Peak, end, drop, gain, their errors, the steps and what held-out pairs say."""
     columns = {"rewards/accuracies": [0.5, 0.6, 0.61, 0.62], "shift/chosen": [0.0, -5.0, -9.0, -63.0]}
     curve = make_curve([2.0, 4.0, 3.0, 0.5], kls=[0.0, 1.0, 4.0, 16.0], **columns)
-    summary = overopt_curve.summarise(curve, levels=(1, 2.25, 20))
+    summary = overopt.summarise(curve, levels=(1, 2.25, 20))
     error = math.hypot(0.1, 0.1)
     expected = {
         "checkpoints": 3,
@@ -111,14 +109,14 @@ def test_summary_by_hand():
 
 def test_summary_without_gold_or_kl():
     """What was not measured is None, under the same names; without an error nothing is below the reference for sure."""
-    full = overopt_curve.summarise(make_curve([1.0, 2.0]))
-    without = overopt_curve.summarise([make_point(0, kl=0.0), make_point(50, kl=1.0)])
+    full = overopt.summarise(make_curve([1.0, 2.0]))
+    without = overopt.summarise([make_point(0, kl=0.0), make_point(50, kl=1.0)])
     assert without.keys() == full.keys()
     assert without["gold/peak"] is None and without["kl/final"] == 1.0
-    without = overopt_curve.summarise([make_point(0, gold=0.0), make_point(50, gold=1.0)])
+    without = overopt.summarise([make_point(0, gold=0.0), make_point(50, gold=1.0)])
     assert without.keys() == full.keys()
     assert without["gold/at_1"] is None and without["kl/max"] is None and without["gold/peak"] == 1.0
-    unsure = overopt_curve.summarise(make_curve([2.0, 1.0], se=None))
+    unsure = overopt.summarise(make_curve([2.0, 1.0], se=None))
     assert unsure["gold/drop"] == 1.0 and unsure["gold/drop_se"] is unsure["step/below_reference"] is None
 
 
@@ -128,13 +126,11 @@ def test_noise_is_seldom_called_overoptimisation():
     for _ in range(600):
         base = rng.normal(size=20)
         points = [make_point(i, clusters=base + rng.normal(size=20), kl=float(i)) for i in range(9)]
-        summary = overopt_curve.summarise(points, levels=())
-        called += overopt_curve.kind(summary) == "overoptimised"
+        summary = overopt.summarise(points, levels=())
+        called += overopt.kind(summary) == "overoptimised"
         drops.append(summary["gold/drop"])
     assert np.mean(drops) > 0.3  # the choice of the peak alone
-    assert called <= 600 * overopt_curve.ALPHA + 2 * math.sqrt(600 * overopt_curve.ALPHA * (1 - overopt_curve.ALPHA)), (
-        called
-    )
+    assert called <= 600 * overopt.ALPHA + 2 * math.sqrt(600 * overopt.ALPHA * (1 - overopt.ALPHA)), called
 
 
 PAIRS = {"rewards/accuracies": [0.5, 0.601, 0.605, 0.605], "shift/chosen": [0.0, -9.0, -30.0, -63.2]}
@@ -226,55 +222,53 @@ PAIRS = {"rewards/accuracies": [0.5, 0.601, 0.605, 0.605], "shift/chosen": [0.0,
 )
 def test_verdict(kind, golds, how, sentence):
     """Each kind of run is told as it is, in one sentence."""
-    summary = overopt_curve.summarise(make_curve(golds, **how))
-    assert overopt_curve.kind(summary) == kind
-    assert overopt_curve.verdict(summary) == sentence
+    summary = overopt.summarise(make_curve(golds, **how))
+    assert overopt.kind(summary) == kind
+    assert overopt.verdict(summary) == sentence
 
 
 def test_verdict_without_gold():
     """No gold reward, no judgement."""
-    summary = overopt_curve.summarise([make_point(0, kl=0.0), make_point(50, kl=1.0)])
-    assert overopt_curve.kind(summary) == "unclear"
-    assert overopt_curve.verdict(summary) == "Inconclusive: no gold reward was measured."
+    summary = overopt.summarise([make_point(0, kl=0.0), make_point(50, kl=1.0)])
+    assert overopt.kind(summary) == "unclear"
+    assert overopt.verdict(summary) == "Inconclusive: no gold reward was measured."
 
 
 def test_group_verdict():
     """What the group is with its count, the others, and means over seeds; a seed alone is judged as a run."""
-    collapsed = [overopt_curve.summarise(make_curve([2.9, 4.0, 2.0, end], **PAIRS)) for end in (0.0, 1.0)]
-    fine = overopt_curve.summarise(make_curve([2.9, 4.0, 4.2, 4.2], **PAIRS))
-    bare = overopt_curve.summarise([make_point(0, kl=0.0), make_point(50, kl=1.0)])
-    assert overopt_curve.group_verdict(collapsed) == (
+    collapsed = [overopt.summarise(make_curve([2.9, 4.0, 2.0, end], **PAIRS)) for end in (0.0, 1.0)]
+    fine = overopt.summarise(make_curve([2.9, 4.0, 4.2, 4.2], **PAIRS))
+    bare = overopt.summarise([make_point(0, kl=0.0), make_point(50, kl=1.0)])
+    assert overopt.group_verdict(collapsed) == (
         "Overoptimised in 2 of 2 seeds: gold fell 3.5 (sd 0.71) from its peak near step 50 (KL 1 nats) to 2.4 (sd 0.71) "
         "below the reference, while held-out accuracy moved by 0.004 and chosen log-probs fell 63.2 nats."
     )
-    assert overopt_curve.group_verdict([*collapsed, fine]).startswith(
+    assert overopt.group_verdict([*collapsed, fine]).startswith(
         "Overoptimised in 2 of 3 seeds, no overoptimisation seen in 1: gold fell 2.33 (sd 2.1) from its peak near"
     )
-    assert overopt_curve.group_verdict([fine, fine]).startswith(
+    assert overopt.group_verdict([fine, fine]).startswith(
         "No overoptimisation seen in 2 of 2 seeds: gold ended 1.3 above the reference and 0 (sd 0) below its peak"
     )
-    assert overopt_curve.group_verdict([fine, collapsed[0], fine]).startswith(
+    assert overopt.group_verdict([fine, collapsed[0], fine]).startswith(
         "Overoptimised in 1 of 3 seeds, no overoptimisation seen in 2: gold ended"
     )
-    flat = [overopt_curve.summarise(make_curve([2.9, 2.95, end])) for end in (2.8, 2.7)]
-    assert overopt_curve.group_verdict([fine, flat[0]]).startswith(
+    flat = [overopt.summarise(make_curve([2.9, 2.95, end])) for end in (2.8, 2.7)]
+    assert overopt.group_verdict([fine, flat[0]]).startswith(
         "Inconclusive in 1 of 2 seeds, no overoptimisation seen in 1: gold ended"
     )
-    stayed = overopt_curve.summarise(make_curve([2.9, 2.95, 2.9], [0.0, 0.01, 0.01]))
-    assert overopt_curve.group_verdict([fine, stayed]).startswith(
+    stayed = overopt.summarise(make_curve([2.9, 2.95, 2.9], [0.0, 0.01, 0.01]))
+    assert overopt.group_verdict([fine, stayed]).startswith(
         "Inconclusive, no overoptimisation seen in 1 of 2 seeds, under-optimised in 1: gold ended"
     )
-    assert overopt_curve.group_verdict(flat) == (
+    assert overopt.group_verdict(flat) == (
         "Inconclusive in 2 of 2 seeds: gold ended 0.15 below the reference and 0.2 (sd 0.071) below its peak."
     )
-    assert overopt_curve.group_verdict([fine]) == overopt_curve.verdict(fine)
-    constant = overopt_curve.summarise(make_curve([1.0] * 3, se=0.0))
-    assert overopt_curve.group_verdict([constant] * 2) == (
+    assert overopt.group_verdict([fine]) == overopt.verdict(fine)
+    constant = overopt.summarise(make_curve([1.0] * 3, se=0.0))
+    assert overopt.group_verdict([constant] * 2) == (
         "Inconclusive in 2 of 2 seeds: gold is the same for every answer to a prompt."
     )
-    assert (
-        overopt_curve.group_verdict([bare, bare]) == "Inconclusive in 2 of 2 seeds: not every seed has a gold reward."
-    )
+    assert overopt.group_verdict([bare, bare]) == "Inconclusive in 2 of 2 seeds: not every seed has a gold reward."
 
 
 def test_cut_answers_are_told():
@@ -284,11 +278,11 @@ def test_cut_answers_are_told():
     for point in curves[0] + curves[1]:
         point["metrics"]["samples/ended"] = point["metrics"].pop("samples__ended")
     said = "up to 94% of the answers (step 50) were cut at 48 tokens; gold is of cut answers"
-    assert overopt_curve.cut(curves, 48) == said
-    assert overopt_curve.cut(curves[:1], 48) is None and overopt_curve.cut([make_curve([1.0, 2.0])], 48) is None
+    assert overopt.cut(curves, 48) == said
+    assert overopt.cut(curves[:1], 48) is None and overopt.cut([make_curve([1.0, 2.0])], 48) is None
     for point in curves[1]:
         del point["metrics"]["gold"]
-    assert overopt_curve.cut(curves[1:], 48) == said.replace("; gold is of cut answers", "")
+    assert overopt.cut(curves[1:], 48) == said.replace("; gold is of cut answers", "")
 
 
 @pytest.mark.parametrize(
@@ -312,7 +306,7 @@ def test_cut_answers_are_told():
 def test_what_is_no_curve(curve, message):
     """One line that names the step and what was found."""
     with pytest.raises(UserError) as error:
-        overopt_curve.summarise(curve)
+        overopt.summarise(curve)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -320,4 +314,4 @@ def test_levels_are_positive():
     """A KL of nothing is no level to compare runs at."""
     for level in (0, -1, math.nan):
         with pytest.raises(UserError, match="expected a positive number of nats"):
-            overopt_curve.summarise(make_curve([1.0, 2.0]), levels=[level])
+            overopt.summarise(make_curve([1.0, 2.0]), levels=[level])

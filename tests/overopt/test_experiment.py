@@ -6,8 +6,8 @@ import json
 import pytest
 
 from rpo import config
+from rpo.overopt import curve as overopt
 from rpo.overopt import experiment
-from rpo.overopt.curve import summarise
 from rpo.runs import groups
 from tests.helpers.runs import settings
 
@@ -47,7 +47,7 @@ def run(seed, golds, *overrides):
         metrics["samples/length"] = {"value": 10.0 + i, "se": 0.1, "n": 2}
         curve.append({"step": 50 * i, "metrics": metrics})
     cfg = settings("recipe=overopt", f"seed={seed}", *overrides)
-    return {"settings": config.to_dict(cfg), "curve": curve, "summary": summarise(curve)}
+    return {"settings": config.to_dict(cfg), "curve": curve, "summary": overopt.summarise(curve)}
 
 
 def test_tables(tmp_path):
@@ -59,7 +59,7 @@ def test_tables(tmp_path):
     }
     for arm, runs in arms.items():
         (tmp_path / "eval" / arm).mkdir(parents=True)
-        (tmp_path / "eval" / arm / "results.json").write_text(json.dumps({"runs": runs}))
+        (tmp_path / "eval" / arm / "results.json").write_text(json.dumps({"details": {"runs": runs}}))
     found = experiment.read(tmp_path, list(arms))
     dpo, rpo = experiment.table(found).splitlines()[2:]
     assert dpo == (  # gold at KL .5, in sqrt(KL) half the way to 2 from step 0's KL of 0: 1 + (3 or 4 - 1) / 2

@@ -1,4 +1,4 @@
-"""rpo.overopt.figures: each figure that the data has is drawn, with the right numbers at the right places."""
+"""rpo.overopt_plots: each figure that the data has is drawn, with the right numbers at the right places."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""rpo.overopt.rewards: verifiers and reward models give what they say, and everything else is refused in one line."""
+"""rpo.rewards: verifiers and reward models give what they say, and everything else is refused in one line."""
 
 import numpy as np
 import pytest
@@ -152,7 +152,7 @@ def test_what_is_no_reward_model(group, tiny, tmp_path):
         tiny
         / "model": "holds LlamaForCausalLM, not a reward model; expected auto, none, FILE.py:FUNCTION, or a reward",
         tmp_path / "labels": "has 3 labels, a reward is one number",
-        tmp_path / "nothing": "can not be read ",
+        tmp_path / "nothing": "cannot be read ",
     }.items():
         with pytest.raises(UserError, match=f"^task.gold={path}: {message}") as error:
             rewards.source(str(path), **HOW)

@@ -1,4 +1,4 @@
-"""rpo.overopt.selection: limits, the one-standard-error rule and the label-free rule on curves made by hand."""
+"""rpo.selection: limits, the one-standard-error rule and the label-free rule on curves made by hand."""
 
 import math
 

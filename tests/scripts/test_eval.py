@@ -13,7 +13,7 @@ import eval as evaluation
 import train
 from rpo import dist
 from rpo.errors import UserError
-from rpo.tasks import pairs
+from rpo.evals import preference
 from tests.helpers.models import make_lm
 from tests.helpers.rows import make_rows_json, make_tokenizer, write_jsonl
 from tests.helpers.runs import settings, tiny_args
@@ -144,8 +144,9 @@ def test_the_reference_knows_nothing_of_itself(result, tiny):
 def test_what_an_evaluation_leaves(result, folder, tiny, capsys):
     """results.json names task, reference, data, beta and models; samples.jsonl has each row's log-probs and place."""
     paths = [str(folder / "moved"), str(tiny / "model")]
-    assert {key: result[key] for key in ("task", "reference", "data", "beta")} == {
-        "task": "pairs",
+    assert result["task"] == "pairs" and result["notes"] == []
+    details = result["details"]
+    assert {key: details[key] for key in ("reference", "data", "beta")} == {
         "reference": str(tiny / "model"),
         "data": str(folder / "pairs.jsonl"),
         "beta": dict.fromkeys(paths, BETA),
@@ -164,14 +165,15 @@ def test_what_an_evaluation_leaves(result, folder, tiny, capsys):
         "data_report.json",
         "results.json",
         "samples.jsonl",
+        "points.jsonl",
         "lock",
     }
     assert {path.name for path in run.iterdir()} == files
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
     samples = lines(run / "samples.jsonl")
     assert [s["model"] for s in samples] == [paths[0]] * 14 + [paths[1]] * 14
-    assert samples[13]["row"] == f"{folder / 'pairs.jsonl'}:14"
-    moved = [s["chosen"] - s["ref_chosen"] for s in samples[:14]]
+    assert samples[13]["id"] == f"{folder / 'pairs.jsonl'}:14"
+    moved = [s["details"]["chosen"] - s["details"]["ref_chosen"] for s in samples[:14]]
     assert np.mean(moved) == pytest.approx(result["models"][paths[0]]["shift/chosen"]["value"])
 
 
@@ -187,17 +189,17 @@ def test_calibration_by_hand():
     shown = np.where(first, overall, -overall)  # as probability .75 or .25 that the first is chosen
     high, low = shown > 0, shown < 0
     expected = abs((0.75 - first[high]).sum()) + abs((0.25 - first[low]).sum())
-    assert pairs.calibration_error(overall, seed=5) == pytest.approx(expected / 10)
+    assert preference.calibration_error(overall, seed=5) == pytest.approx(expected / 10)
     # Sure and right is calibrated, sure and wrong is off by one, an even bet is as far off as the coin.
-    assert pairs.calibration_error(np.full(50, 30.0), seed=0) == pytest.approx(0, abs=1e-9)
-    assert pairs.calibration_error(np.full(50, -30.0), seed=0) == pytest.approx(1, abs=1e-9)
+    assert preference.calibration_error(np.full(50, 30.0), seed=0) == pytest.approx(0, abs=1e-9)
+    assert preference.calibration_error(np.full(50, -30.0), seed=0) == pytest.approx(1, abs=1e-9)
     labels = np.random.default_rng(2).random(400) < 0.5
-    assert pairs.calibration_error(np.zeros(400), seed=2) == pytest.approx(abs(labels.mean() - 0.5))
+    assert preference.calibration_error(np.zeros(400), seed=2) == pytest.approx(abs(labels.mean() - 0.5))
     # Honest probabilities are nearly calibrated.
     generator = np.random.default_rng(3)
     p = generator.uniform(0.5, 0.99, 20_000)
     honest = np.log(p / (1 - p)) * np.where(generator.random(20_000) < p, 1, -1)
-    assert pairs.calibration_error(honest, seed=0) < 0.015
+    assert preference.calibration_error(honest, seed=0) < 0.015
 
 
 def test_a_run_says_what_it_was_compared_with(tiny, tmp_path):
@@ -206,13 +208,15 @@ def test_a_run_says_what_it_was_compared_with(tiny, tmp_path):
     train.train(settings(*args))
     dist.shutdown()
     result = evaluate(tmp_path / "eval", "task=pairs", f"model.path={tmp_path / 'run/model'}")
-    assert result["reference"] == str(tiny / "model") and result["data"] == str(tiny / "eval.jsonl.gz")
+    assert result["details"]["reference"] == str(tiny / "model") and result["details"]["data"] == str(
+        tiny / "eval.jsonl.gz"
+    )
     (found,) = result["models"].values()
     last = lines(tmp_path / "run/metrics.jsonl")[-1]
     assert last["split"] == "eval"
     for name in ("rewards/margins", "shift/chosen", "nll/chosen", "logps/rejected", "rewards/accuracies"):
         assert found[name]["value"] == pytest.approx(last[name], rel=1e-5, abs=1e-5)
-    assert result["beta"] == {str(tmp_path / "run/model"): 0.07}
+    assert result["details"]["beta"] == {str(tmp_path / "run/model"): 0.07}
 
     other = [f"model.path={tiny / 'model'}"]
     for more, key in (([], "reference.path"), ([f"reference.path={tiny / 'model'}"], "data.eval")):
@@ -246,7 +250,7 @@ def test_a_reference_that_was_replaced_is_refused(tiny, tmp_path, kind):
     evaluate(tmp_path / "wider", asked, model, only, "model.dtype=float64")
     make_lm(seed=7).save_pretrained(start)
     message = f"^reference.path=null: the run of {run}/model was compared with {start} of digest .{{24}}, now it is "
-    with pytest.raises(UserError, match=f"{message}.{{24}}; put it back as it was, or give reference.path={start} to "):
+    with pytest.raises(UserError, match=f"{message}.{{24}}; restore it, or give reference.path={start} to "):
         evaluate(tmp_path / "after", asked, model, only)
     evaluate(tmp_path / "asked", asked, model, only, f"reference.path={start}")
     for n, text in enumerate(("", "{}", '{"reference": {}}')):
@@ -265,38 +269,27 @@ def test_generate(tiny, tmp_path):
     evaluate(tmp_path / "again", *greedy[:-1], "seed=3")
     assert lines(tmp_path / "again/samples.jsonl") == answers
 
-    assert [a["row"] for a in answers] == [f"{path}:{i}" for i in range(1, 6)]
+    assert [a["id"] for a in answers] == [f"{path}:{i}#0" for i in range(1, 6)]
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(tiny / "model"), make_tokenizer()
     for answer, row in zip(answers, rows, strict=True):
-        assert set(answer) == {
-            "model",
-            "id",
-            "cluster",
-            "scores",
-            "row",
-            "messages",
-            "prompt",
-            "response",
-            "tokens",
-            "ended",
-        }
-        assert answer["messages"] == row["prompt"] and answer["scores"]["samples/length"] == answer["tokens"]
+        assert answer["prompt"] == row["prompt"] and answer["error"] is answer["against"] is None
         text = f"<bos> [user] {row['prompt'][0]['content']} [assistant]"
-        assert answer["prompt"] == text
+        assert answer["details"]["rendered"] == text
         ids = tokenizer(text, add_special_tokens=False).input_ids
         new = []
         while len(new) < 12 and new[-1:] != [tokenizer.eos_token_id]:
             new.append(lm(torch.tensor([ids + new])).logits[0, -1].argmax().item())
-        assert answer["ended"] == (new[-1] == tokenizer.eos_token_id) and answer["tokens"] == len(new)
-        assert answer["response"] == tokenizer.decode(new[:-1] if answer["ended"] else new)
+        assert answer["details"]["ended"] == (new[-1] == tokenizer.eos_token_id)
+        assert answer["scores"]["samples/length"] == len(new)
+        assert answer["response"] == tokenizer.decode(new[:-1] if answer["details"]["ended"] else new)
     (found,) = result["models"].values()
-    assert found["samples/length"]["value"] == np.mean([a["tokens"] for a in answers])
-    assert found["samples/truncated"]["value"] == np.mean([not a["ended"] for a in answers])
+    assert found["samples/length"]["value"] == np.mean([a["scores"]["samples/length"] for a in answers])
+    assert found["samples/truncated"]["value"] == np.mean([not a["details"]["ended"] for a in answers])
     assert found["samples/ended"]["value"] + found["samples/truncated"]["value"] == 1
-    assert result["task"] == "generate" and result["reference"] is None
+    assert result["task"] == "generate" and result["details"] == {"data": str(path)}
 
     sampled = [evaluate(tmp_path / f"s{seed}", *args, "task.samples=3", f"seed={seed}") for seed in (0, 1)]
     first, second = (lines(tmp_path / f"s{seed}/samples.jsonl") for seed in (0, 1))
-    assert len(first) == 15 and [a["row"] for a in first[:3]] == [f"{path}:1"] * 3
+    assert len(first) == 15 and [a["cluster"] for a in first[:3]] == [f"{path}:1"] * 3
     assert [a["response"] for a in first] != [a["response"] for a in second]
     assert next(iter(sampled[0]["models"].values()))["samples/length"]["n"] == 15

@@ -20,6 +20,7 @@ from rpo.judging import alpaca_files, verdicts
 from rpo.judging.alpaca_files import _WEIGHTS
 from rpo.judging.client import Reply
 from rpo.tasks import alpaca_eval
+from tests.helpers.contexts import StubContext
 from tests.helpers.rows import write_jsonl
 from tests.helpers.runs import settings
 
@@ -96,7 +97,7 @@ def files(tmp_path, group):
 
 def evaluated(files, *overrides, answer=None, ask=None, run_dir=None):
     cfg = settings("task=alpaca_eval", "task.bootstrap=0", *overrides, name="eval")
-    return alpaca_eval.evaluate(cfg, answer, ask, run_dir=run_dir or files)
+    return alpaca_eval.run(cfg, StubContext(run_dir or files, answer=answer, ask=ask))
 
 
 def stored(files, rows, *overrides, **how):
@@ -141,7 +142,7 @@ def test_rates_are_those_of_the_definition(files):
     assert cells["discrete_win_rate"]["value"] == pytest.approx(100 * np.mean((wins > 0.5) + 0.5 * (wins == 0.5)))
     assert (cells["win_rate"]["n"], cells["win_rate"]["n_error"]) == (NUM - 1, 1)
     assert cells["avg_length"]["value"] == pytest.approx(CHARACTERS[:, 1].mean())
-    assert [s["error"] for s in made.samples if s["error"]] == ["no verdict is stored"]
+    assert [s.error for s in made.items if s.error] == ["no verdict is stored"]
     first = [verdicts.switched(x["instruction"]) for i, x in enumerate(rows) if i != 5]
     assert cells["win_rate/shown_first"]["value"] == pytest.approx(100 * wins[first].mean())
     assert cells["first_preferred"]["value"] == pytest.approx(100 * np.where(first, wins, 1 - wins).mean())
@@ -166,8 +167,8 @@ def test_all_forms_of_judgments_give_the_same(files):
             # Folds go by row, so another order may fit another C.
             close = 2.0 if name == "length_controlled_win_rate" else 1e-9
             assert made.models["own"][name]["value"] == pytest.approx(cell["value"], abs=close), name
-        scores = {sample["id"]: sample["scores"] for sample in made.samples}
-        assert scores == {sample["id"]: sample["scores"] for sample in official.samples}
+        scores = {sample.id: sample.scores for sample in made.items}
+        assert scores == {sample.id: sample.scores for sample in official.items}
 
 
 def test_forms_of_length_control_and_what_is_said_of_them(files):
@@ -181,8 +182,8 @@ def test_forms_of_length_control_and_what_is_said_of_them(files):
         (("task.length_control=none",), "none", []),
     ]:
         made = stored(files, rows, *overrides)
-        control = made.facts["length_control"]
-        notes = made.facts["notes"]
+        control = made.details["length_control"]
+        notes = made.notes
         assert control["form"] == form and len(notes) == len(said)
         assert all(part in note and "not the leaderboard's" in note for part, note in zip(said, notes, strict=True))
         name = "length_controlled_win_rate"
@@ -207,7 +208,7 @@ def test_difficulty_is_matched_by_instruction_or_by_row(files):
     made = stored(files, rows, *args)
     cell = made.models["own"]["length_controlled_win_rate"]
     assert cell["value"] == pytest.approx(100 * np.mean(1 / (1 + np.exp(-(0.75 * DIFFICULTY - 0.5)))))
-    assert cell["se"] is None and made.facts["without_judgment"] == {"own": 1}
+    assert cell["se"] is None and made.details["without_judgment"] == {"own": 1}
     by_row = stored(files, rows, *args, "task.compat=row").models["own"]["length_controlled_win_rate"]
     assert by_row["value"] == pytest.approx(100 * np.mean(1 / (1 + np.exp(-(0.75 * DIFFICULTY[:-1] - 0.5)))))
     fitted = [stored(files, rows, *full(files), *more) for more in ((), ("task.compat=row",))]
@@ -219,7 +220,7 @@ def test_limit_takes_the_baselines_first(files):
     """The first instructions of the baseline's file, wherever the judgments have them."""
     rows = annotations()
     made = stored(files, rows[::-1], f"baseline={files}/baseline.json.gz", "task.limit=12")
-    assert {sample["prompt"] for sample in made.samples} == set(instructions()[:12])
+    assert {sample.prompt for sample in made.items} == set(instructions()[:12])
     wins = [row["preference"] - 1 for row in rows[:12]]
     assert made.models["own"]["win_rate"]["value"] == pytest.approx(100 * np.mean(wins))
 
@@ -238,9 +239,9 @@ def test_no_verdict_at_all_is_unusable(files, capsys):
     rows = [row | {"preference": None} for row in annotations()]
     file = write_json(files / "nulls.json", rows)
     cfg = settings("task=alpaca_eval", f"annotations={file}", name="eval")
-    made = alpaca_eval.evaluate(cfg, None, None, run_dir=files)
+    made = alpaca_eval.run(cfg, StubContext(files))
     with pytest.raises(UserError, match="40 of 40 items failed"):
-        results.write(files, cfg, made)
+        results.write(files, cfg, made, results.table)
     cells = results.read(files).models["own"]
     assert cells["win_rate"]["value"] is None and cells["win_rate"]["n_error"] == NUM
 
@@ -265,13 +266,13 @@ def test_judged_answers_are_read_back_the_same(files):
     """A judge's log-probs become preferences, whichever answer was shown first; annotations= of what was written agrees."""
     made = judged(files)
     expected = 1 / (1 + np.exp(-(CHARACTERS[:, 1] - CHARACTERS[:, 0]) / 50))
-    by_id = {sample["id"]: sample["scores"]["win_rate"] for sample in made.samples}
+    by_id = {sample.id: sample.scores["win_rate"] for sample in made.items}
     found = [by_id[answers.id_of(text)] for text in instructions()]
     np.testing.assert_allclose(found, 100 * expected, rtol=1e-9)
     written = json.loads((files / "run" / "annotations.json").read_text())
     assert set(written[0]) == {*annotations()[0], "annotator"}
     again = evaluated(files, f"annotations={files}/run/annotations.json", f"baseline={files}/baseline.json.gz")
-    assert again.models == made.models and again.samples == made.samples
+    assert again.models == made.models and again.items == made.items
     outputs_written = json.loads((files / "run" / "model_outputs.json").read_text())
     assert outputs_written == model_rows()
 
@@ -288,8 +289,8 @@ def test_equal_answers_are_half_a_win_without_asking(files):
 
     made = judged(files, rows=rows, ask=ask)
     written = json.loads((files / "run" / "annotations.json").read_text())
-    assert written[3]["preference"] == 1.5 and made.facts["equal_answers"] == {"own": 1}
-    assert "own: 1 of 40 answers equal the baseline's: half a win each" in made.facts["notes"]
+    assert written[3]["preference"] == 1.5 and made.details["equal_answers"] == {"own": 1}
+    assert "own: 1 of 40 answers equal the baseline's: half a win each" in made.notes
     assert (made.models["own"]["win_rate"]["n"], made.models["own"]["first_preferred"]["n"]) == (NUM, NUM - 1)
     both_lengths = CHARACTERS[:, 1] - CHARACTERS[:, 0]
     expected = np.where(np.arange(NUM) == 3, 0.5, 1 / (1 + np.exp(-both_lengths / 50)))
@@ -315,7 +316,7 @@ def test_answers_are_written_as_they_are(files):
     written = json.loads((files / "run" / "annotations.json").read_text())
     assert written[0]["output_2"] == rows[0]["output"]
     again = evaluated(files, f"annotations={files}/run/annotations.json", f"baseline={files}/baseline.json.gz")
-    assert again.samples == made.samples
+    assert again.items == made.items
 
 
 def test_position_is_the_originals():
@@ -368,7 +369,7 @@ def test_a_server_without_logprobs_is_read_by_its_words(files):
     cells = made.models["own"]
     wins = CHARACTERS[1:, 1] > CHARACTERS[1:, 0]
     assert cells["win_rate"]["value"] == pytest.approx(100 * wins.mean()) and cells["win_rate"]["n_error"] == 1
-    assert made.facts["verdicts_in_words"] == {"own": NUM - 1}
+    assert made.details["verdicts_in_words"] == {"own": NUM - 1}
     written = json.loads((files / "run" / "annotations.json").read_text())
     assert written[0]["preference"] is None
 
@@ -379,8 +380,8 @@ def test_several_models_and_an_empty_answer(files):
     other[2]["output"] = " \n"
     write_json(files / "other.json", other)
     made = judged(files, f"outputs=[{files}/model_outputs_given.json,{files}/other.json]")
-    assert made.facts["empty_answers"] == {"own": 0, "other/one": 1}
-    assert len(made.samples) == 2 * NUM and set(made.models) == {"own", "other/one"}
+    assert made.details["empty_answers"] == {"own": 0, "other/one": 1}
+    assert len(made.items) == 2 * NUM and set(made.models) == {"own", "other/one"}
     for folder, name in (("1_own", "own"), ("2_other_one", "other/one")):
         rows = json.loads((files / "run" / folder / "annotations.json").read_text())
         assert {row["generator_2"] for row in rows} == {name} and len(rows) == NUM
@@ -396,7 +397,7 @@ def test_a_models_answers_are_made_and_judged(files):
 
     args = (f"baseline={files}/baseline.json.gz", "judge.model=judge", "task.limit=15")
     made = evaluated(files, "model.path=some/model", *args, answer=answer, ask=length_judge)
-    assert made.facts["cut_answers"] == {"some/model": 1}
+    assert made.details["cut_answers"] == {"some/model": 1}
     assert made.models["some/model"]["win_rate"]["n"] == 15
     from_file = judged(files, "task.limit=15")
     values = [next(iter(one.models.values()))["win_rate"]["value"] for one in (made, from_file)]
@@ -419,7 +420,7 @@ def test_prompt_file(files):
     made = judged(files, f"task.prompts={path}", ask=ask)
     assert [message["role"] for message in seen[0].messages] == ["system", "user"]
     assert seen[0].messages[0]["content"] == "Be fair. {not a field}"
-    assert made.models == judged(files).models and made.facts["judge"]["prompt"] == str(path)
+    assert made.models == judged(files).models and made.details["judge"]["prompt"] == str(path)
     path.write_text("<|im_start|>user\n{instruction} {output_1}\n<|im_end|>")
     with pytest.raises(UserError, match=r"prompt.txt: expected .* sections") as error:
         judged(files, f"task.prompts={path}", ask=None)
@@ -624,7 +625,7 @@ def test_a_refit_is_near_the_leaderboard():
     instruction, most of it of the models whose difficulties the original shifted; below .15 by row, as the original did."""
     gamed = f"task.gamed={data('derived_df_gamed_pseudo.csv.gz')}"
     made = published(gamed)
-    assert "stand-in" in made.facts["notes"][0]
+    assert "stand-in" in made.notes[0]
     assert np.mean(np.abs(list(lc_errors(made).values()))) < 0.6
     by_row = np.abs(list(lc_errors(published(gamed, "task.compat=row")).values()))
     assert by_row.mean() < 0.15 and by_row.max() < 0.4
@@ -634,9 +635,9 @@ def test_a_refit_is_near_the_leaderboard():
 def test_position_draw_splits_the_stored_judgments():
     """Over all models the answer that was shown second wins far more often: the draw is the one that judgments were made by."""
     by_instruction = {}
-    for sample in published(stored_weights()).samples:
-        if sample["scores"]:
-            by_instruction.setdefault(sample["prompt"], []).append(sample["scores"]["win_rate"])
+    for sample in published(stored_weights()).items:
+        if sample.scores:
+            by_instruction.setdefault(sample.prompt, []).append(sample.scores["win_rate"])
     means = {prompt: np.mean(wins) for prompt, wins in by_instruction.items()}
     first, second = (
         [mean for prompt, mean in means.items() if verdicts.switched(prompt) is side] for side in (True, False)

@@ -8,27 +8,30 @@ import pytest
 
 from rpo import config, stats
 from rpo.errors import UserError
-from rpo.evals import results
-from rpo.evals.results import Evaluation
+from rpo.evals import pairing, results
+from rpo.evals.results import Evaluation, Item
 from rpo.tasks import compare
 from tests.helpers.runs import settings
 
 
 def make_items(scores, metric="win", per_cluster=1, **more):
     """One sample per score; None is an item in error."""
+    blank = {"prompt": None, "response": None, "against": None, "details": {}}
     return [
         {"id": f"q{i}", "cluster": f"c{i // per_cluster}", "scores": {} if s is None else {metric: s}}
         | {"error": "no answer" if s is None else None}
+        | blank
         | more
         for i, s in enumerate(scores)
     ]
 
 
-def write_results(folder, models, task="winrate", unusable=None, **facts):
+def write_results(folder, models, task="winrate", unusable=None, config=None, **details):
     """An evaluation as `results.write` leaves it: {model: items}."""
     folder.mkdir()
     cells = {name: {"win": {"value": 0.5, "se": 0.1, "n": 9} | (unusable or {})} for name in models}
-    made = {"task": task, **facts, "models": cells, "config": facts.get("config", {}), "versions": {"rpo": "1"}}
+    made = {"task": task, "models": cells, "notes": [], "details": details, "config": config or {}}
+    made |= {"versions": {"rpo": "1"}}
     (folder / "results.json").write_text(json.dumps(made))
     rows = [{"model": name} | item for name, items in models.items() for item in items]
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,7 +48,7 @@ def make_cfg(*folders, **more):
 
 
 def compared(*folders, **more):
-    return compare.evaluate(make_cfg(*folders, **more))
+    return compare.run(make_cfg(*folders, **more), None)
 
 
 def test_two_models_against_plain_arithmetic(tmp_path):
@@ -82,22 +85,19 @@ def test_two_models_against_plain_arithmetic(tmp_path):
     sigma = se * math.sqrt(10)  # of 25 and 24 degrees of freedom, the .975 and .8-quantiles
     assert (2.05954 + 0.85624) * sigma / math.sqrt(26) <= d.mean() < (2.06390 + 0.85686) * sigma / math.sqrt(25)
     assert se < math.sqrt(a.var() + b.var()) / math.sqrt(20) / 2  # what pairing is for
-    assert [sample["id"] for sample in made.samples] == [f"q{i}" for i in range(20)]
-    assert made.samples[3] == {
-        "model": "A - B",
-        "id": "q3",
-        "cluster": "c1",
-        "scores": {"win": pytest.approx(d[3])},
-        "error": None,
-        "first": {"win": a[3]},
-        "second": {"win": b[3]},
-    }
-    assert made.facts == {
+    assert [sample.id for sample in made.items] == [f"q{i}" for i in range(20)]
+    assert made.items[3] == Item(
+        model="A - B",
+        id="q3",
+        cluster="c1",
+        scores={"win": pytest.approx(d[3])},
+        details={"first": {"win": a[3]}, "second": {"win": b[3]}},
+    )
+    assert made.notes == [] and made.details == {
         "results": [str(one), str(two)],
         "of_task": "winrate",
         "pairs": [["A", "B"]],
         "comparisons": 1,
-        "notes": [],
     }
     flipped = compared(two, one).models["B - A"]["win"]
     assert (flipped["value"], flipped["p"]) == (pytest.approx(-cell["value"]), cell["p"])
@@ -108,17 +108,18 @@ def test_items_that_failed_or_are_of_one_model(tmp_path):
     one = {"A": [*make_items([1, 1, None, 0, None, 1, 1]), *make_items([1.0], metric="turn_2", turn=2)]}
     one["A"][-1]["id"] = "second"
     two = {"B": make_items([0, 1, 1, None, None])}
-    two["B"] += [{"id": "new", "cluster": "new", "scores": {"win": 1}, "error": None}]
-    two["B"] += [{"id": "second", "cluster": "c0", "scores": {"turn_2": 0.5}, "error": None}]
-    one["A"] += [{"id": "third", "cluster": "c0", "scores": {}, "error": "late"}]  # of turn 2, as B's shows
-    two["B"] += [{"id": "third", "cluster": "c0", "scores": {"turn_2": 0.5}, "error": None}]
+    (blank,) = make_items([1], metric="win")
+    two["B"] += [blank | {"id": "new", "cluster": "new"}]
+    two["B"] += [blank | {"id": "second", "scores": {"turn_2": 0.5}}]
+    one["A"] += [blank | {"id": "third", "scores": {}, "error": "late"}]  # of turn 2, as B's shows
+    two["B"] += [blank | {"id": "third", "scores": {"turn_2": 0.5}}]
     made = compared(write_results(tmp_path / "one", one), write_results(tmp_path / "two", two))
     cell = made.models["A - B"]["win"]
     assert (cell["value"], cell["n"], cell["n_error"]) == (0.5, 2, 3)
     assert (cell["n_first"], cell["n_second"]) == (2, 1)
     turn_2 = made.models["A - B"]["turn_2"]
     assert (turn_2["n"], turn_2["n_error"], turn_2["n_second"]) == (1, 2, 0)  # third, and the one that both failed
-    assert [sample["error"] for sample in made.samples] == [
+    assert [sample.error for sample in made.items] == [
         None,
         None,
         "A: no answer",
@@ -127,8 +128,8 @@ def test_items_that_failed_or_are_of_one_model(tmp_path):
         None,
         "A: late",
     ]
-    said = compare.lines(made)
-    assert "win: can not tell" in said and "left out: 2 that only A has and 1 that only B has; 3 failed" in said
+    said = compare.table(made)
+    assert "win: inconclusive" in said and "left out: 2 that only A has and 1 that only B has; 3 failed" in said
     assert made.models["A - B"]["turn_2"]["se"] is made.models["A - B"]["turn_2"]["detectable"] is None
 
 
@@ -141,7 +142,7 @@ def test_many_models_are_adjusted_together(tmp_path):
         models[name] = [item | {"scores": item["scores"] | {"length": float(rng.integers(9, 50))}} for item in items]
     folder = write_results(tmp_path / "all", models)
     made = compared(folder)
-    assert list(made.models) == ["A - B", "A - C", "B - C"] and made.facts["comparisons"] == 6
+    assert list(made.models) == ["A - B", "A - C", "B - C"] and made.details["comparisons"] == 6
     cells = [made.models[pair][metric] for pair in made.models for metric in ("win", "length")]
     assert [cell["p_holm"] for cell in cells] == pytest.approx(stats.holm([cell["p"] for cell in cells]))
     assert any(cell["p_holm"] > cell["p"] for cell in cells)
@@ -157,12 +158,15 @@ def test_a_metric_that_one_model_lacks_is_said(tmp_path):
     items = [item | {"scores": item["scores"] | {"length": 3}} for item in make_items([1, 0, 1])]
     made = compared(write_results(tmp_path / "all", {"A": items, "B": make_items([1, 1, 0])}))
     assert list(made.models["A - B"]) == ["win"]
-    assert made.facts["notes"] == ["A - B: no item has scores of both by length"]
+    assert made.notes == ["A - B: no item has scores of both by length"]
 
 
 def judged(model, scores, against, suffix=""):
     """Items of a win rate, as both pairwise tasks write them."""
-    return [item | {"id": item["id"] + suffix, "against": against} for item in make_items(scores)]
+    return [
+        item | {"id": item["id"] + suffix, "against": {"model": against, "response": None}}
+        for item in make_items(scores)
+    ]
 
 
 def test_two_that_were_judged_against_each_other(tmp_path):
@@ -174,7 +178,7 @@ def test_two_that_were_judged_against_each_other(tmp_path):
     assert cell["n"] == 10 and cell["value"] == pytest.approx(2 * rate["value"] - 1)
     assert cell["interval"] == pytest.approx([2 * bound - 1 for bound in rate["interval"]])
     assert cell["p"] == stats.sign_flip_test(np.array(scores) - 0.5, range(10), seed=0)
-    (note,) = made.facts["notes"]
+    (note,) = made.notes
     assert note == "A - B: they were judged against each other, so that win_rate is twice the first's, less 1"
 
 
@@ -184,15 +188,15 @@ def test_win_rates_against_different_opponents_are_left_out(tmp_path):
     one = write_results(tmp_path / "one", {"A": judged("A", a, "X"), "X": judged("X", [1 - s for s in a], "A")})
     two = write_results(tmp_path / "two", {"B": judged("B", b, "X"), "X": judged("X", [1 - s for s in b], "B")})
     made = compared(one, two)
-    assert list(made.models) == ["A - X (one)", "A - B", "B - X (two)"] and made.facts["comparisons"] == 3
+    assert list(made.models) == ["A - X (one)", "A - B", "B - X (two)"] and made.details["comparisons"] == 3
     assert made.models["A - B"]["win"]["value"] == 0.25
-    left_out = [note for note in made.facts["notes"] if "left out" in note]
+    left_out = [note for note in made.notes if "left out" in note]
     assert len(left_out) == 3
     assert left_out[0] == "A - X (two): left out: they were judged against X and B, not against one model"
     x = [*judged("X", [0, 1], "A", ":A"), *judged("X", [0, 1], "B", ":B")]  # as MT-Bench's baseline has its items
     three = write_results(tmp_path / "three", {"A": judged("A", [1, 0], "X"), "B": judged("B", [1, 0], "X"), "X": x})
     made = compared(three)
-    assert list(made.models) == ["A - B"] and len(made.facts["notes"]) == 2
+    assert list(made.models) == ["A - B"] and len(made.notes) == 2
     with pytest.raises(UserError, match="nothing to compare: A - X: left out: they were judged against each other"):
         compared(three, baseline="X")
     other = write_results(tmp_path / "other", {"C": judged("C", [1, 0], "Y")})
@@ -226,7 +230,7 @@ def test_scores_by_different_judges_are_left_out(one, two, said, tmp_path):
         compared(first, second)
     third = write_results(tmp_path / "three", {"C": make_items([0, 1, 1])}, **one)
     made = compared(first, second, third)
-    assert list(made.models) == ["A - C"] and sum("left out" in note for note in made.facts["notes"]) == 2
+    assert list(made.models) == ["A - C"] and sum("left out" in note for note in made.notes) == 2
 
 
 def test_judgments_that_do_not_say_by_whom(tmp_path):
@@ -234,7 +238,7 @@ def test_judgments_that_do_not_say_by_whom(tmp_path):
     first = write_results(tmp_path / "one", {"A": make_items([1, 0, 1])}, **asked())
     second = write_results(tmp_path / "two", {"B": make_items([0, 0, 1])}, annotations="a.jsonl")
     told = f"{second}: who judged is not said there; see that it is the judge of the others"
-    assert compared(first, second).facts["notes"].count(told) == 1
+    assert compared(first, second).notes.count(told) == 1
     judges = [
         write_results(tmp_path / name, {name: make_items([1, 0, 1])}, task="judge_check", **asked(model=name))
         for name in "jk"
@@ -261,7 +265,7 @@ def test_notes_say_what_was_made_otherwise(tmp_path):
         write_results(tmp_path / "two", {"B": make_items([1, 0])}, config=two, data="b.jsonl"),
     ]
     made = compared(*folders)
-    assert made.facts["notes"] == [
+    assert made.notes == [
         f"{folders[0]} and {folders[1]} were not made alike: task.temperature=0.0, here 1.0; data=a.jsonl, here b.jsonl"
     ]
 
@@ -271,13 +275,13 @@ def test_too_few_draws_for_so_many_comparisons_are_said(tmp_path):
     models = {f"m{i}": make_items([float(i), 1.0, 0.0] * 6) for i in range(11)}
     folder = write_results(tmp_path / "all", models)
     made = compared(folder, task__draws=1000)
-    assert made.facts["notes"] == [
+    assert made.notes == [
         "of 55 comparisons with task.draws=1000 none by more than 15 clusters can be told from chance (Holm p at least "
         "0.055); raise task.draws, or give baseline"
     ]
-    assert compared(folder).facts["notes"] == compared(folder, task__draws=1000, baseline="m0").facts["notes"] == []
+    assert compared(folder).notes == compared(folder, task__draws=1000, baseline="m0").notes == []
     few = write_results(tmp_path / "few", {name: items[:15] for name, items in models.items()})
-    assert compared(few, task__draws=1000).facts["notes"] == []
+    assert compared(few, task__draws=1000).notes == []
     sure = write_results(tmp_path / "sure", {"A": make_items([1] * 40), "B": make_items([0] * 40)})
     assert compared(sure, task__draws=2000).models["A - B"]["win"]["p"] == 1 / 2001
 
@@ -333,13 +337,13 @@ def make_cell(**more):
         ),
         (
             {"clusters": 5, "p": 0.0625, "p_holm": 0.1875},
-            "can not tell: of 5 clusters no p can be below 0.062; compare on more",
+            "inconclusive: with 5 clusters the smallest possible p is 0.062; use more prompts",
         ),
     ],
 )
 def test_the_verdict_in_words(more, said):
     """What is said of a difference that is sure, sure alone, not seen, none at all, or of too few clusters."""
-    assert compare.verdict(make_cell(**more), "A", "B", 3) == said
+    assert pairing.verdict(make_cell(**more), "A", "B", 3) == said
 
 
 def test_lines_are_a_table_and_verdicts(tmp_path):
@@ -347,7 +351,7 @@ def test_lines_are_a_table_and_verdicts(tmp_path):
     scores = {"runs/a/model": [1] * 30, "runs/b/model": [0, 1] * 15, "runs/c/x/model": [0, 1] * 15}
     folder = write_results(tmp_path / "all", {name: make_items(each) for name, each in scores.items()})
     made = compared(folder)
-    table = compare.lines(made).splitlines()
+    table = compare.table(made).splitlines()
     assert table[0].split() == "metric model minus difference 95% p Holm n detectable".split()
     assert table[1].split()[:4] == ["win", "a", "b", "0.5"]
     assert len(table) == 7
@@ -363,16 +367,16 @@ def test_what_results_write_leaves_is_compared(tmp_path):
     for i, name in enumerate(("one", "two")):
         scores = np.random.default_rng(i).random(12).tolist()
         (tmp_path / name).mkdir()
-        models = {name: {"win": results.with_errors(stats.clustered_mean(scores, range(12)), 0)}}
-        made = Evaluation(models, [{"model": name} | item for item in make_items(scores)], {"data": "x"})
-        results.write(tmp_path / name, cfg, made)
+        models = {name: {"win": stats.with_errors(stats.clustered_mean(scores, range(12)), 0)}}
+        made = Evaluation(models, [Item(model=name, **item) for item in make_items(scores)], details={"data": "x"})
+        results.write(tmp_path / name, cfg, made, results.table)
     cfg = make_cfg(tmp_path / "one", tmp_path / "two", run_dir=tmp_path)
-    made = compare.evaluate(cfg)
+    made = compare.run(cfg, None)
     (tmp_path / "out").mkdir()
-    results.write(tmp_path / "out", cfg, made)
+    results.write(tmp_path / "out", cfg, made, results.table)
     back = results.read(tmp_path / "out")
-    assert back.models == made.models and back.samples == made.samples and back.task == "compare"
-    assert back.facts["pairs"] == [["one", "two"]] and back.facts["config"] == config.to_dict(cfg)
+    assert back.models == made.models and back.items == made.items and back.task == "compare"
+    assert back.details["pairs"] == [["one", "two"]] and back.config == config.to_dict(cfg)
     with pytest.raises(UserError, match="is a comparison itself"):
         compared(tmp_path / "out")
 
@@ -411,7 +415,11 @@ def broken(case, tmp_path):
         case "scores":
             return [write_results(tmp_path / "one", {"A": [good[0] | {"scores": [1]}]} | two)]
         case "cluster" | "against":
-            return [write_results(tmp_path / "one", {"A": [good[0] | {case: [1]}]} | two)]
+            return [
+                write_results(
+                    tmp_path / "one", {"A": [good[0] | {case: [1] if case == "cluster" else {"model": 1}}]} | two
+                )
+            ]
         case "lines" | "deep" | "not utf-8":
             folder = write_results(tmp_path / "one", {"A": good} | two)
             text = {"lines": b"[1]\n", "deep": b"[" * 100_000, "not utf-8": b'{"model": "\xff"}\n'}[case]
@@ -440,16 +448,19 @@ def broken(case, tmp_path):
         ("an id twice", "{}/one/samples.jsonl: A: id q1 is there twice"),
         ("no common ids", "no item has scores of both by win; their ids are like xq0 and q0"),
         ("no scores", "{}/one: samples.jsonl has no scores of A"),
-        ("no ids", "{}/one: samples of task=generate have no id, cluster and scores"),
+        ("no ids", "{}/one/samples.jsonl:1: expected an object with model, id, cluster, prompt"),
         ("no samples", "{}/one: samples.jsonl has no scores of A"),
         ("nan", "{}/one/samples.jsonl: A: id q1: win=nan: expected a finite number"),
         ("null", "{}/one/samples.jsonl: A: id q0: win=None: expected a finite number"),
         ("unusable", "{}/one: the results of A are unusable (12 of 160 items failed)"),
         ("huge", "{}/one/samples.jsonl: A: id q0: win=1000"),
-        ("scores", "{}/one/samples.jsonl: A: id q0: expected text in id, cluster, against, error, and numbers by name"),
-        ("cluster", "{}/one/samples.jsonl: A: id q0: expected text in id, cluster"),
-        ("against", "{}/one/samples.jsonl: A: id q0: expected text in id, cluster"),
-        ("lines", "{}/one/samples.jsonl: expected an object on each line"),
+        (
+            "scores",
+            "{}/one/samples.jsonl:1: expected text in model, id, cluster, response, error and against.model, and objects",
+        ),
+        ("cluster", "{}/one/samples.jsonl:1: expected text in model, id, cluster"),
+        ("against", "{}/one/samples.jsonl:1: expected text in model, id, cluster"),
+        ("lines", "{}/one/samples.jsonl:1: expected an object with"),
         ("deep", "{}/one: no evaluation can be read there"),
         ("not utf-8", "{}/one: no evaluation can be read there"),
         ("cells", "{}/one/results.json: holds no results by model"),
@@ -469,7 +480,7 @@ def test_what_can_not_be_compared(case, message, tmp_path):
     [
         ({"baseline": "C"}, "baseline=C: expected one of A, B"),
         ({"task__metrics": "[win,elo]"}, "task.metrics: no item has a score elo; there are win"),
-        ({"task__metrics": "[]"}, "task.metrics=[]: expected one or a list of them"),
+        ({"task__metrics": "[]"}, "task.metrics=[]: expected null or one or a list of them"),
         ({"task__results": "null"}, "task.results=null: give the folders"),
         ({"task__draws": 10}, "task.draws=10: expected at least 1000"),
         ({"model__path": "A"}, "model.path=A with task=compare: it reads none"),

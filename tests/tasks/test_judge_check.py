@@ -3,7 +3,7 @@
 import json
 import math
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -12,6 +12,7 @@ from rpo.evals import results
 from rpo.judging import judge
 from rpo.judging.client import Reply
 from rpo.tasks import judge_check
+from tests.helpers.contexts import StubContext
 from tests.helpers.judge_server import JudgeServer, slow, status, text, truncated
 from tests.helpers.rows import write_jsonl
 from tests.helpers.runs import settings
@@ -64,7 +65,7 @@ def values(made, model="it"):
 
 
 def check(cfg, ask, tmp_path, **expected):
-    made = judge_check.evaluate(cfg, ask, run_dir=tmp_path)
+    made = judge_check.run(cfg, StubContext(tmp_path, ask=ask))
     found = values(made)
     assert {name: found[name.replace("__", "/")] for name in expected} == pytest.approx(expected)
     return made
@@ -80,11 +81,11 @@ def test_a_judge_that_is_right(cfg, tmp_path):
     made = check(cfg, asker(right), tmp_path, **perfect)
     cells = made.models["it"]
     assert (cells["accuracy"]["n"], cells["swap_agreement"]["n"], cells["stability"]["n"]) == (48, 24, 24)
-    assert len({sample["id"] for sample in made.samples}) == 48
-    assert len({sample["cluster"] for sample in made.samples}) == 8
+    assert len({sample.id for sample in made.items}) == 48
+    assert len({sample.cluster for sample in made.items}) == 8
     assert (cells["longer_preferred"]["n"], cells["longer_chosen"]["n"]) == (4 * len(gaps), len(gaps))
-    assert made.facts["notes"] == []
-    assert (made.facts["verdict"], made.facts["judge"]["requests"]) == ("text", 48)
+    assert made.notes == []
+    assert (made.details["verdict"], made.details["judge"]["requests"]) == ("text", 48)
     assert json.loads((tmp_path / "data_report.json").read_text())["kept"] == 12
 
 
@@ -92,7 +93,7 @@ def test_a_judge_that_likes_the_first(cfg, tmp_path):
     """Always A: right half of the time, in no pair the same in both orders, wholly biased for the position."""
     biased = {"accuracy": 0.5, "swap_agreement": 0, "stability": 1, "first_position": 1, "longer_preferred": 0.5}
     made = check(cfg, asker(lambda _: "A"), tmp_path, **biased)
-    assert made.facts["notes"][0].startswith("it: swap_agreement is 0%: on most items what this judge says changes")
+    assert made.notes[0].startswith("it: swap_agreement is 0%: on most items what this judge says changes")
 
 
 def test_a_judge_that_likes_length(cfg, tmp_path):
@@ -123,7 +124,7 @@ def test_a_judge_of_moods(cfg, tmp_path):
 
 def test_one_repeat_measures_no_stability(cfg, tmp_path):
     """task.repeats=1 asks 24 times and has no such metric; 3 repeats compare three pairs of them."""
-    once = judge_check.evaluate(replace(cfg, task=replace(cfg.task, repeats=1)), asker(right), run_dir=tmp_path)
+    once = judge_check.run(replace(cfg, task=replace(cfg.task, repeats=1)), StubContext(tmp_path, ask=asker(right)))
     assert once.models["it"]["accuracy"]["n"] == 24 and "stability" not in once.models["it"]
     thrice = replace(cfg, task=replace(cfg.task, repeats=3))
     check(thrice, asker(lambda r: right(r) if r.repeat < 2 else "C"), tmp_path, stability=1 / 3)
@@ -146,12 +147,12 @@ def test_errors_are_counted_and_in_no_mean(cfg, tmp_path):
         "swap_agreement": (22, 2),
         "stability": (22, 2),
     }
-    failed = [sample for sample in made.samples if sample["error"]]
-    assert {sample["error"] for sample in failed} == {
+    failed = [sample for sample in made.items if sample.error]
+    assert {sample.error for sample in failed} == {
         "no [[A]], [[B]] or [[C]] in the judge's reply",
         "HTTP 400: too long",
     }
-    assert all(sample["scores"] == {} for sample in failed)
+    assert all(sample.scores == {} for sample in failed)
 
 
 def test_a_judge_that_gives_log_probs(cfg, tmp_path):
@@ -165,23 +166,23 @@ def test_a_judge_that_gives_log_probs(cfg, tmp_path):
 
     auto = replace(cfg, judge=replace(cfg.judge, verdict="auto"))
     made = check(auto, ask, tmp_path, accuracy=0.5, swap_agreement=0, first_position=0.75)
-    assert made.facts["verdict"] == "logprobs" and seen == [2, 48]
+    assert made.details["verdict"] == "logprobs" and seen == [2, 48]
     check(auto, asker(right), tmp_path, accuracy=1)  # a server without them
 
 
 def test_stored_judgments_give_the_same_again(cfg, tmp_path, capsys):
     """annotations= of its own samples.jsonl: equal cells and samples, no judge; two judges are two columns."""
     noisy = asker(lambda request: None if "bad 5" in str(request.messages) and request.repeat else right(request))
-    made = judge_check.evaluate(cfg, noisy, run_dir=tmp_path)
-    results.write(tmp_path, cfg, made)
+    made = judge_check.run(cfg, StubContext(tmp_path, ask=noisy))
+    results.write(tmp_path, cfg, made, results.table)
     stored = replace(cfg, annotations=str(tmp_path / "samples.jsonl"))
-    again = judge_check.evaluate(stored, None, run_dir=tmp_path)
-    assert again.models == made.models and again.samples == made.samples
+    again = judge_check.run(stored, StubContext(tmp_path))
+    assert again.models == made.models and again.items == made.items
     other = tmp_path / "other.jsonl"
     other.write_text((tmp_path / "samples.jsonl").read_text().replace('"model": "it"', '"model": "other"'))
-    both = judge_check.evaluate(replace(stored, annotations=[stored.annotations, str(other)]), None, run_dir=tmp_path)
+    both = judge_check.run(replace(stored, annotations=[stored.annotations, str(other)]), StubContext(tmp_path))
     assert both.models["other"] == both.models["it"] == made.models["it"]
-    few = judge_check.evaluate(replace(stored, task=replace(cfg.task, limit=3)), None, run_dir=tmp_path)
+    few = judge_check.run(replace(stored, task=replace(cfg.task, limit=3)), StubContext(tmp_path))
     assert few.models["it"]["accuracy"]["n"] == 12
 
 
@@ -193,13 +194,13 @@ def test_against_a_server(cfg, tmp_path):
         def ask(requests):
             return judge.ask(requests, how, tmp_path / "cache")
 
-        first = judge_check.evaluate(replace(cfg, judge=how), ask, run_dir=tmp_path)
+        first = judge_check.run(replace(cfg, judge=how), StubContext(tmp_path, ask=ask))
         assert host.tried == 48
-        again = judge_check.evaluate(replace(cfg, judge=how), ask, run_dir=tmp_path)
+        again = judge_check.run(replace(cfg, judge=how), StubContext(tmp_path, ask=ask))
         assert host.tried == 48
     assert values(first)["first_position"] == 1.0
-    assert again.models == first.models and again.samples == first.samples
-    assert (first.facts["judge"]["cached"], again.facts["judge"]["cached"]) == (0, 48)
+    assert again.models == first.models and again.items == first.items
+    assert (first.details["judge"]["cached"], again.details["judge"]["cached"]) == (0, 48)
 
 
 def test_a_server_on_a_bad_day_changes_nothing(cfg, tmp_path, monkeypatch):
@@ -213,7 +214,7 @@ def test_a_server_on_a_bad_day_changes_nothing(cfg, tmp_path, monkeypatch):
 
     def measured(cache):
         asked = replace(cfg, judge=how)
-        return judge_check.evaluate(asked, lambda some: judge.ask(some, how, tmp_path / cache), run_dir=tmp_path)
+        return judge_check.run(asked, StubContext(tmp_path, ask=lambda some: judge.ask(some, how, tmp_path / cache)))
 
     calm = measured("calm")
     host.delivered.clear()
@@ -241,7 +242,7 @@ def test_a_server_on_a_bad_day_changes_nothing(cfg, tmp_path, monkeypatch):
     with host.lock:
         host.die()
     assert host.tried - start > 40
-    assert (stormy.models, stormy.samples) == (calm.models, calm.samples)
+    assert (stormy.models, stormy.items) == (calm.models, calm.items)
     assert set(host.delivered.values()) == {1} and len(host.delivered) == 24 + 2  # and the trial of log-probs
 
 
@@ -276,24 +277,25 @@ def test_bad_pairs(cfg, tmp_path, name):
     row, message = BAD[name]
     data = replace(cfg.data, eval=str(write_jsonl(tmp_path / "bad.jsonl", [row])))
     with pytest.raises(UserError, match=message):
-        judge_check.evaluate(replace(cfg, data=data), None, run_dir=tmp_path)
+        judge_check.run(replace(cfg, data=data), StubContext(tmp_path))
 
 
 def test_bad_annotations(cfg, tmp_path):
     """Lines of another form, a judgment twice, and none at all."""
-    made = judge_check.evaluate(cfg, asker(right), run_dir=tmp_path)
-    good = made.samples[0]
+    made = judge_check.run(cfg, StubContext(tmp_path, ask=asker(right)))
+    good = asdict(made.items[0])
     for rows, message in (
         ([], "no judgments there"),
         ([{"g1_winner": "x"}], "stored.jsonl:1: is no judgment of task=judge_check"),
-        ([good | {"score": 2}], "is no judgment"),
-        ([good | {"score": None}], "is no judgment"),
-        ([good | {"shown_first": "A"}], "is no judgment"),
+        ([good | {"details": good["details"] | {"score": 2}}], "is no judgment"),
+        ([good | {"details": good["details"] | {"score": None}}], "is no judgment"),
+        ([good | {"details": good["details"] | {"shown_first": "A"}}], "is no judgment"),
+        ([good | {"details": None}], "is no judgment"),
         ([good, good], r"stored.jsonl:2: it's judgment .* is there already \(.*stored.jsonl:1\)"),
     ):
         stored = replace(cfg, annotations=str(write_jsonl(tmp_path / "stored.jsonl", rows)))
         with pytest.raises(UserError, match=message):
-            judge_check.evaluate(stored, None, run_dir=tmp_path)
+            judge_check.run(stored, StubContext(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -304,7 +306,7 @@ def test_bad_annotations(cfg, tmp_path):
         (["annotations=a.jsonl", "task.prompts=p.jsonl"], "task.prompts=p.jsonl with annotations"),
         (["judge.model=it", "data.eval=b", "task.prompts=p", "judge.verdict=logprobs"], "judge.verdict=logprobs with"),
         (["judge.model=it", "data.eval=b", "task.repeats=0"], "task.repeats=0: expected at least 1"),
-        (["judge.model=it", "data.eval=b", "judge.base_url=localhost:8000/v1"], "expected http:// or https://"),
+        (["judge.model=it", "data.eval=b", "judge.base_url=localhost:8000/v1"], "expected null or http:// or https://"),
         (["judge.model=it", "data.eval=b", "judge.base_url=http://a/v1/chat/completions"], "before /chat/completions"),
         (["judge.model=it", "data.eval=b", "judge.timeout=inf"], "judge.timeout=inf"),
         (["judge.model=it", "data.eval=b", "judge.max_cost=1"], "judge.max_cost=1.0 without judge.price_in"),

@@ -13,8 +13,10 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from rpo.errors import UserError
+from rpo.evals.results import Item
 from rpo.stats import clustered_mean
 from rpo.tasks import lm_eval as task
+from tests.helpers.contexts import StubContext
 from tests.helpers.models import make_lm
 from tests.helpers.rows import write_jsonl
 from tests.helpers.runs import settings
@@ -72,7 +74,7 @@ def made(folder, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("run")
     cfg = configured(folder, "task.tasks=[arc_challenge,gsm8k]", f"baseline={folder / 'second'}", "task.batch_size=3")
     try:
-        return task.evaluate(cfg, dist.init(), run_dir=run_dir), cfg, run_dir
+        return task.run(cfg, StubContext(run_dir, device=dist.init())), cfg, run_dir
     finally:
         dist.shutdown()
 
@@ -90,7 +92,7 @@ def logp(lm, tokenizer, prompt, text):
 
 
 def of(made, path, name):
-    return [s for s in made.samples if s["model"] == str(path) and s["task"] == name]
+    return [s for s in made.items if s.model == str(path) and s.details["task"] == name]
 
 
 def test_choices(made, folder):
@@ -101,14 +103,14 @@ def test_choices(made, folder):
         for row, sample in zip(ARC, of(evaluation, folder / name, "arc_challenge"), strict=True):
             prompt = f"Question: {row['question']}\nAnswer:"
             logps = [logp(lm, tokenizer, prompt, f" {choice}") for choice in row["choices"]]
-            assert sample["prompt"] == prompt and sample["logps"] == pytest.approx(logps, abs=1e-3)
-            assert sample["answer"] == " " + row["choices"][logps.index(max(logps))]
-            assert sample["target"] == " " + row["choices"][row["gold"]]
+            assert sample.prompt == prompt and sample.details["logps"] == pytest.approx(logps, abs=1e-3)
+            assert sample.response == " " + row["choices"][logps.index(max(logps))]
+            assert sample.details["target"] == " " + row["choices"][row["gold"]]
             by_length = [value / len(choice) for value, choice in zip(logps, row["choices"], strict=True)]
             right.append(logps.index(max(logps)) == row["gold"])
             right_norm.append(by_length.index(max(by_length)) == row["gold"])
             scores = {"arc_challenge/acc": right[-1], "arc_challenge/acc_norm": right_norm[-1]}
-            assert sample["scores"] == scores
+            assert sample.scores == scores
         cells = evaluation.models[str(folder / name)]
         mean = sum(right) / 7
         assert cells["arc_challenge/acc"]["value"] == pytest.approx(mean)
@@ -120,24 +122,22 @@ def test_generated_answers_are_greedy(made, folder):
     """GSM8K's answers are the model's argmax, whatever its generation_config.json asks for."""
     tokenizer, lm = byte_tokenizer(), model_of(folder, "first")
     for sample in of(made[0], folder / "first", "gsm8k")[:2]:
-        ids = tokenizer(sample["prompt"], add_special_tokens=False).input_ids
+        ids = tokenizer(sample.prompt, add_special_tokens=False).input_ids
         start = len(ids)
         with torch.no_grad():
             for _ in range(30):
                 ids.append(lm(torch.tensor([ids])).logits[0, -1].argmax().item())
         expected = tokenizer.decode(ids[start:]).lstrip().rstrip("\ufffd")  # a character of several bytes may be cut
-        assert len(expected) > 5 and sample["answer"].lstrip().startswith(expected), (expected, sample["answer"])
-        assert set(sample["scores"]) == {f"gsm8k/exact_match,{rule}" for rule in ("strict-match", "flexible-extract")}
+        assert len(expected) > 5 and sample.response.lstrip().startswith(expected), (expected, sample.response)
+        assert set(sample.scores) == {f"gsm8k/exact_match,{rule}" for rule in ("strict-match", "flexible-extract")}
 
 
 def test_differences_are_paired(made, folder):
     """difference/METRIC is the mean of score minus the baseline's on the same question, with its own error."""
     evaluation = made[0]
     first, second = (of(evaluation, folder / name, "arc_challenge") for name in ("first", "second"))
-    assert [s["id"] for s in first] == [s["id"] for s in second] and len({s["id"] for s in first}) == 7
-    values = [
-        a["scores"]["arc_challenge/acc"] - b["scores"]["arc_challenge/acc"] for a, b in zip(first, second, strict=True)
-    ]
+    assert [s.id for s in first] == [s.id for s in second] and len({s.id for s in first}) == 7
+    values = [a.scores["arc_challenge/acc"] - b.scores["arc_challenge/acc"] for a, b in zip(first, second, strict=True)]
     mean = sum(values) / 7
     cell = evaluation.models[str(folder / "first")]["difference/arc_challenge/acc"]
     assert cell["value"] == pytest.approx(mean) and cell["n"] == 7 and cell["n_error"] == 0
@@ -147,7 +147,7 @@ def test_differences_are_paired(made, folder):
 
 def test_facts(made):
     """What was run is said: shots, the harness's versions, and that our scorer of GSM8K agrees with it on every answer."""
-    facts = made[0].facts
+    facts = made[0].details
     assert facts["tasks"]["gsm8k"]["n-shot"] == {"gsm8k": 0} and facts["tasks"]["gsm8k"]["versions"] == {"gsm8k": 3.0}
     assert facts["tasks"]["gsm8k"]["scored_otherwise"] == []
 
@@ -157,14 +157,14 @@ def test_goes_on(made, group, monkeypatch):
     evaluation, cfg, run_dir = made
     with monkeypatch.context() as patch:
         patch.setattr(task, "_model", None)
-        assert task.evaluate(cfg, group, run_dir=run_dir) == evaluation
+        assert task.run(cfg, StubContext(run_dir, device=group)) == evaluation
     gone = sorted((run_dir / "lm_eval").glob("arc*.json"))[0]
     gone.unlink()
     asked, measure = [], task._measured
     monkeypatch.setattr(
         task, "_measured", lambda model, name, *rest: (asked.append(name), measure(model, name, *rest))[1]
     )
-    again = task.evaluate(cfg, group, run_dir=run_dir)
+    again = task.run(cfg, StubContext(run_dir, device=group))
     assert asked == ["arc_challenge"] and again.models == evaluation.models
 
 
@@ -186,12 +186,14 @@ def test_shots(folder, group, tmp_path):
     for seed in (0, 0, 1):
         folder_of_run = tmp_path / f"{len(standard)}{seed}"
         folder_of_run.mkdir(exist_ok=True)
-        made = task.evaluate(configured(folder, *args, "task.shots=3", f"seed={seed}"), group, run_dir=folder_of_run)
-        standard.setdefault(seed, [s["prompt"] for s in made.samples])
-        assert standard[seed] == [s["prompt"] for s in made.samples] and len(made.samples) == 2
+        made = task.run(
+            configured(folder, *args, "task.shots=3", f"seed={seed}"), StubContext(folder_of_run, device=group)
+        )
+        standard.setdefault(seed, [s.prompt for s in made.items])
+        assert standard[seed] == [s.prompt for s in made.items] and len(made.items) == 2
     assert standard[0] != standard[1]
     assert all(text.count("Question:") == 4 and text.count("Answer: ") == 3 for text in standard[0])
-    assert made.facts["tasks"]["arc_easy"]["n-shot"] == {"arc_easy": 3}
+    assert made.details["tasks"]["arc_easy"]["n-shot"] == {"arc_easy": 3}
 
 
 @pytest.mark.parametrize(
@@ -220,8 +222,8 @@ def test_standard_shots(folder, monkeypatch, name, shots, own, used):
 def test_chat_template(folder, group, tmp_path):
     """The prompt is rendered by the model's template on the date of the settings, not today."""
     args = ("task.tasks=[gsm8k]", "task.limit=1", f"model.path={folder / 'first'}", "task.chat_template=true")
-    (sample,) = task.evaluate(configured(folder, *args), group, run_dir=tmp_path).samples
-    assert sample["prompt"] == f"<bos>26 July 2024[user] Question: {GSM8K[0]['question']}\nAnswer: [assistant] "
+    (sample,) = task.run(configured(folder, *args), StubContext(tmp_path, device=group)).items
+    assert sample.prompt == f"<bos>26 July 2024[user] Question: {GSM8K[0]['question']}\nAnswer: [assistant] "
 
 
 def test_what_the_harness_warns_of(folder, caplog):
@@ -236,15 +238,15 @@ def test_what_the_harness_warns_of(folder, caplog):
 
 def test_all_answers_wrong():
     """A metric that is 0 of every question has its cell from `stats.clustered_mean`, as every mean has."""
-    samples = [{"id": i, "cluster": i, "scores": {"t/acc": 0.0}, "error": None} for i in "abc"]
+    items = [Item(model="m", id=i, cluster=i, scores={"t/acc": 0.0}) for i in "abc"]
     expected = clustered_mean([0.0] * 3, list("abc"))
-    assert task._cells(samples, {"t/acc": [0.0, 0.0]})["t/acc"] == expected | {"n_error": 0}
+    assert task._cells(items, {"t/acc": [0.0, 0.0]})["t/acc"] == expected | {"n_error": 0}
 
 
 def test_totals_that_are_no_means():
     """A metric that is not the mean over questions keeps the harness's value and error."""
-    samples = [{"scores": {"t/acc": x, "t/ppl": x}, "cluster": f"{x}"} for x in (0.0, 1.0)]
-    cells = task._cells(samples, {"t/acc": [0.5, 0.1], "t/ppl": [1.7, 0.2], "group/acc": [0.4, None]})
+    items = [Item(model="m", id=f"{x}", cluster=f"{x}", scores={"t/acc": x, "t/ppl": x}) for x in (0.0, 1.0)]
+    cells = task._cells(items, {"t/acc": [0.5, 0.1], "t/ppl": [1.7, 0.2], "group/acc": [0.4, None]})
     assert cells["t/acc"]["se"] == pytest.approx(0.5)
     assert cells["t/ppl"] == {"value": 1.7, "se": 0.2, "interval": None, "n": 2, "n_error": 0}
     assert cells["group/acc"]["value"] == 0.4 and cells["group/acc"]["n"] == 0
@@ -253,10 +255,14 @@ def test_totals_that_are_no_means():
 def test_other_rules_show():
     """An answer that the harness scores otherwise than GSM8K's rules is named."""
     scores = {"gsm8k/exact_match,strict-match": 1.0, "gsm8k/exact_match,flexible-extract": 1.0}
-    good = {"id": "good", "answer": "#### 1,200", "target": "#### 1200", "scores": scores}
-    bad = {"id": "bad", "answer": "It is 1200", "target": "#### 1200", "scores": scores}
-    bare = {"id": "bare", "answer": "#### 5", "target": "5", "scores": scores}  # a target that is a number alone
-    unscored = {"id": "unscored", "answer": "#### 5", "target": "#### 5", "scores": {}}  # its metrics have other names
+
+    def answer(name, response, target, scores):
+        return {"id": name, "response": response, "scores": scores, "details": {"target": target}}
+
+    good = answer("good", "#### 1,200", "#### 1200", scores)
+    bad = answer("bad", "It is 1200", "#### 1200", scores)
+    bare = answer("bare", "#### 5", "5", scores)  # a target that is a number alone
+    unscored = answer("unscored", "#### 5", "#### 5", {})  # its metrics have other names
     assert task._scored_otherwise([good, bad, bare, unscored]) == ["bad", "unscored"]
 
 
@@ -264,7 +270,7 @@ def test_questions_that_repeat():
     """The same question twice has two ids and one cluster."""
     line = {"doc_hash": "a" * 64, "filter": "none", "metrics": ["acc"], "acc": 1, "target": 0}
     line |= {"arguments": [("q", " x"), ("q", " y")], "resps": [[(-1.0, True)], [(-2.0, False)]]}
-    first, second = task._samples("t", [line | {"doc_id": 0}, line | {"doc_id": 1}])
+    first, second = task._items("t", [line | {"doc_id": 0}, line | {"doc_id": 1}])
     assert first["id"] != second["id"] and first["cluster"] == second["cluster"]
 
 
@@ -282,7 +288,7 @@ def test_questions_that_repeat():
 def test_bad_input(folder, group, tmp_path, more, said):
     """What is not there is said in one line, before a model is loaded."""
     with pytest.raises(UserError, match=said) as caught:
-        task.evaluate(configured(folder, *more), group, run_dir=tmp_path)
+        task.run(configured(folder, *more), StubContext(tmp_path, device=group))
     assert "\n" not in str(caught.value)
 
 
@@ -292,7 +298,7 @@ def test_bad_input(folder, group, tmp_path, more, said):
         (["task.tasks=[]"], r"task.tasks=\[\]: expected names"),
         (["task.tasks=[gsm8k,gsm8k]"], "one is there twice"),
         (["task.shots=-1"], "task.shots=-1: expected standard, or 0 or more"),
-        (["task.limit=0"], "task.limit=0: expected at least 1"),
+        (["task.limit=0"], "task.limit=0: expected null or at least 1"),
     ],
 )
 def test_bad_settings(folder, more, said):
@@ -306,7 +312,7 @@ def test_refusals(folder, group, tmp_path, monkeypatch):
 
     def refused(said, *more):
         with pytest.raises(UserError, match=said) as caught:
-            task.evaluate(configured(folder, *more), group, run_dir=tmp_path)
+            task.run(configured(folder, *more), StubContext(tmp_path, device=group))
         assert "\n" not in str(caught.value)
 
     with monkeypatch.context() as patch:
@@ -326,7 +332,7 @@ def test_refusals(folder, group, tmp_path, monkeypatch):
 
         patch.setattr(task, "_manager", lambda: SimpleNamespace(all_tasks=["x"], load=load))
         more = ("task.tasks=[x]", "task.data=null")
-        refused(r"x can not be loaded \(no route to the Hub\); without a network give task.data", *more)
+        refused(r"x cannot be loaded \(no route to the Hub\); without a network give task.data", *more)
     (tmp_path / "gsm8k").mkdir()
     (tmp_path / "gsm8k/test.jsonl").write_text(json.dumps(GSM8K[0])[:-5])
-    refused("gsm8k can not be loaded", "task.tasks=[gsm8k]", f"task.data={tmp_path}")
+    refused("gsm8k cannot be loaded", "task.tasks=[gsm8k]", f"task.data={tmp_path}")

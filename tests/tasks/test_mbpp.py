@@ -17,6 +17,7 @@ from rpo.evals.context import Answer
 from rpo.sandbox import run
 from rpo.sandbox.run import Outcome
 from rpo.tasks import mbpp
+from tests.helpers.contexts import StubContext
 from tests.helpers.rows import write_jsonl
 from tests.helpers.runs import ROOT, settings
 
@@ -74,7 +75,7 @@ def test_answers_of_models(group, data, tmp_path):
         return [Answer(text, 9, True) for text in texts]
 
     cfg = configured(data, "model.path=[A,B]", "baseline=B", "task.max_new_tokens=77")
-    made = mbpp.evaluate(cfg, answer, run_dir=tmp_path)
+    made = mbpp.run(cfg, StubContext(tmp_path, answer=answer))
     assert asked == [("A", 3, 0.0, 77), ("B", 3, 0.0, 77)]
     assert made.models["A"]["pass@1"]["value"] == pytest.approx(2 / 3) and made.models["A"]["pass@1"]["n"] == 3
     assert made.models["B"]["pass@1"]["value"] == pytest.approx(1 / 3)
@@ -82,8 +83,11 @@ def test_answers_of_models(group, data, tmp_path):
     assert difference["value"] == pytest.approx(1 / 3)  # of 1, 0, 0
     assert difference["se"] == pytest.approx((sum((d - 1 / 3) ** 2 for d in (1, 0, 0)) / 2 / 3) ** 0.5)
     assert "difference/pass@1" not in made.models["B"]
-    assert [s["id"] for s in made.samples] == [f"mbpp/{i}" for i in (11, 12, 13)] * 2
-    assert made.samples[2]["programs"][0]["why"] == "assert times13(1) == 13: NameError: name 'times13' is not defined"
+    assert [s.id for s in made.items] == [f"mbpp/{i}" for i in (11, 12, 13)] * 2
+    assert (
+        made.items[2].details["programs"][0]["why"]
+        == "assert times13(1) == 13: NameError: name 'times13' is not defined"
+    )
 
 
 def test_stored_programs(group, data, tmp_path, unsandboxed, monkeypatch):
@@ -94,17 +98,17 @@ def test_stored_programs(group, data, tmp_path, unsandboxed, monkeypatch):
     first = write_jsonl(tmp_path / "first.jsonl", rows)
     second = write_jsonl(tmp_path / "second.jsonl", [{"task_id": i, "completion": "broken"} for i in (11, 12, 13)] * 2)
     cfg = configured(data, f"outputs=[{first},{second}]", "task.k=[1,2]")
-    made = mbpp.evaluate(cfg, None, run_dir=tmp_path)
+    made = mbpp.run(cfg, StubContext(tmp_path))
     cells = made.models[str(first)]
     assert cells["pass@1"]["value"] == pytest.approx((1 / 3 + 1 / 3 + 2 / 3) / 3)
     assert cells["pass@2"]["value"] == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
     broken = made.models[str(second)]["pass@1"]
     assert broken["value"] is None and broken["n_error"] == 3
-    assert made.samples[-1]["error"] == "no sandbox" and made.samples[-1]["scores"] == {}
-    limited = mbpp.evaluate(configured(data, f"outputs={first}", "task.limit=2"), None, run_dir=tmp_path)
-    assert [s["task_id"] for s in limited.samples] == [11, 12]
-    assert limited.facts["notes"] == [f"{first}: 4 of 6 programs failed (4 failed a test)"]
-    assert made.facts["notes"][1] == f"{second}: 6 of 6 programs failed (6 not tried)"
+    assert made.items[-1].error == "no sandbox" and made.items[-1].scores == {}
+    limited = mbpp.run(configured(data, f"outputs={first}", "task.limit=2"), StubContext(tmp_path))
+    assert [s.details["task_id"] for s in limited.items] == [11, 12]
+    assert limited.notes == [f"{first}: 4 of 6 programs failed (4 failed a test)"]
+    assert made.notes[1] == f"{second}: 6 of 6 programs failed (6 not tried)"
 
 
 CODE = "def f(x):\n    return 2 * x\n"
@@ -134,9 +138,9 @@ def test_fenced_programs_are_tried(group, data, tmp_path):
     possible()
     rows = [{"task_id": i, "completion": f"So:\n```python\ndef times{i}(x): return {i} * x\n```"} for i in (11, 12)]
     file = write_jsonl(tmp_path / "outputs.jsonl", [*rows, {"task_id": 13, "completion": "```\ndef times13(\n```"}])
-    made = mbpp.evaluate(configured(data, f"outputs={file}"), None, run_dir=tmp_path)
-    assert [s["scores"]["pass@1"] for s in made.samples] == [1, 1, 0]
-    assert made.facts["notes"] == [f"{file}: 1 of 3 programs failed (1 SyntaxError)"]
+    made = mbpp.run(configured(data, f"outputs={file}"), StubContext(tmp_path))
+    assert [s.scores["pass@1"] for s in made.items] == [1, 1, 0]
+    assert made.notes == [f"{file}: 1 of 3 programs failed (1 SyntaxError)"]
 
 
 @pytest.mark.parametrize(("n", "c"), [(5, 0), (5, 1), (5, 3), (5, 5), (1, 1)])
@@ -212,9 +216,9 @@ def test_bad_outputs(group, tmp_path, data, unsandboxed, rows, said):
     """Stored programs that are missing or in another form are refused in one line."""
     file = write_jsonl(tmp_path / "outputs.jsonl", rows)
     with pytest.raises(UserError, match=said):
-        mbpp.evaluate(configured(data, f"outputs={file}"), None, run_dir=tmp_path)
+        mbpp.run(configured(data, f"outputs={file}"), StubContext(tmp_path))
     with pytest.raises(UserError, match="baseline=other: expected one of outputs"):
-        mbpp.evaluate(configured(data, f"outputs={file}", "baseline=other"), None, run_dir=tmp_path)
+        mbpp.run(configured(data, f"outputs={file}", "baseline=other"), StubContext(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -228,8 +232,8 @@ def test_bad_outputs(group, tmp_path, data, unsandboxed, rows, said):
         (["task.samples=2"], "greedy programs are all the same; set task.temperature"),
         (["task.memory_gib=0.01"], "expected at least 0.125"),
         (["task.seconds=0"], "task.seconds=0: expected at least 1"),
-        (["task.top_p=0"], "task.top_p=0.0: expected in"),
-        (["task.temperature=-1"], "task.temperature=-1.0: expected >= 0"),
+        (["task.top_p=0"], "task.top_p=0: expected in"),
+        (["task.temperature=-1"], "task.temperature=-1: expected >= 0"),
     ],
 )
 def test_bad_settings(data, more, said):
@@ -260,7 +264,9 @@ def test_reference_solutions_pass_and_stubs_fail(group, tmp_path):
     assert len(every) == 974 and sum(i in problems for i in mbpp.TEST) == 500
     limits = run.Limits(5, 1.0)
     solved = mbpp._scored("solutions", every, [[p.code] for p in every], [1], limits)
-    assert [(s["task_id"], s["error"], s["programs"][0]["why"]) for s in solved if s["scores"] != {"pass@1": 1.0}] == []
+    assert [
+        (s.details["task_id"], s.error, s.details["programs"][0]["why"]) for s in solved if s.scores != {"pass@1": 1.0}
+    ] == []
     stubs = ["\n".join(f"def {name}(*a, **k): pass" for name in p.names) for p in every]
     failed = mbpp._scored("stubs", every, [[stub] for stub in stubs], [1], limits)
-    assert [s["task_id"] for s in failed if s["scores"] != {"pass@1": 0.0}] == []
+    assert [s.details["task_id"] for s in failed if s.scores != {"pass@1": 0.0}] == []

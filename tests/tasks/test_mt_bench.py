@@ -15,6 +15,7 @@ from rpo.evals.context import Answer
 from rpo.judging import mt_bench_files
 from rpo.judging.client import Reply
 from rpo.tasks import mt_bench
+from tests.helpers.contexts import StubContext
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.rows import WORDS, write_jsonl
 from tests.helpers.runs import settings
@@ -70,7 +71,7 @@ def files(tmp_path):
 
 def evaluate(files, ask, *more, answer=None):
     given = (f"task.questions={files / 'question.jsonl'}", *more)
-    return mt_bench.evaluate(settings(*JUDGED, *given, name="eval"), answer, ask, run_dir=files)
+    return mt_bench.run(settings(*JUDGED, *given, name="eval"), StubContext(files, answer=answer, ask=ask))
 
 
 def values(cells):
@@ -94,7 +95,7 @@ def pair(first="model_1", second="model_1", **changed):
 def stored(tmp_path, rows, *more):
     write_jsonl(tmp_path / "stored.jsonl", rows)
     cfg = settings("task=mt_bench", f"annotations={tmp_path / 'stored.jsonl'}", *more, name="eval")
-    return mt_bench.evaluate(cfg, None, None, run_dir=tmp_path)
+    return mt_bench.run(cfg, StubContext(tmp_path))
 
 
 # ---- single
@@ -114,7 +115,7 @@ def test_ratings_by_turn_and_category(files, group):
     by_question = np.array([6, 6, 6, 7, 6, 6, 6, 6])  # the standard error is of questions: turns of one are together
     assert made.models["good"]["score"]["se"] == pytest.approx(by_question.std(ddof=1) / np.sqrt(8))
     assert made.models["good"]["score"]["n"] == 16
-    assert made.samples[0]["response"] == "+ first 81" and made.samples[0]["prompt"] == "ask 81"
+    assert made.items[0].response == "+ first 81" and made.items[0].prompt == "ask 81"
 
 
 def test_what_the_judge_is_shown(files, group):
@@ -146,7 +147,7 @@ def test_unparsed_ratings_are_counted(files, group):
     cell = made.models["good"]["score"]
     assert (cell["value"], cell["n"], cell["n_error"]) == (6, 8, 8)
     assert made.models["good"]["score/writing"] == {"value": None, "se": None, "interval": None, "n": 0, "n_error": 2}
-    reasons = {sample["error"] for sample in made.samples}
+    reasons = {sample.error for sample in made.items}
     assert {str(reason).split(":")[0] for reason in reasons} == {
         "None",
         "no rating from 1 to 10 in the judge's reply",
@@ -157,7 +158,7 @@ def test_unparsed_ratings_are_counted(files, group):
     assert sorted(row["score"] for row in rows) == [-1] * 8 + [6] * 8
     again = stored(files, rows)
     assert again.models == made.models
-    assert [s["error"] for s in again.samples] == [s["error"] for s in made.samples]
+    assert [s.error for s in again.items] == [s.error for s in made.items]
 
 
 def test_stored_ratings_with_errors(tmp_path):
@@ -168,11 +169,11 @@ def test_stored_ratings_with_errors(tmp_path):
     made = stored(tmp_path, rows)
     cell = made.models["m"]["score"]
     assert (cell["value"], cell["n"], cell["n_error"]) == (pytest.approx(29.5 / 4), 4, 2)
-    assert [s["error"] for s in made.samples if s["error"]] == [
+    assert [s.error for s in made.items if s.error] == [
         "the judge gave no reply",
         "no verdict in the judge's reply",
     ]
-    assert made.facts["kind"] == "single" and made.facts["judges"] == ["gpt-4"]
+    assert made.details["kind"] == "single" and made.details["judges"] == ["gpt-4"]
     deviations = np.array([14 - 2 * 7.375, 5.5 - 7.375, 10 - 7.375])  # sums by question
     assert cell["se"] == pytest.approx(np.sqrt(3 / 2 * (deviations**2).sum()) / 4)
 
@@ -204,7 +205,7 @@ def test_pairs_in_both_orders(files, group):
         assert row["g2_user_prompt"].index("- first") < row["g2_user_prompt"].index("+ first")
         assert row["g1_judgment"] == "[[A]]" and row["g2_judgment"] == "[[B]]"
     assert stored(files, rows).models == made.models
-    assert made.samples[0]["response"].startswith("+") and made.samples[0]["other_response"].startswith("-")
+    assert made.items[0].response.startswith("+") and made.items[0].against["response"].startswith("-")
 
 
 def test_a_judge_that_sees_positions_alone(files, group):
@@ -257,28 +258,27 @@ def test_several_opponents_are_told_apart(tmp_path):
     assert {name: a[name] for name in a if "win" in name} == {"win_rate/against/b": 1, "win_rate/against/c": 0}
     assert not {"ties", "losses"} & a.keys() and (a["order_consistency"], a["first_position"]) == (1, 0.5)
     assert (b["win_rate"], b["win_rate/against/a"], b["win_rate/writing"]) == (0, 0, 0)
-    assert made.facts["notes"] == ["a: met 2 models, so it has a rate against each and none over all"]
-    assert len({(s["model"], s["id"]) for s in made.samples}) == 4
+    assert made.notes == ["a: met 2 models, so it has a rate against each and none over all"]
+    assert len({(s.model, s.id) for s in made.items}) == 4
 
 
 def test_what_is_said_of_judge_and_answers(files, group):
     """Answers without text are counted, and a judge that goes by position is named."""
     rewrite(files / "good.jsonl", lambda rows: rows[1]["choices"][0].update(turns=["", " \n"]))
     more = ("task.mode=pairwise", f"outputs={files / 'good.jsonl'}", f"baseline={files / 'bad.jsonl'}")
-    facts = evaluate(files, judge_of(lambda shown: "[[A]]"), *more).facts
-    assert facts["empty_answers"] == {"good": 2, "bad": 0}
-    assert facts["notes"][0].startswith(
-        "order_consistency is 0%: on most items what this judge says changes with the order"
-    )
-    assert facts["notes"][1:] == ["good: 2 of 16 answers are empty"]
+    found = evaluate(files, judge_of(lambda shown: "[[A]]"), *more)
+    notes = found.notes
+    assert found.details["empty_answers"] == {"good": 2, "bad": 0}
+    assert notes[0].startswith("order_consistency is 0%: on most items what this judge says changes with the order")
+    assert notes[1:] == ["good: 2 of 16 answers are empty"]
 
 
 def test_judgments_that_we_read_otherwise_are_counted(tmp_path):
     """The stored verdict counts; where its text says another, results.json has the number."""
     rows = [pair("model_1", "tie", g1_judgment="[[A]]", g2_judgment="[[B]]"), pair(turn=2)]
     made = stored(tmp_path, rows)
-    assert made.facts["reread"] == {"judgments": 2, "differ": 1}
-    assert made.samples[0]["scores"] == {"win_rate": 0.5}
+    assert made.details["reread"] == {"judgments": 2, "differ": 1}
+    assert made.items[0].scores == {"win_rate": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_models_answer_the_second_turn_after_their_first(files, group):
     for _, _, samplings in calls:
         assert [sampling.temperature for sampling in samplings] == list(expected.values())
         assert all((s.top_p, s.top_k, s.max_new_tokens) == (1, 0, 77) for s in samplings)
-    assert made.facts["cut_answers"] == {"x/one": 2, "two": 2}
+    assert made.details["cut_answers"] == {"x/one": 2, "two": 2}
     back = mt_bench_files.answers(str(files / "model_answer" / "x_one.jsonl"))
     assert back.model == "x/one" and back.turns[81] == ["x/one says ask 81", "x/one says more 81"]
     again = evaluate(files, judge_of(lambda shown: "[[5]]"), f"outputs={files / 'model_answer' / 'x_one.jsonl'}")
@@ -480,7 +480,7 @@ def test_published_rates(tmp_path, pair_of, rate, se, counts):
     parts = [second[f"win_rate/{category}"] for category in mt_bench_files.CATEGORIES]
     assert all(part["n"] == 20 for part in parts)
     assert np.mean([part["value"] for part in parts]) == pytest.approx(cell["value"])
-    assert found["reread"] == {"judgments": 320, "differ": 0}
+    assert found["details"]["reread"] == {"judgments": 320, "differ": 0}
 
 
 @DATA

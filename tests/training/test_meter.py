@@ -16,14 +16,15 @@ from rpo import config
 from rpo.config import Gold, Loss, Wandb
 from rpo.data.tokenizer import encode_prompt
 from rpo.errors import UserError
-from rpo.evals.settings import GenerateTask
+from rpo.evals import preference
+from rpo.evals.context import Answer
 from rpo.losses import PairLogps
 from rpo.model import divergence
 from rpo.model.sampling import Completion
+from rpo.overopt import measure
 from rpo.runs import log
-from rpo.synthetic import grammar
-from rpo.synthetic.task import TEMPLATE, evaluate, word_tokenizer
-from rpo.tasks import generate, overopt, pairs
+from rpo.synthetic import grammar, task
+from rpo.tasks import generate
 from rpo.training import meter as meter_module
 from rpo.training.meter import (
     GOLD,
@@ -260,28 +261,18 @@ def test_docs_and_code_have_the_same_names(group):
     of_training = ALWAYS | {*TRAIN_ONLY, *GRADIENT_SPLIT, *GOLD}
     assert sorted(documented(training)) == sorted(of_training)
 
-    where = {"device": group, "seed": 0}
     policy = prepared(make_lm(), group)
-    on_pairs, _ = pairs.evaluate(
-        policy, policy, make_rows(LENGTHS, vocab_size=40), beta=0.1, noise_floor=0.0, tokens_per_microbatch=999, **where
-    )
-    task = GenerateTask(
-        kind="generate",
-        limit=None,
-        samples=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        max_new_tokens=3,
-        batch_size=2,
-    )
-    made, _ = generate.evaluate(policy, make_tokenizer(), [[2, 5]], ["b"], ["here"], task, [3], **where)
-    asked = overopt.Questions(make_tokenizer(), [[2, 5]], ["b"], ["here"], None, None, None, [3], 128, "")
+    rows = make_rows(LENGTHS, vocab_size=40)
+    logps = preference.score(lambda: policy, rows, group, tokens_per_microbatch=999)
+    both = logps | {f"ref_{side}": values for side, values in logps.items()}
+    on_pairs = preference.statistics(both, rows, beta=0.1, noise_floor=0.0, seed=0)
+    of_answers = generate.metrics([Answer("ba", 3, True)], np.zeros(1))
+    asked = measure.Questions(make_tokenizer(), [[2, 5]], ["b"], ["here"], None, None, None, [3], 128, "")
     columns = {name: np.ones(1) for name in (*divergence.COLUMNS, "gold", "tokens", "ended")}
-    answered = overopt.Measured([Completion([5, 6, 7], True)], ["ba"], columns, None)
+    answered = measure.Measured([Completion([5, 6, 7], True)], ["ba"], columns, None)
     cfg = settings("task=overopt", "runs=R", "task.samples=1", name="eval")
-    along = overopt.point_of(answered, asked, cfg, beta=1.0, noise_floor=0.0)["metrics"]
-    of_eval = set(on_pairs) | set(made) | set(along)
+    along = measure.point_of(answered, asked, cfg, beta=1.0, noise_floor=0.0, ref_logps=None)["metrics"]
+    of_eval = set(on_pairs) | set(of_answers) | set(along)
     assert sorted(documented(evaluation)) == sorted(of_eval - of_training)
     shared = of_eval & of_training
     assert shared <= set(re.findall(r"`([^`]+)`", evaluation)), "eval.py's part does not name all that it gives"
@@ -289,12 +280,12 @@ def test_docs_and_code_have_the_same_names(group):
 
 def test_gold_names(group):
     """What an evaluation of the embedded task measures is the list that the code and the page have."""
-    tokenizer = word_tokenizer(["<user>", "<assistant>", *grammar.vocabulary()], TEMPLATE)
+    tokenizer = task.word_tokenizer(["<user>", "<assistant>", *grammar.vocabulary()], task.TEMPLATE)
     policy = prepared(make_lm(vocab_size=len(tokenizer)), group)
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": grammar.prompts()[0]}], "2024-01-01")
     weights = Gold(pairs=1, eval_pairs=1, flip=0.0, hidden_weight=1.0, length_weight=0.0, samples=1, seed=0)
     where = {"device": group, "seed": 0, "reshard": False}
-    values = evaluate(policy, policy, tokenizer, [prompt], [tokenizer.eos_token_id], weights, **where)
+    values = task.evaluate(policy, policy, tokenizer, [prompt], [tokenizer.eos_token_id], weights, **where)
     assert tuple(values) == GOLD
 
 
@@ -302,8 +293,9 @@ def test_a_model_against_itself(group):
     """No shift, accuracy one half by the tie rule, NLL ln 2, Brier 1/4, nothing displaced; the error is not zero."""
     policy = prepared(make_lm(), group)
     rows = make_rows(LENGTHS, vocab_size=40)
-    scoring = {"beta": 0.1, "noise_floor": 0.0, "tokens_per_microbatch": 999, "seed": 0}
-    result, samples = pairs.evaluate(policy, policy, rows, group, **scoring)
+    logps = preference.score(lambda: policy, rows, group, tokens_per_microbatch=999)
+    logps |= {f"ref_{side}": values for side, values in logps.items()}
+    result = preference.statistics(logps, rows, beta=0.1, noise_floor=0.0, seed=0)
     values = {name: cell["value"] for name, cell in result.items()}
     assert values["rewards/accuracies"] == 0.5 and values["displacement_rate"] == values["shift/chosen"] == 0
     assert values["nll/preference"] == pytest.approx(math.log(2)) and values["brier"] == 0.25
@@ -313,7 +305,7 @@ def test_a_model_against_itself(group):
         sum(c < r for _, c, r in LENGTHS),
         sum(c == r for _, c, r in LENGTHS),
     ]
-    assert len(samples) == len(LENGTHS)
+    assert len(logps["chosen"]) == len(LENGTHS)
 
 
 def test_calibration_error():
@@ -322,9 +314,9 @@ def test_calibration_error():
     margin = rng.normal(scale=1.5, size=20_000)
     right = rng.random(20_000) < 1 / (1 + np.exp(-np.abs(margin)))
     observed = np.where(right, np.abs(margin), -np.abs(margin))
-    assert pairs.calibration_error(observed, 0) < 0.02
-    assert pairs.calibration_error(5 * observed, 0) > 0.1
-    assert pairs.calibration_error(np.full(100, 50.0), 0) < 1e-12
+    assert preference.calibration_error(observed, 0) < 0.02
+    assert preference.calibration_error(5 * observed, 0) > 0.1
+    assert preference.calibration_error(np.full(100, 50.0), 0) < 1e-12
 
 
 def test_read_jsonl_keeps_order(tmp_path):

@@ -1,0 +1,466 @@
+"""Runs along their checkpoints: gold reward, proxy, KL and what else moves, where it peaks and how far it falls.
+
+Every checkpoint answers the same prompts from the same seeds at temperature 1, where the KL estimators hold, and scores
+the same held-out pairs. Step 0 is the weights that the run started from, measured once for all runs that share them.
+
+Letters: S answers, G prompts, K answers to one prompt.
+"""
+
+import gc
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rpo import dist, files
+from rpo.config import EvalData
+from rpo.data import dataset
+from rpo.data import tokenizer as data_tokenizer
+from rpo.data.batch import longest
+from rpo.data.dataset import Rows
+from rpo.data.formats import Messages
+from rpo.errors import UserError
+from rpo.evals import preference
+from rpo.evals.context import Context, Loaded, lay_over, load
+from rpo.evals.results import Item
+from rpo.evals.settings import Eval
+from rpo.files import short_hash
+from rpo.model import divergence, hf, shard
+from rpo.model.policy import Policy
+from rpo.model.sampling import Completion, Sampling, sample
+from rpo.overopt import best_of_n, rewards
+from rpo.runs import catalog
+from rpo.runs.catalog import Run
+from rpo.stats import clustered_mean
+from rpo.synthetic.task import SAMPLING, weights_of
+from rpo.text import redacted
+
+MAX_NEW_TOKENS = 256  # where task.max_new_tokens=auto and the data is not the embedded task's
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What the runs of one start, reference and data are asked, read before any model is loaded."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]  # distinct
+    said: list[str | Messages]  # the same as their rows say them
+    places: list[str]
+    rows: Rows | None  # held-out pairs
+    gold: rewards.Gold | None
+    sampling: Sampling
+    stop_ids: list[int]
+    positions: int  # that the models have
+    digest: str  # of prompts, pairs and the source of gold
+
+    def repeated(self, count: int) -> tuple[list[list[int]], list[str | Messages], np.ndarray]:
+        """Each prompt `count` times in a row, as ids and as said, and the number of the prompt of each answer."""
+        prompt_S = np.repeat(np.arange(len(self.prompts)), count)
+        return [self.prompts[i] for i in prompt_S], [self.said[i] for i in prompt_S], prompt_S
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One policy's answers and pairs, free of beta."""
+
+    answers: list[Completion]
+    texts: list[str]
+    table: dict[str, np.ndarray]  # per answer: drift.COLUMNS, gold, tokens, ended
+    logps: dict[str, np.ndarray] | None  # of the held-out pairs
+
+
+# ---- before a model is loaded
+
+
+def questions(run: Run, cfg: Eval, source: rewards.Gold | None) -> Questions:
+    """What `run` is asked; `source` is the gold that does not depend on the run, if any. Raises UserError."""
+    task, trust = cfg.task, cfg.model.trust_remote_code
+    configs = {f"{run.folder}: model.path": hf.check(*run.start, trust_remote_code=trust)}
+    if run.reference != run.start:
+        found = hf.check(*run.reference, key="reference.path", trust_remote_code=trust)
+        configs[f"{run.folder}: reference.path"] = found
+    tokenizer = catalog.tokenizer_of(run, trust_remote_code=trust)
+    spec = cfg.data.eval or run.data.eval
+    if spec is None:
+        raise UserError(f"{run.folder}: was trained with data.eval=null, so there are no prompts; give data.eval=FILE")
+    read_as = replace(run.data, revision=cfg.data.revision) if cfg.data.eval else run.data
+    found, said, places, _ = dataset.load_prompts(spec, read_as, tokenizer)
+    first = {tuple(prompt): i for i, prompt in reversed(list(enumerate(found)))}  # a file of pairs repeats its prompts
+    kept = sorted(first.values())[: task.limit]
+    prompts = [found[i] for i in kept]
+    weights = weights_of(run.settings["data"].get("train"))
+    new, positions = task.max_new_tokens, hf.positions_of(configs)
+    if new == "auto":
+        new = SAMPLING.max_new_tokens if weights else MAX_NEW_TOKENS
+    if new > (room := positions - max(map(len, prompts))):
+        raise UserError(
+            f"task.max_new_tokens={new}: the longest prompt is {max(map(len, prompts))} tokens and the context of the "
+            f"model of {run.folder} is {positions}; set task.max_new_tokens={room} or less"
+        )
+    rows = _pairs(run, spec, read_as, cfg, tokenizer)
+    hf.check_fit(configs, tokenizer, max([*map(len, prompts), *([longest(rows)] if rows else [])]))
+    parts = [json.dumps([prompts, task.gold, str(weights)]).encode(), rewards.identity(task.gold, source)]
+    return Questions(
+        tokenizer=tokenizer,
+        prompts=prompts,
+        said=[said[i] for i in kept],
+        places=[places[i] for i in kept],
+        rows=rows,
+        gold=rewards.embedded(tokenizer, weights) if weights and task.gold == "auto" else source,
+        sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=new),
+        stop_ids=data_tokenizer.stop_ids(tokenizer, run.data.template_date),
+        positions=positions,
+        digest=files.digest(*parts, *([rows.ids, rows.prompt, rows.chosen] if rows else [])),
+    )
+
+
+def _pairs(
+    run: Run, spec: str | list[str], read_as: EvalData, cfg: Eval, tokenizer: PreTrainedTokenizerBase
+) -> Rows | None:
+    """The held-out pairs; None where none are asked for, or where a run that was trained on answers alone has none."""
+    if cfg.task.pairs == 0:
+        return None
+    try:
+        with dist.main_first():  # rank 0 tokenises into the cache, the others read it
+            rows, _ = dataset.load(spec, read_as, tokenizer, pairs=True, cache_dir=Path(cfg.cache_dir).expanduser())
+    except UserError as error:
+        if run.beta is None:
+            return None
+        raise UserError(f"{error}; task.pairs=0 leaves held-out pairs out") from None
+    return rows.head(cfg.task.pairs or len(rows))
+
+
+# ---- one policy
+
+
+def measure(
+    policy: Policy,
+    reference: Policy,
+    asked: Questions,
+    cfg: Eval,
+    device: torch.device,
+    logps: dict[str, np.ndarray] | None = None,
+) -> Measured:
+    """`task.samples` answers per prompt with their columns, and the pairs' log-probs unless `logps` has them."""
+    budget = cfg.tokens_per_microbatch
+    prompts, said, _ = asked.repeated(cfg.task.samples)
+    answers, texts = _answer(policy, prompts, asked, cfg, [cfg.seed], device)
+    table = divergence.measure(policy, reference, prompts, answers, device, budget=budget)
+    if asked.gold is not None:
+        table["gold"] = asked.gold(said, answers, texts)
+    table["tokens"] = np.array([len(answer.ids) for answer in answers], dtype=np.float64)
+    table["ended"] = np.array([answer.ended for answer in answers], dtype=np.float64)
+    if asked.rows is not None and logps is None:
+        logps = preference.score(lambda: policy, asked.rows, device, tokens_per_microbatch=budget)
+    return Measured(answers, texts, table, logps)
+
+
+def _answer(
+    policy: Policy, prompts: list[list[int]], asked: Questions, cfg: Eval, seed: list[int], device: torch.device
+) -> tuple[list[Completion], list[str]]:
+    answers = sample(
+        policy,
+        prompts,
+        asked.sampling,
+        asked.stop_ids,
+        device=device,
+        seed=seed,
+        batch_size=cfg.task.batch_size,
+        reshard=True,
+    )
+    return answers, asked.tokenizer.batch_decode([answer.text_ids for answer in answers])
+
+
+def point_of(
+    found: Measured,
+    asked: Questions,
+    cfg: Eval,
+    *,
+    beta: float | None,
+    noise_floor: float,
+    ref_logps: dict[str, np.ndarray] | None,
+) -> dict[str, dict]:
+    """{"metrics", "clusters"} of one policy; a metric is a value, its standard error clustered by prompt, and n.
+
+        kl            Rao-Blackwellised KL(policy || reference), nats per answer; kl/k1: by log pi/ref (see `drift`)
+        proxy         beta E_pi[log pi - log ref], the mean implicit reward, by k1: what training raises, and beta KL
+        entropy       nats per token; entropy/top10, mass/top10: of the ten likeliest tokens (arXiv 2410.11677)
+        distinct/n    different n-grams as a share of all, among the answers to one prompt; mean over prompts
+
+    and of held-out pairs what `preference.statistics` gives of their log-probs and the reference's, `ref_logps`.
+    `clusters` has gold and kl by prompt.
+    """
+    table, (*_, prompt_S) = found.table, asked.repeated(cfg.task.samples)
+    shift_S = table["logp"] - table["ref_logp"]
+    columns = {"gold": table["gold"]} if "gold" in table else {}
+    columns |= {"proxy": beta * shift_S} if beta is not None else {}
+    columns |= {"kl": table["kl"], "kl/k1": shift_S, "samples/length": table["tokens"], "samples/ended": table["ended"]}
+    metrics = {name: clustered_mean(values, prompt_S) for name, values in columns.items()}
+    for name, column in {"entropy": "entropy", "entropy/top10": "top_entropy", "mass/top10": "top_mass"}.items():
+        metrics[name] = clustered_mean(table[column], prompt_S, table["tokens"])
+    by_prompt = np.arange(len(found.answers)).reshape(len(asked.prompts), -1)
+    for n in (1, 2, 3):
+        shares = [best_of_n.distinct([found.answers[i].text_ids for i in members], n) for members in by_prompt]
+        known = [share for share in shares if share is not None]
+        metrics[f"distinct/{n}"] = clustered_mean(known, np.arange(len(known)))
+    if found.logps is not None:
+        logps = found.logps | {f"ref_{side}": values for side, values in ref_logps.items()}
+        metrics |= preference.statistics(logps, asked.rows, beta=beta, noise_floor=noise_floor, seed=cfg.seed)
+    sizes = [cfg.task.samples] * len(asked.prompts)
+    clusters = {
+        name: {"mean": table[name][by_prompt].mean(1).tolist(), "size": sizes}
+        for name in ("gold", "kl")
+        if name in table
+    }
+    return {"metrics": metrics, "clusters": clusters}
+
+
+def items_of(found: Measured, asked: Questions, cfg: Eval, run: str, step: int) -> list[Item]:
+    """The first `task.written` answers to each prompt."""
+    rendered, (*_, prompt_S) = asked.tokenizer.batch_decode(asked.prompts), asked.repeated(cfg.task.samples)
+    scores = [name for name in ("gold", "kl") if name in found.table]
+    return [
+        Item(
+            model=run,
+            id=f"{redacted(asked.places[prompt])}#{i % cfg.task.samples}@{step}",
+            cluster=rendered[prompt],
+            prompt=rendered[prompt],
+            response=found.texts[i],
+            scores={name: float(found.table[name][i]) for name in scores},
+            details={"step": step, "tokens": len(found.answers[i].ids), "ended": found.answers[i].ended},
+        )
+        for i, prompt in enumerate(prompt_S)
+        if i % cfg.task.samples < cfg.task.written
+    ]
+
+
+# ---- what runs share
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The reference's answers that best-of-n chooses from."""
+
+    prompts: list[list[int]]
+    answers: list[Completion]
+    ref_logp: np.ndarray
+    gold: np.ndarray
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the reference, and the weights that runs began with, make of the questions."""
+
+    asked: Questions
+    ref_logps: dict[str, np.ndarray] | None  # the reference's, of the held-out pairs
+    noise_floor: float
+    first: Measured
+    drawn: Drawn | None
+
+
+def baseline(policy: Loaded, reference: Loaded, asked: Questions, cfg: Eval, device: torch.device) -> Baseline:
+    """`policy` still has the weights that the runs began with; where these are the reference's it is passed as both."""
+    budget, rows, floor, logps = cfg.tokens_per_microbatch, asked.rows, 0.0, None
+    if rows is not None:
+        logps = preference.score(lambda: reference.policy, rows, device, tokens_per_microbatch=budget)
+        floor = preference.noise_floor(reference, rows, device, positions=asked.positions, tokens_per_microbatch=budget)
+    first = measure(policy.policy, reference.policy, asked, cfg, device, logps if policy is reference else None)
+    drawn = None
+    if cfg.task.bon and asked.gold is not None:
+        prompts, said, _ = asked.repeated(cfg.task.bon_samples or max(cfg.task.bon))
+        answers, texts = _answer(reference.policy, prompts, asked, cfg, [cfg.seed, 1], device)
+        ref_logp = divergence.logps(reference.policy, prompts, answers, device, budget=budget)
+        drawn = Drawn(prompts, answers, ref_logp, asked.gold(said, answers, texts))
+    return Baseline(asked, logps, floor, first, drawn)
+
+
+def reranked(policy: Policy, drawn: Drawn, cfg: Eval, device: torch.device, *, prompts: int, beta: float) -> list[dict]:
+    """Gold of the best of n of the reference's answers by the policy's implicit reward, beta log(pi/ref); n in task.bon."""
+    logp = divergence.logps(policy, drawn.prompts, drawn.answers, device, budget=cfg.tokens_per_microbatch)
+    proxy_GK, gold_GK = (x.reshape(prompts, -1) for x in (beta * (logp - drawn.ref_logp), drawn.gold))
+    return best_of_n.best_of_n(list(proxy_GK), list(gold_GK), cfg.task.bon)
+
+
+# ---- all runs
+
+
+def ask(found: Sequence[Run], cfg: Eval, device: torch.device) -> dict[str, Questions]:
+    """What the runs are asked, by `data_key`. Raises UserError where data, models and lengths do not fit; of models only
+    one of rewards is loaded."""
+    source = None
+    if cfg.task.gold != "auto":
+        source = rewards.source(
+            cfg.task.gold,
+            device=device,
+            dtype=shard.compute_dtype(cfg.model.dtype, device),
+            date=cfg.data.template_date,
+            trust_remote_code=cfg.model.trust_remote_code,
+        )
+    asked: dict[str, Questions] = {}
+    for run in found:
+        if data_key(run) not in asked:
+            asked[data_key(run)] = questions(run, cfg, source)
+    if cfg.task.gold == "auto" and any(each.gold is None for each in asked.values()) and dist.is_main():
+        print(
+            "task.gold=auto: no gold for runs on other data than the embedded task's; give task.gold=DIR (a reward "
+            "model) or task.gold=FILE.py:FUNCTION, or none",
+            flush=True,
+        )
+    return asked
+
+
+def data_key(run: Run) -> str:
+    """Equal for runs with one start, reference and data."""
+    return json.dumps(
+        [run.start, run.reference, run.model.tokenizer, asdict(run.data), run.settings["data"].get("train")]
+    )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measurement of a run: at a checkpoint (None: the weights that it started from), or best-of-n by the last one."""
+
+    key: str  # in the store: a digest of the run, the measurement and all that it is made of
+    about: dict[str, Any]  # run, and step or bon
+    checkpoint: Path | None
+
+    @property
+    def is_best_of_n(self) -> bool:
+        return "bon" in self.about
+
+
+def points_of(run: Run, asked: Questions, cfg: Eval) -> list[Point]:
+    """Those of the run's curve, then its best-of-n."""
+
+    def point(folder: Path | None, **about: Any) -> Point:
+        file = folder and folder / "manifest.json"
+        manifest = file.read_bytes() if file and file.is_file() else b""
+        about = {"run": str(run.folder), **about}
+        return Point(short_hash(json.dumps(about), manifest, asked.digest), about, folder)
+
+    found = [point(folder, step=step) for step, folder in {0: None, **run.checkpoints}.items()]
+    if cfg.task.bon and asked.gold is not None and run.beta is not None:
+        last = max(run.checkpoints)
+        found.append(point(run.checkpoints[last], bon=last))
+    return found
+
+
+def measure_all(found: Sequence[Run], asked: dict[str, Questions], ctx: Context) -> tuple[list[dict], list[Item]]:
+    """(for each run {"run", "settings", "prompts" (digests), "max_new_tokens", "curve", "bon"}; items), measured now or by
+    an earlier start.
+
+    Raises UserError where weights or a checkpoint are not what the run had; what was measured until then is kept.
+    """
+    store = ctx.store("points")
+    todo = {run.folder: points_of(run, asked[data_key(run)], ctx.cfg) for run in found}
+    if dist.is_main():
+        every = [point for points in todo.values() for point in points]
+        done = sum(store.get(point.key) is not None for point in every)
+        print(redacted(_plan(found, asked, ctx.cfg, done, len(every))), flush=True)
+    families: dict[tuple, list[Run]] = {}
+    for run in found:
+        families.setdefault((run.start, run.reference, run.model.dtype), []).append(run)
+    results: dict[Path, dict] = {}
+    items: dict[Path, list[Item]] = {}
+    for family in families.values():  # models stay for all runs that share them, and then make room
+        for run, values in _family(family, todo, asked, ctx):
+            of = asked[data_key(run)]
+            curve = [
+                {name: value[name] for name in ("step", "metrics", "clusters")} for value in values if "step" in value
+            ]
+            results[run.folder] = {
+                "run": str(run.folder),
+                "settings": run.settings,
+                "prompts": [files.digest(json.dumps(prompt).encode()) for prompt in of.prompts],
+                "max_new_tokens": of.sampling.max_new_tokens,
+                "curve": curve,
+                "bon": next((value["best_of_n"] for value in values if "best_of_n" in value), None),
+            }
+            stored = [item for value in values for item in value.get("items", [])]
+            items[run.folder] = [Item(**item | {"model": str(run.folder)}) for item in stored]
+        gc.collect()  # a sharded model is full of cycles
+    return [results[run.folder] for run in found], [item for run in found for item in items[run.folder]]
+
+
+def _family(
+    family: Sequence[Run], todo: dict[Path, list[Point]], asked: dict[str, Questions], ctx: Context
+) -> Iterator[tuple[Run, list[dict]]]:
+    """(run, values of its points) of runs with one start and reference; nothing is loaded where all of it is known."""
+    store, cfg, device = ctx.store("points"), ctx.cfg, ctx.device
+    missing = [run for run in family if any(store.get(point.key) is None for point in todo[run.folder])]
+    baselines: dict[str, Baseline] = {}
+    if missing:
+        reference, policy = (_load(family[0], which, cfg, device) for which in ("reference", "model"))
+        begun = reference if family[0].start == family[0].reference else policy
+        for key in dict.fromkeys(map(data_key, missing)):  # before a checkpoint is laid over the policy
+            baselines[key] = baseline(begun, reference, asked[key], cfg, device)
+    for run in family:
+        begin, values, laid = time.perf_counter(), [], None
+        for point in todo[run.folder]:
+            value = store.get(point.key)
+            if value is None:
+                base = baselines[data_key(run)]
+                if point.checkpoint not in (None, laid):
+                    facts = {"model.path": policy.digest, "reference.path": reference.digest}
+                    facts["model.tokenizer"] = catalog.identity_of(base.asked.tokenizer)
+                    lay_over(policy, point.checkpoint, facts)
+                    laid = point.checkpoint
+                value = _value(point, run, policy.policy, reference.policy, base, cfg, device)
+                store.add(point.key, value, **point.about)
+            values.append(value)
+        if dist.is_main():
+            print(redacted(_line(run, values, time.perf_counter() - begin)), flush=True)
+        yield run, values
+
+
+def _value(
+    point: Point, run: Run, policy: Policy, reference: Policy, base: Baseline, cfg: Eval, device: torch.device
+) -> dict:
+    """What is measured of the policy, which has the point's weights: {"step", "metrics", "clusters", "items"} or
+    {"best_of_n"}."""
+    if point.is_best_of_n:
+        prompts = len(base.asked.prompts)
+        return {"best_of_n": reranked(policy, base.drawn, cfg, device, prompts=prompts, beta=run.beta)}
+    step, found = point.about["step"], base.first
+    if point.checkpoint is not None:
+        found = measure(policy, reference, base.asked, cfg, device)
+    value = point_of(found, base.asked, cfg, beta=run.beta, noise_floor=base.noise_floor, ref_logps=base.ref_logps)
+    items = items_of(found, base.asked, cfg, redacted(str(run.folder)), step)
+    return {"step": step, **value, "items": [asdict(item) for item in items]}
+
+
+def _load(run: Run, which: str, cfg: Eval, device: torch.device) -> Loaded:
+    source = {"reference": run.reference, "model": run.start}[which]
+    return load(
+        source,
+        f"{which}.path",
+        device,
+        dtype=run.model.dtype,
+        asked=cfg.model.dtype,
+        trust_remote_code=cfg.model.trust_remote_code,
+    )
+
+
+def _plan(found: Sequence[Run], asked: dict[str, Questions], cfg: Eval, done: int, every: int) -> str:
+    """What is going to be measured, and how much of it is known already."""
+    sizes = dict.fromkeys(
+        f"{len(of.prompts)} prompts x {cfg.task.samples} answers and {len(of.rows) if of.rows else 0} pairs"
+        for of in asked.values()
+    )
+    plural = "s" * (len(found) > 1)
+    return f"{len(found)} run{plural}, at each checkpoint {' or '.join(sizes)}; {done} of {every} points are done"
+
+
+def _line(run: Run, values: Sequence[dict], seconds: float) -> str:
+    curve = [value["metrics"] for value in values if "step" in value]
+    parts = [f"{run.folder}: {len(curve) - 1} checkpoints"]
+    for name in ("gold", "kl", "shift/chosen"):
+        ends = [metrics[name]["value"] for metrics in (curve[0], curve[-1]) if name in metrics]
+        parts += [f"{name} {ends[0]:.3g} -> {ends[1]:.3g}"] if len(ends) == 2 else []
+    return ", ".join(parts) + f" ({seconds:.1f} s)"

@@ -1,0 +1,23 @@
+"""A context whose answers and judge are plain functions, for tasks that ask for nothing else."""
+
+import json
+
+
+class StubContext:
+    """Writes into `run_dir`; `answer(path, conversations, sampling)` and `ask(requests)` stand for models and a judge."""
+
+    def __init__(self, run_dir, *, answer=None, ask=None, device=None):
+        self.run_dir, self.device = run_dir, device
+        self._answer, self._ask = answer, ask
+
+    def begin(self):
+        self.run_dir.mkdir(exist_ok=True)
+
+    def answer(self, path, conversations, sampling):
+        return self._answer(path, conversations, sampling)
+
+    def ask(self, requests):
+        return self._ask(requests)
+
+    def write_report(self, report):
+        (self.run_dir / "data_report.json").write_text(json.dumps(report))
