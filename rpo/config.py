@@ -31,6 +31,12 @@ Count = Annotated[int, Field(ge=1, description="at least 1")]
 Seed = Annotated[int, Field(ge=0, lt=2**31, description="0 or more, below 2^31")]
 Share = Annotated[float, Field(ge=0, le=1, description="a share, 0 to 1")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# What a table of text writes as 0.5 or 1e-3.
+Number = Annotated[
+    float,
+    pydantic.BeforeValidator(lambda value: float(value) if isinstance(value, str) else value),
+    Field(allow_inf_nan=False, description="a number"),
+]
 Every = Annotated[int, Field(ge=0, description="0 (never) or a number of steps")]
 # A key that may differ between two starts of one run: how long it is, what it writes and where, what a device has to hold.
 # The last changes a gradient's rounding and no more, as another number of ranks does.
@@ -334,6 +340,27 @@ def _phrase(error: dict) -> str:
         return _TYPES[kind]
     sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}.get(kind)
     return f"{sign} {next(iter(context.values())):g}" if sign else error["msg"]
+
+
+def read_row(cls: Any, row: Any, place: str) -> Any:
+    """The group `cls` filled from `row` of a file, at `place` (FILE:LINE); fields that it does not name are ignored.
+
+    A field that is absent is null. Raises UserError for a row that is not an object, and for the first field that is not
+    what it should be.
+    """
+    names = [f.name for f in fields(cls)]
+    if isinstance(row, Exception):  # one that could not be decoded
+        raise UserError(f"{place}: {row}")
+    if not isinstance(row, dict):
+        raise UserError(f"{place}: expected an object with {', '.join(names)}, got {row!r:.60}; fix the row")
+    try:
+        return cls(**{name: row.get(name) for name in names})
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+    name = errors[0]["loc"][0]
+    phrases = [_phrase(each) for each in errors if each["loc"][0] == name]
+    expected = _described(typing.get_type_hints(cls, include_extras=True)[name]) or " or ".join(phrases)
+    raise UserError(f"{place}: field {name}: expected {expected}, got {row.get(name)!r:.40}; fix the row")
 
 
 def plain(cfg: "DictConfig") -> dict:

@@ -1,12 +1,14 @@
 """Every YAML composes and explains its keys; presets and recipes have the published values."""
 
 import re
+from typing import Annotated
 
 import pytest
 from omegaconf import OmegaConf
 
 import eval as evaluation
 from rpo import config
+from rpo.errors import UserError
 from tests.helpers.runs import ROOT, settings
 
 CONF = ROOT / "conf"
@@ -189,3 +191,37 @@ def undocumented(text, strict):
 def test_every_key_has_a_comment(path):
     """Each key is explained where it stands; a recipe, which sets keys explained elsewhere, gives its sources."""
     assert undocumented(path.read_text(), strict=path.parent.name != "recipe") == []
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (["a"], "f.jsonl:3: expected an object with name, share, turns, got ['a']; fix the row"),
+        (ValueError("byte 7: expected UTF-8"), "f.jsonl:3: byte 7: expected UTF-8"),
+        ({"share": 0.5, "turns": ["a", "b"]}, "f.jsonl:3: field name: expected a string, got None; fix the row"),
+        ({"name": "a", "share": "x", "turns": []}, "f.jsonl:3: field share: expected a number, got 'x'; fix the row"),
+        ({"name": "a", "share": True, "turns": []}, "f.jsonl:3: field share: expected a number, got True; fix the row"),
+        (
+            {"name": "a", "share": "nan", "turns": []},
+            "f.jsonl:3: field share: expected a number, got 'nan'; fix the row",
+        ),
+        (
+            {"name": "a", "share": "1e-3", "turns": ["a", 1]},
+            "f.jsonl:3: field turns: expected 2 texts, got ['a', 1]; fix the row",
+        ),
+    ],
+)
+def test_rows_of_files(row, message):
+    """The first field that is not what it should be, by its place; fields that are not asked for are ignored."""
+
+    @config.group
+    class Row:
+        name: str
+        share: config.Number
+        turns: Annotated[list[str], config.Field(min_length=2, max_length=2, description="2 texts")]
+
+    good = config.read_row(Row, {"name": "a", "share": "1e-3", "turns": ["a", "b"], "more": 1}, "f.jsonl:3")
+    assert (good.name, good.share) == ("a", 0.001)
+    with pytest.raises(UserError) as error:
+        config.read_row(Row, row, "f.jsonl:3")
+    assert str(error.value) == message

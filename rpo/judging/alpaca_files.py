@@ -8,24 +8,23 @@ preference is 1 to 2, 2 where the model's is the better one for sure.
 
 import csv
 import gzip
-import math
 import re
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from rpo.config import Field, Number, group, read_row
 from rpo.data.answers import Outputs, by_key, excerpt
-from rpo.data.formats import Messages, RowError
+from rpo.data.formats import Messages
 from rpo.data.sources import open_sources
-from rpo.errors import UserError
+from rpo.errors import UserError, require
 from rpo.judging.length_control import Gamed, Weights
 from rpo.text import one_line
 
-_WEIGHTS = {"length": "np.tanh(std_delta_len)", "difficulty": "instruction_difficulty", "model": "not_gamed_baseline"}
 _SECTION = re.compile(r"<\|im_start\|>(system|user|assistant)\s*\n(.*?)<\|im_end\|>", re.DOTALL)
 _FIELD = re.compile(r"\{(instruction|output_1|output_2)\}")
 
@@ -35,7 +34,7 @@ class Judgment:
     """One model's answer to one instruction against the baseline's; `row` is its place among the model's rows in the file.
 
     `preference` is 1 to 2, None where there is no verdict, and `error` then says why. Answers are None where the file has
-    only their lengths (in characters), the annotator where it does not say who judged.
+    only their lengths (in characters), the annotator where the file does not name the judge.
     """
 
     model: str
@@ -53,6 +52,40 @@ class Judgment:
 # ---- judgments
 
 
+_Whole = Annotated[Number, Field(ge=0, multiple_of=1, description="a whole number, 0 or more")]
+_Preference = Annotated[Number, Field(ge=1, le=2)] | Literal[0] | None  # 0: a draw, in the first version's files
+
+
+@group
+class _Verdict:
+    preference: Annotated[_Preference, Field(description="null or 1 to 2, 2 where output_2 is better")]
+    annotator: str | None
+    generator_1: str | None
+
+
+@group
+class _ByText(_Verdict):
+    instruction: str
+    output_1: str
+    generator_2: str
+    output_2: str
+
+
+@group
+class _ByPlace(_Verdict):
+    index: _Whole
+    generator_2: str
+    output_2: str
+
+
+@group
+class _Lengths(_Verdict):
+    index: _Whole
+    model: str
+    len_baseline: _Whole
+    len_model: _Whole
+
+
 def read_annotations(specs: Sequence[str], baseline: Outputs | None) -> tuple[str, dict[str, list[Judgment]]]:
     """(the baseline's name, model -> its judgments in the file's order).
 
@@ -60,206 +93,160 @@ def read_annotations(specs: Sequence[str], baseline: Outputs | None) -> tuple[st
     the original counts as 1.5), an instruction twice or not the baseline's, another baseline's answers or name.
     """
     of_baseline = by_key(baseline) if baseline is not None else {}
-    found: dict[str, list[Judgment]] = {}
+    by_model: dict[str, list[Judgment]] = {}
     seen: dict[tuple[str, str], str] = {}
-    names: set[str] = set()
+    name: str | None = None
     for spec in specs:
-        for number, row in _rows(spec):
-            where = f"{spec}:{number}"
-            try:
-                name, made = _judgment(row, baseline, of_baseline, found)
-            except RowError as error:
-                raise UserError(f"{where}: {error}") from None
-            names |= {name} if name is not None else set()
-            if len(names) > 1:
+        for place, row in _rows(spec):
+            base, judgment = _judgment(row, place, baseline, of_baseline)
+            if None not in (name, base) and name != base:
                 raise UserError(
-                    f"{where}: judged against {name}, what was read before against {(names - {name}).pop()}; give "
-                    "judgments against one baseline"
+                    f"{place}: judged against {base}, earlier rows against {name}; give judgments against one baseline"
                 )
-            key = (made.model, made.instruction)
+            key = (judgment.model, judgment.instruction)
             if key in seen:
                 raise UserError(
-                    f"{where}: {made.model} has a judgment of {excerpt(made.instruction)} already, at {seen[key]}; keep one"
+                    f"{place}: {key[0]} has a judgment of {excerpt(key[1])} already, at {seen[key]}; keep one"
                 )
-            seen[key] = where
-            found.setdefault(made.model, []).append(made)
-    if not found:
-        raise UserError(f"{', '.join(specs)}: no judgments; give a file with one for each instruction")
-    return names.pop() if names else baseline.name, found
+            name, seen[key] = base or name, place
+            rows = by_model.setdefault(judgment.model, [])
+            rows.append(replace(judgment, row=len(rows)))
+    require(bool(by_model), f"{', '.join(specs)}: no judgments; give a file with one for each instruction")
+    return name or baseline.name, by_model
 
 
-def _rows(spec: str) -> list[tuple[int, Any]]:
-    if not spec.removesuffix(".gz").endswith(".csv"):
-        (source,) = open_sources(spec, None)
-        return list(source.rows())
-    return _table(spec, dict.fromkeys(("model", "index", "len_baseline", "len_model", "preference"), str))
+def _rows(spec: str) -> Iterable[tuple[str, Any]]:
+    """(FILE:LINE, row) of a file in any of the three forms."""
+    if spec.removesuffix(".gz").endswith(".csv"):
+        return _csv(spec, _Lengths)
+    (source,) = open_sources(spec, None)
+    return ((f"{spec}:{number}", row) for number, row in source.rows())
 
 
-def _judgment(row: Any, baseline: Outputs | None, of_baseline: dict, found: dict) -> tuple[str | None, Judgment]:
-    if isinstance(row, RowError):
-        raise row
-    if not isinstance(row, dict):
-        raise RowError("wrong_type", f"expected an object with a judgment, found {row!r:.60}; mend the row")
-    if "instruction" not in row and "index" not in row:
-        raise RowError(
-            "missing_field", "neither instruction nor index: expected one of them, as what was judged; add it"
-        )
-    if "instruction" in row:
-        instruction, output_1 = _text(row, "instruction"), _text(row, "output_1")
+def _judgment(row: Any, place: str, baseline: Outputs | None, of_baseline: dict) -> tuple[str | None, Judgment]:
+    """(the baseline's name, where the row has it; its judgment, numbered as the model's first)."""
+    form = _ByText
+    if isinstance(row, dict):
+        form = _ByText if "instruction" in row else _Lengths if "len_model" in row else _ByPlace
+        if "instruction" not in row and "index" not in row:
+            raise UserError(f"{place}: expected instruction or index, got neither; add what was judged")
+        if row.get("preference") == "" or row.get("preference") != row.get("preference"):  # NaN
+            row = row | {"preference": None}
+    read, fault = read_row(form, row, place), None
+    if form is _ByText:
+        instruction, own = read.instruction, read.output_1
         if baseline is not None and instruction not in of_baseline:
-            raise RowError(
-                "mismatch", f"{baseline.file} has no answer to {excerpt(instruction)}; give the baseline's file"
-            )
+            fault = f"has no answer to {excerpt(instruction)}"
+        elif baseline is not None and own != of_baseline[instruction].text:
+            fault = "has another answer than output_1"
     else:
         if baseline is None:
-            raise RowError("mismatch", "tells instructions by index alone; give baseline= with the baseline's answers")
-        index = _number(row, "index")
-        if index != int(index) or not 0 <= index < len(baseline.rows):
-            raise RowError(
-                "mismatch", f"index {row['index']}: {baseline.file} has answers 0 to {len(baseline.rows) - 1}"
-            )
-        instruction, output_1 = baseline.rows[int(index)].key, None
-        if row.get("generator_1", baseline.name) != baseline.name:
-            raise RowError(
-                "mismatch", f"judged against {row['generator_1']}, {baseline.file} is of {baseline.name}; give its file"
-            )
-    own = of_baseline[instruction].text if baseline is not None else output_1
-    if output_1 is not None and output_1 != own:
-        raise RowError(
-            "mismatch", f"output_1 is not the answer in {baseline.file}; give baseline= that it was judged against"
-        )
-    if "len_model" in row:
-        model, answer = _text(row, "model"), None
-        len_baseline, len_model = int(_number(row, "len_baseline")), int(_number(row, "len_model"))
-        if len_baseline != len(own):
-            raise RowError(
-                "mismatch",
-                f"len_baseline={len_baseline}, but the baseline's answer has {len(own)} characters; give baseline= that it "
-                "was judged against",
-            )
-    else:
-        model, answer = _text(row, "generator_2"), _text(row, "output_2")
-        len_baseline, len_model = len(own), len(answer)
-    preference = _preference(row.get("preference"))
-    error = None if preference is not None else "no verdict is stored"
-    place = len(found.get(model, []))
-    return row.get("generator_1"), Judgment(
-        model, instruction, place, len_baseline, len_model, preference, error, own, answer, row.get("annotator")
+            raise UserError(f"{place}: names instructions by index alone; give baseline= with its answers")
+        if read.index >= len(baseline.rows):
+            raise UserError(f"{place}: index {read.index:g}: {baseline.file} has answers 0 to {len(baseline.rows) - 1}")
+        instruction, own = baseline.rows[int(read.index)].key, baseline.rows[int(read.index)].text
+        if read.generator_1 not in (None, baseline.name):
+            fault = f"is of {baseline.name}, not of generator_1={read.generator_1}"
+        elif form is _Lengths and read.len_baseline != len(own):
+            fault = f"has an answer of {len(own)} characters, not of len_baseline={read.len_baseline:g}"
+    if fault is not None:
+        raise UserError(f"{place}: {baseline.file} {fault}; give the file of the baseline that was judged against")
+    return read.generator_1, Judgment(
+        model=read.model if form is _Lengths else read.generator_2,
+        instruction=instruction,
+        row=0,
+        len_baseline=len(own),
+        len_model=int(read.len_model) if form is _Lengths else len(read.output_2),
+        preference=1.5 if read.preference == 0 else read.preference,
+        error="no verdict is stored" if read.preference is None else None,
+        baseline_answer=own,
+        answer=None if form is _Lengths else read.output_2,
+        annotator=read.annotator,
     )
-
-
-def _preference(value: Any) -> float | None:
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        return None
-    preference = _number({"preference": value}, "preference")
-    if preference == 0:
-        return 1.5  # of a draw, in the first version's files
-    if not 1 <= preference <= 2:
-        raise RowError("wrong_type", f"preference={value}: expected null or 1 to 2, 2 where output_2 is better")
-    return preference
-
-
-def _text(row: dict, field: str) -> str:
-    if not isinstance(row.get(field), str):
-        raise RowError("missing_field", f"field {field}: expected a string, found {row.get(field)!r:.40}; mend the row")
-    return row[field]
-
-
-def _number(row: dict, field: str) -> float:
-    value = row.get(field)
-    try:
-        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise RowError("wrong_type", f"field {field}: expected a number, found {value!r:.40}; mend the row")
-    return number
 
 
 # ---- what length control needs
 
 
+@group
+class _Difficulty:
+    index: _Whole
+    instruction_difficulty: Number
+
+
+@group
+class _Gamed:
+    std_delta_len: Number
+    instruction_difficulty: Number
+    preference: Annotated[Number, Field(ge=0, le=1, description="a share, 0 to 1, as in df_gamed.csv")]
+    not_gamed_baseline: Annotated[Literal["False", "false", "0"], Field(description="False, as in df_gamed.csv")]
+
+
+@group
+class _Weights:
+    model: str
+    std_delta_len: Number
+    instruction_difficulty: Number
+    not_gamed_baseline: Number
+
+
 def read_difficulty(path: str) -> np.ndarray:
     """instruction_difficulty.csv as one number per instruction, by index; UserError unless there is one for each."""
-    rows = _table(path, {"index": float, "instruction_difficulty": float}, unnamed_first=True)
-    found: dict[float, float] = {}
-    for number, row in rows:
-        if row["index"] in found or row["index"] != int(row["index"]):
-            raise UserError(f"{path}:{number}: index {row['index']:g}: expected each place of an instruction once")
-        found[row["index"]] = row["instruction_difficulty"]
-    if sorted(found) != list(range(len(found))):
-        raise UserError(
-            f"{path}: {len(found)} rows whose index is not 0 to {len(found) - 1}; give one for each instruction"
-        )
-    return np.array([found[i] for i in range(len(found))])
+    difficulty: dict[float, float] = {}
+    for place, row in _csv(path, _Difficulty, first="index"):
+        read = read_row(_Difficulty, row, place)
+        require(read.index not in difficulty, f"{place}: index {read.index:g} is there twice; keep one")
+        difficulty[read.index] = read.instruction_difficulty
+    count = len(difficulty)
+    require(
+        sorted(difficulty) == list(range(count)),
+        f"{path}: {count} rows whose index is not 0 to {count - 1}; give one for each instruction",
+    )
+    return np.array([difficulty[i] for i in range(count)])
 
 
 def read_gamed(path: str) -> tuple[Gamed, bool]:
     """(df_gamed.csv, whether it is a stand-in): one with preference_pseudo in the place of preference is."""
-    columns = {"std_delta_len": float, "instruction_difficulty": float}
-    standin = "preference_pseudo" in _csv(path)[0][1]
-    name = "preference_pseudo" if standin else "preference"
-    rows = _table(path, columns | {name: float, "not_gamed_baseline": str})
-    for number, row in rows:
-        if not 0 <= row[name] <= 1 or row["not_gamed_baseline"] not in ("False", "false", "0"):
-            raise UserError(
-                f"{path}:{number}: expected {name} from 0 to 1 and not_gamed_baseline False; give df_gamed.csv"
-            )
-    return Gamed(*(np.array([row[field] for _, row in rows]) for field in (*columns, name))), standin
+    rows = _csv(path, _Gamed)
+    read = [read_row(_Gamed, row, place) for place, row in rows]
+    columns = np.array([(row.std_delta_len, row.instruction_difficulty, row.preference) for row in read]).T
+    return Gamed(*columns), "preference_pseudo" in rows[0][1]
 
 
 def read_weights(path: str) -> dict[str, Weights]:
     """Model -> stored weights, from the file of one baseline."""
-    names = _csv(path)[0][1]
-    column = {
-        field: next((name for name in names if name.startswith(begins)), begins) for field, begins in _WEIGHTS.items()
-    }
-    rows = _table(path, {"model": str} | dict.fromkeys(column.values(), float), unnamed_first=True)
-    models = [row["model"] for _, row in rows]
-    for number, row in rows:
-        if models.count(row["model"]) > 1:
-            raise UserError(f"{path}:{number}: model {row['model']} has more than one row; keep one")
-    return {row["model"]: Weights(**{field: row[name] for field, name in column.items()}) for _, row in rows}
+    weights: dict[str, Weights] = {}
+    for place, row in _csv(path, _Weights, first="model"):
+        read = read_row(_Weights, row, place)
+        require(read.model not in weights, f"{place}: model {read.model} has more than one row; keep one")
+        weights[read.model] = Weights(read.std_delta_len, read.instruction_difficulty, read.not_gamed_baseline)
+    return weights
 
 
-def _table(path: str, columns: dict[str, type], *, unnamed_first: bool = False) -> list[tuple[int, dict]]:
-    """(line, {column: value}) for a CSV (.gz) with these columns, of str or float.
-
-    `unnamed_first`: the file's first column is the first of these, whatever it is called (pandas leaves an index without a
-    name). Raises UserError: no table, a column missing, no rows, a value that is no finite number.
-    """
-    (_, names), *lines = _csv(path)
-    if unnamed_first:
-        names = [next(iter(columns)), *names[1:]]
-    if lacking := [name for name in columns if name not in names]:
-        raise UserError(f"{path}: no column {lacking[0]}; there are {', '.join(names)[:200]}")
-    if not lines:
-        raise UserError(f"{path}: a header and no rows; give a file with both")
-    made = []
-    for number, values in lines:
-        if len(values) != len(names):
-            raise UserError(f"{path}:{number}: {len(values)} values, the header has {len(names)}; mend the row")
-        row = dict(zip(names, values, strict=True))
-        try:
-            made.append((number, {n: _number(row, n) if kind is float else row[n] for n, kind in columns.items()}))
-        except RowError as error:
-            raise UserError(f"{path}:{number}: {error}") from None
-    return made
-
-
-def _csv(path: str) -> list[tuple[int, list[str]]]:
+def _csv(path: str, cls: type, first: str | None = None) -> list[tuple[str, dict[str, str]]]:
+    """(FILE:LINE, row) of a CSV (.gz) with a column for every field of `cls`, or one in whose name it is: the weight
+    np.tanh(std_delta_len). `first` is what the first column is called (pandas leaves an index without a name)."""
     file = Path(path).expanduser()
-    open_as = gzip.open if file.suffix == ".gz" else open
     try:
-        with open_as(file, "rt", newline="", encoding="utf-8") as stream:
-            reader = csv.reader(stream)
-            lines = [(reader.line_num, line) for line in reader if line]
+        with (gzip.open if file.suffix == ".gz" else open)(file, "rt", newline="", encoding="utf-8") as stream:
+            reader = csv.DictReader(stream)
+            names = list(reader.fieldnames or [])
+            names[:1] = names[:1] if first is None else [first]
+            reader.fieldnames = names
+            rows = [(f"{path}:{reader.line_num}", row) for row in reader]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"{path}: can not be read as a table ({reason}); give a .csv or .csv.gz file") from None
-    if not lines:
-        raise UserError(f"{path}: is empty; expected a table with a header")
-    return lines
+        raise UserError(f"{path}: cannot be read as a table ({reason}); give a .csv or .csv.gz file") from None
+    columns = {}
+    for name in [field.name for field in fields(cls) if field.type != str | None]:
+        columns[name] = min((column for column in names if name in column), key=len, default=None)
+        require(columns[name] is not None, f"{path}: no column {name}; there are {', '.join(names)[:200]}")
+    require(bool(rows), f"{path}: a header and no rows; give a file with both")
+    for place, row in rows:
+        if None in row or None in row.values():  # more values than names, or fewer
+            raise UserError(f"{place}: expected {len(names)} values, as the header has; fix the row")
+        row |= {name: row[column] for name, column in columns.items()}
+    return rows
 
 
 # ---- the judge's prompt
@@ -271,7 +258,7 @@ def read_prompt(path: str) -> Messages:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"task.prompts={path}: can not be read ({getattr(error, 'strerror', None) or one_line(error)})"
+            f"task.prompts={path}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)})"
         ) from None
     messages = [{"role": role, "content": content.strip()} for role, content in _SECTION.findall(text)]
     fields = {field for message in messages for field in _FIELD.findall(message["content"])}
@@ -286,6 +273,6 @@ def read_prompt(path: str) -> Messages:
 def filled(template: Messages, **values: str) -> Messages:
     """The template with its fields filled, in one pass: braces in an answer stay as they are."""
     return [
-        {"role": message["role"], "content": _FIELD.sub(lambda found: values[found[1]], message["content"])}
+        {"role": message["role"], "content": _FIELD.sub(lambda field: values[field[1]], message["content"])}
         for message in template
     ]

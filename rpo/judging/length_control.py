@@ -1,16 +1,16 @@
-"""Win rates as they would be, were the answers as long as the baseline's: AlpacaEval's length-controlled rate, arXiv 2404.04475.
+"""Win rates if the answers were as long as the baseline's: AlpacaEval's length-controlled rate, arXiv 2404.04475.
 
 For one model m against the baseline b, over instructions i,
 
     P(m beats b | i) = sigmoid(phi tanh((len_b - len_m) / s) + psi gamma_i + theta)
 
 with lengths in characters, s the standard deviation of the difference (n-1; 0: the term is 0) and gamma_i the difficulty
-of the instruction, known beforehand. The rate is the mean over i of that without its first term. The three coefficients
+of the instruction, known in advance. The rate is the mean over i of that without its first term. The three coefficients
 minimise |phi| + |psi| + |theta| + C sum_i w_i CE_i, CE the cross-entropy with the judge's own probability as the label. C is
 the one of ten with the least cross-entropy in five-fold cross-validation.
 
-Gamed rows are judgments of the baseline's own answers made verbose and made concise: they enter with weight 0.1 and without
-theta, so that they pin phi and psi, and a model gains nothing by length. Without them phi and psi are the model's alone;
+Gamed rows are judgments of the baseline's own answers rewritten to be verbose and to be concise: they enter with weight 0.1
+and without theta, so that they pin phi and psi, and a model gains nothing by length. Without them phi and psi are the model's alone;
 without gamma (`minimal`) any prompts will do, and the rate is sigmoid(theta): neither is the leaderboard's number.
 
 Letters: N instructions, R rows of a fit (gamed ones first, then instructions), K = 3 coefficients (phi, psi, theta),
@@ -58,7 +58,7 @@ def win_rate(weights: Weights, difficulty_N: np.ndarray) -> float:
 
 
 def difference(of_model: Weights, of_other: Weights) -> Weights:
-    """What tells one model from another, both fitted against one baseline, whose own weights are 0."""
+    """The difference between two models fitted against one baseline, whose own weights are 0."""
     return Weights(*(getattr(of_model, name) - getattr(of_other, name) for name in ("length", "difficulty", "model")))
 
 
@@ -86,7 +86,7 @@ def bootstrap(
 ) -> np.ndarray:
     """The rate, in percent, of `draws` resamples of the instructions, each fitted from the start; shape D, float64.
 
-    s and C are chosen anew in every draw, since the estimate chose them too; all copies of an instruction are in its one
+    s and C are chosen again in every draw, since the estimate chose them too; all copies of an instruction are in its one
     fold, else a fold would be tested on what it was fitted to. Gamed rows are not drawn: they are the same for all models.
     """
     rows, rng = _Rows.of(wins_N, length_N, difficulty_N, gamed), np.random.default_rng(seed)
@@ -112,7 +112,7 @@ def length_controlled(
     """(a cell {"value", "se", "interval", "n"} of the rate in percent, the weights), by `fit` and `bootstrap`.
 
     se is the standard deviation of the draws, the interval their 2.5% and 97.5% quantiles; both are null where `draws` is 0,
-    and where draws do not differ: the spread of fits to verdicts that length alone tells is no error. Nothing is fitted, and
+    and where draws do not differ: the spread of fits to verdicts that follow from length alone is not an error. Nothing is fitted, and
     all is null, with fewer than 10 verdicts; and, without gamed rows, with fewer than 5 on either side of equal length, or
     where the longer (or the shorter) answer won every time that one did: any rate near the middle fits such verdicts. The
     cell's "note" then says which it was. Verdicts that are all alike have an error of 0 and no interval.
@@ -125,9 +125,9 @@ def length_controlled(
     if gamed is None and (few := min(shorter, longer)) < SIDE:
         note = f"not fitted: one side's answers are the longer ones on all but {few} of {n} items"
         return nothing | {"note": note}, None
-    if gamed is None and _length_tells_all(wins_N, length_N):
+    if gamed is None and _length_decides_all(wins_N, length_N):
         return nothing | {
-            "note": "not fitted: length alone tells every verdict, so none tells what equal length would"
+            "note": "not fitted: length alone decides every verdict, so none shows what equal length would do"
         }, None
     weights = fit(wins_N, length_N, difficulty_N, gamed)
     cell = nothing | {"value": win_rate(weights, np.zeros(1) if difficulty_N is None else difficulty_N)}
@@ -137,19 +137,19 @@ def length_controlled(
         se = float(rates_D.std(ddof=1))
         if se < TOO_SURE:  # of verdicts that are all alike too: nothing varied, and there is no interval
             varied = bool(np.ptp(wins_N[judged_N]))
-            return cell | ({"note": "no error can be told: draws do not differ"} if varied else {"se": 0.0}), weights
+            return cell | ({"note": "no standard error: the draws do not differ"} if varied else {"se": 0.0}), weights
         cell |= {"se": se, "interval": [float(low), float(high)]}
     return cell, weights
 
 
-def _length_tells_all(wins_N: np.ndarray, length_N: np.ndarray) -> bool:
+def _length_decides_all(wins_N: np.ndarray, length_N: np.ndarray) -> bool:
     """Whether verdicts are 0, 1 or a tie, and all that are decided, both ways, went to the longer, or to the shorter."""
-    if not np.isin(wins_N[np.isfinite(wins_N)], (0, 0.5, 1)).all():  # probabilities tell more than who won
+    if not np.isin(wins_N[np.isfinite(wins_N)], (0, 0.5, 1)).all():  # probabilities say more than who won
         return False
     decided_N = np.isfinite(wins_N) & (wins_N != 0.5)
     won_N, side_N = wins_N[decided_N] > 0.5, np.sign(length_N[decided_N])
-    told = all(set(side_N[won_N == won]) in ({-1.0}, {1.0}) for won in (True, False))
-    return told and set(side_N[won_N]) != set(side_N[~won_N])
+    one_sided = all(set(side_N[won_N == won]) in ({-1.0}, {1.0}) for won in (True, False))
+    return one_sided and set(side_N[won_N]) != set(side_N[~won_N])
 
 
 # ---- the fit

@@ -1,14 +1,15 @@
 """What a judge is asked: our own wording, or the templates of a file in the form of FastChat's judge_prompts.jsonl.
 
-A template is known by (mode, whether a reference answer is shown, turns): mode "pair" asks which of two answers is better,
-"single" for a rating. Text of users and models is put in by one pass over the template alone: braces in it stay as they are.
+A template is identified by (mode, whether a reference answer is shown, turns): mode "pair" asks which of two answers is
+better, "single" for a rating. Text of users and models is inserted in one pass over the template: braces in it stay as they are.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from rpo.data.formats import Messages, RowError
+from rpo.config import group, read_row
+from rpo.data.formats import Messages
 from rpo.data.sources import open_sources
 from rpo.errors import UserError
 
@@ -96,34 +97,40 @@ _FASTCHAT = {
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")  # doubled braces stand for themselves, as in str.format
 
 
+@group
+class _Row:
+    name: str
+    system_prompt: str
+    prompt_template: str
+
+
 def load(path: str, mode: str) -> dict[Kind, Template]:
     """The four templates of a mode from a file with {name, system_prompt, prompt_template} a row, by FastChat's names.
 
     Raises UserError where one is missing or twice, or has other fields than its kind.
     """
-    found: dict[str, tuple[int, Template]] = {}
+    templates: dict[str, tuple[int, Template]] = {}
     (source,) = open_sources(path, None)
     for number, row in source.rows():
-        texts = [row.get(f) if isinstance(row, dict) else None for f in ("name", "system_prompt", "prompt_template")]
-        if not all(isinstance(text, str) for text in texts):
-            why = row if isinstance(row, RowError) else "expected strings in name, system_prompt and prompt_template"
-            raise UserError(f"{path}:{number}: {why}; give a file of FastChat's judge_prompts.jsonl form")
-        if texts[0] in found:
-            raise UserError(f"{path}:{number}: {texts[0]} is there twice, first on line {found[texts[0]][0]}; keep one")
-        found[texts[0]] = number, Template(*texts)
+        read = read_row(_Row, row, f"{path}:{number}")
+        if read.name in templates:
+            first = templates[read.name][0]
+            raise UserError(f"{path}:{number}: {read.name} is there twice, first on line {first}; keep one")
+        templates[read.name] = number, Template(read.name, read.system_prompt, read.prompt_template)
     kinds = [(mode, reference, turns) for reference in (False, True) for turns in TURNS]
-    named = {kind: _FASTCHAT[kind[:2]] + "-multi-turn" * (kind[2] == 2) for kind in kinds}
-    for kind, name in named.items():
-        if name not in found:
+    names = {kind: _FASTCHAT[kind[:2]] + "-multi-turn" * (kind[2] == 2) for kind in kinds}
+    for kind, name in names.items():
+        if name not in templates:
             raise UserError(
-                f"{path}: has no template {name}; a judge of this kind is asked by {', '.join(named.values())}"
+                f"{path}: has no template {name}; a judge of this kind is asked by {', '.join(names.values())}"
             )
-        number, template = found[name]
-        has, due = {field for field in _FIELD.findall(template.text) if field}, _fields(kind)
-        if has != due:
-            said = [f"lacks {{{x}}}" for x in sorted(due - has)] + [f"has unknown {{{x}}}" for x in sorted(has - due)]
-            raise UserError(f"{path}:{number}: {name} {', '.join(said)}; mend its prompt_template")
-    return {kind: found[name][1] for kind, name in named.items()}
+        number, template = templates[name]
+        present, expected = {field for field in _FIELD.findall(template.text) if field}, _fields(kind)
+        if present != expected:
+            faults = [f"lacks {{{field}}}" for field in sorted(expected - present)]
+            faults += [f"has unknown {{{field}}}" for field in sorted(present - expected)]
+            raise UserError(f"{path}:{number}: {name} {', '.join(faults)}; fix its prompt_template")
+    return {kind: templates[name][1] for kind, name in names.items()}
 
 
 def _fields(kind: Kind) -> set[str]:
@@ -198,5 +205,5 @@ def _messages(
     if len(questions) == 1:
         values = {name: column[0] for name, column in columns.items()}
     values |= {f"ref_answer_{i}": text for i, text in enumerate(references or [], start=1)}
-    text = _FIELD.sub(lambda found: values[found[1]] if found[1] else found[0][0], template.text)
+    text = _FIELD.sub(lambda field: values[field[1]] if field[1] else field[0][0], template.text)
     return [{"role": "system", "content": template.system}, {"role": "user", "content": text}]

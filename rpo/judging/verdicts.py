@@ -1,4 +1,4 @@
-"""How often one model's answers are preferred to another's, from its scores in two orders.
+"""Scores and rates from what a judge replied: its letters and ratings, both orders of a pair, shares of many pairs.
 
 Letters: N judged items; a score is NaN where the judgment failed.
 """
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rpo.data.formats import Messages
-from rpo.judging import judge, verdicts
+from rpo.judging import prompts
 from rpo.judging.client import Reply, Request
-from rpo.judging.prompts import OURS, letter, load, pair
+from rpo.judging.judge import facts
 from rpo.judging.settings import Judge
 from rpo.stats import clustered_mean, with_errors
 
@@ -22,12 +22,16 @@ _LETTER = re.compile(r"\[\[([ABC])\]\]")
 _RATINGS = (re.compile(r"\[\[([0-9]+\.?[0-9]*)\]\]"), re.compile(r"\[([0-9]+\.?[0-9]*)\]"))
 LOWEST, HIGHEST = 1.0, 10.0  # of MT-Bench's scale
 CUT = "the judge's reply was cut at judge.max_tokens"
+TOP = 5  # log-probs asked for: the most that the vendor gives to all
+LOW = 0.5  # agreement of the two orders below which most items go by the order, not by the answers
+
+
+# ---- one reply
 
 
 def pair_letter(text: str) -> str | None:
     """A, B or C: the last [[A]], [[B]] or [[C]] of the reply, which may have quoted its instructions; None without one."""
-    found = _LETTER.findall(text)
-    return found[-1] if found else None
+    return next(reversed(_LETTER.findall(text)), None)
 
 
 def rating(text: str) -> float | None:
@@ -37,8 +41,8 @@ def rating(text: str) -> float | None:
     the first. None where there is none, or one outside the scale.
     """
     for pattern in _RATINGS:
-        if found := pattern.findall(text):
-            value = float(found[-1])
+        if numbers := pattern.findall(text):
+            value = float(numbers[-1])
             return value if LOWEST <= value <= HIGHEST else None
     return None
 
@@ -51,18 +55,16 @@ def first_wins(top_logprobs: Mapping[str, float], first: str, second: str) -> fl
     a, b = (top_logprobs.get(token, -math.inf) for token in (first, second))
     if a == b == -math.inf:
         return None
-    if a < b:
-        return math.exp(a - b) / (1 + math.exp(a - b))
-    return 1 / (1 + math.exp(b - a))
+    ratio = math.exp(min(a, b) - max(a, b))
+    return (1 if a >= b else ratio) / (1 + ratio)
 
 
 def by_letter(top_logprobs: Mapping[str, float]) -> dict[str, float]:
     """The log-probs with those of tokens that differ in white space alone added up: "A" and " A" are one verdict."""
     added: dict[str, float] = {}
     for token, logprob in top_logprobs.items():
-        letter = token.strip()
-        high, low = max(logprob, added.get(letter, -math.inf)), min(logprob, added.get(letter, -math.inf))
-        added[letter] = high if low == -math.inf else high + math.log1p(math.exp(low - high))
+        before = added.get(token.strip(), -math.inf)
+        added[token.strip()] = float(np.logaddexp(before, logprob))
     return added
 
 
@@ -71,29 +73,32 @@ def switched(instruction: str, seed: int = 0) -> bool:
     return random.Random(f"is_switched_outputs{instruction}{seed}").choices([False, True])[0]
 
 
-def first_score(form: str, said: Mapping[str, Any]) -> tuple[float | None, str | None]:
+def first_score(form: str, reply: Mapping[str, Any]) -> tuple[float | None, str | None]:
     """(score of the answer that was shown first: 1, .5, 0, or a probability; None) or (None, why there is none).
 
-    `said` has what a reply has: text, top_logprobs, finish_reason, error. By `form` "text" the verdict is a letter in
+    `reply` has the fields of a Reply: text, top_logprobs, finish_reason, error. By `form` "text" the verdict is a letter in
     brackets, by "logprobs" a lone A or B.
     """
-    if said["error"] is not None:
-        return None, said["error"]
+    if reply["error"] is not None:
+        return None, reply["error"]
     if form == "logprobs":
-        if said["top_logprobs"] is None:
+        if reply["top_logprobs"] is None:
             return None, "no log-probs in the judge's reply"
-        score = first_wins(by_letter(said["top_logprobs"]), "A", "B")
+        score = first_wins(by_letter(reply["top_logprobs"]), "A", "B")
         return score, "neither A nor B among the judge's first tokens" if score is None else None
-    if said["finish_reason"] == "length":  # a letter so far may be one that the judge only weighs or quotes
+    if reply["finish_reason"] == "length":  # a letter so far may be one that the judge only weighs or quotes
         return None, CUT
-    letter = pair_letter(said["text"])
+    letter = pair_letter(reply["text"])
     if letter is None:
         return None, "no [[A]], [[B]] or [[C]] in the judge's reply"
     return {"A": 1.0, "B": 0.0, "C": 0.5}[letter], None
 
 
+# ---- both orders of a pair
+
+
 class TwoOrders(NamedTuple):
-    """A model's score for one prompt, and whether both orders say the same."""
+    """A model's score for one prompt, and whether both orders agree."""
 
     score: float
     agree: bool
@@ -112,9 +117,6 @@ def two_orders(first: float | None, second: float | None) -> TwoOrders | None:
     return TwoOrders((first + second) / 2 if agree else 0.5, agree)
 
 
-TOP = 5  # log-probs asked for: the most that the vendor gives to all
-
-
 class Shown(NamedTuple):
     """Two answers to a prompt as the judge sees them, and which repeat of this it is."""
 
@@ -125,39 +127,36 @@ class Shown(NamedTuple):
 
 
 def judged(
-    shown: Sequence[Shown], cfg: Judge, prompts: str | None, ask: Callable[[Sequence[Request]], list[Reply]]
+    shown: Sequence[Shown], cfg: Judge, prompts_file: str | None, ask: Callable[[Sequence[Request]], list[Reply]]
 ) -> tuple[str, list[Reply], dict]:
-    """(the form of verdict: "text" or "logprobs", a reply for each, facts about the judge), for `verdicts.first_score`.
+    """(the form of verdict: "text" or "logprobs", a reply for each, facts about the judge), for `first_score`.
 
     judge.verdict=auto tries log-probs on the first two; one form for all, since the two are not on one scale. The
-    templates of a file (`prompts`) ask for a verdict in words.
+    templates of `prompts_file` ask for a verdict in words.
     """
-    templates = OURS if prompts is None else load(prompts, "pair")
+    templates = prompts.OURS if prompts_file is None else prompts.load(prompts_file, "pair")
 
-    def requests(form: str, some: Sequence[Shown]) -> list[Request]:
-        if form == "logprobs":
-            letters = [letter(one.prompt, one.first, one.second) for one in some]
-            return [
-                Request(messages, max_tokens=1, top_logprobs=TOP, repeat=one.repeat)
-                for messages, one in zip(letters, some, strict=True)
-            ]
-        return [
-            Request(pair(one.prompt, one.first, one.second, templates=templates), repeat=one.repeat) for one in some
-        ]
+    def in_words(pair: Shown) -> Request:
+        return Request(prompts.pair(pair.prompt, pair.first, pair.second, templates=templates), repeat=pair.repeat)
 
-    form, trial, tried = cfg.verdict, [], []
+    def by_logprobs(pair: Shown) -> Request:
+        messages = prompts.letter(pair.prompt, pair.first, pair.second)
+        return Request(messages, max_tokens=1, top_logprobs=TOP, repeat=pair.repeat)
+
+    form = cfg.verdict
+    trial = [by_logprobs(pair) for pair in shown[:2]] if form == "auto" and prompts_file is None else []
+    trial_replies = ask(trial) if trial else []
     if form == "auto":
-        trial = requests("logprobs", shown[:2]) if prompts is None else []
-        tried = ask(trial) if trial else []
-        given = bool(tried) and all(verdicts.first_score("logprobs", vars(reply))[0] is not None for reply in tried)
-        form = "logprobs" if given else "text"
-    asked = requests(form, shown)
-    replies = ask(asked)
-    facts = judge.facts([*asked, *trial], [*replies, *tried], cfg)  # the trial last: it was paid for, not cached
-    return form, replies, facts | {"prompt": "rpo-letter" if form == "logprobs" else templates["pair", False, 1].name}
+        scores = [first_score("logprobs", vars(reply))[0] for reply in trial_replies]
+        form = "logprobs" if scores and None not in scores else "text"
+    requests = [by_logprobs(pair) if form == "logprobs" else in_words(pair) for pair in shown]
+    replies = ask(requests)
+    # The trial last: of equal requests the last counts, and this one was paid for, not cached.
+    about = facts([*requests, *trial], [*replies, *trial_replies], cfg)
+    return form, replies, about | {"prompt": "rpo-letter" if form == "logprobs" else templates["pair", False, 1].name}
 
 
-LOW = 0.5  # agreement of the two orders below which most items go by the order, not by the answers
+# ---- rates of many
 
 
 def cell(values_N: np.ndarray, clusters_N: Sequence[str], failed_N: np.ndarray) -> dict:
@@ -172,9 +171,8 @@ def rates(score_N: np.ndarray, clusters_N: Sequence[str]) -> dict[str, dict]:
     win_rate             mean score: (wins + ties / 2) / all where verdicts are in words
     wins, ties, losses   shares of scores above, at and below half; where the orders disagree the score is half
     """
-    failed_N = np.isnan(score_N)
     columns = {"win_rate": score_N, "wins": score_N > 0.5, "ties": score_N == 0.5, "losses": score_N < 0.5}
-    return {name: cell(values_N, clusters_N, failed_N) for name, values_N in columns.items()}
+    return {name: cell(values_N, clusters_N, np.isnan(score_N)) for name, values_N in columns.items()}
 
 
 def of_orders(
@@ -182,7 +180,7 @@ def of_orders(
 ) -> dict[str, dict]:
     """The judge's cells by name, in shares, of items that it was asked about in both orders.
 
-    order_consistency    share of items on which both orders say the same
+    order_consistency    share of items on which both orders agree
     first_position       mean score of the answer that is shown first: .5 without a bias for a position
     """
     columns = {"order_consistency": agree_N, "first_position": first_N}
@@ -190,11 +188,11 @@ def of_orders(
 
 
 def position_notes(cells: dict[str, dict], name: str) -> list[str]:
-    """What to say of a judge whose two orders say the same (cell `name`) less often than not."""
+    """A note on a judge whose two orders agree (cell `name`) on fewer than half of the items."""
     share = cells[name]["value"]
     if share is None or share >= LOW:
         return []
     return [
         f"{name} is {share:.0%}: on most items what this judge says changes with the order in which it sees the answers, so "
-        "these rates say little of them"
+        "these rates mean little"
     ]

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from rpo.judging import client, judge
 from rpo.judging.client import Request
 from rpo.judging.settings import Judge
 
@@ -35,6 +36,18 @@ def settings(**more):
         "max_cost": None,
     }
     return Judge(**(values | more))
+
+
+def wait_less(monkeypatch):
+    """Retries after a hundredth of a second, the library's and ours."""
+    from openai import _base_client
+
+    monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(_base_client, "MAX_RETRY_DELAY", 0.08)
+    monkeypatch.setattr(client, "JITTER", 0.01)
+    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(judge, "LONGEST_WAIT", 0.08)
+    monkeypatch.setattr(judge, "GRACE", 1.0)
 
 
 def requests(count, **more):

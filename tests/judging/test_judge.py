@@ -15,10 +15,11 @@ from email.utils import formatdate
 
 import pytest
 import torch
+from openai import _base_client
 
 from rpo.errors import UserError
 from rpo.judging import client, judge
-from rpo.judging.client import Account, Request
+from rpo.judging.client import Account, Reply, Request
 from rpo.synthetic import task
 from tests.helpers import judge_server as server
 from tests.helpers.judge_server import JudgeServer, completion, expected, requests, settings, texts, verdict
@@ -32,12 +33,7 @@ SECRET = "judge-key-that-must-not-be-seen"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Waits of a hundredth of a second, a key that can be looked for, no key of the user's, no proxy."""
-    for module, name, value in (
-        (judge, "FIRST_WAIT", 0.01),
-        (judge, "LONGEST_WAIT", 0.08),
-        (judge, "GRACE", 1.0),
-    ):
-        monkeypatch.setattr(module, name, value)
+    server.wait_less(monkeypatch)
     monkeypatch.setenv("TEST_JUDGE_CREDENTIAL", SECRET)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -116,7 +112,7 @@ def test_facts_count_tokens_and_dollars_once(tmp_path):
     assert (found["requests"], found["cached"], found["errors"], found["served"]) == (5, 2, 0, ["gpt-test-0613"])
     assert (found["input_tokens"], found["output_tokens"], found["finish_reasons"]) == (35, 15, {"stop": 5})
     assert found["cost"] == pytest.approx(5 * each) and found["cost_now"] == pytest.approx(3 * each)
-    assert judge.facts(asked[:1], [judge._failed("why")], settings())["cost"] is None
+    assert judge.facts(asked[:1], [Reply("", None, None, 0, 0, None, "why")], settings())["cost"] is None
 
 
 def test_tokens_are_estimated_where_the_server_counts_none(tmp_path):
@@ -244,7 +240,7 @@ def test_a_server_that_stays_away_ends_it_and_the_rest_is_asked_later(tmp_path):
         host.mishap = die
         how = settings(base_url=host.url, retries=2)
         with pytest.raises(
-            UserError, match=r"stopped answering \(.*refused.*start the server; what was answered is kept"
+            UserError, match=r"stopped answering \(.*Refused.*start the server; replies so far are cached"
         ):
             judge.ask(asked, how, tmp_path)
         host.mishap = lambda number, body: None
@@ -256,8 +252,8 @@ def test_a_server_that_stays_away_ends_it_and_the_rest_is_asked_later(tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from rpo import judge
-from tests.judge_server import requests, settings
+from rpo.judging import judge
+from tests.helpers.judge_server import requests, settings
 judge.ask(requests(40), settings(base_url=sys.argv[1]), Path(sys.argv[2]))
 """
 
@@ -302,8 +298,21 @@ def test_damaged_lines_cost_their_own_replies_alone(tmp_path, capsys):
         )
         assert texts(judge.ask(asked, how, tmp_path)) == expected(asked)
         assert sum(host.delivered.values()) == 6
-        assert "4 damaged line(s)" in capsys.readouterr().out
+        assert "a damaged reply is asked for again" in capsys.readouterr().out
         assert all(reply.cached for reply in judge.ask(asked, how, tmp_path))
+
+
+def test_a_cache_of_an_earlier_version_is_read(tmp_path):
+    """A line as it was written when threads asked: its key and file name are still those of the request."""
+    base = settings(base_url="http://a/v1", max_tokens=100)
+    reply = {"text": "[[A]]", "top_logprobs": {"A": -0.25}, "finish_reason": "stop", "input_tokens": 7}
+    row = {
+        "key": "e7b7d15c85657d9fbeeb5771ef3be9f902828cc429c4997de642af05f6562570",
+        "reply": reply | {"output_tokens": 3, "model": "gpt-test-0613"},
+    }
+    (tmp_path / "6c6f319c1565a552.jsonl").write_text(json.dumps(row) + "\n")
+    (found,) = judge.ask(requests(1), base, tmp_path)
+    assert found == Reply("[[A]]", {"A": -0.25}, "stop", 7, 3, "gpt-test-0613", None, cached=True)
 
 
 def test_two_processes_may_add_to_one_cache(tmp_path):
@@ -346,7 +355,7 @@ def test_a_request_that_the_server_can_not_take_is_not_tried_again(tmp_path):
     replies, host = run(tmp_path, asked, lambda n, body: too_long if "pair 1" in str(body) else None)
     assert replies[0].error is None and host.tried == 2
     assert replies[1].error == "HTTP 400: This model's maximum context length is 8192 tokens."
-    assert replies[2].error.startswith("the text can not be sent")
+    assert replies[2].error.startswith("the text cannot be sent")
 
 
 def test_a_judge_that_says_nothing_has_said_so(tmp_path):
@@ -435,7 +444,7 @@ FATAL = {
     "404 page": (server.text("<html>no</html>", {"Content-Type": "text/html"}, code=404), "HTTP 404: a web page"),
     "quota": (server.status(429, "You exceeded your quota", code="insufficient_quota"), "out of credit"),
     "402": (server.status(402, "Insufficient Balance"), "out of credit"),
-    "tomorrow": (server.status(429, headers={"Retry-After": "86400"}), "asks to wait 86400 seconds"),
+    "tomorrow": (server.status(429, headers={"Retry-After": "86400"}), "asks for a 86400 s wait"),
 }
 
 
@@ -450,7 +459,7 @@ def test_what_no_request_would_survive_ends_it_at_once(tmp_path, name):
             judge.ask(asked, how, tmp_path)
         assert host.tried <= 5
         line = str(caught.value)
-        assert "\n" not in line and SECRET not in line and "what was answered is kept" in line
+        assert "\n" not in line and SECRET not in line and "replies so far are cached" in line
         host.mishap = lambda number, body: None
         assert texts(judge.ask(asked, how, tmp_path)) == expected(asked)
         check_paid_once(host, asked)
@@ -483,13 +492,13 @@ def test_nobody_at_the_url(tmp_path):
     """A port where nobody ever listened is a wrong URL after a few tries, however patient the settings are."""
     host = JudgeServer().start()
     host.die()
-    with pytest.raises(UserError, match=r"judge.base_url=.*: can not be reached \(.*refused"):
+    with pytest.raises(UserError, match=r"judge.base_url=.*: cannot be reached \(.*Refused"):
         judge.ask(requests(3), settings(base_url=host.url, retries=1000), tmp_path)
 
 
 def test_a_server_that_never_says_a_word(tmp_path):
     """One that takes requests and lets all of them hang is given up after a few tries, however patient the settings are."""
-    with pytest.raises(UserError, match=r"can not be reached \(no reply within judge.timeout=0.3 seconds\)"):
+    with pytest.raises(UserError, match=r"cannot be reached \(no reply within judge.timeout=0.3 seconds\)"):
         run(tmp_path, requests(9), lambda n, _: server.slow(30), timeout=0.3, retries=1000)
 
 
@@ -505,7 +514,7 @@ def test_the_vendor_wants_a_key(tmp_path):
 def test_a_key_that_is_none(tmp_path, monkeypatch):
     """A variable with two lines in it stops before anything is sent, and its value is not shown."""
     monkeypatch.setenv("TEST_JUDGE_CREDENTIAL", f"{SECRET}\nmore")
-    with pytest.raises(UserError, match="the variable's value is no key") as caught:
+    with pytest.raises(UserError, match="the variable's value is not a key") as caught:
         judge.ask(requests(1), settings(base_url="http://127.0.0.1:9/v1"), tmp_path)
     assert SECRET not in str(caught.value)
 
@@ -531,7 +540,7 @@ def test_keys_are_in_no_file(tmp_path, capfd):
 def test_a_cache_that_can_not_be_written(tmp_path):
     """A file in the place of the folder is one line."""
     (tmp_path / "cache").write_text("")
-    with pytest.raises(UserError, match="give another cache_dir"):
+    with pytest.raises(UserError, match="use another cache_dir"):
         judge.ask(requests(1), settings(base_url="http://127.0.0.1:9/v1"), tmp_path / "cache")
 
 
@@ -594,8 +603,8 @@ def test_tries_that_came_to_nothing_count_as_paid(tmp_path):
 INTERRUPTED = """
 import signal, sys, time
 from pathlib import Path
-from rpo import judge
-from tests.judge_server import requests, settings
+from rpo.judging import judge
+from tests.helpers.judge_server import requests, settings
 judge.GRACE = 0.5
 try:
     judge.ask(requests(40), settings(base_url=sys.argv[1]), Path(sys.argv[2]))
@@ -629,9 +638,10 @@ def test_ctrl_c_keeps_what_was_paid_for(tmp_path):
 RANKS = """
 import sys, time
 from pathlib import Path
-from rpo import dist, judge
-from rpo.config import UserError
-from tests.judge_server import expected, requests, settings, texts
+from rpo import dist
+from rpo.errors import UserError
+from rpo.judging import judge
+from tests.helpers.judge_server import expected, requests, settings, texts
 judge.BEAT = 0.05
 dist.init()
 how = settings(base_url=sys.argv[1])
@@ -715,8 +725,8 @@ def test_a_real_server_with_a_real_model(tmp_path, monkeypatch):
         port = free.getsockname()[1]
     how = settings(model=str(tmp_path / "model"), base_url=f"http://127.0.0.1:{port}/v1", timeout=60.0, concurrency=2)
     asked = requests(60, top_logprobs=2)
-    monkeypatch.setattr(judge, "LONGEST_WAIT", 20.0)  # seconds: it takes several to start
-    monkeypatch.setattr(judge, "FIRST_WAIT", 0.2)
+    monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.2)
+    monkeypatch.setattr(_base_client, "MAX_RETRY_DELAY", 20.0)  # seconds: the server takes several to start
     with served(tmp_path / "model", port) as process:
         with pytest.raises(UserError, match=r"elsewhere: not found there \(HTTP 40"):
             judge.ask(asked, replace(how, model="elsewhere"), tmp_path / "cache")

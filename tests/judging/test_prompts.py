@@ -101,7 +101,7 @@ def test_templates_of_a_file(tmp_path):
         ({"pair_v2": {"name": "pair-math-v1"}}, "pair-math-v1 is there twice"),
         ({"pair_v2": {"prompt_template": "{question} {answer_a}"}}, "pair-v2 lacks {answer_b}"),
         ({"pair_v2": {"prompt_template": "{question} {answer_a} {answer_b} {style}"}}, "has unknown {style}"),
-        ({"pair_v2": {"system_prompt": None}}, "expected strings in name, system_prompt and prompt_template"),
+        ({"pair_v2": {"system_prompt": None}}, "field system_prompt: expected a string, got None"),
     ],
 )
 def test_bad_templates(tmp_path, changed, said):

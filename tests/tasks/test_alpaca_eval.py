@@ -17,7 +17,6 @@ from rpo.data import answers
 from rpo.errors import UserError
 from rpo.evals import results
 from rpo.judging import alpaca_files, verdicts
-from rpo.judging.alpaca_files import _WEIGHTS
 from rpo.judging.client import Reply
 from rpo.tasks import alpaca_eval
 from tests.helpers.contexts import StubContext
@@ -439,15 +438,23 @@ def _changed(rows, i, **fields):
     ("rows", "match"),
     [
         ([], "no judgments"),
-        (["text"], "annotations.json:1: expected an object with a judgment"),
-        (_changed(annotations(), 3, preference=3), "annotations.json:4: preference=3: expected null or 1 to 2"),
-        (_changed(annotations(), 3, preference="good"), "annotations.json:4: field preference: expected a number"),
+        (["text"], "annotations.json:1: expected an object with "),
+        (_changed(annotations(), 3, preference=3), "annotations.json:4: field preference: expected null or 1 to 2"),
+        (
+            _changed(annotations(), 3, preference="good"),
+            "annotations.json:4: field preference: expected null or 1 to 2.* got .good",
+        ),
+        (_changed(annotations(), 3, annotator=["x"]), "annotations.json:4: field annotator: expected a string"),
+        (_changed(annotations(), 3, preference=True), "annotations.json:4: field preference: expected null or 1 to 2"),
         (_changed(annotations(), 3, output_2=None), "annotations.json:4: field output_2: expected a string"),
         (_changed(annotations(), 3, instruction="Other"), "annotations.json:4: .* has no answer to 'Other'"),
-        (_changed(annotations(), 3, output_1="Other"), "annotations.json:4: output_1 is not the answer in"),
+        (
+            _changed(annotations(), 3, output_1="Other"),
+            "annotations.json:4: .*baseline.json.gz has another answer than output_1",
+        ),
         (
             _changed(annotations(), 3, generator_1="x"),
-            "annotations.json:4: judged against x, what was read before .* base",
+            "annotations.json:4: judged against x, earlier rows against base",
         ),
         (
             [annotations()[0]] * 2,
@@ -455,17 +462,23 @@ def _changed(rows, i, **fields):
         ),
         (
             [{"generator_2": "own", "output_2": "x", "preference": 1}],
-            "annotations.json:1: neither instruction nor index",
+            "annotations.json:1: expected instruction or index, got neither",
         ),
         (
             [{"index": NUM, "generator_2": "own", "output_2": "x"}],
             f"annotations.json:1: index {NUM}: .* answers 0 to 39",
         ),
-        ([{"index": 0, "generator_1": "x", "generator_2": "own", "output_2": "x"}], "judged against x, .* is of base"),
-        ([{"index": 10**400, "generator_2": "own", "output_2": "x"}], "field index: expected a number, found 1000"),
+        (
+            [{"index": 0, "generator_1": "x", "generator_2": "own", "output_2": "x"}],
+            "baseline.json.gz is of base, not of generator_1=x",
+        ),
+        (
+            [{"index": 10**400, "generator_2": "own", "output_2": "x"}],
+            "field index: expected a whole number, 0 or more, got 1000",
+        ),
         (
             [{"index": 0, "model": "own", "len_baseline": 1, "len_model": 2}],
-            "len_baseline=1, but the baseline's answer has",
+            "characters, not of len_baseline=1",
         ),
     ],
 )
@@ -484,26 +497,38 @@ def _difficulty(files, rows, header=("index", "instruction_difficulty")):
     ("overrides", "match"),
     [
         (lambda f: (_difficulty(f, [[i, 0.5] for i in range(NUM - 1)]),), "has 39 difficulties, the baseline has 40"),
-        (lambda f: (_difficulty(f, [[1, 0.5], [1, 0.5]]),), "bad.csv:3: index 1: expected each place"),
+        (
+            lambda f: (_difficulty(f, [[1, 0.5], [1, 0.5]]),),
+            "bad.csv:3: index 1 is there twice",
+        ),
         (lambda f: (_difficulty(f, [[1, 0.5], [2, 0.5]]),), "bad.csv: 2 rows whose index is not 0 to 1"),
-        (lambda f: (_difficulty(f, [[0, "nan"]]),), "bad.csv:2: field instruction_difficulty: expected a number"),
-        (lambda f: (_difficulty(f, [[0, 1, 2]]),), "bad.csv:2: 3 values, the header has 2"),
+        (
+            lambda f: (_difficulty(f, [[0, "nan"]]),),
+            "bad.csv:2: field instruction_difficulty: expected a number, got 'nan'",
+        ),
+        (
+            lambda f: (_difficulty(f, [[0, 1, 2]]),),
+            "bad.csv:2: expected 2 values, as the header has",
+        ),
         (lambda f: (_difficulty(f, []),), "bad.csv: a header and no rows"),
         (
             lambda f: (_difficulty(f, [[0, 1]], ("a", "b")),),
             "bad.csv: no column instruction_difficulty; there are index, b",
         ),
-        (lambda f: (f"task.difficulty={f}/none.csv",), "none.csv: can not be read as a table .No such file"),
-        (lambda f: (f"task.difficulty={f}/baseline.json.gz", "task.compat=row"), "baseline.json.gz: no column"),
+        (lambda f: (f"task.difficulty={f}/none.csv",), "none.csv: cannot be read as a table .No such file"),
+        (
+            lambda f: (f"task.difficulty={f}/baseline.json.gz", "task.compat=row"),
+            "baseline.json.gz: no column",
+        ),
         (lambda f: (_difficulty(f, [[0, 1]]), "task.compat=row"), "has 1 rows, own has a judgment in row 39"),
         (lambda f: (full(f)[1], f"task.gamed={f}/difficulty.csv"), "difficulty.csv: no column std_delta_len"),
-        (lambda f: (full(f)[1], f"task.weights={f}/difficulty.csv"), "difficulty.csv: no column np.tanh"),
+        (lambda f: (full(f)[1], f"task.weights={f}/difficulty.csv"), "difficulty.csv: no column std_delta_len"),
         (
             lambda f: (
                 full(f)[1],
-                f"task.weights={write_csv(f / 'twice.csv', ['', *_WEIGHTS.values()], [['own', 0, 0, 0]] * 2)}",
+                f"task.weights={write_csv(f / 'twice.csv', ['', 'np.tanh(std_delta_len)', 'instruction_difficulty', 'not_gamed_baseline'], [['own', 0, 0, 0]] * 2)}",
             ),
-            "twice.csv:2: model own has more than one row",
+            "twice.csv:3: model own has more than one row",
         ),
         (lambda f: ("task.length_control=full",), "needs task.difficulty and task.gamed"),
         (lambda f: (full(f)[2],), "task.gamed=.*gamed.csv: needs task.difficulty; give the file"),
@@ -537,7 +562,7 @@ def test_what_is_missing_is_said_before_anything_is_paid_for(files):
         ((f"outputs={files}/few.json", baseline, judge), "few.json lacks 1 of the 40 prompts"),
         ((f"outputs={files}/twice.json", baseline, judge), "1 prompts have more than one answer"),
         ((f"outputs=[{files}/own.json,{files}/own.json]", baseline, judge), "two files are of own"),
-        ((own, baseline, judge, f"task.prompts={files}/none.txt"), "none.txt: can not be read"),
+        ((own, baseline, judge, f"task.prompts={files}/none.txt"), "none.txt: cannot be read"),
         ((own, baseline, judge, _difficulty(files, [[0, 1]])), "has 1 difficulties"),
     ]:
         with pytest.raises(UserError, match=match) as error:

@@ -13,7 +13,7 @@ from rpo.judging import judge
 from rpo.judging.client import Reply
 from rpo.tasks import judge_check
 from tests.helpers.contexts import StubContext
-from tests.helpers.judge_server import JudgeServer, slow, status, text, truncated
+from tests.helpers.judge_server import JudgeServer, slow, status, text, truncated, wait_less
 from tests.helpers.rows import write_jsonl
 from tests.helpers.runs import settings
 
@@ -205,8 +205,7 @@ def test_against_a_server(cfg, tmp_path):
 
 def test_a_server_on_a_bad_day_changes_nothing(cfg, tmp_path, monkeypatch):
     """Errors of all kinds, and a death midway: the table is the undisturbed one, and no reply is paid for twice."""
-    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(judge, "LONGEST_WAIT", 0.1)
+    wait_less(monkeypatch)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     cfg = replace(cfg, task=replace(cfg.task, repeats=1))
     host = JudgeServer(logprobs=False).start()

@@ -20,7 +20,7 @@ from rpo.judging import judge
 from rpo.judging.client import Reply
 from rpo.tasks import winrate
 from tests.helpers.contexts import StubContext
-from tests.helpers.judge_server import JudgeServer, status, truncated
+from tests.helpers.judge_server import JudgeServer, status, truncated, wait_less
 from tests.helpers.judge_server import text as page
 from tests.helpers.rows import WORDS, write_jsonl
 from tests.helpers.runs import command, script_env, settings
@@ -384,8 +384,7 @@ def test_equal_names_are_told_apart(files, tmp_path, group):
 def test_a_disturbed_server_changes_nothing(files, tmp_path, group, monkeypatch, logprobs):
     """Rate limits, errors and malformed replies give the table of an undisturbed server, nothing is paid for twice, and a
     second evaluation asks for nothing."""
-    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(judge, "LONGEST_WAIT", 0.02)
+    wait_less(monkeypatch)
     mishaps = (status(429), status(500), page("{half"), truncated)
     made = {}
     for name, mishap in (
