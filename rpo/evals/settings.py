@@ -9,10 +9,8 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
-
 from rpo import config
-from rpo.config import MAY_CHANGE, Count, EvalData, Seed, group
+from rpo.config import MAY_CHANGE, Count, EvalData, Field, Seed, group
 from rpo.errors import UserError, require
 from rpo.judging.settings import Judge
 

@@ -2,9 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
-
-from rpo.config import MAY_CHANGE, Count, group
+from rpo.config import MAY_CHANGE, Count, Field, group, model_validator
 from rpo.errors import require
 
 _Dollars = Annotated[Annotated[float, Field(ge=0)] | None, Field(description="null or dollars, 0 or more"), MAY_CHANGE]

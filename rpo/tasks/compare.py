@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Annotated, Literal
 
-from pydantic import Field
-
 from rpo import config, stats
-from rpo.config import group
+from rpo.config import Field, group
 from rpo.errors import UserError, require
 from rpo.evals import pairing, results
 from rpo.evals.context import Context

@@ -3,9 +3,8 @@
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field
 
-from rpo.config import Count, group
+from rpo.config import Count, Field, group
 from rpo.evals import results
 from rpo.evals.context import Answer, Context, Prompts, sampling_of
 from rpo.evals.results import Cells, Evaluation, Item

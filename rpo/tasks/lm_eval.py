@@ -21,10 +21,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from rpo import dist
-from rpo.config import Count, group
+from rpo.config import Count, Field, group
 from rpo.errors import UserError, require
 from rpo.evals import gsm8k, results
 from rpo.evals.context import Context, identity_of

@@ -17,10 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field
-
 from rpo import dist
-from rpo.config import Count, group
+from rpo.config import Count, Field, group
 from rpo.data import sources
 from rpo.data.formats import RowError
 from rpo.errors import UserError, require

@@ -2,10 +2,8 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
 from rpo import dist
-from rpo.config import Count, group
+from rpo.config import Count, Field, group
 from rpo.errors import require
 from rpo.evals.context import Context
 from rpo.evals.results import Evaluation

@@ -3,9 +3,7 @@
 import hashlib
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
-
-from rpo.config import Positive, group
+from rpo.config import Field, Positive, group
 from rpo.errors import UserError
 from rpo.evals import preference, results
 from rpo.evals.context import Context

@@ -2,9 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
-from rpo.config import Count, Share, group
+from rpo.config import Count, Field, Share, group
 from rpo.errors import require
 from rpo.evals.context import Context
 from rpo.evals.results import Evaluation
