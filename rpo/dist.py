@@ -42,15 +42,19 @@ def init(timeout: int = 1800) -> torch.device:
         # Both back-ends: objects and barriers go over gloo, which needs no device.
         backend, limit = "cpu:gloo,cuda:nccl" if use_cuda else "gloo", datetime.timedelta(seconds=timeout)
         if "WORLD_SIZE" in os.environ:
-            store, *place = next(torch_dist.rendezvous("env://", timeout=limit))
+            store, rank, world_size = next(torch_dist.rendezvous("env://", timeout=limit))
             store.set_timeout(limit)
             if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
                 # Or ranks that --max-restarts brings back would look for each other at the addresses of those before
                 # them. Several agents do not count alike: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to do it.
                 store = torch_dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-            how = dict(zip(("rank", "world_size"), place, strict=True))
             torch_dist.init_process_group(
-                backend, store=store, **how, timeout=limit, device_id=device if use_cuda else None
+                backend,
+                store=store,
+                rank=rank,
+                world_size=world_size,
+                timeout=limit,
+                device_id=device if use_cuda else None,
             )
         else:
             torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1)
@@ -150,7 +154,7 @@ def _outcome(work: Callable[[], T]) -> T | Exception:
 
 
 def _sendable(outcome: object) -> object:
-    """A bug's exception may hold what can not be pickled, and its traceback does not travel: it goes as text."""
+    """A bug's exception may hold what cannot be pickled, and its traceback does not travel: it goes as text."""
     if not isinstance(outcome, Exception) or isinstance(outcome, (UserError, OSError)):
         return outcome
     return RuntimeError("".join(traceback.format_exception(outcome)))

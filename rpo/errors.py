@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """What a user can mend: the scripts print it as one line, without a traceback, and exit with 2."""
+    """An error the user can fix: the scripts print it as one line, without a traceback, and exit with 2."""
 
 
 def require(ok: bool, message: str) -> None:

@@ -84,9 +84,9 @@ def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
         return (arrays, report) if checksum == _checksum(arrays) else None
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as error:  # a disk that does not answer is no reason to make anew, or to delete, what is on it
+    except OSError as error:  # a disk that does not answer is no reason to remake, or to delete, what is on it
         raise UserError(
-            f"cache_dir: {folder} can not be read ({error.strerror}); mend it or give another folder"
+            f"cache_dir: {folder} cannot be read ({error.strerror}); fix it or use another folder"
         ) from None
     except (EOFError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
@@ -100,7 +100,7 @@ def write_arrays(folder: Path, arrays: dict[str, np.ndarray], report: dict) -> N
         fresh.mkdir(parents=True)
     except OSError as error:
         raise UserError(
-            f"cache_dir={folder.parent}: can not be written ({error.strerror}); give another folder"
+            f"cache_dir={folder.parent}: cannot be written ({error.strerror}); use another folder"
         ) from None
     try:
         for name, array in arrays.items():

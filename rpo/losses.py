@@ -123,6 +123,6 @@ def objective(loss: Loss, pairs: PairLogps, *, step_pairs: int, step_chosen_toke
     """
     zeros_P = torch.zeros_like(_wide(pairs.chosen_P)[0])
     preference_P = preference_loss(loss, pairs) if loss.preference != "none" else zeros_P
-    counts = {"step_pairs": step_pairs, "step_chosen_tokens": step_chosen_tokens}
-    sft_P = sft_loss(loss, pairs, **counts) if loss.sft != "none" and loss.eta else zeros_P
-    return preference_P, sft_P
+    if loss.sft == "none" or not loss.eta:
+        return preference_P, zeros_P
+    return preference_P, sft_loss(loss, pairs, step_pairs=step_pairs, step_chosen_tokens=step_chosen_tokens)

@@ -125,7 +125,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def detectable(se: float, num_clusters: int) -> float:
-    """The smallest true difference that is told from zero with a chance of POWER, its error from G = `num_clusters`.
+    """The smallest true difference that is detected with a probability of POWER, its error from G = `num_clusters`.
 
     (t_{1-ALPHA/2} + t_POWER) se, quantiles of Student's t with G - 1 degrees of freedom (Bloom 1995); 2.80 se for many.
     """

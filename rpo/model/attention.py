@@ -168,7 +168,7 @@ def choose(
     """The backend for packed rows on this device: `wanted`, or for "auto" the fastest that computes the right thing here.
 
     `heads` are the model's: of queries, of keys, and the width of each.
-    Raises UserError where `wanted` can not run here, or differs from `sdpa` on a ragged example.
+    Raises UserError where `wanted` cannot run here, or differs from `sdpa` on a ragged example.
     """
     if wanted != "auto":
         if reason := _refusal(wanted, device, dtype, softcap, heads):

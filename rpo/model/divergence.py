@@ -66,8 +66,7 @@ def measure(
     object); logits exist for as many tokens at a time as make `chunk_bytes`. A collective.
     """
     rows = as_rows(prompts, [answer.ids for answer in answers])
-    ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
-    plan = schedule.plan_step(rows, np.arange(len(rows)), layout="padded", budget=budget, **ranks)
+    plan = _own_share(rows, budget)
     table_CS = torch.zeros(len(COLUMNS), len(rows), dtype=torch.float64, device=device)
     for members, weight in plan.microbatches:
         batch = padded_batch(rows, members, weight=weight).to(device)
@@ -92,14 +91,25 @@ def _of_batch(policy: Policy, reference: Policy, batch: Batch, chunk_bytes: int)
     return [torch.cat(column) for column in zip(*chunks, strict=True)]
 
 
+def _own_share(rows: Rows, budget: int) -> schedule.StepPlan:
+    """This rank's micro-batches of all the rows."""
+    return schedule.plan_step(
+        rows,
+        np.arange(len(rows)),
+        layout="padded",
+        budget=budget,
+        rank=dist.rank(),
+        world_size=dist.world_size(),
+    )
+
+
 @torch.no_grad()
 def logps(
     policy: Policy, prompts: list[list[int]], answers: list[Completion], device: torch.device, *, budget: int
 ) -> np.ndarray:
     """log pi(answer | prompt) of each answer in nats, float64 (S,), the same on every rank; no N x V logits. A collective."""
     rows = as_rows(prompts, [answer.ids for answer in answers])
-    ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
-    plan = schedule.plan_step(rows, np.arange(len(rows)), layout="padded", budget=budget, **ranks)
+    plan = _own_share(rows, budget)
     logp_S = torch.zeros(len(rows), dtype=torch.float64, device=device)
     for members, weight in plan.microbatches:
         batch = padded_batch(rows, members, weight=weight).to(device)

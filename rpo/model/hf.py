@@ -66,8 +66,11 @@ def check(
 def check_paths(model: Model, reference: Reference) -> dict[str, PreTrainedConfig]:
     """The configs of the models that a run names, by the key that names them. Raises UserError as `check` does."""
     named = {"model.path": (model.path, model.revision), "reference.path": (reference.path, None)}
-    trust = {"trust_remote_code": model.trust_remote_code}
-    return {key: check(path, revision, key=key, **trust) for key, (path, revision) in named.items() if path is not None}
+    return {
+        key: check(path, revision, key=key, trust_remote_code=model.trust_remote_code)
+        for key, (path, revision) in named.items()
+        if path is not None
+    }
 
 
 def check_offline(path: str, revision: str | None = None, *, key: str = "model.path") -> PreTrainedConfig:
@@ -89,7 +92,7 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
     attention.register()
     lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
-    if lm.config._attn_implementation == "sdpa":  # which would be given a mask where positions can not be looked at
+    if lm.config._attn_implementation == "sdpa":  # which would be given a mask where positions cannot be looked at
         lm.config._attn_implementation = attention.UNMASKED
     return lm
 
@@ -148,7 +151,7 @@ def _unreadable(key: str, path: str, error: Exception, what: str) -> UserError:
 def load(
     path: str, revision: str | None, master: torch.dtype, *, key: str = "model.path", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The causal LM at `path` on the CPU with weights in `master` (float32 or float64), proven by `probe`.
+    """The causal LM at `path` on the CPU with weights in `master` (float32 or float64), verified by `probe`.
 
     Raises UserError: unreadable (a pickle that is more than tensors is), weights missing (another kind of model), or a
     probe that disagrees.
@@ -157,9 +160,15 @@ def load(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar per rank and model says nothing that the run does not
-    how = {"trust_remote_code": trust_remote_code, "weights_only": True, "output_loading_info": True}
     try:
-        lm, info = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=master, **how)
+        lm, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=master,
+            trust_remote_code=trust_remote_code,
+            weights_only=True,
+            output_loading_info=True,
+        )
     except pickle.UnpicklingError:
         raise UserError(
             f"{key}={path}: its *.bin is a pickle of more than tensors, which could run code and is not loaded; "
@@ -226,7 +235,7 @@ def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedT
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     files.sync(part)
-    if folder.exists():  # of the same run, which has gone on since
+    if folder.exists():  # of the same run, which has continued since
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)

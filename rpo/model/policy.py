@@ -100,9 +100,7 @@ def layers_of(lm: PreTrainedModel) -> nn.ModuleList:
     for module in lm.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
-    raise UserError(
-        f"model.path: {type(lm).__name__} has no list of {num_layers} decoder layers; it can not be sharded"
-    )
+    raise UserError(f"model.path: {type(lm).__name__} has no list of {num_layers} decoder layers; it cannot be sharded")
 
 
 def attention_heads(lm: PreTrainedModel) -> tuple[int, int, int]:

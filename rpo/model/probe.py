@@ -58,10 +58,10 @@ def probe(lm: PreTrainedModel, *, key: str) -> None:
 
 @torch.no_grad()
 def why_not_packed(lm: PreTrainedModel, longest: int) -> str | None:
-    """Why `lm` can not be trained on packed rows; None where two pairs, packed, score as they do padded.
+    """Why `lm` cannot be trained on packed rows; None where two pairs, packed, score as they do padded.
 
     A probe and not a list: Falcon ignores the attention interface with only a log line (off by .09 nats), StableLM
-    drops what it is told about the pairs, recurrent layers carry chosen into rejected. `longest` is the longest text of
+    drops the arguments that describe the pairs, recurrent layers carry chosen into rejected. `longest` is the longest text of
     the run (P + max(C, R)): the model's sliding window must not be shorter.
     """
     config = lm.config.get_text_config()
@@ -83,7 +83,7 @@ def why_not_packed(lm: PreTrainedModel, longest: int) -> str | None:
         packed_N = policy(replace(batch, segments=replace(batch.segments, reach=longest)))
     except UserError as error:
         return str(error)
-    except Exception as error:  # what can not take the positions or the pairs says so in its own way
+    except Exception as error:  # what cannot take the positions or the pairs says so in its own way
         return f"its code does not pass on which pair a token belongs to ({first_line(error)})"
     finally:
         policy._attend_by(policy._own_attention)

@@ -109,7 +109,7 @@ def _sample_batch(
             generation_config=config,
             input_ids=input_ids_BT.to(device),
             attention_mask=mask_BT.to(device),
-            synced_gpus=dist.world_size() > 1,  # a rank that is done goes on calling, or the others would wait for it
+            synced_gpus=dist.world_size() > 1,  # a rank that is done keeps calling, or the others would wait for it
         )
     completions = []
     for ids in output_BT[:, width:].tolist():

@@ -122,15 +122,15 @@ def shard(
         param_dtype=compute_dtype if half else None, reduce_dtype=master if half else None, cast_forward_inputs=False
     )
     offload = CPUOffloadPolicy() if cfg.cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
-    options = {"mesh": mesh, "mp_policy": mp_policy, "offload_policy": offload}
+    fully = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, offload_policy=offload)
     for i, layer in enumerate(layers):
         if cfg.activation_checkpointing != "none":
             layer = layers[i] = checkpointed(layer, cfg.activation_checkpointing)
         if compile:
             layer.compile(dynamic=True)
-        fully_shard(layer, reshard_after_forward=cfg.reshard_after_forward, **options)
+        fully(layer, reshard_after_forward=cfg.reshard_after_forward)
     # The root holds embedding, final norm and head. The head's backward reads its weight again, so it stays gathered.
-    fully_shard(root, reshard_after_forward=False, **options)
+    fully(root, reshard_after_forward=False)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

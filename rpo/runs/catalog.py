@@ -46,7 +46,7 @@ class Run:
 
 
 def find(specs: list[str]) -> tuple[list[Run], list[str]]:
-    """Every run with checkpoints in the folders `specs` or below them, and of each that can not be used why, one phrase.
+    """Every run with checkpoints in the folders `specs` or below them, and of each that cannot be used why, one phrase.
 
     A folder is a run's where its config.yaml has a loss. Left out are those that failed, and those that left no
     checkpoint. Runs stand in the order of their folders, 2 before 10. Raises UserError: a folder that is not there, or
@@ -75,7 +75,7 @@ def _natural(folder: Path) -> list[tuple[int, str]]:
 
 
 def _look(folder: Path) -> Run | str | None:
-    """The run in `folder`, why it can not be used, or None where no run has its folder there."""
+    """The run in `folder`, why it cannot be used, or None where no run has its folder there."""
     file = folder / "config.yaml"
     settings = config.read_yaml(file) if file.is_file() else None
     if settings is not None and not (isinstance(settings, dict) and isinstance(settings.get("loss"), dict)):

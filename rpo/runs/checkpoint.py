@@ -87,7 +87,7 @@ class Checkpoint:
 
 
 def find(run_dir: Path, resume: str) -> Checkpoint | None:
-    """The checkpoint that a run in `run_dir` goes on from, the same on every rank; None where it begins anew.
+    """The checkpoint that a run in `run_dir` resumes from, the same on every rank; None where it starts from the beginning.
 
     `resume` is auto, the newest whole one of `run_dir`; never; or a run's folder, or one of its checkpoints, for a
     run_dir that has none of its own yet. A damaged one is named and skipped. Raises UserError where `resume` names none.
@@ -104,7 +104,7 @@ def _find(run_dir: Path, resume: str) -> Checkpoint | None:
     if folders:
         raise UserError(
             f"run_dir={run_dir}: none of its checkpoints is whole; put one back, give another run_dir, or remove the "
-            "folder to begin anew"
+            "folder to restart"
         )
     if resume == "auto":
         return None
@@ -125,9 +125,7 @@ def _newest(folders: list[Path]) -> Checkpoint | None:
         except ValueError as error:
             print(f"checkpoint: {folder} is damaged ({error}) and skipped", flush=True)
         except OSError as error:  # a disk that does not answer is no reason to begin earlier
-            raise UserError(
-                f"{folder}: can not be read ({error.strerror}); see to its disk, then start again"
-            ) from None
+            raise UserError(f"{folder}: cannot be read ({error.strerror}); check the disk, then start again") from None
     return None
 
 
@@ -153,7 +151,7 @@ def _read(folder: Path) -> Checkpoint:
     except ValueError as error:
         raise UserError(f"{folder}: is damaged ({error}); put it back or remove it") from None
     except OSError as error:
-        raise UserError(f"{folder}: can not be read ({error.strerror}); see to its disk, then start again") from None
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); check the disk, then start again") from None
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -304,7 +302,7 @@ class Checkpoints:
             written.result()
         except OSError as error:
             if dist.is_main():
-                print(f"checkpoint: {error}; earlier ones are kept, the run goes on", flush=True)
+                print(f"checkpoint: {error}; earlier ones are kept, the run continues", flush=True)
             return False
         self.best = best
         return True
@@ -339,8 +337,9 @@ class Checkpoints:
         from torch.distributed.checkpoint.api import CheckpointException
 
         # One thread: torch loses the error of any other, and a shard cut off by a full disk would pass for whole.
-        how = {"save_distributed": True, "thread_count": 1, "fqn_to_index_mapping": _files_of(staged)}
-        writer = dcp.HuggingFaceStorageWriter(str(part), **how)
+        writer = dcp.HuggingFaceStorageWriter(
+            str(part), save_distributed=True, thread_count=1, fqn_to_index_mapping=_files_of(staged)
+        )
         writer.per_thread_copy_ahead = 0  # or it waits on the loop's CUDA stream for copies that are made already
         try:
             dcp.save(staged, storage_writer=writer, process_group=self.group)

@@ -55,7 +55,7 @@ def choose(given: str | None, label: str, *, continues: str | None = None) -> Pa
     folder = Path(dist.broadcast(given or default)).expanduser()
     held = [name for name in _MARKS if (folder / name).exists()]
     if held and held[0] != continues:
-        raise UserError(f"run_dir={folder}: already holds a run ({held[0]}); give another folder or remove it")
+        raise UserError(f"run_dir={folder}: already holds a run ({held[0]}); use another folder or remove it")
     inside = os.path.join(os.path.realpath(folder), "")
     for path in [*folder.glob("*"), *folder.glob("*/*")]:  # as deep as a run itself writes into what it finds
         if path.is_symlink() and not os.path.realpath(path).startswith(inside):
@@ -141,7 +141,7 @@ class RunFolder:
 
 
 def check_settings(folder: Path, cfg: Train, *, fork: bool = False) -> None:
-    """Raises UserError where the run in `folder`, if any, was begun with settings that one run may not change."""
+    """Raises UserError where the run in `folder`, if any, has settings that one run may not change."""
     key = f"resume={cfg.resume}" if fork else f"run_dir={folder}"
     path, here = folder / "config.yaml", redacted(to_dict(cfg))
     if not path.exists():
@@ -150,13 +150,13 @@ def check_settings(folder: Path, cfg: Train, *, fork: bool = False) -> None:
         return
     there = read_yaml(path)
     if not isinstance(there, dict) or not there.keys() & here.keys():
-        raise UserError(f"run_dir={folder}: already holds a run (config.yaml) of another kind; give another folder")
+        raise UserError(f"run_dir={folder}: already holds a run (config.yaml) of another kind; use another folder")
     if found := differences(there, here, may_change(Train)):
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
-        mend = "give its settings" if fork else "give its settings, or another run_dir"
+        fix = "give its settings" if fork else "give its settings, or another run_dir"
         raise UserError(
             f"{key}: holds a run with other settings ({'; '.join(found[:5])}{more}); within a run only "
-            f"{', '.join(sorted(may_change(Train)))} may change: {mend}"
+            f"{', '.join(sorted(may_change(Train)))} may change: {fix}"
         )
 
 
@@ -171,12 +171,12 @@ def settings_of(model: str | None) -> dict | None:
 
 
 def check_starting_model(model: str | None) -> None:
-    """Raises UserError where the weights at model.path can not silently become the reference: a preference run's own."""
+    """Raises UserError where the weights at model.path cannot silently become the reference: a preference run's own."""
     made_by = settings_of(model)
     if made_by is not None and made_by["loss"]["preference"] != "none":
         raise UserError(
             f"reference.path=null with model.path={model}: a preference run made it, and its weights are not that run's "
-            "reference; give reference.path, the run's own to go on with it, or model.path again for a new round"
+            "reference; give reference.path, the run's own to continue it, or model.path again for a new round"
         )
 
 
@@ -224,7 +224,7 @@ def _git(*args: str) -> str | None:
 def write_environment(folder: Path, device: torch.device, *, first_step: int = 0, **facts: object) -> None:
     """Writes `environment.json`: code revision, versions, devices, command line, and `facts`.
 
-    Where a run goes on at `first_step`, `before` has the same of its earlier starts.
+    Where a run resumes at `first_step`, `before` has the same of its earlier starts.
     """
     packages = ("torch", "transformers", "tokenizers", "numpy", "datasets", "wandb", "hydra-core")
     git_status = _git("status", "--porcelain")
@@ -270,9 +270,9 @@ def lock(folder: Path) -> TextIO:
                 f"run_dir={folder}: another process is at work in it; wait for it, or give another"
             ) from None
         except OSError as error:  # a file system without locks
-            print(f"run_dir={folder}: can not be locked ({error.strerror}); see that no second run uses it", flush=True)
+            print(f"run_dir={folder}: cannot be locked ({error.strerror}); see that no second run uses it", flush=True)
     except OSError as error:
-        raise UserError(f"run_dir={folder}: can not be written ({error.strerror}); give another folder") from None
+        raise UserError(f"run_dir={folder}: cannot be written ({error.strerror}); use another folder") from None
     return file
 
 
@@ -281,7 +281,7 @@ def recording(folder: Path, settings: str, step: int = 0, seen: tuple[int, int] 
     """Makes the run's folder with its config.yaml, and keeps `status.json` true: running, then how it ended.
 
     `seen` is the folder's `stamp` from when this process first looked into it. Raises UserError, on all ranks: the folder
-    can not be written, another process is at work in it, or has been since.
+    cannot be written, another process is at work in it, or has been since.
     """
     status, held = Status(), []
     status.step = step
@@ -296,7 +296,7 @@ def recording(folder: Path, settings: str, step: int = 0, seen: tuple[int, int] 
             write_atomic(folder / "config.yaml", settings)
             write_status(folder, "running", step=step)
         except OSError as error:
-            raise UserError(f"run_dir={folder}: can not be written ({error.strerror}); give another folder") from None
+            raise UserError(f"run_dir={folder}: cannot be written ({error.strerror}); use another folder") from None
 
     dist.on_main(begin)
     try:

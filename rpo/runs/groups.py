@@ -130,12 +130,12 @@ def group(runs: Sequence[dict]) -> list[Group]:
         identities[key] = own
         members.setdefault(key, []).append(run)
     keys = dict.fromkeys(k for own in identities.values() for k in own if not k.startswith("loss."))
-    told = sorted(k for k in keys if len({repr(own.get(k)) for own in identities.values()}) > 1)
+    differing_keys = sorted(k for k in keys if len({repr(own.get(k)) for own in identities.values()}) > 1)
     groups = []
     for key, own in identities.items():
         seeds = [identity(run["settings"])[1] for run in members[key]]
         loss = objective(members[key][0]["settings"]["loss"])
-        label = " ".join([name(loss), *(f"{k}={own.get(k)}" for k in told)])
+        label = " ".join([name(loss), *(f"{k}={own.get(k)}" for k in differing_keys)])
         if len(set(seeds)) < len(seeds):
             twice = next(seed for seed in seeds if seeds.count(seed) > 1)
             both = " and ".join(
@@ -158,7 +158,7 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     """{"mean", "sd", "ci", "n"} over seeds: ci = mean +- t sd / sqrt(n) at 95%, Student's t with n - 1 degrees.
 
     sd and ci are None of one value, all three of none. Runs evaluated together share prompts and the random stream of
-    their samples, so that ci is of training anew and not of other prompts.
+    their samples, so the ci is over training runs and not over prompts.
     """
     values = np.asarray(values, dtype=np.float64)
     result = {"mean": None, "sd": None, "ci": None, "n": len(values)}

@@ -19,7 +19,7 @@ from rpo.config import Wandb
 from rpo.errors import UserError
 from rpo.text import redacted
 
-INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run goes on offline
+INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run continues offline
 
 
 def wandb_mode(cfg: Wandb) -> str:
@@ -87,15 +87,19 @@ class RunLog:
         except (FileNotFoundError, ValueError):  # a new run, or a fork, or a machine that died while it was written
             earlier, sent = {"id": uuid.uuid4().hex[:8]}, self.num_events
         name = self.run_dir.name if cfg.group is None else f"{cfg.group}/{self.run_dir.name}"
-        where = redacted({"project": cfg.project, "group": cfg.group, "name": name, "config": settings})
-        where["dir"] = self.run_dir
+        shown = redacted({"project": cfg.project, "group": cfg.group, "name": name, "config": settings})
         for attempt in dict.fromkeys([mode, "offline"]):
             try:  # create_new, because a sweep makes several runs in one process
-                quiet = wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT)
-                more = {"resume": "allow"} if attempt == "online" else {}
-                how = {"mode": attempt, "reinit": "create_new", "settings": quiet, **more}
                 with _redacted_command_line():
-                    self.run = wandb.init(id=earlier["id"], **where, **how)
+                    self.run = wandb.init(
+                        id=earlier["id"],
+                        dir=self.run_dir,
+                        mode=attempt,
+                        reinit="create_new",
+                        resume="allow" if attempt == "online" else None,
+                        settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT),
+                        **shown,
+                    )
                 break
             except Exception as error:  # no server, a broken environment: a run is worth more than its dashboard
                 reason = redacted(" ".join(str(error).split())[:200])
@@ -123,7 +127,7 @@ class RunLog:
             self.run.finish(exit_code=0 if kind is None else 1)
 
     def position(self) -> dict | None:
-        """How far the record has come, for a later pen to go on from: events, seconds, bytes on disk. None on other ranks."""
+        """How long the log is, for a resumed run to continue it: events, seconds, bytes on disk. None on other ranks."""
         if not self.enabled:
             return None
         sizes = {name: _on_disk(self.run_dir / name) for name in FILES}
@@ -155,8 +159,8 @@ class RunLog:
                 file.writelines(json.dumps(event) + "\n" for event in events)
         except OSError as error:
             raise UserError(
-                f"{self.run_dir / name}: can not be written ({error.strerror}); make room, and give the same command with "
-                f"run_dir={self.run_dir}: it goes on from the newest checkpoint"
+                f"{self.run_dir / name}: cannot be written ({error.strerror}); free some space, and repeat the command with "
+                f"run_dir={self.run_dir} to resume from the newest checkpoint"
             ) from None
         self.num_events += 1
 

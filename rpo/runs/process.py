@@ -9,7 +9,7 @@ from rpo import dist
 from rpo.errors import UserError
 from rpo.text import redacted
 
-# Ctrl-C; a scheduler's; what SLURM's --signal is told to send; a terminal that is closed.
+# Ctrl-C; a scheduler's; what SLURM's --signal sends; a terminal that is closed.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 

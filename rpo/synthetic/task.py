@@ -95,8 +95,11 @@ def _resolve(cfg: Train) -> Train:
     settings = of_model | {"gold": asdict(cfg.data.gold)}
     settings["gold"].pop("samples")  # an evaluation's size, no property of the files
     if cfg.model.path is not None:
-        how = {"revision": cfg.model.revision, "trust_remote_code": cfg.model.trust_remote_code}
-        known = data_tokenizer.load_tokenizer(cfg.model.tokenizer or cfg.model.path, **how).get_vocab()
+        known = data_tokenizer.load_tokenizer(
+            cfg.model.tokenizer or cfg.model.path,
+            revision=cfg.model.revision,
+            trust_remote_code=cfg.model.trust_remote_code,
+        ).get_vocab()
         if missing := [word for word in grammar.vocabulary() if word not in known]:
             raise UserError(
                 f"model.path={cfg.model.path} with data.train=gold: its tokenizer does not know the embedded task's "
@@ -186,8 +189,9 @@ def make_pairs(folder: Path, settings: dict) -> None:
     device = dist.init()
     lm = hf.load(str(folder / "sft" / "model"), None, torch.float32)
     fsdp = replace(PLAIN, reshard_after_forward=False)
-    shard = {"mesh": mesh(device, fsdp), "fsdp": fsdp, "compute_dtype": torch.float32, "compile": False}
-    policy = model_policy.prepare(lm, **shard, trainable=False)
+    policy = model_policy.prepare(
+        lm, mesh(device, fsdp), fsdp, compute_dtype=torch.float32, compile=False, trainable=False
+    )
     for name, count, seed in (("pairs", gold.pairs, 2 * gold.seed), ("pairs_eval", gold.eval_pairs, 2 * gold.seed + 1)):
         _write(folder / f"{name}.jsonl.gz", _label(policy, tokenizer, count, seed, gold, device))
     dist.shutdown()
@@ -243,8 +247,13 @@ def answer_words(tokenizer: PreTrainedTokenizerBase, answer: Completion) -> list
 
 def reward(prompt: str, words: list[str], answer: Completion, gold: Gold) -> float:
     """The exact gold reward of an answer to `prompt` (text that names the topic); see grammar.gold_reward."""
-    weights = {"hidden_weight": gold.hidden_weight, "length_weight": gold.length_weight}
-    return grammar.gold_reward(grammar.topic_of(prompt), words, answer.ended, **weights)
+    return grammar.gold_reward(
+        grammar.topic_of(prompt),
+        words,
+        answer.ended,
+        hidden_weight=gold.hidden_weight,
+        length_weight=gold.length_weight,
+    )
 
 
 def rewards(tokenizer: PreTrainedTokenizerBase, asked: list[str], answers: list[Completion], gold: Gold) -> np.ndarray:

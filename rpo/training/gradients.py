@@ -66,8 +66,8 @@ def gradient_split(
     if cfg.loss.preference != "none":
         terms[name] = gradient(partial(losses.preference_loss, cfg.loss), reference)
     if cfg.loss.sft != "none" and cfg.loss.eta:
-        counts = {"step_pairs": plan.pairs, "step_chosen_tokens": plan.chosen_tokens}
-        terms[sft_name] = gradient(partial(losses.sft_loss, cfg.loss, **counts), None)  # which reads no reference
+        sft = partial(losses.sft_loss, cfg.loss, step_pairs=plan.pairs, step_chosen_tokens=plan.chosen_tokens)
+        terms[sft_name] = gradient(sft, None)  # it reads no reference
     first, *_, last = [*terms.values()] * 2
     norm, other, product = _products(first, last, device)
     split = dict(zip(terms, (norm, other), strict=False))

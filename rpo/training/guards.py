@@ -28,13 +28,13 @@ def watchdog(run_dir: Path, timeout: int) -> Iterator[Callable[[str], None]]:
     status.json and stderr name rank, host and what it was, and all threads' tracebacks show where it stood. Needed beside
     the collectives' own timeouts, which know no step, and NCCL's, which aborts.
     """
-    begun = queue.SimpleQueue()
+    steps = queue.SimpleQueue()
 
     def watch() -> None:
         what, patience = "", None
         while True:
             try:
-                what, patience = begun.get(timeout=patience), timeout
+                what, patience = steps.get(timeout=patience), timeout
             except queue.Empty:
                 where = f"rank {dist.rank()} ({platform.node()})"
                 _give_up(run_dir, f"{what} on {where} took over timeout={timeout} seconds")
@@ -44,9 +44,9 @@ def watchdog(run_dir: Path, timeout: int) -> Iterator[Callable[[str], None]]:
     thread = threading.Thread(target=watch, daemon=True, name="watchdog")
     thread.start()
     try:
-        yield begun.put
+        yield steps.put
     finally:
-        begun.put("")
+        steps.put("")
         thread.join()
 
 

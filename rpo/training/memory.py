@@ -8,7 +8,7 @@ is read: a model's sizes are in the config at model.path (a folder, or what tran
 model.architecture that a recipe gives beside its model.path.
 
 Weights, gradients and moments are arithmetic; what FSDP2 gathers and reduces is worked out in `moments` as its code does it
-(torch 2.13); the trunk's activations are `dryrun.trace`'s. tests/training/test_memory.py holds the sum to the allocator's peaks on a
+(torch 2.13); the trunk's activations are `trace.trace`'s. tests/training/test_memory.py holds the sum to the allocator's peaks on a
 CPU. Not counted: the CUDA context, NCCL's buffers, fragmentation, sampling (`sample_every` gathers all layers).
 
 Letters: N scored tokens, D model width, V vocabulary; m and c are the bytes of a master weight and of one in the compute

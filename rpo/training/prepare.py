@@ -122,8 +122,8 @@ class Spec:
 
     def of_reference(self, path: str | None) -> Spec:
         """That of the frozen model at `path`, or of the policy's own starting weights."""
-        named = {"path": path, "revision": None} if path else {}
-        return replace(self, key="reference.path", trainable=False, **named)
+        source, revision = (path, None) if path else (self.path, self.revision)
+        return replace(self, key="reference.path", path=source, revision=revision, trainable=False)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@
     CACHE_DIR/reference/KEY/shard_*/     pairs of one chunk of a pass, each found by the hash of its tokens
 
 A pair's entry depends on nothing but the facts and its own tokens. So a sweep, a subset, another order, another run hit;
-changed weights miss everywhere, a changed token misses one pair; and what is missing is filled, not computed anew. Shards
+changed weights miss everywhere, a changed token misses one pair; and what is missing is filled in, not recomputed. Shards
 are checksummed, written whole or not at all under names of their own, so runs that fill one cache at once do no harm.
 
 Rank 0 alone touches the disk, the folder may be its node's own. N: scored tokens of a micro-batch.
@@ -67,7 +67,7 @@ def score_rows(
     scored once more: stored and new must agree to 3 `noise_floor` + 1e-6 nats per token. `cache_dir` is the folder above
     reference/, or one cache's own folder. The root of a sharded `policy` stays gathered.
 
-    Raises UserError, on all ranks: a folder that can not be written or has not the room (before the pass), one made by
+    Raises UserError, on all ranks: a folder that cannot be written or has not the room (before the pass), one made by
     other weights, a log-prob that is not finite, the re-score.
     """
     cache_dir = Path(cache_dir).expanduser()
@@ -144,7 +144,7 @@ def _look_up(folder: Path, rows: RowsLike, found: Logps) -> np.ndarray:
 
 
 def _make_room(folder: Path, cache_dir: Path, rows: RowsLike, holes: np.ndarray, facts: dict) -> None:
-    """Makes the folder with its facts.json. Raises UserError where it can not be written or is too small for `holes`."""
+    """Makes the folder with its facts.json. Raises UserError where it cannot be written or is too small for `holes`."""
     tokens = int((rows.chosen[holes].astype(np.int64) + rows.rejected[holes]).sum())
     needed = tokens * (8 if facts["compute_dtype"] == "float64" else 4) + 64 * len(holes) + 4096
     fresh = folder / f".facts-{uuid.uuid4().hex}"
@@ -164,7 +164,7 @@ def _make_room(folder: Path, cache_dir: Path, rows: RowsLike, holes: np.ndarray,
 
 def _unwritable(cache_dir: Path, error: OSError, more: str) -> UserError:
     return UserError(
-        f"reference.cache_dir={cache_dir}: can not be written ({error.strerror}), {more}; give another folder"
+        f"reference.cache_dir={cache_dir}: cannot be written ({error.strerror}), {more}; use another folder"
     )
 
 
@@ -259,5 +259,5 @@ def _rescore(
         )
     raise UserError(
         f"step 0: log-probs scored twice by the same weights {figure}; usual causes: dropout, or a kernel whose result "
-        f"depends on the batch; mend it and delete {folder}"
+        f"depends on the batch; fix it and delete {folder}"
     )

@@ -95,7 +95,7 @@ def run_job(job: Callable[[], str]) -> None:
 
 
 def _record_failure(reason: str) -> None:
-    """Notes the failed cell and goes on, if all ranks failed; a rank that failed alone leaves the others hanging."""
+    """Records the failed cell and continues, if all ranks failed; a rank that failed alone leaves the others hanging."""
     folder, number = Path(HydraConfig.get().sweep.dir), HydraConfig.get().job.num
     cell = folder / str(number)
     cell.mkdir(parents=True, exist_ok=True)

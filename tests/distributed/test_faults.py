@@ -419,9 +419,9 @@ def test_a_disk_that_fills_up(tiny, tmp_path):
 def on_a_read_only_folder(folder, tiny):
     code, printed = play(tiny, folder / "disk/run", log=folder / "run.log")
     assert code == 2 and "Traceback" not in printed, printed
-    assert f"error: run_dir={folder / 'disk/run'}: can not be written (Read-only file system); give another" in printed
+    assert f"error: run_dir={folder / 'disk/run'}: cannot be written (Read-only file system); use another" in printed
     code, printed = play(tiny, folder / "disk/old", log=folder / "run.log")
-    assert code == 2 and "Traceback" not in printed and "can not be written (Read-only file system)" in printed, printed
+    assert code == 2 and "Traceback" not in printed and "cannot be written (Read-only file system)" in printed, printed
 
 
 def test_a_read_only_folder_is_refused(tiny, whole, tmp_path):
@@ -443,7 +443,7 @@ def test_two_runs_on_one_folder(tiny, whole, tmp_path):
     code, printed = play(tiny, tmp_path / "second", f"run_dir={run_dir}")
     assert code == 2, printed
     assert printed.strip().endswith(
-        f"error: run_dir={run_dir}: another process is at work in it; wait for it, or give another"
+        f"error: run_dir={run_dir}: another process is at work in it; wait for it, or use another"
     )
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     os.kill(first[0].pid, signal.SIGCONT)

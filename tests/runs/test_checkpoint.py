@@ -311,7 +311,7 @@ def test_what_is_in_the_folder_is_what_the_manifest_names(whole, tmp_path, group
 
 
 def test_a_disk_that_does_not_answer_is_not_damage(tiny, whole, tmp_path, monkeypatch):
-    """Where a file can not be read, or none is whole, the run is refused: its record would be cut back and made anew."""
+    """Where a file cannot be read, or none is whole, the run is refused: its record would be cut back and made anew."""
     mine = copied(whole, tmp_path)
     before = (mine / "metrics.jsonl").read_bytes()
 
@@ -320,9 +320,7 @@ def test_a_disk_that_does_not_answer_is_not_damage(tiny, whole, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_sha256", stale)
-        with pytest.raises(
-            UserError, match=r"^.*/step_00000010: can not be read \(Stale file handle\); see to its disk"
-        ):
+        with pytest.raises(UserError, match=r"^.*/step_00000010: cannot be read \(Stale file handle\); check the disk"):
             run(tiny, mine)
     for folder in (mine / "checkpoints").glob("step_*"):
         (folder / "state.json").unlink()
@@ -453,7 +451,7 @@ def test_another_best_begins_anew(saved):
         ),
         (["seed=1", "optim.lr=1e-2"], r"other settings \(optim.lr=0.001, here 0.01; seed=0, here 1\)"),
         (["layout=padded"], r"layout.kind=auto, here padded"),
-        (["resume=never"], r"already holds a run \(config.yaml\); give another folder or remove it"),
+        (["resume=never"], r"already holds a run \(config.yaml\); use another folder or remove it"),
     ],
 )
 def test_other_settings_are_refused(more, message, tiny, whole, tmp_path):
@@ -495,8 +493,8 @@ def test_the_checkpoint_of_another_model_is_refused(whole, group):
         found.load({"weight/other": torch.zeros(3)})
 
 
-def test_what_has_no_checkpoint_is_not_begun_anew_over_a_model(tiny, tmp_path):
-    """Killed before its first checkpoint a run begins again; with a model/ and none to go on from it is refused."""
+def test_a_model_without_a_checkpoint_is_not_overwritten(tiny, tmp_path):
+    """Killed before its first checkpoint a run restarts; with a model/ and no checkpoint to resume from it is refused."""
     folder = tmp_path / "run"
     assert run(tiny, folder, "sample_every=0", "checkpoint.every=0", kill_at=4) == "killed"
     assert run(tiny, folder, "sample_every=0", "checkpoint.every=0", "max_steps=5") == "finished"

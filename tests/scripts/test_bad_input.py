@@ -106,7 +106,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("key", ["data.train", "data.eval"])
 def test_files(key, name, tiny, tmp_path):
-    """A file that can not be read as rows is named, with the line where there is one."""
+    """A file that cannot be read as rows is named, with the line where there is one."""
     content, message = FILES[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -276,7 +276,7 @@ def test_a_model_that_a_preference_run_made(tiny, tmp_path):
     file.write_text("loss: {preference: sigmoid}\n")
     found = refusal(tiny, tmp_path, f"model.path={made}")
     assert found.startswith(f"reference.path=null with model.path={made}: a preference run made it"), found
-    assert "give reference.path, the run's own to go on with it, or model.path again for a new round" in found
+    assert "give reference.path, the run's own to continue it, or model.path again for a new round" in found
     for name, path in (("on", tiny / "model"), ("round", made)):
         more = (f"model.path={made}", f"reference.path={path}", "max_steps=1", f"run_dir={tmp_path / name}")
         try:
@@ -292,7 +292,7 @@ def test_a_reference_cache_that_can_not_be_written(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr(reference, "_fill", lambda *_: pytest.fail("the pass began"))
     key = f"reference.cache_dir={tmp_path / 'file'}"
-    message = rf"{key}: can not be written \(.*\), 0.1 MiB are needed; give another folder"
+    message = rf"{key}: cannot be written \(.*\), 0.1 MiB are needed; use another folder"
     try:
         with pytest.raises(UserError, match=f"^{message}$"):
             train.train(settings(*tiny_args(tiny, key, f"run_dir={tmp_path / 'run'}")))

@@ -1,4 +1,4 @@
-"""rpo.training.gradients: each term's gradient against plain autograd, and a run that can not tell whether it was looked at."""
+"""rpo.training.gradients: each term's gradient against plain autograd, and a run that cannot tell whether it was looked at."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""rpo.training.optim: the schedule by hand, AdamW as torch's plain one, and updates that a non-finite number can not reach."""
+"""rpo.training.optim: the schedule by hand, AdamW as torch's plain one, and updates that a non-finite number cannot reach."""
 
 import json
 import math

@@ -309,7 +309,7 @@ def test_a_folder_that_can_not_be_written(tmp_path):
     (tmp_path / "file").touch()
     policy = make_policy()
     policy.register_forward_pre_hook(must_not_run)
-    with pytest.raises(UserError, match=r"reference.cache_dir=.*file: can not be written \(.*\), 0.1 MiB are needed"):
+    with pytest.raises(UserError, match=r"reference.cache_dir=.*file: cannot be written \(.*\), 0.1 MiB are needed"):
         score(pairs(), tmp_path / "file", policy=policy)
 
 
@@ -328,7 +328,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reference, "write_arrays", full)
     with pytest.raises(
-        UserError, match=r"can not be written \(No space left on device\), what was written before is kept"
+        UserError, match=r"cannot be written \(No space left on device\), what was written before is kept"
     ):
         score(rows, tmp_path, policy=policy)
 
@@ -418,7 +418,7 @@ def test_writers_and_readers_at_once(tmp_path):
 def test_two_ranks_have_the_sums_of_one(tmp_path):
     """Two gloo ranks, FSDP, fillers: one process's sums in float64; every pair stored once; rank 1 touches no disk.
 
-    Where rank 0 can not write, both raise its error.
+    Where rank 0 cannot write, both raise its error.
     """
     out = tmp_path / "sums.pt"
     args = command("tests/helpers/reference_ranks.py", out, tmp_path / "cache", ranks=2)
@@ -426,7 +426,7 @@ def test_two_ranks_have_the_sums_of_one(tmp_path):
     ((one, _), _), error = reference_ranks.score(tmp_path / "one")
     for rank in range(2):
         results, same_error = torch.load(f"{out}.{rank}", weights_only=False)
-        assert same_error == error and "can not be written" in error
+        assert same_error == error and "cannot be written" in error
         for (sums, report), scored in zip(results, (7, 0), strict=True):
             np.testing.assert_allclose(sums, one, rtol=1e-12)
             assert report["scored"] == scored
