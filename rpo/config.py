@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rpo.errors import UserError, require
 from rpo.text import redacted
@@ -31,15 +31,37 @@ Count = Annotated[int, Field(ge=1, description="at least 1")]
 Seed = Annotated[int, Field(ge=0, lt=2**31, description="0 or more, below 2^31")]
 Share = Annotated[float, Field(ge=0, le=1, description="a share, 0 to 1")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-# What a table of text writes as 0.5 or 1e-3.
 Number = Annotated[
     float,
-    pydantic.BeforeValidator(lambda value: float(value) if isinstance(value, str) else value),
+    BeforeValidator(lambda value: float(value) if isinstance(value, str) else value),
     Field(allow_inf_nan=False, description="a number"),
-]
+]  # which a table of text writes as 0.5 or 1e-3
 Every = Annotated[int, Field(ge=0, description="0 (never) or a number of steps")]
-# A key that may differ between two starts of one run: how long it is, what it writes and where, what a device has to hold.
-# The last changes a gradient's rounding and no more, as another number of ranks does.
+
+
+def resolved(spec: Any) -> Any:
+    """Local paths made absolute, so that a run's config.yaml means the same from any folder; names stay as they are."""
+    if isinstance(spec, list):
+        return [resolved(item) for item in spec]
+    if not spec or spec == "gold":
+        return spec
+    path = os.path.expanduser(spec)
+    return os.path.realpath(path) if os.path.exists(path) else spec
+
+
+def _is_date(value: str) -> str:
+    datetime.date.fromisoformat(value)
+    return value
+
+
+Source = Annotated[str, AfterValidator(resolved)]
+Files = Annotated[
+    str | list[str],
+    Field(min_length=1, description="a file, a list of files, or NAME:SPLIT"),
+    AfterValidator(resolved),
+]
+Date = Annotated[str, AfterValidator(_is_date), Field(description="a date as YYYY-MM-DD")]
+# A key that may differ between two starts of one run: its length, what it writes and where, what a device has to hold.
 MAY_CHANGE = Field(json_schema_extra={"may_change": True})
 
 
@@ -48,13 +70,8 @@ class Loss:
     preference: Literal["sigmoid", "ipo", "hinge", "none"]
     sft: Literal["none", "sum", "avg", "token"]
     beta: Annotated[Positive, Field(description="> 0; for pure supervised training use loss=sft")]
-    eta: Annotated[
-        float,
-        Field(ge=0, allow_inf_nan=False, description=">= 0; the SFT term is a penalty and is added, never subtracted"),
-    ]
-    label_smoothing: Annotated[
-        float, Field(ge=0, lt=0.5, description="0 <= e < 0.5, the share of labels believed flipped")
-    ]
+    eta: Annotated[float, Field(ge=0, allow_inf_nan=False, description=">= 0; the SFT term is a penalty and is added")]
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5, description="0 <= e < 0.5, the share of flipped labels")]
     normalize: bool
 
     @model_validator(mode="after")
@@ -77,9 +94,9 @@ class Loss:
 
 @group
 class Model:
-    path: str | None
+    path: Source | None
     revision: str | None
-    tokenizer: str | None
+    tokenizer: Source | None
     trust_remote_code: bool
     architecture: dict[str, Any] | None
     dtype: Literal["auto", "bfloat16", "float32", "float64"]
@@ -94,15 +111,6 @@ class Gold:
     length_weight: float
     samples: Count
     seed: Seed
-
-
-def is_date(value: str) -> str:
-    datetime.date.fromisoformat(value)
-    return value
-
-
-Files = Annotated[str | list[str], Field(min_length=1, description="a file, a list of files, or NAME:SPLIT")]
-Date = Annotated[str, pydantic.AfterValidator(is_date), Field(description="a date as YYYY-MM-DD")]
 
 
 @group
@@ -143,7 +151,7 @@ class Data(EvalData):
 @group
 class Reference:
     kind: Literal["cached", "live"]
-    path: str | None
+    path: Source | None
     cache_dir: Annotated[str, MAY_CHANGE]
 
 
@@ -170,9 +178,7 @@ class Optim:
 
 @group
 class Fsdp:
-    shard_degree: Annotated[
-        Count | None, Field(description="null (all the ranks that replicate_degree leaves) or at least 1")
-    ]
+    shard_degree: Annotated[Count | None, Field(description="null (what replicate_degree leaves) or at least 1")]
     replicate_degree: Annotated[Count, Field(description="at least 1 (1: no replicas)")]
     activation_checkpointing: Literal["none", "full", "selective"]
     reshard_after_forward: bool
@@ -184,13 +190,7 @@ class Fsdp:
 class Checkpoint:
     every: Annotated[int, Field(ge=0, description="0 (none) or a number of steps")]
     keep: Annotated[Count | Literal["all"], Field(description="all or at least 1")]
-    best: Annotated[
-        str | None,
-        Field(
-            pattern="^(min|max):",
-            description="min:METRIC or max:METRIC, one of data.eval's as docs/METRICS.md names them",
-        ),
-    ]
+    best: Annotated[str | None, Field(pattern="^(min|max):", description="min:METRIC or max:METRIC (docs/METRICS.md)")]
     blocking: bool
 
 
@@ -302,44 +302,13 @@ def build(cls: Any, node: Any, key: str = "", **built: Any) -> Any:
 
 def _refusal(cls: Any, values: dict, prefix: str, error: ValidationError) -> str:
     """One line for the first field that pydantic refuses: key, value, what was expected."""
-    errors = error.errors(include_url=False)
-    first = errors[0]
+    first = error.errors(include_url=False)[0]
     if not first["loc"]:  # two keys contradict each other, and the group's own check says so
         return str(first["ctx"]["error"])
     name = first["loc"][0]
     if first["type"] == "missing":
         return f"{prefix}{name}: missing; give it on the command line or in the YAML"
-    own = [each for each in errors if each["loc"][0] == name]  # of a union one per member
-    described = _described(typing.get_type_hints(cls, include_extras=True)[name])
-    phrases = [_phrase(each) for each in own]
-    if described and not all(each["type"].endswith("_type") or each["type"] == "finite_number" for each in own):
-        phrases = [described]
-    if types.NoneType in typing.get_args(typing.get_type_hints(cls)[name]) and not phrases[0].startswith("null"):
-        phrases = ["null", *phrases]
-    return f"{prefix}{name}={values[name]!r}: expected {' or '.join(dict.fromkeys(phrases))}"
-
-
-def _described(hint: Any) -> str | None:
-    """What a field says of the values that it takes, the outermost word first."""
-    notes = [
-        note.description for note in getattr(hint, "__metadata__", ()) if isinstance(note, pydantic.fields.FieldInfo)
-    ]
-    inner = [_described(arg) for arg in typing.get_args(hint)]
-    return next(filter(None, [*reversed(notes), *inner]), None)
-
-
-_TYPES = {"int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "string_type": "a string"}
-_TYPES |= {"list_type": "a list", "dict_type": "a mapping", "finite_number": "a finite number"}
-
-
-def _phrase(error: dict) -> str:
-    kind, context = error["type"], error.get("ctx", {})
-    if kind == "literal_error":
-        return context["expected"].replace("'", "").replace(" or ", "|").replace(", ", "|")
-    if kind in _TYPES:
-        return _TYPES[kind]
-    sign = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}.get(kind)
-    return f"{sign} {next(iter(context.values())):g}" if sign else error["msg"]
+    return f"{prefix}{name}={values[name]!r}: expected {_expected(cls, name, error)}"
 
 
 def read_row(cls: Any, row: Any, place: str) -> Any:
@@ -356,11 +325,41 @@ def read_row(cls: Any, row: Any, place: str) -> Any:
     try:
         return cls(**{name: row.get(name) for name in names})
     except ValidationError as error:
-        errors = error.errors(include_url=False, include_input=False)
-    name = errors[0]["loc"][0]
-    phrases = [_phrase(each) for each in errors if each["loc"][0] == name]
-    expected = _described(typing.get_type_hints(cls, include_extras=True)[name]) or " or ".join(phrases)
+        name = error.errors()[0]["loc"][0]
+        expected = _expected(cls, name, error)
     raise UserError(f"{place}: field {name}: expected {expected}, got {row.get(name)!r:.40}; fix the row")
+
+
+_TYPES = {"int_type": "an integer", "float_type": "a number", "bool_type": "true or false", "string_type": "a string"}
+_TYPES |= {"list_type": "a list", "dict_type": "a mapping", "finite_number": "a finite number"}
+_SIGNS = {"greater_than": ">", "greater_than_equal": ">=", "less_than": "<", "less_than_equal": "<="}
+
+
+def _expected(cls: Any, name: str, error: ValidationError) -> str:
+    """What the field takes: its types where the value has another, else its own description."""
+    hint = typing.get_type_hints(cls, include_extras=True)[name]
+    errors = [each for each in error.errors(include_url=False) if each["loc"][0] == name]  # of a union one per member
+    described = _described(hint)
+    if described and not all(each["type"] in _TYPES and not isinstance(each["loc"][-1], int) for each in errors):
+        phrases = [described]
+    else:
+        phrases = list(dict.fromkeys(map(_phrase, errors)))
+    if types.NoneType in typing.get_args(typing.get_type_hints(cls)[name]) and not phrases[0].startswith("null"):
+        phrases = ["null", *phrases]
+    return " or ".join(phrases)
+
+
+def _described(hint: Any) -> str | None:
+    """What a field says of the values that it takes, the outermost word first."""
+    notes = [note.description for note in getattr(hint, "__metadata__", ()) if hasattr(note, "description")]
+    return next(filter(None, [*reversed(notes), *map(_described, typing.get_args(hint))]), None)
+
+
+def _phrase(error: dict) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "literal_error":
+        return context["expected"].replace("'", "").replace(" or ", "|").replace(", ", "|")
+    return f"{_SIGNS[kind]} {next(iter(context.values())):g}" if kind in _SIGNS else _TYPES.get(kind, error["msg"])
 
 
 def plain(cfg: "DictConfig") -> dict:
@@ -442,28 +441,10 @@ def _auto_lr(cfg: Train) -> float:
     return 3e-3 if cfg.loss.preference == "none" else 5e-4
 
 
-def resolved(spec: Any) -> Any:
-    """Local paths made absolute, so that a run's config.yaml means the same from any folder; names stay as they are."""
-    if isinstance(spec, list):
-        return [resolved(item) for item in spec]
-    if not spec or spec == "gold":
-        return spec
-    path = os.path.expanduser(spec)
-    return os.path.realpath(path) if os.path.exists(path) else spec
-
-
 def train_config(cfg: Any) -> Train:
     """Checked settings of one training run, from Hydra's DictConfig.
 
     Raises UserError: a missing, unknown, mistyped or contradictory key, in one line with its value and the fix.
     """
-    typed = build(Train, plain(cfg))
-    typed = replace(
-        typed,
-        model=replace(typed.model, path=resolved(typed.model.path), tokenizer=resolved(typed.model.tokenizer)),
-        reference=replace(typed.reference, path=resolved(typed.reference.path)),
-        data=replace(typed.data, train=resolved(typed.data.train), eval=resolved(typed.data.eval)),
-    )
-    if typed.optim.lr == "auto":
-        typed = replace(typed, optim=replace(typed.optim, lr=_auto_lr(typed)))
-    return typed
+    run = build(Train, plain(cfg))
+    return replace(run, optim=replace(run.optim, lr=_auto_lr(run))) if run.optim.lr == "auto" else run

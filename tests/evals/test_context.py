@@ -14,7 +14,8 @@ from rpo.data.tokenizer import encode_prompt, stop_ids
 from rpo.errors import UserError
 from rpo.evals import context, preference
 from rpo.evals.context import Context
-from rpo.model import hf, probe, sampling
+from rpo.model import hf, sampling
+from rpo.model import policy as model_policy
 from rpo.model import sampling as model_sampling
 from rpo.model.sampling import Sampling
 from rpo.synthetic import task as synthetic_task
@@ -239,7 +240,7 @@ def test_pairs_resumes(tiny, tmp_path, monkeypatch):
     args += [f"data.eval={tiny / 'eval.jsonl.gz'}", "task.beta=0.1", "tokens_per_microbatch=300"]
     undisturbed = evaluate(tmp_path / "whole", *args)
     scored = Counted(
-        monkeypatch, probe, "score", lambda policy, _, batch: (weights_of(policy), str(batch.target_N.tolist()))
+        monkeypatch, model_policy, "score", lambda policy, _, batch: (weights_of(policy), str(batch.target_N.tolist()))
     )
     found = killed_and_resumed(tmp_path / "killed", scored, 5, *args)
     assert len({weights for weights, _ in scored.calls}) == 3

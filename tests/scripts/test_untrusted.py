@@ -150,7 +150,9 @@ def unsafe(tree):
             yield node.lineno
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle" and node.attr != "UnpicklingError":
             yield node.lineno
-        if isinstance(node, ast.Name | ast.Attribute) and ast.unparse(node).split(".")[-1].startswith("FileSystem"):
+        if isinstance(node, ast.Name | ast.Attribute) and re.match(
+            "FileSystem(Reader|Writer)", ast.unparse(node).split(".")[-1]
+        ):
             yield node.lineno  # torch.distributed.checkpoint's default storage: its metadata is a pickle
         if not isinstance(node, ast.Call):
             continue
