@@ -1,9 +1,11 @@
 """Who may import whom: packages in one order, heavy libraries behind doors, files and functions of a size to read."""
 
 import ast
+import subprocess
+import sys
 from functools import cache
 
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, script_env
 
 # A module imports ground files and packages to its left, and those of its own package.
 ORDER = """
@@ -68,3 +70,44 @@ def test_heavy_libraries_have_one_door():
         if doors and module not in doors and f"*.{module.rpartition('.')[2]}" not in doors:
             wrong.append(f"rpo.{module}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def sources():
+    return [*sorted((ROOT / "rpo").rglob("*.py")), ROOT / "train.py", ROOT / "eval.py"]
+
+
+def test_budget():
+    """No file is over 450 lines, no function over 80 but train(), which is at most 210."""
+    wrong = []
+    for path in sources():
+        text = path.read_text()
+        wrong += [f"{path}: {text.count(chr(10))} lines"] if text.count("\n") > 450 else []
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                most = 210 if (path.name, node.name) == ("train.py", "train") else 80
+                lines = node.end_lineno - node.lineno + 1
+                wrong += [f"{path}:{node.lineno} {node.name}: {lines} lines"] if lines > most else []
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_package_is_a_map():
+    """Every package of rpo says in its docstring what is in it, and re-exports nothing."""
+    for path in sorted((ROOT / "rpo").rglob("__init__.py")):
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree) and (len(tree.body) == 1 or path.parent.name == "rpo"), path
+
+
+def test_tests_import_no_tests():
+    """What test modules share is in tests/helpers."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tests."):
+                assert node.module.startswith("tests.helpers"), f"{path}:{node.lineno} imports {node.module}"
+
+
+def test_starting_is_fast():
+    """What a script imports before it has read its settings is torch, Hydra and pydantic, not what takes seconds more."""
+    slow = ("transformers", "torch._dynamo", "matplotlib", "datasets", "wandb", "openai", "scipy", "pandas", "jinja2")
+    code = f"import sys, torch; before = set(sys.modules); import train, eval; print(*(set({slow}) & set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=script_env(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stdout + done.stderr[-500:]

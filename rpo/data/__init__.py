@@ -1,5 +1,12 @@
-"""Files to rows to tokens to batches, and which pairs are step k.
+"""Files to rows to tokens to batches, and which pairs belong to step k.
 
-Reading order: sources (files), formats (rows), tokenizer (tokens), dataset (a reported, cached data set), batch (layouts),
-schedule (steps), answers (files of answers).
+In reading order:
+    sources      files and data sets to raw rows with their line numbers
+    formats      a raw row, whichever form it has, to an Example
+    tokenizer    chat templates, BOS, end of turn
+    dataset      tokenised rows, cached and reported: Rows, Splits
+    batch        rows to a Batch, padded or packed
+    schedule     which rows make up step k, and how ranks and micro-batches divide them
+    loader       a step's batches, one step ahead in a thread
+    answers      files of answers, for evaluation
 """

@@ -1,5 +1,10 @@
-"""Asking a judge, and what its words mean.
+"""Asking a judge, and reading its verdicts.
 
-Reading order: client (one request), judge (cache, cost), prompts, verdicts, length_control; alpaca_files and
-mt_bench_files read and write the official forms.
+settings     judge.* of an evaluation
+client       one request to a server that speaks OpenAI's API
+judge        many requests: cache, cost, concurrency
+prompts      what judges are asked
+verdicts     what a reply says, both orders, rates
+length_control  length-controlled win rates (AlpacaEval 2)
+alpaca_files, mt_bench_files  the official file formats
 """

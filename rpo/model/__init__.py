@@ -1,4 +1,13 @@
-"""A Hugging Face LM as a sharded policy that scores and samples, verified at load.
+"""A Hugging Face LM as a sharded policy that scores and samples, verified when it is loaded.
 
-Reading order: hf (load, check, save), policy, logprobs, attention, probe, shard, sampling, divergence, fingerprint.
+In reading order:
+    hf           configs checked, weights loaded, built and saved
+    policy       the FSDP root: hidden states, log-probs, pairs under policy and reference
+    logprobs     log-probs of given tokens in tiles, and the naive form that specifies them
+    attention    attention over packed rows
+    probe        what is verified at load, and the noise floor
+    shard        mesh, activation checkpointing, compile, FSDP2
+    sampling     answers
+    divergence   KL and entropy of answers
+    fingerprint  what log-probs depend on beside the tokens
 """

@@ -1,4 +1,14 @@
 """What train.py is made of besides the loop.
 
-Reading order: prepare, reference, optim, meter, guards, gradients, sweep, memory (with trace), figures.
+In reading order:
+    prepare      everything before the loop: machine, rows, policy, reference
+    reference    the reference's log-probs, cached on disk
+    optim        AdamW, schedule, clipping
+    meter        metrics and throughput
+    held_out     evaluation and samples while a run trains
+    guards       hangs, out of memory, numbers that are not finite
+    gradients    the two terms' gradients
+    sweep        Hydra's multirun: what cells share, failed cells, the table
+    memory       python -m rpo.training.memory: what a step takes of a GPU (with trace)
+    figures      a run's curves
 """
