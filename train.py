@@ -58,7 +58,7 @@ def train(cfg: Train) -> str:
     with (
         run.recording(cfg, plan.total_steps, data) as status,
         Interrupt() as interrupt,
-        guards.watchdog(run.path, cfg.timeout) as begin,
+        guards.watchdog(run.path, cfg.timeout) as watch,
         RunLog(run.path, cfg.wandb, config.to_dict(cfg), enabled=dist.is_main(), after=run.log_position) as log,
         Checkpoints(run.path, cfg.checkpoint, run.resume) as checkpoints,
         ExitStack() as later,
@@ -111,7 +111,7 @@ def train(cfg: Train) -> str:
 
         # ---- 4. the loop: evaluate, sample, save, one update, log, stop? ----------------------------------------------
         for step in range(first, plan.total_steps + 1):
-            begin(f"the evaluation of step {step}")
+            watch(f"the evaluation of step {step}")
             last = step == plan.total_steps
             if not state.evaluated:  # else the run that this one resumes had done it
                 scores = {}
@@ -133,7 +133,7 @@ def train(cfg: Train) -> str:
                 break
 
             # =============================================== one update ===============================================
-            begin(f"step {step}")
+            watch(f"step {step}")
             share = next(loader)  # .batches of this rank, .plan with the counts of the whole step
             split = {}
             if is_every(cfg.log.gradient_split, step + 1):
@@ -141,7 +141,7 @@ def train(cfg: Train) -> str:
                     split = gradients.gradient_split(
                         policy.model, reference.live, data.train, share.plan, share.batches, cfg, device
                     )
-                begin(f"step {step}")
+                watch(f"step {step}")
             for i, batch in enumerate(share.batches, start=1):
                 shard.sync_gradients(policy.model, last=i == len(share.batches), accumulate=cfg.fsdp.accumulate)
                 with guards.naming_memory(data.train, share.plan.microbatches[i - 1][0], cfg):
@@ -181,7 +181,7 @@ def train(cfg: Train) -> str:
 
         # ---- 5. what is left behind --------------------------------------------------------------------------------
         bar.close()
-        begin("saving")
+        watch("saving")
         if status.state == "interrupted" and cfg.checkpoint.every:
             raise_if_bad()
             if not checkpoints.save(state, log.position(), {}, wait=True):
