@@ -174,7 +174,7 @@ def test_another_number_of_ranks_goes_on(ranks, tiny, whole, whole_on_two, tmp_p
         process.kill()
     assert -signal.SIGKILL in codes(start_them)
     code, printed = play(tiny, run_dir, ranks=second)
-    assert code == 0 and "goes on from" in printed, printed
+    assert code == 0 and "resuming from" in printed, printed
     ours, theirs = (kill.events(folder / "metrics.jsonl") for folder in (run_dir, undisturbed))
     assert [event["step"] for event in ours] == [event["step"] for event in theirs]
     for a, b in zip(ours, theirs, strict=True):
@@ -195,7 +195,7 @@ def test_a_signal_saves_the_step_in_hand_and_leaves(signum, tiny, whole, tmp_pat
     code, printed = play(tiny, run_dir, at=[("metrics.jsonl", 5, send(signum))])
     status = run_folder.read_status(run_dir)
     assert (code, status["state"], status["reason"]) == (128 + signum, "interrupted", signum.name), printed
-    assert status["step"] == max(kill.steps(run_dir)) == 7 and "goes on from there" in printed
+    assert status["step"] == max(kill.steps(run_dir)) == 7 and "to resume, repeat the command" in printed
     assert not (run_dir / "model").exists()
     assert play(tiny, run_dir)[0] == 0
     assert_equal(run_dir, whole)
@@ -224,7 +224,7 @@ def test_signals_in_a_save_and_at_the_end(tiny, whole, tmp_path):
 
 
 def test_ctrl_c_twice_quits_at_once(tiny, whole, tmp_path):
-    """The second SIGINT does not wait for a step or a save: 130, and the checkpoint before is gone on from."""
+    """The second SIGINT does not wait for a step or a save: 130, and the checkpoint before is resumed from."""
     run_dir = tmp_path / "run"
     at = [("metrics.jsonl", 3, send(signal.SIGINT)), ("metrics.jsonl", 4, send(signal.SIGINT))]
     code, printed = play(tiny, run_dir, at=at)
@@ -280,7 +280,7 @@ DAMAGE = [(flip, "shard-*"), (cut, "shard-*"), (flip, "state.json"), (cut, "mani
 
 
 def test_damaged_checkpoints_are_named_and_skipped(tiny, whole, tmp_path):
-    """Five damaged ones of all kinds in a row: each is named, the one before them is gone on from, the end is equal."""
+    """Five damaged ones of all kinds in a row: each is named, the one before them is resumed from, the end is equal."""
     run_dir, rng = died(whole, tmp_path), np.random.default_rng(0)
     names = []
     for step, (damage, pattern) in zip((24, 20, 16, 12, 8), DAMAGE, strict=True):
@@ -289,7 +289,7 @@ def test_damaged_checkpoints_are_named_and_skipped(tiny, whole, tmp_path):
         names.append(f"checkpoint: {path.parent} is damaged (")
     code, printed = play(tiny, run_dir)
     assert code == 0 and all(name in printed for name in names), printed
-    assert f"goes on from {run_dir / 'checkpoints/step_00000004'}" in printed
+    assert f"resuming from {run_dir / 'checkpoints/step_00000004'}" in printed
     assert_equal(run_dir, whole)
 
 
@@ -354,17 +354,17 @@ def test_a_save_that_fails_costs_nothing(blocking, tiny, whole, tmp_path):
     assert code == 0 and kill.steps(run_dir) == [4, 16, 20, 24], printed
     for step in (8, 12):
         assert re.search(
-            f"checkpoint: step {step} could not be written to .*; earlier ones are kept, the run goes on", printed
+            f"checkpoint: step {step} could not be written to .*; earlier ones are kept, the run continues", printed
         )
     assert_equal(run_dir, whole)
 
 
 def test_a_signal_on_a_full_disk(tiny, whole, tmp_path):
-    """The last save fails: the error says so in one line, exit code 2, and the checkpoint before is gone on from."""
+    """The last save fails: the error says so in one line, exit code 2, and the checkpoint before is resumed from."""
     run_dir = tmp_path / "run"
     at = [("metrics.jsonl", 5, full(30_000)), ("metrics.jsonl", 5, send(signal.SIGTERM))]
     code, printed = play(tiny, run_dir, at=at)
-    assert code == 2 and "error: " in printed and "make room" in printed and "Traceback" not in printed, printed
+    assert code == 2 and "error: " in printed and "free some space" in printed and "Traceback" not in printed, printed
     assert kill.steps(run_dir) == [4]
     assert play(tiny, run_dir)[0] == 0
     assert_equal(run_dir, whole)
@@ -382,7 +382,7 @@ def test_a_log_that_can_not_grow_ends_the_run(tiny, whole, tmp_path):
 
 def in_namespace(what, tmp_path, tiny, mount):
     """Runs a function of this module where `mount`, shell commands, has been done, which no one else sees."""
-    call = f"from tests import test_faults as t; t.{what}(t.Path({str(tmp_path)!r}), t.Path({str(tiny)!r}))"
+    call = f"from tests.distributed import test_faults as t; t.{what}(t.Path({str(tmp_path)!r}), t.Path({str(tiny)!r}))"
     inner = f"set -e; cd {tmp_path}; mkdir -p disk; {mount}; cd {ROOT}; exec {sys.executable} -c {shlex.quote(call)}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", f"set -e; cd {tmp_path}; mkdir -p disk; {mount}"]).returncode:
         pytest.skip("no mounts in a user namespace here")
@@ -443,7 +443,7 @@ def test_two_runs_on_one_folder(tiny, whole, tmp_path):
     code, printed = play(tiny, tmp_path / "second", f"run_dir={run_dir}")
     assert code == 2, printed
     assert printed.strip().endswith(
-        f"error: run_dir={run_dir}: another process is at work in it; wait for it, or use another"
+        f"error: run_dir={run_dir}: another process is at work in it; wait for it, or give another"
     )
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     os.kill(first[0].pid, signal.SIGCONT)
@@ -464,7 +464,7 @@ def test_another_environment_goes_on(tiny, whole, tmp_path):
     env = script_env(TZ="Pacific/Kiritimati", LANG="tr_TR.UTF-8", LC_ALL="C", PYTHONHASHSEED="7", HOME=str(tmp_path))
     args = [*renamed, *command("train.py", *tiny_args(tiny, *RUN, "run_dir=../run"))]
     done = subprocess.run(args, env=env, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
-    assert done.returncode == 0 and "goes on from" in done.stdout, done.stderr
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr
     assert_equal(run_dir, whole)
 
 
@@ -475,7 +475,7 @@ def test_forks_go_on_from_a_run_a_checkpoint_and_a_link(tiny, whole, tmp_path):
     for i, path in enumerate([origin, origin / "checkpoints/step_00000008", origin / "checkpoints/latest"]):
         run_dir, resume = tmp_path / f"fork{i}", f"resume={path}"
         code, printed = play(tiny, run_dir, resume, at=[("metrics.jsonl", 8, send(signal.SIGKILL))])
-        assert code == -signal.SIGKILL and f"goes on from {path.resolve()}" in printed, printed
+        assert code == -signal.SIGKILL and f"resuming from {path.resolve()}" in printed, printed
         assert play(tiny, run_dir, resume)[0] == 0
         assert_equal(run_dir, whole)
     after = {path: (path.lstat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in origin.rglob("*")}
@@ -591,7 +591,7 @@ def test_a_sweep_goes_on(tiny, tmp_path):
     printed = folder.with_suffix(".log").read_text()
     assert f"{folder / '0'}: finished after 8 steps already" in printed
     assert (
-        f"{folder / '1'}: train 40 rows, eval 12 rows, goes on from {folder / '1/checkpoints/step_00000004'}" in printed
+        f"{folder / '1'}: train 40 rows, eval 12 rows, resuming from {folder / '1/checkpoints/step_00000004'}" in printed
     )
     assert all(path.stat().st_mtime_ns == before[path] for path in (folder / "0").rglob("*"))
     for cell in "012":

@@ -152,7 +152,7 @@ def test_a_job_is_requeued_until_the_run_is_finished(tiny, tmp_path):
     os.kill(int(worker), signal.SIGKILL)
     printed = job.communicate(timeout=180)[0]
     assert job.returncode == 0 and f"outputs/{run_dir.name}: finished" in printed, printed[-3000:]
-    assert printed.count("goes on from") == 2, "once as it was requeued, once as its worker was killed"
+    assert printed.count("resuming from") == 2, "once as it was requeued, once as its worker was killed"
     assert (tmp_path / "scontrol").read_text().count("requeue") == 1
     on_two_nodes(args, "undisturbed", tmp_path)
     assert_same_run(run_dir, tmp_path / "outputs/undisturbed")
