@@ -1,4 +1,4 @@
-"""Files of answers, one model each, and what pairs them: the prompt.
+"""Files of answers, one model each, matched by prompt.
 
 Three forms of answers are read: AlpacaEval's model_outputs ({instruction, output, generator}), what task=generate writes
 ({messages, response, model}), and {prompt, response | output | completion} with a prompt in text or messages.
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rpo.data.formats import Messages, RowError, parse_prompt
-from rpo.data.sources import open_sources
+from rpo.data.formats import Messages, RowError, bad_row, parse_prompt
+from rpo.data.sources import open_sources, parse_rows, rows_of
 from rpo.errors import UserError
+from rpo.files import to_lines
 
 _TEXT_FIELDS = ("response", "output", "completion")
 _MODEL_FIELDS = ("generator", "model")
@@ -23,25 +24,23 @@ EXCERPT = 60  # characters of a prompt in a message
 
 @dataclass(frozen=True)
 class Output:
-    """An answer and what it answers. An empty `text` is an answer like any other."""
+    """A prompt and its answer. An empty `text` is an answer like any other."""
 
     prompt: str | Messages
     text: str
 
     @property
     def key(self) -> str:
-        """The prompt as text, equal for equal prompts: a single user message is what it says."""
         return key_of(self.prompt)
 
     @property
     def id(self) -> str:
-        """A short digest of the key."""
         return id_of(self.key)
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """The answers of one model, in the file's order. `name` is what the file calls the model, else the file's own."""
+    """The answers of one model, in the file's order. `name` is the model's name in the file, else the file's name."""
 
     name: str
     file: str
@@ -66,33 +65,32 @@ def id_of(key: str) -> str:
 def read(spec: str) -> Outputs:
     """The answers of one model in a .json, .jsonl (either with .gz) or .parquet file.
 
-    Raises UserError for a file without answers, a row of none of the forms, and answers of more than one model.
+    Raises UserError as `read_models`, and for answers of more than one model.
     """
     models = read_models(spec)
     if len(models) > 1:
-        sizes = sorted(((len(one.rows), one.name) for one in models), key=lambda one: -one[0])
-        found = ", ".join(f"{name} ({count})" for count, name in sizes[:3])
-        raise UserError(f"{spec}: holds answers of {len(models)} models ({found}); give a file for each")
+        largest = sorted(models, key=lambda model: -len(model.rows))[:3]
+        counts = ", ".join(f"{model.name} ({len(model.rows)})" for model in largest)
+        raise UserError(f"{spec}: holds answers of {len(models)} models ({counts}); give a file for each")
     return models[0]
 
 
 def read_models(spec: str) -> list[Outputs]:
-    """The answers of each model in the file, in the order in which models come; of several, `file` says which it is, too.
+    """The answers of each model in the file, in order of first appearance; of several, `file` says which it is, too.
 
     Raises UserError for a file without answers and a row of none of the forms.
     """
-    rows: dict[str, list[Output]] = {}
-    (source,) = open_sources(spec, None)
-    for number, row in source.rows():
+    outputs: dict[str, list[Output]] = {}
+    for place, row in rows_of(spec):
         try:
-            made = _parse(row)
+            output = _parse(row)
         except RowError as error:
-            raise UserError(f"{spec}:{number}: {error}") from None
+            raise UserError(f"{place}: {error}") from None
         name = next((str(row[field]) for field in _MODEL_FIELDS if row.get(field) is not None), "")
-        rows.setdefault(name or _stem(spec), []).append(made)
-    if not rows:
+        outputs.setdefault(name or _stem(spec), []).append(output)
+    if not outputs:
         raise UserError(f"{spec}: holds no answers; give a file with one for each prompt")
-    return [Outputs(name, spec if len(rows) == 1 else f"{spec} ({name})", own) for name, own in rows.items()]
+    return [Outputs(name, spec if len(outputs) == 1 else f"{spec} ({name})", own) for name, own in outputs.items()]
 
 
 def _stem(spec: str) -> str:
@@ -104,36 +102,31 @@ def _parse(row: Any) -> Output:
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, dict):
-        raise RowError("wrong_type", f"expected an object with a prompt and an answer, found {row!r:.60}; mend the row")
+        raise bad_row("", "an object with a prompt and an answer", f"{row!r:.60}")
     field = next((field for field in _TEXT_FIELDS if row.get(field) is not None), None)
     if field is None:
-        raise RowError("missing_field", f"expected an answer in one of {', '.join(_TEXT_FIELDS)}, found none; add it")
+        raise bad_row("", f"an answer in one of {', '.join(_TEXT_FIELDS)}", "none", kind="missing_field")
     if not isinstance(row[field], str):
-        raise RowError("wrong_type", f"field {field}: expected a string, found {row[field]!r:.60}; mend the row")
+        raise bad_row(f"field {field}: ", "a string", f"{row[field]!r:.60}")
     return Output(prompt_of(row), row[field])
 
 
 def prompt_of(row: dict) -> str | Messages:
-    """What a row says was asked: its messages, prompt or instruction. Raises RowError."""
-    for field in ("messages", "prompt", "instruction"):
-        prompt = row.get(field)
-        if prompt is None:
-            continue
-        if isinstance(prompt, str):
-            extra = row.get("input") if field == "instruction" else None
-            return f"{prompt}\n\n{extra}" if extra else prompt
-        said = isinstance(prompt, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
-        )
-        if not said or not prompt or prompt[-1]["role"] == "assistant":
-            raise RowError(
-                "wrong_type",
-                f"field {field}: expected text, or {{role, content}} messages before the answer; mend the row",
-            )
-        return prompt
-    raise RowError(
-        "missing_field", "expected what was asked in one of messages, prompt, instruction, found none; add it"
+    """The prompt in a row's messages, prompt or instruction. Raises RowError."""
+    fields = ("messages", "prompt", "instruction")
+    field = next((field for field in fields if row.get(field) is not None), None)
+    if field is None:
+        raise bad_row("", f"the prompt in one of {', '.join(fields)}", "none", kind="missing_field")
+    prompt = row[field]
+    if isinstance(prompt, str):
+        extra = row.get("input") if field == "instruction" else None
+        return f"{prompt}\n\n{extra}" if extra else prompt
+    are_messages = isinstance(prompt, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
     )
+    if not are_messages or not prompt or prompt[-1]["role"] == "assistant":
+        raise bad_row(f"field {field}: ", "text, or {role, content} messages before the answer")
+    return prompt
 
 
 def prompts(spec: str | list[str], revision: str | None, on_bad_row: str) -> tuple[list[str | Messages], dict]:
@@ -141,31 +134,20 @@ def prompts(spec: str | list[str], revision: str | None, on_bad_row: str) -> tup
 
     Raises UserError for a malformed row (unless `on_bad_row` is drop), and where no prompt is left.
     """
-    found, read, dropped = {}, 0, 0
-    for source in open_sources(spec, revision):
-        for number, row in source.rows():
-            read += 1
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                prompt = parse_prompt(row)
-            except RowError as error:
-                if on_bad_row == "error":
-                    raise UserError(f"{source.name}:{number}: {error} (or data.on_bad_row=drop)") from None
-                dropped += 1
-                continue
-            found.setdefault(key_of(prompt), prompt)
-    if not found:
+    rows, read, dropped = parse_rows(open_sources(spec, revision), parse_prompt, on_bad_row)
+    distinct: dict[str, str | Messages] = {}
+    for _, prompt in rows:
+        distinct.setdefault(key_of(prompt), prompt)
+    if not distinct:
         raise UserError(f"data.eval={spec}: none of {read} rows has a prompt; give a file of prompts")
-    return list(found.values()), {"read": read, "repeated": read - dropped - len(found), "dropped": dropped}
+    report = {"read": read, "repeated": len(rows) - len(distinct), "dropped": dropped.count()}
+    return list(distinct.values()), report
 
 
 def write(file: Path, name: str, rows: Sequence[Output]) -> None:
     """One object a line that `read` reads back: messages or prompt, response, model."""
-    with file.open("w") as stream:
-        for row in rows:
-            asked = {"prompt": row.prompt} if isinstance(row.prompt, str) else {"messages": row.prompt}
-            stream.write(json.dumps(asked | {"response": row.text, "model": name}) + "\n")
+    asked = ({"prompt": row.prompt} if isinstance(row.prompt, str) else {"messages": row.prompt} for row in rows)
+    file.write_text(to_lines(one | {"response": row.text, "model": name} for one, row in zip(asked, rows, strict=True)))
 
 
 def aligned(a: Outputs, b: Outputs, limit: int | None = None) -> list[tuple[Output, Output]]:
@@ -178,28 +160,28 @@ def aligned(a: Outputs, b: Outputs, limit: int | None = None) -> list[tuple[Outp
     of_a, of_b = ({key: output for key, output in of.items() if key not in beyond} for of in (of_a, of_b))
     lacking = {a.file: [key for key in of_b if key not in of_a], b.file: [key for key in of_a if key not in of_b]}
     if any(lacking.values()):
-        said = [
+        reasons = [
             f"{file} lacks {len(keys)} of the {len(of_a.keys() | of_b.keys())} prompts, such as {excerpt(keys[0])}"
             for file, keys in lacking.items()
             if keys
         ]
-        raise UserError(f"{' and '.join(said)}; give answers of both models to the same prompts")
+        raise UserError(f"{' and '.join(reasons)}; give answers of both models to the same prompts")
     return [(output, of_b[key]) for key, output in of_a.items()]
 
 
 def by_key(outputs: Outputs) -> dict[str, Output]:
-    """The answers by prompt. Raises UserError where a prompt is there twice."""
+    """The answers by prompt. Raises UserError for a prompt with more than one answer."""
     counts = Counter(output.key for output in outputs.rows)
     if twice := [key for key, count in counts.items() if count > 1]:
+        most = f"{excerpt(twice[0])} with {counts[twice[0]]}"
         raise UserError(
-            f"{outputs.file}: {len(twice)} prompts have more than one answer, such as {excerpt(twice[0])} with "
-            f"{counts[twice[0]]}; keep one of each"
+            f"{outputs.file}: {len(twice)} prompts have more than one answer, such as {most}; keep one each"
         )
     return {output.key: output for output in outputs.rows}
 
 
 def empty_notes(counts: dict[str, int], num: int) -> list[str]:
-    """What to say of models of whose `num` answers some are empty."""
+    """A note for each model with empty answers, `counts` of its `num`."""
     return [f"{model}: {count} of {num} answers are empty" for model, count in counts.items() if count]
 
 

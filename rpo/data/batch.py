@@ -1,7 +1,7 @@
-"""From tokenised pairs to the batches that a model sees: how a micro-batch's rows are laid out.
+"""Micro-batches from tokenised pairs, in one of two layouts.
 
-Two layouts, one `Batch`: `padded` has a right-padded row per response and plain causal attention, it is the
-specification; `packed` has one row of several pairs, each laid out once as [prompt | chosen | rejected].
+`padded` has a right-padded row per response and plain causal attention; it is the specification. `packed` has one row of
+several pairs, each laid out once as [prompt | chosen | rejected].
 
 Letters: B rows of a batch, T tokens of a row, N scored tokens, S responses (chosen first, then rejected); P, C, R are
 a pair's token counts.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Segments:
-    """Who sees whom in one packed row: `lengths` is what `sdpa` reads, starts and keys `varlen`, pair and branch `flex`."""
+    """The attention pattern of a packed row: `sdpa` reads `lengths`, `varlen` starts and keys, `flex` pair and branch."""
 
     lengths: tuple[tuple[int, int, int], ...]  # P, C, R of each pair, on the host
     reach: int  # the longest text in the row, max over pairs of P + max(C, R)
@@ -38,7 +38,7 @@ class Segments:
     branch_T: Tensor  # 0 prompt, 1 chosen, 2 rejected
 
     def to(self, device: torch.device) -> Segments:
-        return replace(self, **{name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)})
+        return _map(self, lambda x: x.to(device))
 
     @functools.cached_property
     def block_mask(self) -> BlockMask:
@@ -75,7 +75,7 @@ def segments_of(lengths: np.ndarray) -> Segments:
 
 
 class RowsLike(Protocol):
-    """What is needed of `data.Rows`: lengths P, C, R of each row, and its ids as (prompt, chosen, rejected)."""
+    """The part of `dataset.Rows` that batches need: lengths P, C, R of each row, and its ids."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -103,7 +103,7 @@ def pair_sizes(rows: RowsLike, indices: np.ndarray | slice = slice(None)) -> np.
 
 
 def check_budget(rows: RowsLike, layout: str, budget: int) -> None:
-    """Raises UserError where a pair by itself is more than `tokens_per_microbatch`; names the largest such pair."""
+    """Raises UserError, naming the largest pair, if that alone exceeds `tokens_per_microbatch`."""
     sizes = pair_sizes(rows) if layout == "packed" else text_lengths(rows) * (1 + (rows.rejected > 0))
     worst = int(sizes.argmax())
     if sizes[worst] > budget:
@@ -115,7 +115,7 @@ def check_budget(rows: RowsLike, layout: str, budget: int) -> None:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch; beyond the model's backbone nothing knows which layout it came from.
+    """One micro-batch; only the model's backbone depends on its layout.
 
     `source_N` is the flat index (row x T + column) of the hidden state that predicts scored token `target_N`; scored
     tokens are ordered by response, `length_S` of them each. Where pairs have no rejected response, S = pairs.
@@ -126,7 +126,7 @@ class Batch:
     target_N: Tensor
     length_S: Tensor
     num_pairs: int
-    weight: float  # 0 for the filler that keeps ranks in step, else 1
+    weight: float  # 0 for filler, which gives ranks equally many micro-batches, else 1
     ref_S: Tensor | None = None  # the reference's log-prob of each response, where it was computed beforehand
     position_BT: Tensor | None = None  # None: 0, 1, 2, ... in each row
     segments: Segments | None = None  # None: plain causal attention
@@ -158,8 +158,8 @@ def make_batch(rows: RowsLike, indices: np.ndarray, layout: str, *, weight: floa
 def padded_batch(rows: RowsLike, indices: np.ndarray, *, weight: float = 1.0, extra: int = 0) -> Batch:
     """One right-padded batch, rows [all chosen; all rejected], for plain causal attention.
 
-    Padding stands to the right of everything real, so under a causal mask no real token sees it and no attention
-    mask is needed. `extra` adds columns of padding (the noise-floor probe compares two paddings).
+    Padding is right of every real token, so under a causal mask none sees it and no attention mask is needed.
+    `extra` adds columns of padding (the noise-floor probe compares two paddings).
     """
     triples = [rows.row(int(i)) for i in indices]
     responses = [(prompt, chosen) for prompt, chosen, _ in triples]
@@ -181,11 +181,9 @@ def packed_batch(rows: RowsLike, indices: np.ndarray, *, weight: float = 1.0) ->
 
     The prompt's last hidden state predicts the first token of both responses.
     """
-    lengths = np.stack([column[indices] for column in (rows.prompt, rows.chosen, rows.rejected)], axis=1).astype(
-        np.int64
-    )
-    starts = np.cumsum(lengths.sum(1)) - lengths.sum(1)
     triples = [rows.row(int(i)) for i in indices]
+    lengths = np.array([[len(part) for part in triple] for triple in triples])
+    starts = np.cumsum(lengths.sum(1)) - lengths.sum(1)
     chosen, rejected, positions = [], [], []
     for start, (p, c, r) in zip(starts.tolist(), lengths.tolist(), strict=True):
         last = start + p - 1
@@ -194,9 +192,8 @@ def packed_batch(rows: RowsLike, indices: np.ndarray, *, weight: float = 1.0) ->
             rejected.append(np.concatenate([[last], np.arange(last + c + 1, last + c + r)]))
         positions += [np.arange(p + c), np.arange(p, p + r)]
     targets = [chosen for _, chosen, _ in triples] + [rejected for *_, rejected in triples if len(rejected)]
-    batch = _batch(
-        rows, indices, np.concatenate([part for t in triples for part in t])[None], chosen + rejected, targets, weight
-    )
+    input_ids_BT = np.concatenate([part for triple in triples for part in triple])[None]
+    batch = _batch(rows, indices, input_ids_BT, chosen + rejected, targets, weight)
     position_BT = torch.from_numpy(np.concatenate(positions)[None])
     return replace(batch, position_BT=position_BT, segments=segments_of(lengths))
 

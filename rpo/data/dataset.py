@@ -1,4 +1,4 @@
-"""Tokenised rows, their order, and the report of what became of every row that was read.
+"""Tokenised rows, and a report that accounts for every row that was read.
 
 Letters: P, C, R token counts of a row's prompt, chosen and rejected response; max_length bounds P + max(C, R).
 """
@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from rpo import dist
 from rpo.config import Data, EvalData, Model
 from rpo.data.batch import longest
 from rpo.data.formats import Example, Messages, RowError, is_empty, parse, parse_prompt
-from rpo.data.sources import UNINFORMATIVE, WELL_FORMED, Source, Tally, check_file, open_sources
+from rpo.data.sources import UNINFORMATIVE, WELL_FORMED, Source, Tally, check_file, open_sources, parse_rows
 from rpo.data.tokenizer import (
     Facts,
     check_unicode,
@@ -41,7 +41,7 @@ from rpo.files import digest, read_arrays, write_arrays
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 2  # of the tokens that this module makes from given rows: raise it when they change
+CODE_VERSION = 2  # raise it when the tokens of the same rows change: it is part of the cache's key
 BATCH = 1024  # rows tokenised in one call
 
 
@@ -95,7 +95,7 @@ class _Encoded(NamedTuple):
 
 
 def _texts(tokenizer: PreTrainedTokenizerBase, example: Example, template_date: str) -> list[str]:
-    """What has to be tokenised for a row: prompt and the whole of each side (chat), or the parts apart (strings)."""
+    """The texts to tokenise: the prompt, and prompt with response for each side (chat), or the parts apart (strings)."""
     responses = [side for side in (example.chosen, example.rejected) if side is not None]
     if isinstance(example.prompt, list):
         texts = [render(tokenizer, example.prompt, template_date, prompt=True)]
@@ -118,9 +118,8 @@ def _encode(tok: Facts, example: Example, texts: list[str], ids: list[list[int]]
     for field, text, side in zip(("chosen", "rejected"), texts[1:], ids[1:], strict=False):
         full = with_bos(side, tok)
         if full[: len(prompt)] != prompt:
-            raise RowError(
-                "not_a_prefix", _why_not_a_prefix(tok.tokenizer, field, prompt, full, text.startswith(texts[0]))
-            )
+            why = _why_not_a_prefix(tok.tokenizer, field, prompt, full, text.startswith(texts[0]))
+            raise RowError("not_a_prefix", why)
         responses.append(close(full[len(prompt) :], tok))
     return _Encoded(prompt, *responses, *[[]] * (2 - len(responses)))
 
@@ -136,13 +135,13 @@ def _why_not_a_prefix(
         else "the template renders the prompt differently once an answer follows; use a template that does not"
     )
     return (
-        f"field {field}: expected the prompt's tokens at the beginning of the whole's; token {at} is {shown[0]} in the "
+        f"field {field}: expected the prompt's tokens at the beginning; token {at} is {shown[0]} in the "
         f"prompt, {shown[1]} with the response: {reason}"
     )
 
 
 def _truncate(row: _Encoded, bos: int | None, max_length: int, policy: str) -> _Encoded | None:
-    """The row within P + max(C, R) <= max_length by `data.truncation`, or None where it has to go."""
+    """The row cut to P + max(C, R) <= max_length by `data.truncation`, or None if it must be dropped."""
     prompt, *responses = row
     longest = max(map(len, responses))
     if len(prompt) + longest <= max_length:
@@ -164,12 +163,12 @@ def _blocks(ids: list[int], max_length: int) -> Iterator[_Encoded]:
 def _settle(
     tok: Facts, cfg: Data | EvalData, example: Example, texts: list[str], ids: list[list[int]]
 ) -> tuple[list[_Encoded], dict[str, int]]:
-    """What is kept of an example, and how often truncation changed it, by kind. Raises RowError where nothing is."""
+    """(rows of an example, how often truncation changed it by kind). Raises RowError if nothing is kept."""
     if any(is_empty(side) for side in (example.chosen, example.rejected) if side is not None):
         raise RowError("empty_response", "a response has no text")
     if example.prompt is None:
         document = [*with_bos(ids[0], tok), tok.eos]
-        lonely_eos = len(document) % cfg.max_length == 1  # nothing is left to predict it from
+        lonely_eos = len(document) % cfg.max_length == 1  # alone in its block, with nothing to predict it from
         return list(_blocks(document, cfg.max_length)), {"lost_end_of_turn": 1} if lonely_eos else {}
     row = _encode(tok, example, texts, ids)
     if row.chosen == row.rejected:
@@ -191,14 +190,12 @@ def _settle(
 def _batches(
     source: Source, tokenizer: PreTrainedTokenizerBase, template_date: str, pairs: bool
 ) -> Iterator[tuple[int, Example | RowError, list[str], list[list[int]]]]:
-    """Line number, example (or what is wrong with it), its texts and their ids, row by row, tokenised in batches."""
+    """Line number, example (or its RowError), its texts and their ids, row by row, tokenised in batches."""
     rows = iter(source.rows())
     while batch := list(islice(rows, BATCH)):
         parsed: list[tuple[int, Example | RowError, list[str]]] = []
         for line, raw in batch:
             try:
-                if isinstance(raw, RowError):
-                    raise raw
                 example = parse(raw, pairs)
                 parsed.append((line, example, _texts(tokenizer, example, template_date)))
             except RowError as error:
@@ -211,7 +208,7 @@ def _batches(
 def _build(
     sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool
 ) -> tuple[dict[str, np.ndarray], dict]:
-    """The arrays of `Rows` and the report, from the files. Raises UserError by the policies of `load`."""
+    """The arrays of `Rows` and the report, from the files. Raises UserError as `load`."""
     tok = facts_of(tokenizer)
     pieces: list[np.ndarray] = []  # the ids of each row kept
     lengths: list[tuple[int, int, int]] = []
@@ -244,9 +241,7 @@ def _build(
         names = ", ".join(source.name for source in sources)
         counts = ", ".join(f"{entry['count']} {kind}" for kind, entry in dropped.kinds.items())
         limits = f"data.max_length={cfg.max_length}, data.truncation={cfg.truncation}"
-        raise UserError(
-            f"{names}: none of {sum(read_per_file)} rows is left ({counts}; {limits}); change what drops them"
-        )
+        raise UserError(f"{names}: none of {sum(read_per_file)} rows is left ({counts}; {limits}); change these")
     columns = np.column_stack([lengths, places]).astype(np.int32).T
     arrays = dict(zip(ARRAYS, (np.concatenate(pieces), *map(np.ascontiguousarray, columns)), strict=True))
     report = {
@@ -279,8 +274,8 @@ def load(
     """The rows of `spec` as tokens, and a JSON-able report in which read = kept + all dropped.
 
     With `pairs` every row needs a rejected response; without, `rejected` is ignored (R = 0) and supervised forms are
-    read too. The tokenizer carries the chat template (`load_tokenizer`). Results are cached in `cache_dir`/tokens by
-    the content of all that they depend on.
+    read too. The tokenizer has the chat template (`load_tokenizer`). Results are cached in `cache_dir`/tokens, keyed
+    by the content of all inputs.
 
     Warns once of uninformative rows. Raises UserError: a file that cannot be read; the first malformed row, unless
     `cfg.on_bad_row` is drop; more than 5% uninformative rows in a file; no row left; messages without a chat template.
@@ -304,42 +299,31 @@ def load(
 def load_prompts(
     spec: str | list[str], cfg: EvalData, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[str | Messages], list[str], dict]:
-    """The prompts of `spec` as ids, each what training would make of it; as their rows say them; where each stands
-    (FILE:LINE); and a report.
+    """The prompts of `spec` as the ids that training would use; as in the file; their places (FILE:LINE); a report.
 
     Reads every form that `load` reads, and rows without an answer: {prompt}, {messages}, {instruction, input}.
     Raises UserError as `load` does; a prompt longer than data.max_length is a bad row.
     """
-    prompts, said, places, dropped, read = [], [], [], Tally(), 0
+
+    def encode(row: Any) -> tuple[list[int], str | Messages]:
+        prompt = parse_prompt(row)
+        ids = prompt_ids(tokenizer, prompt, cfg.template_date)
+        if not 1 <= len(ids) <= cfg.max_length:
+            raise RowError("too_long", f"the prompt has {len(ids)} tokens, expected 1 to data.max_length")
+        return ids, prompt
+
     sources = open_sources(spec, cfg.revision)
-    for file, source in enumerate(sources):
-        for line, raw in source.rows():
-            read += 1
-            try:
-                if isinstance(raw, RowError):
-                    raise raw
-                prompt = parse_prompt(raw)
-                ids = prompt_ids(tokenizer, prompt, cfg.template_date)
-                if not 1 <= len(ids) <= cfg.max_length:
-                    raise RowError("too_long", f"the prompt has {len(ids)} tokens, expected 1 to data.max_length")
-            except RowError as error:
-                if cfg.on_bad_row == "error":
-                    raise UserError(f"{source.name}:{line}: {error} (or data.on_bad_row=drop)") from None
-                dropped.add(error.kind, (file, line), str(error))
-                continue
-            prompts.append(ids)
-            said.append(prompt)
-            places.append(f"{source.name}:{line}")
-    if not prompts:
-        raise UserError(f"data.eval={spec}: none of {read} rows has a prompt that is kept; change what drops them")
+    rows, read, dropped = parse_rows(sources, encode, cfg.on_bad_row)
+    if not rows:
+        raise UserError(f"data.eval={spec}: none of {read} rows has a prompt that is kept; give other data or settings")
     names = [source.name for source in sources]
-    report = {"files": names, "read": read, "kept": len(prompts), "dropped": _named(dropped.kinds, names)}
-    return prompts, said, places, report
+    report = {"files": names, "read": read, "kept": len(rows), "dropped": _named(dropped.kinds, names)}
+    return [ids for _, (ids, _) in rows], [prompt for _, (_, prompt) in rows], [place for place, _ in rows], report
 
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """A run's rows: data.train, data.eval (None without), the report of each, and the tokenizer that made them."""
+    """A run's rows: data.train, data.eval (None without), the report of each, and their tokenizer."""
 
     tokenizer: PreTrainedTokenizerBase
     train: Rows
@@ -348,7 +332,7 @@ class Splits:
 
     @cached_property
     def by_name(self) -> dict[str, Rows]:
-        """The splits that there are, by name."""
+        """The rows of train and, if there is one, eval."""
         return {"train": self.train} | ({} if self.eval is None else {"eval": self.eval})
 
     @cached_property
@@ -358,7 +342,7 @@ class Splits:
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """Digests of tokenizer and rows, by key, by which a checkpoint knows them again."""
+        """Digests of tokenizer and rows, by key, for a checkpoint to compare."""
         facts = {"model.tokenizer": digest(json.dumps(identity(self.tokenizer)).encode())}
         for name, rows in self.by_name.items():
             content = digest(rows.ids, rows.prompt, rows.chosen, rows.rejected)
@@ -367,11 +351,11 @@ class Splits:
 
     @property
     def summary(self) -> str:
-        """How many rows there are and what became of the rest, in one line."""
+        """The rows kept and dropped in each split, in one line."""
         return ", ".join(f"{name} {describe(report)}" for name, report in self.reports.items() if report)
 
     def with_reference(self, logps: dict[str, np.ndarray]) -> Splits:
-        """The same rows with the reference's log-probs of each split (float64, rows x 2)."""
+        """These splits with the reference's log-probs of each (float64, rows x 2)."""
         return replace(self, **{name: replace(self.by_name[name], ref_logps=sums) for name, sums in logps.items()})
 
 
@@ -387,19 +371,16 @@ def load_splits(cfg: Data, model: Model, *, pairs: bool, cache_dir: str) -> Spli
         trust_remote_code=model.trust_remote_code,
     )
 
-    def read(spec: str | list[str] | None) -> tuple[Rows | None, dict | None]:
-        if spec is None:
-            return None, None
-        return load(spec, cfg, tokenizer, pairs=pairs, cache_dir=Path(cache_dir).expanduser())
-
+    folder, held_out, held_out_report = Path(cache_dir), None, None
     with dist.main_first():
-        train, train_report = read(cfg.train)
-        held_out, held_out_report = read(cfg.eval)
+        train, train_report = load(cfg.train, cfg, tokenizer, pairs=pairs, cache_dir=folder)
+        if cfg.eval is not None:
+            held_out, held_out_report = load(cfg.eval, cfg, tokenizer, pairs=pairs, cache_dir=folder)
     return Splits(tokenizer, train, held_out, {"train": train_report, "eval": held_out_report})
 
 
 def describe(report: dict) -> str:
-    """A report in a few words: rows kept, and what became of the rest."""
+    """A report in a few words: rows kept, and rows dropped by kind."""
     dropped = ", ".join(f"{entry['count']} {kind}" for kind, entry in report["dropped"].items())
     return f"{report['rows']} rows" + (f" ({report['read']} read, dropped: {dropped})" if dropped else "")
 

@@ -1,4 +1,4 @@
-"""This rank's micro-batches of each step, made in a thread one step ahead."""
+"""This rank's micro-batches of each step, prepared in a thread one step ahead."""
 
 from dataclasses import dataclass
 
@@ -12,14 +12,14 @@ from rpo.data.schedule import Plan, StepPlan, plan_step
 
 @dataclass(frozen=True)
 class Share:
-    """A step as one rank sees it: `plan` with the counts of the whole step, and the batches of its own micro-batches."""
+    """One rank's share of a step: `plan` with the counts of the whole step, and this rank's batches."""
 
     plan: StepPlan
     batches: list[Batch]
 
 
 class Loader:
-    """An iterator over the shares of the steps from `start` to the end of `plan`; `next` waits for no tensor to be laid out."""
+    """An iterator over this rank's shares of the steps from `start` to the end of `plan`."""
 
     def __init__(self, rows: Rows, plan: Plan, *, layout: str, budget: int, device: torch.device, start: int):
         self.rows, self.plan, self.layout, self.budget, self.device = rows, plan, layout, budget, device

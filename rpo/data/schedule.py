@@ -1,4 +1,4 @@
-"""Which rows make up step k, and how ranks and micro-batches divide them.
+"""The rows of step k, divided among ranks and micro-batches.
 
 Everything here is integer work on the host and a pure function of its arguments, so every rank derives the whole step's
 plan (and with it the counts that losses are divided by) without a collective. P, C, R: a pair's token counts.
@@ -18,7 +18,7 @@ from rpo.data.batch import RowsLike, pair_sizes, text_lengths
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
-    """How many steps one pass over the rows takes, a last short one included."""
+    """The number of steps in one pass over the rows, including a last short one."""
     return math.ceil(num_rows / batch_size)
 
 
@@ -41,7 +41,7 @@ def step_rows(step: int, num_rows: int, batch_size: int, seed: int) -> np.ndarra
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows each step of a run is made of: a function of these numbers alone, whatever the ranks and the layout."""
+    """The rows of each step of a run: a function of these numbers alone, independent of ranks and layout."""
 
     num_rows: int
     batch_size: int
@@ -101,7 +101,7 @@ def plan_step(
 
 
 def _divide_packed(rows: RowsLike, indices: np.ndarray, budget: int, world_size: int) -> list[list[np.ndarray]]:
-    """Per rank its rows: the dearest pair goes to the rank with least to do, then each rank packs best-fit."""
+    """Rows of each rank: pairs go, costliest first, to the least loaded rank; each rank packs best-fit."""
     p, c, r = (x[indices].astype(np.int64) for x in (rows.prompt, rows.chosen, rows.rejected))
     visible = (p + c) * (p + c + 1) // 2 + r * p + r * (r + 1) // 2
     cost = p + c + r + ATTENTION_COST * visible
@@ -115,7 +115,7 @@ def _divide_packed(rows: RowsLike, indices: np.ndarray, budget: int, world_size:
 
 
 def _best_fit(members: list[int], sizes: np.ndarray, budget: int) -> list[list[int]]:
-    """Rows of at most `budget` tokens: each pair, largest first, into the row with the least room that holds it."""
+    """Rows of at most `budget` tokens: each pair, largest first, goes to the fullest row that has room."""
     filled: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room, row), sorted
     for i in sorted(members, key=lambda i: -sizes[i]):
@@ -129,7 +129,7 @@ def _best_fit(members: list[int], sizes: np.ndarray, budget: int) -> list[list[i
 
 
 def _divide_padded(rows: RowsLike, indices: np.ndarray, budget: int, world_size: int) -> list[list[np.ndarray]]:
-    """Per rank its batches: pairs sorted by length (less padding), dealt in snake order (equal counts), cut by `budget`."""
+    """Batches of each rank: pairs sorted by length (less padding), dealt in snake order (equal counts), cut by `budget`."""
     longest, rows_per_pair = text_lengths(rows, indices), 1 + (rows.rejected[indices] > 0)
     by_length = np.argsort(-longest, kind="stable")
     rank_of = np.arange(len(indices)) % (2 * world_size)

@@ -1,18 +1,19 @@
-"""Files and data sets to raw rows with their line numbers; nothing here knows what a row means.
+"""The raw rows of files and data sets, with their line numbers, whatever a row means.
 
 What is wrong with one row is a `RowError`, with a file a `UserError`.
 """
 
+import contextlib
 import gzip
 import hashlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from rpo.data.formats import RowError, type_name
 from rpo.errors import UserError
@@ -26,8 +27,9 @@ MAX_UNINFORMATIVE = 0.05  # of a file's rows
 WELL_FORMED = (*UNINFORMATIVE, "too_long")  # kinds of dropped rows that data.on_bad_row does not govern
 EXAMPLES = 3  # kept in the report for each kind
 # A file that unpacks without end must not fill the memory.
-MAX_LINE = 2**26  # bytes of a row in a .jsonl; the rest of a longer one is read past
+MAX_LINE = 2**26  # bytes of a row in a .jsonl; the rest of a longer one is skipped
 MAX_JSON = 2**32  # bytes of a .json, which is read whole
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,20 @@ class Source:
     name: str
     digest: str
     rows: Callable[[], Iterator[tuple[int, Any]]]  # (1-based line or row number, decoded row or RowError)
+
+
+def rows_of(spec: str | list[str]) -> Iterator[tuple[str, Any]]:
+    """(FILE:LINE, row) of every row of the files `spec`; a row that cannot be decoded is a RowError."""
+    for source in open_sources(spec, None):
+        for line, row in source.rows():
+            yield f"{source.name}:{line}", row
+
+
+def check_new(places: dict[Any, str], key: Any, place: str, name: str) -> None:
+    """Records in `places` that `key`, called `name`, is at `place`. Raises UserError if it was at another already."""
+    if key in places:
+        raise UserError(f"{place}: {name} is there already, at {places[key]}; keep one")
+    places[key] = place
 
 
 # ---- files
@@ -54,21 +70,21 @@ def open_sources(spec: str | list[str], revision: str | None) -> list[Source]:
 def _open(spec: str, revision: str | None) -> Source:
     path = Path(os.path.expanduser(spec))
     try:
-        found = path.is_file()
+        is_file = path.is_file()
     except OSError as error:  # a name too long, a folder that may not be entered
-        raise UserError(f"{spec[:300]}: can not be looked up ({error.strerror}); give a file, or NAME:SPLIT") from None
-    if found:
+        raise UserError(f"{spec[:300]}: cannot be looked up ({error.strerror}); give a file, or NAME:SPLIT") from None
+    if is_file:
         readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
         suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
         if suffix not in readers or path.name.endswith(".parquet.gz"):
             raise UserError(
-                f"{spec}: expected a .jsonl, .json (either may end in .gz) or .parquet file; convert or rename it"
+                f"{spec}: expected a .jsonl, .json (either with .gz) or .parquet file; convert or rename it"
             )
         try:
             with path.open("rb") as stream:
                 digest = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
-            raise UserError(f"{spec}: can not be read ({error.strerror})") from None
+            raise UserError(f"{spec}: cannot be read ({error.strerror}); give a file that can") from None
         return Source(spec, digest, lambda: readers[suffix](path))
     if path.is_dir():
         raise UserError(f"{spec}: a directory is read as a dataset and needs a split; write {spec}:train")
@@ -81,16 +97,13 @@ def _open(spec: str, revision: str | None) -> Source:
 def _open_dataset(spec: str, name: str, split: str, revision: str | None) -> Source:
     import datasets  # heavy, and not needed for plain files
 
-    folder = Path(name).expanduser()
+    if (folder := Path(name).expanduser()).is_dir():
+        name, revision = str(folder), None
     try:
-        if folder.is_dir():
-            dataset = datasets.load_dataset(str(folder), split=split)
-        else:
-            dataset = datasets.load_dataset(name, split=split, revision=revision)
+        dataset = datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # the library raises many unrelated types for a name, split or network it cannot use
-        raise UserError(
-            f"{spec}: cannot be loaded as a dataset split ({one_line(error)}); check name, split and data.revision"
-        ) from None
+        fix = "check name, split and data.revision"
+        raise UserError(f"{spec}: cannot be loaded as a dataset split ({one_line(error)}); {fix}") from None
     return Source(spec, dataset._fingerprint, lambda: _read_dataset(spec, dataset))
 
 
@@ -98,11 +111,17 @@ def _read_dataset(spec: str, dataset: Any) -> Iterator[tuple[int, Any]]:
     try:
         yield from enumerate(dataset, start=1)
     except Exception as error:  # a column of pictures or sounds is decoded only now
-        raise UserError(f"{spec}: a row can not be read ({one_line(error)}); give text columns alone") from None
+        raise UserError(f"{spec}: a row cannot be read ({one_line(error)}); give only text columns") from None
 
 
-def _stream(path: Path):
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file as a stream of bytes. Raises UserError if it cannot be read."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            yield stream
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(path, error) from None
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes | RowError]:
@@ -112,7 +131,7 @@ def _lines(stream: BinaryIO) -> Iterator[bytes | RowError]:
             continue
         while len(line) == MAX_LINE and not line.endswith(b"\n"):
             line = stream.readline(MAX_LINE)
-        yield RowError("too_large", f"expected a line of less than {MAX_LINE >> 20} MiB; mend the row")
+        yield RowError("too_large", f"expected a line of less than {MAX_LINE >> 20} MiB; fix the row")
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -120,15 +139,12 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        with _stream(path) as stream:
-            for number, line in enumerate(_lines(stream), start=1):
-                if isinstance(line, RowError):
-                    yield number, line
-                elif line.strip():
-                    yield number, _decode_line(line)
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, error) from None
+    with _opened(path) as stream:
+        for number, line in enumerate(_lines(stream), start=1):
+            if isinstance(line, RowError):
+                yield number, line
+            elif line.strip():
+                yield number, _decode_line(line)
 
 
 def _decode_line(line: bytes) -> Any:
@@ -137,30 +153,24 @@ def _decode_line(line: bytes) -> Any:
     except UnicodeDecodeError as error:
         return RowError("invalid_utf8", f"byte {error.start + 1} of the line: expected UTF-8; re-encode the file")
     except (ValueError, RecursionError) as error:
-        return RowError(
-            "invalid_json",
-            f"expected one JSON object a line ({one_line(error)}); a JSON list of rows belongs in a .json file",
-        )
+        why = f"expected one JSON object a line ({one_line(error)}); a JSON list of rows belongs in a .json file"
+        return RowError("invalid_json", why)
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     content = bytearray()
-    try:
-        with _stream(path) as stream:
-            while len(content) <= MAX_JSON and (chunk := stream.read(2**20)):
-                content += chunk
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, error) from None
+    with _opened(path) as stream:
+        while len(content) <= MAX_JSON and (chunk := stream.read(2**20)):
+            content += chunk
     if len(content) > MAX_JSON:
         raise UserError(f"{path}: over {MAX_JSON / 2**30:g} GiB; make it a .jsonl, which is read row by row")
     try:
         rows = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: expected one JSON list of rows ({one_line(error)}); name it .jsonl if it has one object a line"
-        ) from None
+        fix = "name it .jsonl if it has one object a line"
+        raise UserError(f"{path}: expected one JSON list of rows ({one_line(error)}); {fix}") from None
     if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a JSON list of rows, found {type_name(rows)}; wrap the rows in [ ]")
+        raise UserError(f"{path}: expected a JSON list of rows, got {type_name(rows)}; wrap the rows in [ ]")
     yield from enumerate(rows, start=1)
 
 
@@ -183,10 +193,10 @@ def _python_rows(batch: "pyarrow.RecordBatch") -> list[Any]:
         if len(batch) > 1:
             return [row for i in range(len(batch)) for row in _python_rows(batch.slice(i, 1))]
         kind = "invalid_utf8" if isinstance(error, UnicodeDecodeError) else "wrong_type"
-        return [RowError(kind, f"a value can not be read ({one_line(error)}); mend the row")]
+        return [RowError(kind, f"a value cannot be read ({one_line(error)}); fix the row")]
 
 
-# ---- what became of them
+# ---- kept and dropped rows
 
 
 class Tally:
@@ -205,6 +215,26 @@ class Tally:
         return sum(self.kinds[kind]["count"] for kind in kinds or self.kinds if kind in self.kinds)
 
 
+def parse_rows(
+    sources: Sequence[Source], parse: Callable[[Any], Row], on_bad_row: str
+) -> tuple[list[tuple[str, Row]], int, Tally]:
+    """(each row that `parse` takes with its FILE:LINE; how many were read; the rows that `parse` refuses).
+
+    Raises UserError for the first refused row, unless `on_bad_row` is drop.
+    """
+    rows, read, dropped = [], 0, Tally()
+    for file, source in enumerate(sources):
+        for line, raw in source.rows():
+            read += 1
+            try:
+                rows.append((f"{source.name}:{line}", parse(raw)))
+            except RowError as error:
+                if on_bad_row == "error":
+                    raise UserError(f"{source.name}:{line}: {error} (or data.on_bad_row=drop)") from None
+                dropped.add(error.kind, (file, line), str(error))
+    return rows, read, dropped
+
+
 def check_file(name: str, read: int, uninformative: int) -> None:
     """Raises UserError for a file without rows, or with too many that teach nothing."""
     if not read:
@@ -212,5 +242,5 @@ def check_file(name: str, read: int, uninformative: int) -> None:
     if uninformative > MAX_UNINFORMATIVE * read:
         raise UserError(
             f"{name}: {uninformative} of {read} rows have an empty response or two equal ones (after truncation), "
-            f"expected at most {MAX_UNINFORMATIVE:.0%}; look at how the file was made and remove them"
+            f"expected at most {MAX_UNINFORMATIVE:.0%}; remove them"
         )

@@ -1,4 +1,4 @@
-"""Text to token ids and back to where a turn ends: tokenizers, chat templates, BOS and end-of-turn.
+"""Text to token ids: tokenizers, chat templates, BOS and end-of-turn.
 
 A response's tokens end with exactly one end-of-turn, which is scored; what a template renders after it is dropped.
 """
@@ -28,22 +28,21 @@ def load_tokenizer(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local directory or Hub name, its chat template replaced where `chat_template` is given.
+    """The tokenizer of a local directory or Hub name, with `chat_template` (jinja text or a file of it) if given.
 
-    `chat_template` is jinja text or the path of a file that holds it. Raises UserError where the tokenizer cannot be
-    loaded, needs code of its own without `trust_remote_code` or has no EOS token, or the template's file does not exist.
+    Raises UserError where the tokenizer cannot be loaded, needs code of its own without `trust_remote_code` or has no
+    EOS token, and where the template's file does not exist.
     """
     from transformers import AutoTokenizer
 
     try:
-        trust = {"trust_remote_code": trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main", **trust)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path), revision=revision or "main", trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # a missing folder, name, network, file or library: each its own type
         if "trust_remote_code" in str(error):
-            raise UserError(
-                f"tokenizer {path}: comes with code of its own, which is not run; read it, then set "
-                "model.trust_remote_code=true, or give model.tokenizer"
-            ) from None
+            fix = "read it, then set model.trust_remote_code=true, or give model.tokenizer"
+            raise UserError(f"tokenizer {path}: comes with code of its own, which is not run; {fix}") from None
         raise UserError(f"tokenizer {path}: cannot be loaded ({one_line(error)}); give a folder or Hub name") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {path}: has no EOS token to end a response; set eos_token in tokenizer_config.json")
@@ -65,13 +64,13 @@ def _template_text(chat_template: str) -> str:
 
 
 class Facts(NamedTuple):
-    """A tokenizer and what is asked of it for every row."""
+    """A tokenizer and its special tokens, looked up once for all rows."""
 
     tokenizer: PreTrainedTokenizerBase
     bos: int | None
     adds_bos: bool  # whether the tokenizer itself begins a text with it
     eos: int
-    special: frozenset[int]  # what no text stands for: not the unknown token, which a word may end a response with
+    special: frozenset[int]  # without the unknown token, which may stand for a response's last word
 
 
 def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
@@ -95,7 +94,7 @@ def with_bos(ids: list[int], tok: Facts) -> list[int]:
 
 @lru_cache
 def _fix_date(template: str, template_date: str) -> str:
-    """The template with `strftime_now` answering for `template_date` at midnight, as a macro that shadows the clock.
+    """The template with a macro `strftime_now` that returns `template_date` at midnight in place of the clock.
 
     A macro, because apply_chat_template turns a function among its arguments into text.
     """
@@ -109,24 +108,22 @@ def _fix_date(template: str, template_date: str) -> str:
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, template_date: str, *, prompt: bool) -> str:
     if tokenizer.chat_template is None:
-        raise UserError(
-            "data.chat_template=null: the data has messages, the tokenizer no chat template; give jinja text or a file"
-        )
+        why = "the data has messages, the tokenizer no chat template"
+        raise UserError(f"data.chat_template=null: {why}; give jinja text or a file")
     template = _fix_date(tokenizer.get_chat_template(), template_date)
     try:
         return tokenizer.apply_chat_template(
             messages, chat_template=template, add_generation_prompt=prompt, tokenize=False
         )
     except Exception as error:  # the template is a program of the user's and may raise anything
-        text = f"the chat template refuses the messages ({one_line(error)}); mend them or data.chat_template"
+        text = f"the chat template refuses the messages ({one_line(error)}); fix them or data.chat_template"
         raise RowError("template_error", text) from None
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, template_date: str) -> list[int]:
-    """The ids that training uses as the prompt of a row with this `prompt`, before any truncation.
+    """The ids that training uses for `prompt`, before truncation: messages with the generation prompt, a string as it is.
 
-    A message list is rendered with the generation prompt; a string is tokenised as it is. Raises UserError where the
-    template refuses the messages or there is none.
+    Raises UserError if the template refuses the messages or there is none.
     """
     try:
         return prompt_ids(tokenizer, prompt, template_date)
@@ -135,18 +132,18 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, te
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, template_date: str) -> list[int]:
-    """`encode_prompt` of a prompt that a file holds: raises RowError where the template refuses it."""
+    """As `encode_prompt`, but raises RowError if the template refuses the messages."""
     text = prompt if isinstance(prompt, str) else render(tokenizer, prompt, template_date, prompt=True)
     check_unicode(text)
     return with_bos(tokenize(tokenizer, [text])[0], facts_of(tokenizer))
 
 
 def check_unicode(text: str) -> None:
-    """Raises RowError for half a character, which JSON can hold and no tokenizer can read."""
+    """Raises RowError for a lone surrogate, which JSON can hold and no tokenizer can read."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        reason = "an escape like \\ud800 is half a character: expected Unicode text; mend the row"
+        reason = "an escape like \\ud800 is half a character: expected Unicode text; fix the row"
         raise RowError("invalid_utf8", reason) from None
 
 
@@ -164,7 +161,7 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, template_date: str) -> list[int
 
 
 def unknown_share(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> float:
-    """The share of tokens that stand for text that the tokenizer does not know; 0 where it knows all by its bytes."""
+    """The share of unknown tokens in the prompts; 0 for a byte-level tokenizer."""
     unknown = tokenizer.unk_token_id
     if unknown in (None, tokenizer.eos_token_id, tokenizer.bos_token_id):  # GPT-2: one token for all three
         return 0.0
@@ -186,7 +183,7 @@ def close(ids: list[int], tok: Facts) -> list[int]:
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> list:
-    """All of a tokenizer that decides its ids, JSON-able and free of paths."""
+    """Everything in a tokenizer that decides its ids, JSON-able and free of paths."""
     if tokenizer.is_fast:
         model = json.loads(tokenizer.backend_tokenizer.to_str())
         model.pop("padding"), model.pop("truncation")  # state of the last call

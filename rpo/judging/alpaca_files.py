@@ -1,16 +1,16 @@
-"""AlpacaEval's files as it publishes them: judgments, difficulties, gamed rows, weights, and the judge's prompt.
+"""AlpacaEval's published files: judgments, difficulties, gamed rows, weights, and the judge's prompt.
 
 Judgments come in three forms: annotations.json ({instruction, output_1, output_2, generator_1, generator_2, preference}),
 the same without instruction and output_1 but with `index`, the place in the baseline's file, and a table of several models
 without any text (model, index, len_baseline, len_model, preference). In all of them output_1 is the baseline's answer, and
-preference is 1 to 2, 2 where the model's is the better one for sure.
+preference is 1 to 2, with 2 if the model's is certainly better.
 """
 
 import csv
 import gzip
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +20,7 @@ import numpy as np
 from rpo.config import Field, Number, group, read_row
 from rpo.data.answers import Outputs, by_key, excerpt
 from rpo.data.formats import Messages
-from rpo.data.sources import open_sources
+from rpo.data.sources import check_new, rows_of
 from rpo.errors import UserError, require
 from rpo.judging.length_control import Gamed, Weights
 from rpo.text import one_line
@@ -31,10 +31,10 @@ _FIELD = re.compile(r"\{(instruction|output_1|output_2)\}")
 
 @dataclass(frozen=True)
 class Judgment:
-    """One model's answer to one instruction against the baseline's; `row` is its place among the model's rows in the file.
+    """A model's answer to one instruction against the baseline's; `row` is its place among the model's rows in the file.
 
-    `preference` is 1 to 2, None where there is no verdict, and `error` then says why. Answers are None where the file has
-    only their lengths (in characters), the annotator where the file does not name the judge.
+    `preference` is 1 to 2, or None with the reason in `error`. Answers are None where the file has only their lengths (in
+    characters), the annotator where the file does not name the judge.
     """
 
     model: str
@@ -89,47 +89,33 @@ class _Lengths(_Verdict):
 def read_annotations(specs: Sequence[str], baseline: Outputs | None) -> tuple[str, dict[str, list[Judgment]]]:
     """(the baseline's name, model -> its judgments in the file's order).
 
-    Raises UserError, by file and line: a field missing or of another kind, a preference outside [1, 2] that is not 0 (which
-    the original counts as 1.5), an instruction twice or not the baseline's, another baseline's answers or name.
+    Raises UserError, by file and line: a malformed field, a preference outside [1, 2] that is not 0 (which the original
+    counts as 1.5), an instruction twice or not the baseline's, another baseline's answers or name.
     """
     of_baseline = by_key(baseline) if baseline is not None else {}
     by_model: dict[str, list[Judgment]] = {}
-    seen: dict[tuple[str, str], str] = {}
+    places: dict[tuple[str, str], str] = {}
     name: str | None = None
     for spec in specs:
-        for place, row in _rows(spec):
-            base, judgment = _judgment(row, place, baseline, of_baseline)
-            if None not in (name, base) and name != base:
-                raise UserError(
-                    f"{place}: judged against {base}, earlier rows against {name}; give judgments against one baseline"
-                )
+        is_table = spec.removesuffix(".gz").endswith(".csv")
+        for place, row in _csv(spec, _Lengths) if is_table else rows_of(spec):
+            row_name, judgment = _judgment(row, place, baseline, of_baseline)
+            name = name or row_name
+            if row_name not in (None, name):
+                raise UserError(f"{place}: judged against {row_name}, earlier rows against {name}; give one baseline's")
             key = (judgment.model, judgment.instruction)
-            if key in seen:
-                raise UserError(
-                    f"{place}: {key[0]} has a judgment of {excerpt(key[1])} already, at {seen[key]}; keep one"
-                )
-            name, seen[key] = base or name, place
+            check_new(places, key, place, f"a judgment of {key[0]} on {excerpt(key[1])}")
             rows = by_model.setdefault(judgment.model, [])
             rows.append(replace(judgment, row=len(rows)))
     require(bool(by_model), f"{', '.join(specs)}: no judgments; give a file with one for each instruction")
     return name or baseline.name, by_model
 
 
-def _rows(spec: str) -> Iterable[tuple[str, Any]]:
-    """(FILE:LINE, row) of a file in any of the three forms."""
-    if spec.removesuffix(".gz").endswith(".csv"):
-        return _csv(spec, _Lengths)
-    (source,) = open_sources(spec, None)
-    return ((f"{spec}:{number}", row) for number, row in source.rows())
-
-
 def _judgment(row: Any, place: str, baseline: Outputs | None, of_baseline: dict) -> tuple[str | None, Judgment]:
-    """(the baseline's name, where the row has it; its judgment, numbered as the model's first)."""
+    """(the baseline's name, if the row has it; its judgment, numbered as the model's first)."""
     form = _ByText
     if isinstance(row, dict):
         form = _ByText if "instruction" in row else _Lengths if "len_model" in row else _ByPlace
-        if "instruction" not in row and "index" not in row:
-            raise UserError(f"{place}: expected instruction or index, got neither; add what was judged")
         if row.get("preference") == "" or row.get("preference") != row.get("preference"):  # NaN
             row = row | {"preference": None}
     read, fault = read_row(form, row, place), None
@@ -191,22 +177,20 @@ class _Weights:
 
 
 def read_difficulty(path: str) -> np.ndarray:
-    """instruction_difficulty.csv as one number per instruction, by index; UserError unless there is one for each."""
-    difficulty: dict[float, float] = {}
+    """The numbers in instruction_difficulty.csv, by index. Raises UserError unless there is one for each index."""
+    difficulty, places = {}, {}
     for place, row in _csv(path, _Difficulty, first="index"):
         read = read_row(_Difficulty, row, place)
-        require(read.index not in difficulty, f"{place}: index {read.index:g} is there twice; keep one")
+        check_new(places, read.index, place, f"index {read.index:g}")
         difficulty[read.index] = read.instruction_difficulty
     count = len(difficulty)
-    require(
-        sorted(difficulty) == list(range(count)),
-        f"{path}: {count} rows whose index is not 0 to {count - 1}; give one for each instruction",
-    )
+    if sorted(difficulty) != list(range(count)):
+        raise UserError(f"{path}: {count} rows whose index is not 0 to {count - 1}; give one for each instruction")
     return np.array([difficulty[i] for i in range(count)])
 
 
 def read_gamed(path: str) -> tuple[Gamed, bool]:
-    """(df_gamed.csv, whether it is a stand-in): one with preference_pseudo in the place of preference is."""
+    """(df_gamed.csv, whether it is a stand-in: one with preference_pseudo in place of preference)."""
     rows = _csv(path, _Gamed)
     read = [read_row(_Gamed, row, place) for place, row in rows]
     columns = np.array([(row.std_delta_len, row.instruction_difficulty, row.preference) for row in read]).T
@@ -215,32 +199,30 @@ def read_gamed(path: str) -> tuple[Gamed, bool]:
 
 def read_weights(path: str) -> dict[str, Weights]:
     """Model -> stored weights, from the file of one baseline."""
-    weights: dict[str, Weights] = {}
+    weights, places = {}, {}
     for place, row in _csv(path, _Weights, first="model"):
         read = read_row(_Weights, row, place)
-        require(read.model not in weights, f"{place}: model {read.model} has more than one row; keep one")
+        check_new(places, read.model, place, f"model {read.model}")
         weights[read.model] = Weights(read.std_delta_len, read.instruction_difficulty, read.not_gamed_baseline)
     return weights
 
 
 def _csv(path: str, cls: type, first: str | None = None) -> list[tuple[str, dict[str, str]]]:
-    """(FILE:LINE, row) of a CSV (.gz) with a column for every field of `cls`, or one in whose name it is: the weight
-    np.tanh(std_delta_len). `first` is what the first column is called (pandas leaves an index without a name)."""
+    """(FILE:LINE, row) of each row of a CSV (.gz) that has all fields of `cls`, or columns whose names contain them, as
+    np.tanh(std_delta_len). `first` renames the first column (pandas leaves an index without a name)."""
     file = Path(path).expanduser()
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rt", newline="", encoding="utf-8") as stream:
             reader = csv.DictReader(stream)
             names = list(reader.fieldnames or [])
-            names[:1] = names[:1] if first is None else [first]
-            reader.fieldnames = names
+            reader.fieldnames = names = names if first is None else [first, *names[1:]]
             rows = [(f"{path}:{reader.line_num}", row) for row in reader]
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"{path}: cannot be read as a table ({reason}); give a .csv or .csv.gz file") from None
-    columns = {}
-    for name in [field.name for field in fields(cls) if field.type != str | None]:
-        columns[name] = min((column for column in names if name in column), key=len, default=None)
-        require(columns[name] is not None, f"{path}: no column {name}; there are {', '.join(names)[:200]}")
+        raise UserError(f"{path}: cannot be read as a table ({one_line(error)}); give a .csv or .csv.gz file") from None
+    required = [field.name for field in fields(cls) if field.type != str | None]
+    columns = {name: min((column for column in names if name in column), key=len, default=None) for name in required}
+    if missing := [name for name in required if columns[name] is None]:
+        raise UserError(f"{path}: no column {missing[0]}; there are {', '.join(names)[:200]}")
     require(bool(rows), f"{path}: a header and no rows; give a file with both")
     for place, row in rows:
         if None in row or None in row.values():  # more values than names, or fewer
@@ -253,26 +235,20 @@ def _csv(path: str, cls: type, first: str | None = None) -> list[tuple[str, dict
 
 
 def read_prompt(path: str) -> Messages:
-    """The messages of a file in the form of alpaca_eval_clf.txt, with {instruction}, {output_1} and {output_2} still in them."""
+    """The messages of a file like alpaca_eval_clf.txt, with the fields {instruction}, {output_1} and {output_2}."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"task.prompts={path}: cannot be read ({getattr(error, 'strerror', None) or one_line(error)})"
-        ) from None
+        raise UserError(f"task.prompts={path}: cannot be read ({one_line(error)}); give a text file") from None
     messages = [{"role": role, "content": content.strip()} for role, content in _SECTION.findall(text)]
     fields = {field for message in messages for field in _FIELD.findall(message["content"])}
     if not messages or fields != {"instruction", "output_1", "output_2"}:
-        raise UserError(
-            f"task.prompts={path}: expected <|im_start|>ROLE ... <|im_end|> sections with {{instruction}}, {{output_1}} and "
-            "{output_2}; give alpaca_eval_clf.txt or one like it"
-        )
+        expected = "<|im_start|>ROLE ... <|im_end|> sections with {instruction}, {output_1} and {output_2}"
+        raise UserError(f"task.prompts={path}: expected {expected}; give alpaca_eval_clf.txt or one like it")
     return messages
 
 
 def filled(template: Messages, **values: str) -> Messages:
     """The template with its fields filled, in one pass: braces in an answer stay as they are."""
-    return [
-        {"role": message["role"], "content": _FIELD.sub(lambda field: values[field[1]], message["content"])}
-        for message in template
-    ]
+    fill = lambda text: _FIELD.sub(lambda field: values[field[1]], text)  # noqa: E731
+    return [message | {"content": fill(message["content"])} for message in template]

@@ -1,7 +1,7 @@
-"""Asking a judge many requests at once, each paid for once.
+"""Concurrent requests to a judge, with a cache of replies and a limit on cost.
 
-CACHE/DIGEST.jsonl    the replies of one server's model, one object a line: "key", a digest of all that the reply depends
-                      on, and "reply". A line is appended as soon as its reply comes: a kill loses the replies under way.
+CACHE/DIGEST.jsonl    the replies of one server's model, one object a line: "key", a digest of everything that the reply
+                      depends on, and "reply". A line is appended as soon as its reply comes: a kill loses pending replies.
 """
 
 import asyncio
@@ -28,43 +28,44 @@ from rpo.judging.settings import Judge
 from rpo.text import redacted
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds after a malformed reply: doubled each time, and jittered
-MALFORMED = 10  # times that a malformed reply is asked for again at most, since each may be billed
-GRACE = 5.0  # seconds that Ctrl-C waits for the replies under way, which are paid for
-LAST_WAIT = 60.0  # the same, of an error that ends all
-BEAT = 60.0  # seconds between signs of life to the other ranks, whose wait has a limit
+MALFORMED = 10  # retries after a malformed reply at most, since each may be billed
+GRACE = 5.0  # seconds that Ctrl-C waits for pending replies, which are paid for
+LAST_WAIT = 60.0  # the same after a fatal error
+BEAT = 60.0  # seconds between heartbeats to the other ranks, whose wait has a limit
 
 
 def ask(requests: Sequence[Request], judge: Judge, cache: Path, account: Account | None = None) -> list[Reply]:
-    """The replies, in the order of the requests, on all ranks: rank 0 asks. Those in the `cache` folder are free.
+    """The replies, in the order of the requests, on all ranks; rank 0 sends those that are not in the `cache` folder.
 
-    A request that still fails after judge.retries has Reply.error. Raises UserError where all would fail (no such model, no
-    access, wrong URL, a server that does not come back) and where judge.max_cost is not enough; replies that came before are in
-    the cache. Calls with one `account` share max_cost.
+    A request that still fails after judge.retries has Reply.error. Raises UserError if all would fail (no such model, no
+    access, wrong URL, a server that stays down) or judge.max_cost is too low; earlier replies are in the cache. Calls with
+    the same `account` share max_cost.
     """
     account = account or Account()
     if not torch_dist.is_initialized() or dist.world_size() == 1:
         return _ask(requests, judge, cache, account, lambda: None)
-    outcome: object = None
+    outcome = None
     if dist.is_main():
         try:
-            outcome = _ask(requests, judge, cache, account, _beating())
+            outcome = _ask(requests, judge, cache, account, _heartbeat())
         except Exception as error:
             outcome = error
         dist.broadcast(False)
     else:
         while dist.broadcast(None):
             pass
-    return dist.on_main(_unwrapped, outcome)
+    return dist.on_main(_unwrap, outcome)
 
 
 def facts(requests: Sequence[Request], replies: Sequence[Reply], judge: Judge) -> dict:
-    """Who was asked, who answered, how, and at what cost: "cost" is of all replies, "cost_now" of those not cached.
+    """The judge, its settings, and counts, tokens and dollars of the replies; "cost_now" is of those not cached.
 
-    Equal requests count once, the last of them. Costs are dollars at judge.price_in and price_out, null without them.
+    Equal requests count once, the last of them. Costs are at judge.price_in and price_out, null without them.
     """
     distinct = list({key_of(asked, judge): reply for asked, reply in zip(requests, replies, strict=True)}.values())
     now = [reply for reply in distinct if not reply.cached]
-    summary = {
+    read, written = _tokens(distinct)
+    return {
         "model": judge.model,
         "served": sorted({reply.model for reply in distinct if reply.model}),
         "base_url": redacted(url_of(judge)),
@@ -75,17 +76,19 @@ def facts(requests: Sequence[Request], replies: Sequence[Reply], judge: Judge) -
         "errors": sum(reply.error is not None for reply in distinct),
         "with_logprobs": sum(reply.top_logprobs is not None for reply in distinct),
         "finish_reasons": dict(Counter(str(reply.finish_reason) for reply in distinct if reply.error is None)),
+        "input_tokens": read,
+        "output_tokens": written,
+        "cost": _cost(read, written, judge),
+        "cost_now": _cost(*_tokens(now), judge),
     }
-    for name, some in (("", distinct), ("_now", now)):
-        tokens = [sum(getattr(reply, f"{way}_tokens") for reply in some) for way in ("input", "output")]
-        if not name:
-            summary |= {"input_tokens": tokens[0], "output_tokens": tokens[1]}
-        summary[f"cost{name}"] = _cost(*tokens, judge)
-    return summary
+
+
+def _tokens(replies: Sequence[Reply]) -> tuple[int, int]:
+    return sum(reply.input_tokens for reply in replies), sum(reply.output_tokens for reply in replies)
 
 
 def key_of(request: Request, judge: Judge) -> str:
-    """SHA-256 of what a reply depends on: server, model, sampling, all messages and which repeat it is."""
+    """SHA-256 of what a reply depends on: server, model, sampling, all messages and the repeat's number."""
     limits = [judge.temperature, request.max_tokens or judge.max_tokens, request.top_logprobs, request.repeat]
     return _digest([url_of(judge), judge.model, *limits, list(request.messages)])
 
@@ -94,7 +97,7 @@ def _digest(values: list) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _beating() -> Callable[[], None]:
+def _heartbeat() -> Callable[[], None]:
     last = time.monotonic()
 
     def beat() -> None:
@@ -106,7 +109,7 @@ def _beating() -> Callable[[], None]:
     return beat
 
 
-def _unwrapped(outcome: Any) -> Any:
+def _unwrap(outcome: Any) -> Any:
     if isinstance(outcome, Exception):
         raise outcome
     return outcome
@@ -121,14 +124,10 @@ def _cost(tokens_in: int, tokens_out: int, judge: Judge) -> float | None:
     return (tokens_in * judge.price_in + tokens_out * judge.price_out) / 1e6
 
 
-def _most(request: Request, judge: Judge) -> float:
-    """Dollars that one try can cost: a token is at least a byte, and a template adds some to each message."""
+def _ceiling(request: Request, judge: Judge) -> float:
+    """Dollars that one try can cost at most: a token is at least a byte, and a template adds some to each message."""
     size = sum(len(message["content"].encode(errors="replace")) + 16 for message in request.messages)
     return _cost(size, request.max_tokens or judge.max_tokens, judge) or 0.0
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e6:.1f}M" if number >= 1e6 else f"{number / 1e3:.0f}k" if number >= 1e4 else str(number)
 
 
 def _dollars(cost: float) -> str:
@@ -136,20 +135,18 @@ def _dollars(cost: float) -> str:
 
 
 def _announce(num_cached: int, todo: Sequence[Request], judge: Judge, account: Account) -> None:
-    """Prints what will be asked. Raises UserError where it may cost more than judge.max_cost leaves."""
+    """Prints the number and cost of the requests. Raises UserError if they may exceed judge.max_cost."""
     read, written = sum(map(tokens_in, todo)), sum(request.max_tokens or judge.max_tokens for request in todo)
     cost = _cost(read, written, judge)
     line = f"judge {judge.model}: {num_cached + len(todo)} requests, {num_cached} cached"
     if todo:
-        line += f", about {_count(read)} tokens in, at most {_count(written)} out"
+        line += f", about {read:,} tokens in, at most {written:,} out"
         line += "" if cost is None else f", about {_dollars(cost)} if all are that long"
     print(redacted(line), flush=True)
     if judge.max_cost is not None and account.spent + cost > judge.max_cost:
         before = f" beside the {_dollars(account.spent)} spent" if account.spent else ""
-        raise UserError(
-            f"judge.max_cost={judge.max_cost}: {len(todo)} requests may cost {_dollars(cost)}{before} (nothing was asked); raise "
-            "it, or lower judge.max_tokens or task.limit"
-        )
+        why = f"{len(todo)} requests may cost {_dollars(cost)}{before} (nothing was sent)"
+        raise UserError(f"judge.max_cost={judge.max_cost}: {why}; raise it, or lower judge.max_tokens or task.limit")
 
 
 # ---- cache
@@ -168,7 +165,7 @@ def _open(cache: Path, judge: Judge) -> tuple[JsonLines, dict[str, Reply]]:
         try:
             replies[key] = Reply(**row["reply"], error=None, cached=True)
         except (KeyError, TypeError):
-            print(f"note: {file}: a damaged reply is asked for again", flush=True)
+            print(f"note: {file}: skipping a damaged reply", flush=True)
     return store, replies
 
 
@@ -200,11 +197,10 @@ def _ask(
 def _replies(
     todo: dict[str, Request], judge: Judge, store: JsonLines, account: Account, beat: Callable[[], None]
 ) -> dict[str, Reply]:
-    """All replies, by tasks of one event loop: these can be cancelled, where a thread would keep Ctrl-C waiting until its
-    request times out."""
+    """All replies, from tasks of one event loop: Ctrl-C can cancel these; threads would wait until their requests time out."""
     server, replies, queue = Server(judge, account), {}, iter(todo.items())
     limit = math.inf if judge.max_cost is None else judge.max_cost
-    under_way: list[float] = []  # dollars that each may cost
+    pending: list[float] = []  # ceilings of the requests being sent, in dollars
 
     async def work() -> None:
         for key, request in queue:  # shared: each request is taken once
@@ -213,16 +209,16 @@ def _replies(
                 _append(store, key, reply)
 
     async def settled(request: Request) -> Reply:
-        ceiling, why = _most(request, judge), ""
+        ceiling, why = _ceiling(request, judge), ""
         for tries in range(min(judge.retries, MALFORMED) + 1):
-            while under_way and account.spent + sum(under_way) + ceiling > limit:
-                await asyncio.sleep(0.02)  # those under way cost less than they may, as a rule
+            while pending and account.spent + sum(pending) + ceiling > limit:
+                await asyncio.sleep(0.02)  # most pending requests cost less than their ceilings
             if account.spent + ceiling > limit:
                 raise UserError(
                     f"judge.max_cost={judge.max_cost}: reached after {len(replies)} of {len(todo)} requests "
-                    f"({_dollars(account.spent)} spent, and the next could pass it); raise it; {KEPT}"
+                    f"({_dollars(account.spent)} spent, and the next could exceed it); raise it; {KEPT}"
                 )
-            under_way.append(ceiling)
+            pending.append(ceiling)
             try:
                 reply = await server.reply(request)
                 account.spent += _cost(reply.input_tokens, reply.output_tokens, judge) or 0.0
@@ -231,7 +227,7 @@ def _replies(
                 account.spent += ceiling
                 why = str(error)
             finally:
-                under_way.remove(ceiling)
+                pending.remove(ceiling)
             await asyncio.sleep(min(LONGEST_WAIT, FIRST_WAIT * 2**tries) * random.uniform(0.5, 1))
         return server.failed(why)
 
@@ -242,7 +238,7 @@ def _replies(
     ):
         create = runner.get_loop().create_task
         busy = workers = {create(work()) for _ in range(min(judge.concurrency, len(todo)))}
-        last_wait = GRACE
+        grace = GRACE
         try:
             while busy:
                 done, busy = runner.run(asyncio.wait(busy, timeout=0.1, return_when=asyncio.FIRST_EXCEPTION))
@@ -252,11 +248,11 @@ def _replies(
                 for worker in done:
                     worker.result()
         except Exception:
-            last_wait = LAST_WAIT
+            grace = LAST_WAIT
             raise
         finally:
             server.stopped = True
-            runner.run(_finish(workers, server, last_wait))
+            runner.run(_finish(workers, server, grace))
     return replies
 
 

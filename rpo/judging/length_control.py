@@ -1,4 +1,4 @@
-"""Win rates if the answers were as long as the baseline's: AlpacaEval's length-controlled rate, arXiv 2404.04475.
+"""AlpacaEval's length-controlled win rate, as if answers were as long as the baseline's (arXiv 2404.04475).
 
 For one model m against the baseline b, over instructions i,
 
@@ -9,9 +9,9 @@ of the instruction, known in advance. The rate is the mean over i of that withou
 minimise |phi| + |psi| + |theta| + C sum_i w_i CE_i, CE the cross-entropy with the judge's own probability as the label. C is
 the one of ten with the least cross-entropy in five-fold cross-validation.
 
-Gamed rows are judgments of the baseline's own answers rewritten to be verbose and to be concise: they enter with weight 0.1
-and without theta, so that they pin phi and psi, and a model gains nothing by length. Without them phi and psi are the model's alone;
-without gamma (`minimal`) any prompts will do, and the rate is sigmoid(theta): neither is the leaderboard's number.
+Gamed rows are judgments of the baseline's own answers, rewritten to be verbose or concise. They have weight 0.1 and no theta,
+so they fix phi and psi, and a model gains nothing by length. Without them phi and psi depend on the model alone; without
+gamma (`minimal`) any prompts will do, and the rate is sigmoid(theta). Neither is the leaderboard's number.
 
 Letters: N instructions, R rows of a fit (gamed ones first, then instructions), K = 3 coefficients (phi, psi, theta),
 D bootstrap draws, F folds.
@@ -27,7 +27,7 @@ FOLDS = 5
 GAMED_WEIGHT = 0.1  # 0.2, shared by the verbose and the concise answers
 LEAST = 2 * FOLDS  # verdicts below which nothing is fitted
 SIDE = 5  # verdicts on answers no longer, and on ones no shorter, below which nothing is fitted without gamed rows
-TOO_SURE = 0.01  # points: no sample of verdicts that differ is so large that its rate has a smaller standard error
+TOO_SURE = 0.01  # points: a smaller standard error is not plausible for verdicts that differ
 _AT_ONCE = 8  # draws solved together: their rows stay in the processor's cache
 _STEPS = 100  # of Newton's method, at most
 _SIGNS = np.array(list(product((-1, 0, 1), repeat=3)))
@@ -84,10 +84,10 @@ def bootstrap(
     draws: int,
     seed: int,
 ) -> np.ndarray:
-    """The rate, in percent, of `draws` resamples of the instructions, each fitted from the start; shape D, float64.
+    """The rate, in percent, of `draws` resamples of the instructions, each fitted from scratch; shape D, float64.
 
-    s and C are chosen again in every draw, since the estimate chose them too; all copies of an instruction are in its one
-    fold, else a fold would be tested on what it was fitted to. Gamed rows are not drawn: they are the same for all models.
+    s and C are chosen again in every draw, as in the estimate; all copies of an instruction are in one fold, so that no fold
+    is tested on its training data. Gamed rows are not resampled: they are the same for all models.
     """
     rows, rng = _Rows.of(wins_N, length_N, difficulty_N, gamed), np.random.default_rng(seed)
     rates = []
@@ -111,11 +111,10 @@ def length_controlled(
 ) -> tuple[dict, Weights | None]:
     """(a cell {"value", "se", "interval", "n"} of the rate in percent, the weights), by `fit` and `bootstrap`.
 
-    se is the standard deviation of the draws, the interval their 2.5% and 97.5% quantiles; both are null where `draws` is 0,
-    and where draws do not differ: the spread of fits to verdicts that follow from length alone is not an error. Nothing is fitted, and
-    all is null, with fewer than 10 verdicts; and, without gamed rows, with fewer than 5 on either side of equal length, or
-    where the longer (or the shorter) answer won every time that one did: any rate near the middle fits such verdicts. The
-    cell's "note" then says which it was. Verdicts that are all alike have an error of 0 and no interval.
+    se is the standard deviation of the draws, the interval their 2.5% and 97.5% quantiles; both are null if `draws` is 0 or
+    the draws do not differ. Nothing is fitted, and all is null, with fewer than 10 verdicts; and, without gamed rows, with
+    fewer than 5 on either side of equal length, or if the longer (or the shorter) answer won whenever one did: any rate near
+    the middle fits such verdicts. The cell's "note" gives the reason. Identical verdicts have se 0 and no interval.
     """
     judged_N = np.isfinite(wins_N)
     n, shorter, longer = (int(of_N[judged_N].sum()) for of_N in (judged_N, length_N >= 0, length_N <= 0))
@@ -126,16 +125,15 @@ def length_controlled(
         note = f"not fitted: one side's answers are the longer ones on all but {few} of {n} items"
         return nothing | {"note": note}, None
     if gamed is None and _length_decides_all(wins_N, length_N):
-        return nothing | {
-            "note": "not fitted: length alone decides every verdict, so none shows what equal length would do"
-        }, None
+        note = "not fitted: length alone decides every verdict, so none shows what equal length would do"
+        return nothing | {"note": note}, None
     weights = fit(wins_N, length_N, difficulty_N, gamed)
     cell = nothing | {"value": win_rate(weights, np.zeros(1) if difficulty_N is None else difficulty_N)}
     if draws:
         rates_D = bootstrap(wins_N, length_N, difficulty_N, gamed, draws=draws, seed=seed)
         low, high = np.quantile(rates_D, [0.025, 0.975])
         se = float(rates_D.std(ddof=1))
-        if se < TOO_SURE:  # of verdicts that are all alike too: nothing varied, and there is no interval
+        if se < TOO_SURE:  # also if all verdicts are identical
             varied = bool(np.ptp(wins_N[judged_N]))
             return cell | ({"note": "no standard error: the draws do not differ"} if varied else {"se": 0.0}), weights
         cell |= {"se": se, "interval": [float(low), float(high)]}
@@ -143,8 +141,8 @@ def length_controlled(
 
 
 def _length_decides_all(wins_N: np.ndarray, length_N: np.ndarray) -> bool:
-    """Whether verdicts are 0, 1 or a tie, and all that are decided, both ways, went to the longer, or to the shorter."""
-    if not np.isin(wins_N[np.isfinite(wins_N)], (0, 0.5, 1)).all():  # probabilities say more than who won
+    """True if verdicts are 0, 1 or a tie, and every win and loss went to the longer, or every one to the shorter answer."""
+    if not np.isin(wins_N[np.isfinite(wins_N)], (0, 0.5, 1)).all():  # probabilities hold more than the winner
         return False
     decided_N = np.isfinite(wins_N) & (wins_N != 0.5)
     won_N, side_N = wins_N[decided_N] > 0.5, np.sign(length_N[decided_N])
@@ -157,7 +155,7 @@ def _length_decides_all(wins_N: np.ndarray, length_N: np.ndarray) -> bool:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What all draws share."""
+    """The data that all draws share."""
 
     wins_R: np.ndarray
     weight_R: np.ndarray
@@ -201,7 +199,7 @@ class _Rows:
 
 
 def _fit(rows: _Rows, counts_DN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(coefficients (D, K), index of the chosen C in CS (D)) for instructions that are there `counts_DN` times."""
+    """(coefficients (D, K), index of the chosen C in CS (D)) with each instruction repeated `counts_DN` times."""
     D = len(counts_DN)
     X_DRK = rows.features(counts_DN)
     present_DR = np.concatenate([np.ones((D, len(rows.gamed.wins_R))), counts_DN], axis=1)
@@ -209,20 +207,20 @@ def _fit(rows: _Rows, counts_DN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     held_DFR = present_DR[:, None] * (rows.fold_R == np.arange(FOLDS)[:, None])
     train_DFR = (present_DR[:, None] - held_DFR) * rows.weight_R
     coefs_DFK, path, score_CD = np.zeros((D, FOLDS, 3)), [], np.zeros((len(CS), D))
-    for i, c in enumerate(CS):  # from all zero on, each from where the last one ended
+    for i, c in enumerate(CS):  # each starts from the last solution
         coefs_DFK = _minimise(X_DRK, rows.wins_R, c * train_DFR, coefs_DFK)
         path.append(coefs_DFK)
         loss_DFR = _losses(coefs_DFK @ X_DRK.swapaxes(1, 2), rows.wins_R)[0]
-        size_DF = np.maximum(held_DFR.sum(2), 1)  # a fold that no draw fell into counts nothing
+        size_DF = np.maximum(held_DFR.sum(2), 1)  # an empty fold counts 0
         score_CD[i] = ((held_DFR * rows.weight_R * loss_DFR).sum(2) / size_DF).mean(1)
-    best_D = score_CD.argmin(0)  # of equals the strongest penalty, as scikit-learn takes it
+    best_D = score_CD.argmin(0)  # of equal ones the strongest penalty, as in scikit-learn
     start_D1K = np.stack([path[best_D[d]][d, :1] for d in range(D)])
     weight_D1R = (CS[best_D][:, None] * present_DR * rows.weight_R)[:, None]
     return _minimise(X_DRK, rows.wins_R, weight_D1R, start_D1K)[:, 0], best_D
 
 
 def _minimise(X_DRK: np.ndarray, wins_R: np.ndarray, weight_DFR: np.ndarray, start_DFK: np.ndarray) -> np.ndarray:
-    """argmin over coefficients of sum |coef| + sum_R weight x CE, shape (D, F, K): Newton steps, by their L1 models' minima."""
+    """argmin over coefficients of sum |coef| + sum_R weight x CE, shape (D, F, K), by Newton steps with an L1 model."""
     XX_DRKK = (X_DRK[..., :, None] * X_DRK[..., None, :]).reshape(*X_DRK.shape[:2], -1)
 
     def at(coefs_DFK):
@@ -233,23 +231,23 @@ def _minimise(X_DRK: np.ndarray, wins_R: np.ndarray, weight_DFR: np.ndarray, sta
         return value_DF, gradient_DFK, curvature_DFKK
 
     coefs, (value, gradient, curvature) = start_DFK, at(start_DFK)
-    for _ in range(_STEPS):  # all of them only where features are nearly one and the same: the minimum is a line then
+    for _ in range(_STEPS):  # all of them only for nearly collinear features, where the minimum is a line
         step = _minimum_of_model(coefs, gradient, curvature) - coefs
         share = np.ones(value.shape)
         while (worse := (now := at(coefs + share[..., None] * step))[0] > value + 1e-10 * value).any():
             share[worse] /= 2
             assert share.min() > 1e-12, f"no descent from {coefs[worse]} along {step[worse]}"
         gain, coefs, (value, gradient, curvature) = value - now[0], coefs + share[..., None] * step, now
-        # A Newton step: what is left to go is of the order of its square.
+        # The remaining error is of the order of the Newton step's square.
         if np.abs(step).max() < 1e-7 or (gain < 1e-11 * value).all():
             break
     return coefs
 
 
 def _minimum_of_model(coefs: np.ndarray, gradient: np.ndarray, curvature: np.ndarray) -> np.ndarray:
-    """argmin of |u| + gradient . (u - coefs) + (u - coefs)' curvature (u - coefs) / 2, exact however correlated features are.
+    """argmin of |u| + gradient . (u - coefs) + (u - coefs)' curvature (u - coefs) / 2, exact for any correlation of features.
 
-    With its signs known a minimum is linear, and of three coefficients there are 27 choices of signs: the best is taken.
+    For given signs the minimum is linear; this takes the best of the 27 choices of three signs.
     """
     damped = curvature * (1 + 1e-9 * np.eye(3)) + 1e-12 * np.eye(3)  # never singular
     free = _SIGNS != 0

@@ -6,20 +6,21 @@ model_judgment/JUDGE_single.jsonl   {question_id, model, judge: [name, prompt], 
 model_judgment/JUDGE_pair.jsonl     {question_id, model_1, model_2, g1_winner, g2_winner, judge, g1_user_prompt,
                                     g1_judgment, g2_user_prompt, g2_judgment, turn, tstamp}
 
-In game 1 model_1 is shown first, in game 2 model_2; both winners are in terms of model_1 and model_2. A score of -1 and a
-winner "error" are judgments that failed; ours add "error", the reason.
+In game 1 model_1 is shown first, in game 2 model_2; winners name model_1 or model_2. A score of -1 and a winner "error" are
+judgments that failed; ours add "error", the reason.
 """
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rpo.config import Field, group, read_row
-from rpo.data.sources import open_sources
-from rpo.errors import UserError
+from rpo.data.sources import check_new, rows_of
+from rpo.errors import UserError, require
 from rpo.files import short_hash, to_lines, write_atomic
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -29,17 +30,8 @@ FAILED = "$ERROR$"  # FastChat's judgment where its judge could not be asked
 
 
 @dataclass(frozen=True)
-class Question:
-    """`turns`: what the user says first, and second."""
-
-    id: int
-    category: str
-    turns: list[str]
-
-
-@dataclass(frozen=True)
 class ModelAnswers:
-    """`turns` by question: the answers to its first and second turn."""
+    """One model's answers, two to each question."""
 
     model: str
     file: str
@@ -47,7 +39,7 @@ class ModelAnswers:
 
 
 def category_of(question: int) -> str | None:
-    """The category of one of MT-Bench's own questions; None for another number."""
+    """The category of one of MT-Bench's own questions, or None for another number."""
     place = (question - FIRST) // EACH
     return CATEGORIES[place] if 0 <= place < len(CATEGORIES) else None
 
@@ -60,10 +52,16 @@ _Winner = Literal["model_1", "model_2", "tie", "error"]
 
 
 @group
-class _Question:
+class Question:
+    """A row of question.jsonl; `turns` are the user's two messages."""
+
     question_id: int
     category: str
     turns: _Turns
+
+    @property
+    def id(self) -> int:
+        return self.question_id
 
 
 @group
@@ -99,15 +97,11 @@ class _Pair(_Judgment):
     g2_winner: _Winner
 
 
-def _rows(spec: str | list[str], form: str) -> Iterator[tuple[str, Any]]:
-    """(FILE:LINE, row) of every row. Raises UserError where there is none."""
-    empty = True
-    for source in open_sources(spec, None):
-        for number, row in source.rows():
-            empty = False
-            yield f"{source.name}:{number}", row
-    if empty:
-        raise UserError(f"{spec}: has no rows; give a file of the form of FastChat's {form}")
+def _rows(spec: str | list[str], form: str) -> list[tuple[str, Any]]:
+    """(FILE:LINE, row) of every row. Raises UserError if there is none."""
+    rows = list(rows_of(spec))
+    require(bool(rows), f"{spec}: has no rows; give a file in the form of FastChat's {form}")
+    return rows
 
 
 # ---- questions and answers
@@ -115,30 +109,24 @@ def _rows(spec: str | list[str], form: str) -> Iterator[tuple[str, Any]]:
 
 def questions(path: str) -> list[Question]:
     """The questions of a file, in order. Raises UserError: none, one twice, other than two turns."""
-    by_id: dict[int, Question] = {}
+    asked, places = [], {}
     for place, row in _rows(path, "question.jsonl"):
-        read = read_row(_Question, row, place)
-        if read.question_id in by_id:
-            raise UserError(f"{place}: question {read.question_id} is there twice; keep one")
-        by_id[read.question_id] = Question(read.question_id, read.category, read.turns)
-    return list(by_id.values())
+        asked.append(read_row(Question, row, place))
+        check_new(places, asked[-1].id, place, f"question {asked[-1].id}")
+    return asked
 
 
 def answers(path: str) -> ModelAnswers:
     """One model's answers. Raises UserError: none, a question twice, other than two turns, several models or choices."""
-    turns: dict[int, list[str]] = {}
-    models: dict[str, None] = {}
+    turns, places, models = {}, {}, {}
     for place, row in _rows(path, "model_answer/ID.jsonl"):
         read = read_row(_Answer, row, place)
-        if read.question_id in turns:
-            raise UserError(f"{place}: question {read.question_id} is answered twice; keep one answer")
+        check_new(places, read.question_id, place, f"an answer to question {read.question_id}")
         turns[read.question_id] = read_row(_Choice, read.choices[0], place).turns
         models[read.model_id] = None
-    if len(models) > 1:
-        raise UserError(
-            f"{path}: holds answers of {len(models)} models ({', '.join(list(models)[:3])}); give one file for each"
-        )
-    return ModelAnswers(next(iter(models)), path, turns)
+    names = ", ".join(models)[:200]
+    require(len(models) == 1, f"{path}: holds answers of {len(models)} models ({names}); give a file for each")
+    return ModelAnswers(read.model_id, path, turns)
 
 
 def write_answers(folder: Path, model: str, turns: dict[int, list[str]]) -> Path:
@@ -151,9 +139,9 @@ def write_answers(folder: Path, model: str, turns: dict[int, list[str]]) -> Path
 
 
 def file_name(model: str) -> str:
-    """The model's name as a file's: ASCII letters, digits, _, dot and dash as they are, a slash as _, up to 80 characters.
+    """A file name for the model: ASCII letters, digits, _, dot and dash are kept, a slash becomes _, up to 80 characters.
 
-    Of any other name what is left of its end and a digest, or models whose names end alike would share a file.
+    Any other name is shortened to its end and a digest, so that models whose names end alike get different files.
     """
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "_", model).strip("_.")[-80:]
     if plain and plain == model.replace("/", "_").strip("_."):
@@ -165,7 +153,7 @@ def file_name(model: str) -> str:
 
 
 def judgments(spec: str | list[str]) -> tuple[str, list[dict]]:
-    """("single" or "pair", the rows of one or more files), by their fields.
+    """("single" or "pair", by their fields; the rows of one or more files).
 
     Raises UserError: no rows, rows of neither kind or of both, a turn judged twice, turns that only some have.
     """
@@ -174,38 +162,27 @@ def judgments(spec: str | list[str]) -> tuple[str, list[dict]]:
         keys = row if isinstance(row, dict) else {}
         own = "pair" if "g1_winner" in keys else "single" if "score" in keys else None
         if keys and (own is None or kind not in (None, own)):
-            other = f"a {own} judgment after {kind} ones" if own else f"fields {', '.join(map(str, keys))}"[:120]
-            raise UserError(
-                f"{place}: {other}; expected rows of FastChat's gpt-4_single.jsonl or gpt-4_pair.jsonl alone"
-            )
+            got = f"a {own} judgment after {kind} ones" if own else f"fields {', '.join(map(str, keys))}"[:120]
+            raise UserError(f"{place}: expected only rows of gpt-4_single.jsonl or gpt-4_pair.jsonl, got {got}")
         read = read_row(_Pair if own == "pair" else _Single, row, place)
         kind, names = own, sorted({read.model_1, read.model_2}) if own == "pair" else [read.model]
         if own == "pair" and len(names) < 2:
-            raise UserError(
-                f"{place}: fields model_1, model_2: expected two models, got {names[0]!r:.60} twice; fix the row"
-            )
+            raise UserError(f"{place}: expected two models in model_1, model_2, got {names[0]!r} twice; fix the row")
         key = (tuple(names), read.question_id, read.turn)
-        if key in places:
-            raise UserError(
-                f"{place}: question {read.question_id}, turn {read.turn} of {' and '.join(names)} is judged already "
-                f"({places[key]}); keep one of them"
-            )
-        places[key] = place
+        check_new(places, key, place, f"question {read.question_id}, turn {read.turn} of {' and '.join(names)}")
         rows.append(row)
     _check_complete(places, spec)
     return kind, rows
 
 
 def _check_complete(places: dict[tuple[tuple, int, int], str], spec: str | list[str]) -> None:
-    """Raises UserError where turns were judged of some models, or of some questions, and not of others."""
-    turns = sorted({turn for _, _, turn in places})
-    numbers = sorted({number for _, number, _ in places})
-    for models in dict.fromkeys(models for models, _, _ in places):
-        if lacking := [(q, turn) for q in numbers for turn in turns if (models, q, turn) not in places]:
-            raise UserError(
-                f"annotations={spec}: {len(lacking)} of {len(numbers) * len(turns)} judgments of {' and '.join(models)} are "
-                f"missing, the first of question {lacking[0][0]}, turn {lacking[0][1]}; judge them too"
-            )
+    """Raises UserError if turns were judged only for some models or questions."""
+    models, numbers, turns = (sorted(set(column)) for column in zip(*places, strict=True))
+    expected = list(product(models, numbers, turns))
+    if missing := [key for key in expected if key not in places]:
+        names, number, turn = missing[0]
+        first, share = f"{' and '.join(names)}, question {number}, turn {turn}", f"{len(missing)} of {len(expected)}"
+        raise UserError(f"annotations={spec}: {share} judgments are missing, the first of {first}; judge them too")
 
 
 def write_judgments(file: Path, rows: Sequence[dict]) -> Path:

@@ -1,16 +1,17 @@
-"""What a judge is asked: our own wording, or the templates of a file in the form of FastChat's judge_prompts.jsonl.
+"""A judge's prompts: our own wording, or the templates of a file in the form of FastChat's judge_prompts.jsonl.
 
 A template is identified by (mode, whether a reference answer is shown, turns): mode "pair" asks which of two answers is
-better, "single" for a rating. Text of users and models is inserted in one pass over the template: braces in it stay as they are.
+better, "single" for a rating. Texts are inserted in one pass over the template: braces in them stay as they are.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import NamedTuple
 
 from rpo.config import group, read_row
 from rpo.data.formats import Messages
-from rpo.data.sources import open_sources
+from rpo.data.sources import check_new, rows_of
 from rpo.errors import UserError
 
 Kind = tuple[str, bool, int]
@@ -77,15 +78,10 @@ def _ours(mode: str, reference: bool, turns: int) -> Template:
     return Template(name, system + (_VERDICT if mode == "pair" else _RATING), "\n\n".join(parts))
 
 
-OURS: dict[Kind, Template] = {
-    (mode, reference, turns): _ours(mode, reference, turns)
-    for mode in MODES
-    for reference in (False, True)
-    for turns in TURNS
-}
+OURS: dict[Kind, Template] = {kind: _ours(*kind) for kind in product(MODES, (False, True), TURNS)}
 
 
-# ---- those of a file
+# ---- templates of a file
 
 
 _FASTCHAT = {
@@ -105,32 +101,26 @@ class _Row:
 
 
 def load(path: str, mode: str) -> dict[Kind, Template]:
-    """The four templates of a mode from a file with {name, system_prompt, prompt_template} a row, by FastChat's names.
+    """The four templates of a mode, by FastChat's names, from a file with {name, system_prompt, prompt_template} a row.
 
-    Raises UserError where one is missing or twice, or has other fields than its kind.
+    Raises UserError if one is missing or twice, or has other fields than its kind.
     """
-    templates: dict[str, tuple[int, Template]] = {}
-    (source,) = open_sources(path, None)
-    for number, row in source.rows():
-        read = read_row(_Row, row, f"{path}:{number}")
-        if read.name in templates:
-            first = templates[read.name][0]
-            raise UserError(f"{path}:{number}: {read.name} is there twice, first on line {first}; keep one")
-        templates[read.name] = number, Template(read.name, read.system_prompt, read.prompt_template)
-    kinds = [(mode, reference, turns) for reference in (False, True) for turns in TURNS]
+    templates, places = {}, {}
+    for place, row in rows_of(path):
+        read = read_row(_Row, row, place)
+        check_new(places, read.name, place, f"template {read.name}")
+        templates[read.name] = Template(read.name, read.system_prompt, read.prompt_template)
+    kinds = product([mode], (False, True), TURNS)
     names = {kind: _FASTCHAT[kind[:2]] + "-multi-turn" * (kind[2] == 2) for kind in kinds}
     for kind, name in names.items():
         if name not in templates:
-            raise UserError(
-                f"{path}: has no template {name}; a judge of this kind is asked by {', '.join(names.values())}"
-            )
-        number, template = templates[name]
-        present, expected = {field for field in _FIELD.findall(template.text) if field}, _fields(kind)
+            raise UserError(f"{path}: has no template {name}; expected {', '.join(names.values())}")
+        present, expected = set(filter(None, _FIELD.findall(templates[name].text))), _fields(kind)
         if present != expected:
             faults = [f"lacks {{{field}}}" for field in sorted(expected - present)]
             faults += [f"has unknown {{{field}}}" for field in sorted(present - expected)]
-            raise UserError(f"{path}:{number}: {name} {', '.join(faults)}; fix its prompt_template")
-    return {kind: templates[name][1] for kind, name in names.items()}
+            raise UserError(f"{places[name]}: {name} {', '.join(faults)}; fix its prompt_template")
+    return {kind: templates[name] for kind, name in names.items()}
 
 
 def _fields(kind: Kind) -> set[str]:
@@ -144,21 +134,15 @@ def _fields(kind: Kind) -> set[str]:
 
 
 def pair(
-    prompt: str | Messages,
-    answer_a: str,
-    answer_b: str,
-    reference: str | None = None,
-    *,
-    templates: Mapping[Kind, Template] = OURS,
+    prompt: str | Messages, answer_a: str, answer_b: str, *, templates: Mapping[Kind, Template] = OURS
 ) -> Messages:
-    """The judge's messages that ask for [[A]], [[B]] or [[C]] about two answers to one prompt, of any number of turns."""
-    references = None if reference is None else [reference]
-    return pair_turns([transcript(prompt)], [answer_a], [answer_b], references, templates=templates)
+    """The messages that ask for [[A]], [[B]] or [[C]] about two answers to one prompt, of any number of turns."""
+    return pair_turns([transcript(prompt)], [answer_a], [answer_b], templates=templates)
 
 
-def letter(prompt: str | Messages, answer_a: str, answer_b: str, reference: str | None = None) -> Messages:
-    """As `pair`, asking for a single letter, A or B: a reply to be read by the log-probs of its first token."""
-    system, user = pair(prompt, answer_a, answer_b, reference)
+def letter(prompt: str | Messages, answer_a: str, answer_b: str) -> Messages:
+    """As `pair`, but for a single letter, A or B, to be read from the log-probs of the reply's first token."""
+    system, user = pair(prompt, answer_a, answer_b)
     return [system | {"content": system["content"].removesuffix(_VERDICT) + _LETTER}, user]
 
 
@@ -170,7 +154,7 @@ def pair_turns(
     *,
     templates: Mapping[Kind, Template] = OURS,
 ) -> Messages:
-    """The judge's messages about two conversations of one or two turns, each with its own answers; the last is judged."""
+    """The messages about two conversations of one or two turns, each with its own answers; the last is judged."""
     template = templates["pair", references is not None, len(questions)]
     return _messages(template, questions, {"answer_a": answers_a, "answer_b": answers_b}, references)
 
@@ -182,13 +166,13 @@ def single(
     *,
     templates: Mapping[Kind, Template] = OURS,
 ) -> Messages:
-    """The judge's messages that ask for a rating from 1 to 10 of the last answer of one or two turns."""
+    """The messages that ask for a rating from 1 to 10 of the last answer of one or two turns."""
     template = templates["single", references is not None, len(questions)]
     return _messages(template, questions, {"answer": answers}, references)
 
 
 def transcript(prompt: str | Messages) -> str:
-    """The prompt as a judge reads it: a lone user message as it is, a conversation with the speakers named."""
+    """The prompt as text: a lone user message as it is, a conversation with the speakers named."""
     if isinstance(prompt, str):
         return prompt
     if len(prompt) == 1 and prompt[0]["role"] == "user":

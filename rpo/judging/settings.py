@@ -1,4 +1,4 @@
-"""What can be set for a judge: `judge` of an evaluation's settings."""
+"""The settings of a judge: the group `judge` of an evaluation's settings."""
 
 from typing import Annotated, Literal
 
@@ -34,18 +34,16 @@ class Judge:
     def _check(self) -> "Judge":
         require(
             self.base_url is None or not self.base_url.rstrip("/").endswith("/completions"),
-            f"judge.base_url={self.base_url}: expected the URL before /chat/completions (most end in /v1); leave that out",
+            f"judge.base_url={self.base_url}: expected the URL without /chat/completions (most end in /v1); remove that",
         )
-        # Not the value: it may be the key itself. So it is no pattern of the field, whose refusal would quote it.
+        # Not a pattern of the field: its error would quote the value, which may be the key itself.
         name = self.api_key_env
         require(
             name.isascii() and name.isidentifier(),
-            "judge.api_key_env: expected the name of an environment variable, such as OPENAI_API_KEY; a key is never a "
-            "setting",
+            "judge.api_key_env: expected a variable's name, such as OPENAI_API_KEY; set the key in that variable",
         )
         require(
             self.max_cost is None or None not in (self.price_in, self.price_out),
-            f"judge.max_cost={self.max_cost} without judge.price_in and judge.price_out: cost cannot be counted; give "
-            "both",
+            f"judge.max_cost={self.max_cost}: needs judge.price_in and judge.price_out to count cost; give both",
         )
         return self

@@ -1,6 +1,6 @@
-"""Scores and rates from what a judge replied: its letters and ratings, both orders of a pair, shares of many pairs.
+"""Scores and rates from a judge's replies: letters and ratings, both orders of a pair, rates over many pairs.
 
-Letters: N judged items; a score is NaN where the judgment failed.
+Letters: N judged items; a score is NaN if the judgment failed.
 """
 
 import math
@@ -22,23 +22,23 @@ _LETTER = re.compile(r"\[\[([ABC])\]\]")
 _RATINGS = (re.compile(r"\[\[([0-9]+\.?[0-9]*)\]\]"), re.compile(r"\[([0-9]+\.?[0-9]*)\]"))
 LOWEST, HIGHEST = 1.0, 10.0  # of MT-Bench's scale
 CUT = "the judge's reply was cut at judge.max_tokens"
-TOP = 5  # log-probs asked for: the most that the vendor gives to all
-LOW = 0.5  # agreement of the two orders below which most items go by the order, not by the answers
+TOP = 5  # log-probs to ask for: the most that the vendor gives to everyone
+LOW = 0.5  # agreement of the two orders below which order decides most items
 
 
 # ---- one reply
 
 
 def pair_letter(text: str) -> str | None:
-    """A, B or C: the last [[A]], [[B]] or [[C]] of the reply, which may have quoted its instructions; None without one."""
+    """A, B or C by the last [[A]], [[B]] or [[C]] of the reply (earlier ones may quote the instructions), or None."""
     return next(reversed(_LETTER.findall(text)), None)
 
 
 def rating(text: str) -> float | None:
     """The rating from 1 to 10: the last [[7]] or [[7.5]], else the last [7] (MT-Bench's two patterns).
 
-    The last, since a judge gives its reasons first, and these may quote a rating that the answer gave itself; FastChat takes
-    the first. None where there is none, or one outside the scale.
+    The last, because the reasons before it may quote a rating in the answer; FastChat takes the first. None if there is none
+    or it is outside the scale.
     """
     for pattern in _RATINGS:
         if numbers := pattern.findall(text):
@@ -50,7 +50,7 @@ def rating(text: str) -> float | None:
 def first_wins(top_logprobs: Mapping[str, float], first: str, second: str) -> float | None:
     """P(first) = e^a / (e^a + e^b), a and b the log-probs of the tokens `first` and `second` as the reply's first token.
 
-    A token that is not among the top ones has log-prob -inf; None where neither is.
+    A token that is not among the top ones has log-prob -inf; None if neither is.
     """
     a, b = (top_logprobs.get(token, -math.inf) for token in (first, second))
     if a == b == -math.inf:
@@ -60,24 +60,23 @@ def first_wins(top_logprobs: Mapping[str, float], first: str, second: str) -> fl
 
 
 def by_letter(top_logprobs: Mapping[str, float]) -> dict[str, float]:
-    """The log-probs with those of tokens that differ in white space alone added up: "A" and " A" are one verdict."""
-    added: dict[str, float] = {}
+    """The log-probs, summed over tokens that differ only in white space: "A" and " A" are one verdict."""
+    sums: dict[str, float] = {}
     for token, logprob in top_logprobs.items():
-        before = added.get(token.strip(), -math.inf)
-        added[token.strip()] = float(np.logaddexp(before, logprob))
-    return added
+        sums[token.strip()] = float(np.logaddexp(sums.get(token.strip(), -math.inf), logprob))
+    return sums
 
 
 def switched(instruction: str, seed: int = 0) -> bool:
-    """Whether AlpacaEval shows the model's answer first for this instruction: a function of its text and the seed."""
+    """True if AlpacaEval shows the model's answer first for this instruction: a function of its text and the seed."""
     return random.Random(f"is_switched_outputs{instruction}{seed}").choices([False, True])[0]
 
 
 def first_score(form: str, reply: Mapping[str, Any]) -> tuple[float | None, str | None]:
-    """(score of the answer that was shown first: 1, .5, 0, or a probability; None) or (None, why there is none).
+    """(score of the answer shown first: 1, .5, 0, or a probability; None) or (None, why there is none).
 
-    `reply` has the fields of a Reply: text, top_logprobs, finish_reason, error. By `form` "text" the verdict is a letter in
-    brackets, by "logprobs" a lone A or B.
+    `reply` has the fields of a Reply: text, top_logprobs, finish_reason, error. In `form` "text" the verdict is a letter in
+    brackets, in "logprobs" a lone A or B.
     """
     if reply["error"] is not None:
         return None, reply["error"]
@@ -86,7 +85,7 @@ def first_score(form: str, reply: Mapping[str, Any]) -> tuple[float | None, str 
             return None, "no log-probs in the judge's reply"
         score = first_wins(by_letter(reply["top_logprobs"]), "A", "B")
         return score, "neither A nor B among the judge's first tokens" if score is None else None
-    if reply["finish_reason"] == "length":  # a letter so far may be one that the judge only weighs or quotes
+    if reply["finish_reason"] == "length":  # a letter before the cut may not be the verdict
         return None, CUT
     letter = pair_letter(reply["text"])
     if letter is None:
@@ -105,10 +104,10 @@ class TwoOrders(NamedTuple):
 
 
 def two_orders(first: float | None, second: float | None) -> TwoOrders | None:
-    """One score of the model's in either order (1: it is better, .5: a tie, 0, or its probability between).
+    """The model's score from its scores in the two orders (1: better, .5: a tie, 0: worse, or a probability).
 
-    Orders agree where both are above half, both below, or both half; the score is then their mean. Where they do not,
-    position decided, and the score is half. None where either is missing: an error.
+    Orders agree if both are above half, both below, or both half; the score is then their mean. Otherwise position
+    decided, and the score is half. None if either is missing.
     """
     if first is None or second is None:
         return None
@@ -118,7 +117,7 @@ def two_orders(first: float | None, second: float | None) -> TwoOrders | None:
 
 
 class Shown(NamedTuple):
-    """Two answers to a prompt as the judge sees them, and which repeat of this it is."""
+    """Two answers to a prompt in the judge's order, and the number of the repeat."""
 
     prompt: str | Messages
     first: str
@@ -131,7 +130,7 @@ def judged(
 ) -> tuple[str, list[Reply], dict]:
     """(the form of verdict: "text" or "logprobs", a reply for each, facts about the judge), for `first_score`.
 
-    judge.verdict=auto tries log-probs on the first two; one form for all, since the two are not on one scale. The
+    judge.verdict=auto tries log-probs on the first two; all get one form, since the two are not on one scale. The
     templates of `prompts_file` ask for a verdict in words.
     """
     templates = prompts.OURS if prompts_file is None else prompts.load(prompts_file, "pair")
@@ -151,16 +150,16 @@ def judged(
         form = "logprobs" if scores and None not in scores else "text"
     requests = [by_logprobs(pair) if form == "logprobs" else in_words(pair) for pair in shown]
     replies = ask(requests)
-    # The trial last: of equal requests the last counts, and this one was paid for, not cached.
+    # The trial comes last: of equal requests facts counts the last, and the trial was paid for, not cached.
     about = facts([*requests, *trial], [*replies, *trial_replies], cfg)
     return form, replies, about | {"prompt": "rpo-letter" if form == "logprobs" else templates["pair", False, 1].name}
 
 
-# ---- rates of many
+# ---- rates
 
 
 def cell(values_N: np.ndarray, clusters_N: Sequence[str], failed_N: np.ndarray) -> dict:
-    """The clustered mean of what did not fail, with the number that did."""
+    """The clustered mean of the items that did not fail, with the number of those that did."""
     ok_N = ~failed_N
     return with_errors(clustered_mean(values_N[ok_N], np.asarray(clusters_N)[ok_N]), int(failed_N.sum()))
 
@@ -168,8 +167,8 @@ def cell(values_N: np.ndarray, clusters_N: Sequence[str], failed_N: np.ndarray) 
 def rates(score_N: np.ndarray, clusters_N: Sequence[str]) -> dict[str, dict]:
     """The cells of one model by name, in shares.
 
-    win_rate             mean score: (wins + ties / 2) / all where verdicts are in words
-    wins, ties, losses   shares of scores above, at and below half; where the orders disagree the score is half
+    win_rate             mean score; for verdicts in words (wins + ties / 2) / all
+    wins, ties, losses   shares of scores above, at and below half; half if the orders disagree
     """
     columns = {"win_rate": score_N, "wins": score_N > 0.5, "ties": score_N == 0.5, "losses": score_N < 0.5}
     return {name: cell(values_N, clusters_N, np.isnan(score_N)) for name, values_N in columns.items()}
@@ -178,10 +177,10 @@ def rates(score_N: np.ndarray, clusters_N: Sequence[str]) -> dict[str, dict]:
 def of_orders(
     agree_N: np.ndarray, first_N: np.ndarray, clusters_N: Sequence[str], failed_N: np.ndarray
 ) -> dict[str, dict]:
-    """The judge's cells by name, in shares, of items that it was asked about in both orders.
+    """The judge's cells by name, in shares, over items judged in both orders.
 
     order_consistency    share of items on which both orders agree
-    first_position       mean score of the answer that is shown first: .5 without a bias for a position
+    first_position       mean score of the answer shown first: .5 without position bias
     """
     columns = {"order_consistency": agree_N, "first_position": first_N}
     return {name: cell(values_N, clusters_N, failed_N) for name, values_N in columns.items()}
@@ -193,6 +192,5 @@ def position_notes(cells: dict[str, dict], name: str) -> list[str]:
     if share is None or share >= LOW:
         return []
     return [
-        f"{name} is {share:.0%}: on most items what this judge says changes with the order in which it sees the answers, so "
-        "these rates mean little"
+        f"{name} is {share:.0%}: this judge's verdict on most items depends on their order; these rates mean little"
     ]

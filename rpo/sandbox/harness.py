@@ -1,13 +1,13 @@
-"""Both sides of an exam: one process holds a program, another its tests. A script for `sandbox`, standard library alone.
+"""Both sides of an exam: one process holds a program, another its tests. A script for `run.py`, standard library only.
 
     python -c "$(cat harness.py)" serve      the program's side: requests on stdin, replies on stdout, a JSON line each
     python -c "$(cat harness.py)" examine    the tests' side: the exam on stdin, the verdict on stdout, the program's
                                              side by two further file descriptors
 
-What a program in the same process as its tests can not be kept from (leaving before they run, patching what they compare
-by, reading what they expect off a frame, printing whatever a pass prints) it can not do from another: it is sent arguments
-and sends values back, and only the tests' side, which no code of the program ever enters, compares them. Values are those
-of Python's own types; anything else that a function returns can only be given back to the program, and equals nothing.
+In the same process as its tests a program could exit before they run, patch their comparisons, read expected values off a
+frame or print what a pass prints. In another process it cannot: it receives arguments and returns values, and only the
+tests' side, which runs no code of the program, compares them. Values are of Python's own types; anything else that a
+function returns can only be passed back to the program, and equals nothing.
 """
 
 import builtins
@@ -23,9 +23,9 @@ _GROUPS = {"tuple": tuple, "list": list, "set": set, "frozenset": frozenset}
 
 
 def encode(value: object, held: list | None = None) -> object:
-    """A value as JSON holds it, its type beside it where JSON has none; subclasses as what they are a kind of.
+    """A value in JSON, with its type's name where JSON has no such type; subclasses as their plain type.
 
-    The program's side gives `held`, the values that have no such form: they stay there and go by their number.
+    The program's side passes `held`: values without such a form are appended to it and sent as their number.
     """
     if value is None or type(value) in _PLAIN:
         return value
@@ -54,7 +54,7 @@ def encode(value: object, held: list | None = None) -> object:
 
 
 def decode(value: object, names: dict | None = None, held: list | None = None) -> object:
-    """What `encode` was given. The program's side knows its own `names` and what it has `held`."""
+    """The value that `encode` encoded. The program's side passes its own `names` and `held`."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -83,7 +83,7 @@ def decode(value: object, names: dict | None = None, held: list | None = None) -
 
 
 class Other:
-    """A value of the program's that is not one of Python's own types: it can be given back, and equals nothing else."""
+    """A value of the program that has none of Python's own types: it can be passed back, and equals nothing else."""
 
     def __init__(self, kind: str, number: int):
         self._kind, self._number = kind, number
@@ -93,7 +93,7 @@ class Other:
 
 
 class Remote:
-    """A function of the program, or whatever else has that name there."""
+    """A function of the program, or any other value with that name there."""
 
     def __init__(self, name: str, ask):
         self._name, self._ask = name, ask
@@ -103,19 +103,19 @@ class Remote:
 
 
 class ProgramError(Exception):
-    """What the program raised, or that it is no longer there."""
+    """An exception of the program, or its end."""
 
 
 # ---- the program's side
 
 
 def serve() -> None:
-    """Runs the program, then the calls it is asked for, until there are no more."""
+    """Runs the program, then each requested call."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 0)  # what the program reads and prints goes nowhere
+    os.dup2(2, 0)  # the program's own input and output go nowhere
     os.dup2(2, 1)
     _send(replies, "ready")
-    # A module of another name than a script's, so that what it does as one stays undone; dataclasses look for theirs there.
+    # In a module not named __main__, so that code for scripts does not run; dataclasses look their module up.
     sys.modules["program"] = types.ModuleType("program")
     names, held = vars(sys.modules["program"]), []
     for request in map(json.loads, requests):
@@ -139,7 +139,7 @@ def _answer(request: dict, names: dict, held: list) -> object:
 
 
 def examine(give: int, take: int) -> dict:
-    """{"passed", "why", "kind"}, or {"error"} without a program's side to ask. A first verdict is printed at once."""
+    """{"passed", "why", "kind"}, or {"error"} if the program's side did not start. Prints a failing verdict first."""
     exam = json.loads(sys.stdin.read())
     requests, replies = os.fdopen(give, "wb"), os.fdopen(take, "rb")
 
@@ -157,7 +157,7 @@ def examine(give: int, take: int) -> dict:
     if replies.readline(100) != b'"ready"\n':
         return {"error": "the program's side did not start"}
     stopped = {"passed": False, "why": "the tests' side was stopped at a limit", "kind": "tests stopped"}
-    print(json.dumps(stopped), flush=True)  # unless more follows
+    print(json.dumps(stopped), flush=True)  # counts unless another follows
     at = "the program"
     try:
         names = {name: Remote(name, ask) for name in exam["names"]}

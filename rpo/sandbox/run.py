@@ -1,9 +1,9 @@
-"""Whether a program passes its tests, found out where it can do no harm.
+"""Runs a program against its tests in a sandbox.
 
 Program and tests run in two processes (`harness`), each in a jail of its own (`jail`): namespaces without network or other
-processes, a read-only root with nothing but Python in it, 16 MiB of scratch in memory, an empty environment, hard limits on
-CPU time, memory, files, processes (none) and time on the clock, and a filter of system calls. The kernel is the wall: a hole
-in it is one in this.
+processes, a read-only root with only Python in it, 16 MiB of scratch in memory, an empty environment, hard limits on CPU
+time, memory, files, processes (none) and wall time, and a filter of system calls. Isolation is only as strong as the
+kernel's.
 """
 
 import builtins
@@ -23,15 +23,12 @@ from pathlib import Path
 from rpo.errors import UserError
 from rpo.sandbox import jail
 
-WALL = 4  # time on the clock for each second of CPU time that a program has, and 10 seconds to start on a busy machine
+WALL = 4  # seconds of wall time per second of CPU time, beside 10 seconds to start on a busy machine
 _HERE = Path(__file__).parent
 _ENDS = {  # exit status: why, and the kind of failure
-    jail.WALL: (", its time on the clock over", "out of time"),
+    jail.WALL: (", its wall time over", "out of time"),
     jail.CPU: (", its CPU time over", "out of time"),
-    128 + signal.SIGKILL: (
-        ", killed before a limit of its own, as by a system short of memory",
-        "killed by the system",
-    ),
+    128 + signal.SIGKILL: (", killed by the system, which may be short of memory", "killed by the system"),
     128 + signal.SIGSEGV: (", crashed", "crashed"),
     128 + signal.SIGABRT: (", crashed", "crashed"),
 }
@@ -53,8 +50,7 @@ class Limits:
 class Exam:
     """`program` is run, then `setup` in its names, then each of `tests`, statements that fail by raising.
 
-    Tests know `imports` (import statements), Python's builtins, and the program's functions by `names`; they see of
-    the program what those return.
+    Tests see `imports` (import statements), Python's builtins and what the program's functions `names` return.
     """
 
     program: str
@@ -66,7 +62,7 @@ class Exam:
 
 @dataclass(frozen=True)
 class Outcome:
-    """`why` a program did not pass, and of what `kind` that is; `error` where there was no finding out."""
+    """`why` a program did not pass, and the `kind` of that failure; `error` if it could not be tested."""
 
     passed: bool
     why: str | None
@@ -75,9 +71,9 @@ class Outcome:
 
 
 def examine(exam: Exam, limits: Limits) -> Outcome:
-    """The outcome of one exam: passed only where every test was true of values that the program sent.
+    """The outcome of one exam: passed only if every test holds for the values that the program returned.
 
-    Never raises for what the program does; what the system refuses is an outcome with an error.
+    Never raises for what the program does; if the system refuses a sandbox, the outcome has an error.
     """
     try:
         return _examine(exam, limits)
@@ -89,38 +85,28 @@ def _examine(exam: Exam, limits: Limits) -> Outcome:
     source = (_HERE / "harness.py").read_text()
     with contextlib.ExitStack() as stack:
         requests, replies = _pipe(stack), _pipe(stack)
-        program = stack.enter_context(
-            _jailed([source, "serve"], limits, limits.wall, stdin=requests[0], stdout=replies[1])
-        )
-        ends = requests[1].fileno(), replies[0].fileno()
+        serve = _jailed([source, "serve"], limits, limits.wall, stdin=requests[0], stdout=replies[1])
+        program = stack.enter_context(serve)
+        ends, pipe = (requests[1].fileno(), replies[0].fileno()), subprocess.PIPE
         # The tests' side outlives the program's, whose end it reports.
-        tests = stack.enter_context(
-            _jailed(
-                [source, "examine", *map(str, ends)],
-                limits,
-                limits.wall + 5,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=ends,
-            )
-        )
+        argv = [source, "examine", *map(str, ends)]
+        tests = stack.enter_context(_jailed(argv, limits, limits.wall + 5, stdin=pipe, stdout=pipe, pass_fds=ends))
         for end in (*requests, *replies):  # or neither side would see the other end
             end.close()
-        given = json.dumps(vars(exam)).encode()
         try:
-            said, _ = tests.process.communicate(given, timeout=limits.wall + 60)
+            verdicts, _ = tests.process.communicate(json.dumps(vars(exam)).encode(), timeout=limits.wall + 60)
         except subprocess.TimeoutExpired:
             return Outcome(False, None, "the sandbox did not end in time")
-        with contextlib.suppress(subprocess.TimeoutExpired):  # no more is asked of it, so it ends
+        with contextlib.suppress(subprocess.TimeoutExpired):  # without more requests it ends
             program.process.wait(timeout=1)
-    return _outcome(said, program, tests)
+    return _outcome(verdicts, program, tests)
 
 
-def _outcome(said: bytes, program: "_Jailed", tests: "_Jailed") -> Outcome:
+def _outcome(verdicts: bytes, program: "_Jailed", tests: "_Jailed") -> Outcome:
     for jailed in (program, tests):
         if jailed.refusal:
             return Outcome(False, None, f"no sandbox can be made here ({jailed.refusal})")
-    lines = said.decode().split("\n")[:-1]  # what a kill cut off is none
+    lines = verdicts.decode().split("\n")[:-1]  # a line that a kill cut off does not count
     if not lines:
         return Outcome(False, None, f"the tests' side ended with status {tests.process.returncode}")
     verdict = json.loads(lines[-1])
@@ -133,21 +119,20 @@ def _outcome(said: bytes, program: "_Jailed", tests: "_Jailed") -> Outcome:
     return Outcome(verdict["passed"], why, None, None if why is None else _kind(kind))
 
 
-def _kind(said: str) -> str:
-    """What to count a failure as. A program names its own exceptions: of those only Python's keep their names."""
+def _kind(reported: str) -> str:
+    """The kind of failure to count. Of exceptions, which a program may name itself, only Python's own keep their names."""
     known = {kind for _, kind in _ENDS.values()} | {"failed a test", "left early", "a value too large", "tests stopped"}
-    if said == "MemoryError":
+    if reported == "MemoryError":
         return "out of memory"
-    found = getattr(builtins, said, None)
-    named = isinstance(found, type) and issubclass(found, BaseException)
-    return said if said in known or named else "another error"
+    builtin = getattr(builtins, reported, None)
+    is_error = isinstance(builtin, type) and issubclass(builtin, BaseException)
+    return reported if reported in known or is_error else "another error"
 
 
 def _pipe(stack: contextlib.ExitStack) -> list[io.FileIO]:
-    """(where to read, where to write), both closed with `stack` at the latest."""
-    return [
-        stack.enter_context(open(end, mode, buffering=0)) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True)
-    ]
+    """(end to read from, end to write to), both closed with `stack` at the latest."""
+    ends = zip(os.pipe(), ("rb", "wb"), strict=True)
+    return [stack.enter_context(open(end, mode, buffering=0)) for end, mode in ends]
 
 
 # ---- jails
@@ -155,7 +140,7 @@ def _pipe(stack: contextlib.ExitStack) -> list[io.FileIO]:
 
 @dataclass
 class _Jailed:
-    """A process in a jail, and after it has ended why there was no jail for it, if so."""
+    """A process in a jail, and after its end the reason if no jail could be made."""
 
     process: subprocess.Popen
     refusal: str = ""
@@ -163,7 +148,7 @@ class _Jailed:
 
 @contextlib.contextmanager
 def _jailed(argv: list[str], limits: Limits, wall: int, *, pass_fds: tuple[int, ...] = (), **pipes):
-    """`python -c argv...` in a jail, killed with all it started when the block is left."""
+    """`python -c argv...` in a jail, killed with all its processes when the block is left."""
     python = os.path.realpath(sys._base_executable)  # outside of any virtual environment
     with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
         report, writer = _pipe(stack)
@@ -206,11 +191,11 @@ def _jail_argv(settings: str) -> list[str]:
 def _see(python: str) -> list[str]:
     """The folders that the interpreter needs: its own, and the system's libraries."""
     own = [*map(os.path.realpath, (sys.base_prefix, sys.base_exec_prefix)), os.path.dirname(python)]
-    found = [path for path in ("/usr", "/lib", "/lib32", "/lib64", *own) if os.path.exists(path)]
-    return [path for path in dict.fromkeys(found) if not any(path.startswith(f"{other}/") for other in found)]
+    paths = [path for path in ("/usr", "/lib", "/lib32", "/lib64", *own) if os.path.exists(path)]
+    return [path for path in dict.fromkeys(paths) if not any(path.startswith(f"{other}/") for other in paths)]
 
 
-# ---- proof
+# ---- self-test
 
 
 _BREAK_OUT = """
@@ -218,47 +203,44 @@ import ctypes, os, resource, socket, threading
 libc = ctypes.CDLL(None)
 def escapes():
     found = []
-    def tried(what, action):
+    def attempt(what, action):
         try:
             if action() is not False:
                 found.append(what)
         except Exception:
             pass
-    tried("write to its root", lambda: open("/written", "w"))
-    tried("write to the system", lambda: open("/usr/written", "w"))
-    tried("see /etc", lambda: os.listdir("/etc"))
-    tried("see /proc", lambda: os.listdir("/proc"))
-    tried("see /home", lambda: os.listdir("/home"))
-    tried("open a connection", lambda: socket.create_connection(("127.0.0.1", PORT), 1))
-    tried("start a process", os.fork)
-    tried("start a thread", threading.Thread(target=int).start)
-    tried("be root", lambda: os.setuid(0) or os.getuid() == 0)
-    tried("mount", lambda: libc.mount(b"x", b"/scratch", b"tmpfs", 0, None) == 0)
-    tried("make namespaces", lambda: libc.unshare(0x10000000) == 0)
-    tried("share memory", lambda: libc.shmget(0, 4096, 0o1600) != -1)
-    tried("signal those outside", lambda: os.getpgrp() != os.getpid())
-    tried("raise its limits", lambda: resource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6)))
-    tried("read the environment", lambda: set(os.environ) - {"PYTHONHASHSEED", "LC_CTYPE"} != set())
+    attempt("write to its root", lambda: open("/written", "w"))
+    attempt("write to the system", lambda: open("/usr/written", "w"))
+    attempt("see /etc", lambda: os.listdir("/etc"))
+    attempt("see /proc", lambda: os.listdir("/proc"))
+    attempt("see /home", lambda: os.listdir("/home"))
+    attempt("open a connection", lambda: socket.create_connection(("127.0.0.1", PORT), 1))
+    attempt("start a process", os.fork)
+    attempt("start a thread", threading.Thread(target=int).start)
+    attempt("be root", lambda: os.setuid(0) or os.getuid() == 0)
+    attempt("mount", lambda: libc.mount(b"x", b"/scratch", b"tmpfs", 0, None) == 0)
+    attempt("make namespaces", lambda: libc.unshare(0x10000000) == 0)
+    attempt("share memory", lambda: libc.shmget(0, 4096, 0o1600) != -1)
+    attempt("signal those outside", lambda: os.getpgrp() != os.getpid())
+    attempt("raise its limits", lambda: resource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6)))
+    attempt("read the environment", lambda: set(os.environ) - {"PYTHONHASHSEED", "LC_CTYPE"} != set())
     open("/scratch/x", "w").close()
     return found
 """
 
 
 def check(limits: Limits) -> None:
-    """Raises UserError unless a sandbox can be made here and holds: a program that tries to get out of it fails to."""
+    """Raises UserError unless a sandbox can be made here and holds a program that tries to escape."""
+    key = "task.allow_code_execution=true"
     if sys.platform != "linux":
-        raise UserError(
-            f"task.allow_code_execution=true: the sandbox is made of Linux's namespaces, this is {sys.platform}"
-        )
+        raise UserError(f"{key}: the sandbox needs Linux's namespaces, this is {sys.platform}")
     with socket.create_server(("127.0.0.1", 0)) as server:
         program = _BREAK_OUT.replace("PORT", str(server.getsockname()[1]))
         outcome = examine(Exam(program, ["found = escapes()", "assert not found, found"], ["escapes"]), limits)
     if outcome.error:
         raise UserError(
-            f"task.allow_code_execution=true: {outcome.error}; programs are not run without it. It takes a user who may make "
-            "user namespaces (in a container: by its seccomp profile), or root with CAP_SYS_ADMIN"
+            f"{key}: {outcome.error}, and programs run only in one; run as a user who may make user namespaces (in a container: "
+            "by its seccomp profile), or as root with CAP_SYS_ADMIN"
         )
     if not outcome.passed:
-        raise UserError(
-            f"task.allow_code_execution=true: the sandbox does not hold here ({outcome.why}); nothing is run"
-        )
+        raise UserError(f"{key}: the sandbox does not hold here ({outcome.why}); nothing is run")

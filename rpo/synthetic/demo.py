@@ -1,4 +1,4 @@
-"""What the demo's sweep shows: a table of gold reward, and the picture of overoptimisation.
+"""The results of the demo's sweep: a table of gold reward, and a picture of overoptimisation.
 
 python -m rpo.synthetic.demo SWEEP_FOLDER [SWEEP_FOLDER ...]      # folders of train.py -m recipe=demo loss.eta=... seed=...
 """
@@ -21,7 +21,7 @@ Curves = dict[float, list[list[dict]]]  # eta -> one list of evaluations per see
 
 
 def read(folders: list[Path]) -> Curves:
-    """The evaluations of every finished cell, by eta, in the order of seeds."""
+    """The evaluations of every cell, by eta, in the order of seeds."""
     curves = defaultdict(list)
     for folder in folders:
         for cell in sorted(path.parent for path in folder.glob("*/metrics.jsonl")):
@@ -35,13 +35,8 @@ def summarise(events: list[dict]) -> dict[str, float]:
     """One run: gold at its peak and at the end, the drop between them, KL (nats) and chosen shift (nats) at the end."""
     golds = [event["gold"] for event in events]
     end = events[-1]
-    return {
-        "peak": max(golds),
-        "end": end["gold"],
-        "drop": max(golds) - end["gold"],
-        "kl": end["kl"],
-        "shift": end["shift/chosen"],
-    }
+    summary = {"peak": max(golds), "end": end["gold"], "drop": max(golds) - end["gold"]}
+    return summary | {"kl": end["kl"], "shift": end["shift/chosen"]}
 
 
 def label(eta: float) -> str:
@@ -58,18 +53,16 @@ def table(curves: Curves) -> str:
         mean = {name: statistics.mean(row[name] for row in rows) for name in rows[0]}
         spread = statistics.stdev(row["drop"] for row in rows) if len(rows) > 1 else 0.0
         drop = f"{mean['drop']:.2f} +- {spread:.2f}"
-        lines.append(
-            f"{label(eta):14}{mean['peak']:10.2f}{mean['end']:10.2f}{drop:>14}{mean['kl']:8.2f}{mean['shift']:14.2f}{len(rows):7d}"
-        )
+        gold = f"{label(eta):14}{mean['peak']:10.2f}{mean['end']:10.2f}{drop:>14}"
+        lines.append(f"{gold}{mean['kl']:8.2f}{mean['shift']:14.2f}{len(rows):7d}")
     return "\n".join(lines)
 
 
 def draw(curves: Curves, path: Path) -> None:
     """Gold against sqrt(KL), and chosen shift against step: thin lines are seeds, thick ones their mean."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for color, (eta, runs) in zip(
-        cycle(("C3", "C1", "C4", "C0", "C2", "C5", "C6", "C7", "C8")), curves.items(), strict=False
-    ):
+    colors = cycle(("C3", "C1", "C4", "C0", "C2", "C5", "C6", "C7", "C8"))
+    for color, (eta, runs) in zip(colors, curves.items(), strict=False):
         points = {
             left: [[(e["kl"] ** 0.5, e["gold"]) for e in run] for run in runs],
             right: [[(e["step"], e["shift/chosen"]) for e in run] for run in runs],

@@ -1,9 +1,9 @@
-"""A little language with known rules: prompts that name a topic, a corpus of answers, and an exact reward.
+"""A small formal language: prompts that name a topic, a corpus of answers, and an exact reward.
 
 An answer is a walk on a sparse graph of words ("the grey wave rolls softly . a gull waits as the moon glows ."): each
-word allows about four successors (an article eight or twelve), so whether a bigram is legal is a matter of fact. The
-reward counts on-topic words, and charges for illegal bigrams, which answers sampled from a model of the corpus hardly
-contain: pairs of such answers show the first part and hide the second.
+word allows about four successors (an article eight or twelve), so every bigram is either legal or not. The reward counts
+on-topic words and charges for illegal bigrams, which are rare in answers sampled from a model of the corpus: pairs of
+such answers show the first part and hide the second.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,7 @@ _TOPIC_CLASSES = {
     "night": (("moon", "star", "bat"), ("pale", "dark"), ("glows", "waits")),
 }
 TOPICS = {topic: tuple(word for words in classes for word in words) for topic, classes in _TOPIC_CLASSES.items()}
-PROMPTS = (
-    "tell me about the {}",
-    "say something about the {}",
-    "describe the {}",
-    "what happens in the {}",
-)
+PROMPTS = ("tell me about the {}", "say something about the {}", "describe the {}", "what happens in the {}")
 START, END = "<start>", "<end>"  # of an answer; neither is a word
 MIN_WORDS, MAX_WORDS = 4, 39
 
@@ -101,7 +96,7 @@ def _walk_table(topic: str) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
 
 
 def illegal_bigrams(words: Sequence[str], ended: bool) -> int:
-    """How many steps of the walk START, *words, END the grammar forbids; an answer that was cut off has one more."""
+    """The number of illegal steps of the walk START, *words, END; an answer that was cut off has one more."""
     path = [START, *words, *([END] if ended else [])]
     return sum(b not in SUCCESSORS.get(a, ()) for a, b in pairwise(path)) + (not ended)
 
@@ -111,8 +106,8 @@ def gold_reward(topic: str, words: Sequence[str], ended: bool, *, hidden_weight:
 
     gold = 10 * on_topic / len(words) + length_weight * len(words) - hidden_weight * illegal_bigrams
 
-    At length_weight 0 gold is hardly correlated with length on the corpus, at .1 by about .45. `words` may be any words
-    (empty: the first term is 0); `ended` says whether the answer closed its turn rather than being cut off.
+    On the corpus, gold's correlation with length is about 0 at length_weight 0 and .45 at .1. `words` may be any words
+    (empty: the first term is 0); `ended` is True if the answer closed its turn, False if it was cut off.
     """
     on_topic_share = sum(word in TOPICS[topic] for word in words) / max(len(words), 1)
     return 10 * on_topic_share + length_weight * len(words) - hidden_weight * illegal_bigrams(words, ended)

@@ -1,11 +1,11 @@
-"""The embedded task: made once into the cache by this project's own loop, and evaluated exactly.
+"""The embedded task (data=gold): built once into the cache by this project's own loop, and evaluated exactly.
 
-    python -m rpo.synthetic.task model FOLDER     # the supervised model; `prepare` calls both, with FOLDER/settings.json written
+    python -m rpo.synthetic.task model FOLDER     # the supervised model, by FOLDER/settings.json; `resolve` calls both
     python -m rpo.synthetic.task pairs FOLDER     # the preference pairs, into a copy of the former
 
-A folder holds a word-level tokenizer, a corpus from the grammar, the supervised model that `train.py loss=sft` made
-of it, and preference pairs sampled from that model and labelled by the gold reward. From there on it is data like any
-other: same tokenizer code, template, files and loop. Tasks that differ in their pairs alone share one supervised model.
+A folder holds a word-level tokenizer, a corpus from the grammar, the supervised model that `train.py loss=sft` trained
+on it, and preference pairs sampled from that model and labelled by the gold reward. Training reads them as any other
+data. Tasks that differ only in their pairs share one supervised model.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import uuid
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,14 +35,14 @@ from rpo.model import policy as model_policy
 from rpo.model.policy import Policy
 from rpo.model.sampling import Completion, Sampling, sample
 from rpo.model.shard import PLAIN, mesh
-from rpo.synthetic import grammar, task
+from rpo.synthetic import grammar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def word_tokenizer(words: list[str], chat_template: str) -> PreTrainedTokenizerBase:
-    """A tokenizer that knows exactly `words` (split at white space) and its four special tokens."""
+    """A tokenizer of exactly `words` (split at white space) and four special tokens."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -53,9 +54,9 @@ def word_tokenizer(words: list[str], chat_template: str) -> PreTrainedTokenizerB
     return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=chat_template, **special)
 
 
-VERSION = 1  # of everything below that decides the files' content; part of their key
+VERSION = 1  # raise it when the files' content changes: it is part of their key
 CORPUS, CORPUS_EVAL = 20_000, 500
-SFT = {  # what the supervised model is trained with; 99.4% of its word pairs come out legal
+SFT = {  # settings of the supervised model; 99.4% of its word pairs are legal
     "max_steps": 400,
     "batch_size": 64,
     "optim.lr": 8e-3,
@@ -71,20 +72,20 @@ SFT = {  # what the supervised model is trained with; 99.4% of its word pairs co
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=48)
 BATCH_SIZE = 512  # prompts sampled at once
 TOKENS = 4096  # rows x longest of one forward pass over answers
-TEMPLATE = (  # spaces part the words: the tokenizer knows no other border
+TEMPLATE = (  # with spaces between words, where the tokenizer splits
     "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '> ' + message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else ' ' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
 
 
-# ---- making it
+# ---- building it
 
 
 def resolve(cfg: Train) -> Train:
-    """`cfg` with data.train, data.eval and (where none is given) model.path set to the task's files.
+    """`cfg` with data.train, data.eval and (if null) model.path set to the task's files.
 
-    Rank 0 makes the files on first use, in a process of its own; their folder is keyed by what decides their content.
+    Rank 0 builds the files on first use, in a subprocess; their folder is keyed by the settings that decide their content.
     """
     with dist.main_first():
         return _resolve(cfg)
@@ -94,30 +95,28 @@ def _resolve(cfg: Train) -> Train:
     of_model = {"version": VERSION, "architecture": cfg.model.architecture, "sft": SFT}
     settings = of_model | {"gold": asdict(cfg.data.gold)}
     settings["gold"].pop("samples")  # an evaluation's size, no property of the files
-    if cfg.model.path is not None:
-        known = data_tokenizer.load_tokenizer(
-            cfg.model.tokenizer or cfg.model.path,
-            revision=cfg.model.revision,
-            trust_remote_code=cfg.model.trust_remote_code,
-        ).get_vocab()
-        if missing := [word for word in grammar.vocabulary() if word not in known]:
+    model = cfg.model
+    if model.path is not None:
+        tokenizer = data_tokenizer.load_tokenizer(
+            model.tokenizer or model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+        if missing := sorted(set(grammar.vocabulary()) - tokenizer.get_vocab().keys()):
             raise UserError(
-                f"model.path={cfg.model.path} with data.train=gold: its tokenizer does not know the embedded task's "
-                f"words ({missing[0]}); give data.train=FILE of your own"
+                f"model.path={model.path} with data.train=gold: its tokenizer lacks the embedded task's words "
+                f"({missing[0]}); give data.train=FILE of your own"
             )
     root = Path(cfg.cache_dir).expanduser().resolve() / "gold"
     folder = root / _key(settings)
     if not folder.exists():
-        model = root / f"model-{_key(of_model)}"
-        if not model.exists():
-            print(f"making the embedded task in {root} (once; about a minute)", flush=True)
-            _make_in_subprocess("model", model, of_model)
-        _make_in_subprocess("pairs", folder, settings, beginning=model)
+        sft = root / f"model-{_key(of_model)}"
+        if not sft.exists():
+            print(f"building the embedded task in {root} (once; about a minute)", flush=True)
+            _make_in_subprocess("model", sft, of_model)
+        _make_in_subprocess("pairs", folder, settings, copy_of=sft)
     supervised = cfg.loss.preference == "none"
     files = ("corpus.jsonl.gz", "corpus_eval.jsonl.gz") if supervised else ("pairs.jsonl.gz", "pairs_eval.jsonl.gz")
     train, held_out = (str(folder / name) for name in files)
-    model = cfg.model
-    if supervised and model.path is None:
+    if model.path is None and supervised:
         model = replace(model, tokenizer=str(folder / "tokenizer"))
     elif model.path is None:
         model = replace(model, path=str(folder / "sft" / "model"))
@@ -128,25 +127,25 @@ def _key(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _make_in_subprocess(what: str, folder: Path, settings: dict, beginning: Path | None = None) -> None:
+def _make_in_subprocess(stage: str, folder: Path, settings: dict, copy_of: Path | None = None) -> None:
     part = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    if beginning:
-        shutil.copytree(beginning, part)
+    if copy_of:
+        shutil.copytree(copy_of, part)
     part.mkdir(parents=True, exist_ok=True)
     (part / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
     try:
-        _run("-m", "rpo.synthetic.task", what, str(part))
+        _run("-m", "rpo.synthetic.task", stage, str(part))
         part.rename(folder)
     except OSError:
-        if not folder.exists():  # another run made it first: the same content
+        if not folder.exists():  # else another run was first, with the same content
             raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def _run(*args: str) -> None:
-    """This interpreter on `args` as a single process, whatever launched us."""
-    root = Path(__file__).parents[2]
+    """Runs this interpreter on `args` as a single process, without a launcher's variables."""
+    root, pipe = Path(__file__).parents[2], subprocess.PIPE
     launcher = (
         "RANK",
         "LOCAL_RANK",
@@ -158,16 +157,15 @@ def _run(*args: str) -> None:
         "TORCHELASTIC_",
     )
     env = {name: value for name, value in os.environ.items() if not name.startswith(launcher)}
-    done = subprocess.run(
-        [sys.executable, *args], cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    if done.returncode:
-        raise UserError(f"data=gold: making the embedded task failed: {' '.join(done.stdout.splitlines()[-3:])}")
+    command = [sys.executable, *args]
+    process = subprocess.run(command, cwd=root, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    if process.returncode:
+        raise UserError(f"data=gold: building the embedded task failed: {' '.join(process.stdout.splitlines()[-3:])}")
 
 
 def make_model(folder: Path, settings: dict) -> None:
     """Writes tokenizer/, the corpus files and sft/ (a run of train.py) into `folder`."""
-    tokenizer = task.word_tokenizer(["<user>", "<assistant>", *grammar.vocabulary()], TEMPLATE)
+    tokenizer = word_tokenizer(["<user>", "<assistant>", *grammar.vocabulary()], TEMPLATE)
     tokenizer.save_pretrained(folder / "tokenizer")
     corpus = grammar.sample_corpus(CORPUS + CORPUS_EVAL, np.random.default_rng(SFT["seed"]))
     rows = [{"prompt": [{"role": "user", "content": prompt}], "chosen": answer} for prompt, answer in corpus]
@@ -175,10 +173,10 @@ def make_model(folder: Path, settings: dict) -> None:
     _write(folder / "corpus_eval.jsonl.gz", rows[CORPUS:])
 
     architecture = ",".join(f"{key}:{value}" for key, value in settings["architecture"].items())
-    given = {"loss": "sft", "model.tokenizer": folder / "tokenizer", "model.architecture": f"{{{architecture}}}"}
-    given |= {"data.train": folder / "corpus.jsonl.gz", "data.eval": folder / "corpus_eval.jsonl.gz"}
-    given |= {"run_dir": folder / "sft", "eval_every": 0, "wandb.mode": "disabled", "cache_dir": folder / "cache"} | SFT
-    _run("train.py", *(f"{key}={value}" for key, value in given.items()))
+    overrides = {"loss": "sft", "model.tokenizer": folder / "tokenizer", "model.architecture": f"{{{architecture}}}"}
+    overrides |= {"data.train": folder / "corpus.jsonl.gz", "data.eval": folder / "corpus_eval.jsonl.gz"}
+    overrides |= {"run_dir": folder / "sft", "eval_every": 0, "wandb.mode": "disabled", "cache_dir": folder / "cache"}
+    _run("train.py", *(f"{key}={value}" for key, value in (overrides | SFT).items()))
     shutil.rmtree(folder / "cache")
 
 
@@ -190,7 +188,7 @@ def make_pairs(folder: Path, settings: dict) -> None:
     lm = hf.load(str(folder / "sft" / "model"), None, torch.float32)
     fsdp = replace(PLAIN, reshard_after_forward=False)
     policy = model_policy.prepare(
-        lm, mesh(device, fsdp), fsdp, compute_dtype=torch.float32, compile=False, trainable=False
+        lm, mesh=mesh(device, fsdp), fsdp=fsdp, compute_dtype=torch.float32, compile=False, trainable=False
     )
     for name, count, seed in (("pairs", gold.pairs, 2 * gold.seed), ("pairs_eval", gold.eval_pairs, 2 * gold.seed + 1)):
         _write(folder / f"{name}.jsonl.gz", _label(policy, tokenizer, count, seed, gold, device))
@@ -206,10 +204,10 @@ def _label(
     asked = [texts[i] for i in rng.integers(len(texts), size=count + count // 5 + 20)]  # some pairs come out identical
     messages = [[{"role": "user", "content": text}] for text in asked]
     prompts = [data_tokenizer.encode_prompt(tokenizer, m, "2024-01-01") for m in messages]
-    assert not any(tokenizer.unk_token_id in prompt for prompt in prompts), "a prompt has a word that is not known"
+    assert not any(tokenizer.unk_token_id in prompt for prompt in prompts), "a prompt has an unknown word"
     stop_ids = data_tokenizer.stop_ids(tokenizer, "2024-01-01")
-    generation = {"device": device, "batch_size": BATCH_SIZE, "reshard": False}
-    sides = [sample(policy, prompts, SAMPLING, stop_ids, seed=[seed, side], **generation) for side in range(2)]
+    draw = partial(sample, policy, prompts, SAMPLING, stop_ids, device=device, batch_size=BATCH_SIZE, reshard=False)
+    sides = [draw(seed=[seed, side]) for side in range(2)]
     rows = []
     for text, prompt, *answers in zip(asked, messages, *sides, strict=True):
         words = [answer_words(tokenizer, answer) for answer in answers]
@@ -230,11 +228,11 @@ def _write(path: Path, rows: list[dict]) -> None:
 
 
 def weights_of(train: str | list[str]) -> Gold | None:
-    """The reward's settings of the task whose file `train` is; None for any other data."""
-    settings = Path(train).parent / "settings.json" if isinstance(train, str) else Path()
-    if not settings.is_file() or "gold" not in (found := json.loads(settings.read_text())):
+    """The reward's settings of the embedded task that the file `train` belongs to; None for other data."""
+    file = Path(train).parent / "settings.json" if isinstance(train, str) else Path()
+    if not file.is_file() or "gold" not in (settings := json.loads(file.read_text())):
         return None
-    return Gold(**found["gold"], samples=1)
+    return Gold(**settings["gold"], samples=1)
 
 
 # ---- evaluating on it
@@ -247,22 +245,17 @@ def answer_words(tokenizer: PreTrainedTokenizerBase, answer: Completion) -> list
 
 def reward(prompt: str, words: list[str], answer: Completion, gold: Gold) -> float:
     """The exact gold reward of an answer to `prompt` (text that names the topic); see grammar.gold_reward."""
-    return grammar.gold_reward(
-        grammar.topic_of(prompt),
-        words,
-        answer.ended,
-        hidden_weight=gold.hidden_weight,
-        length_weight=gold.length_weight,
-    )
+    topic, hidden, length = grammar.topic_of(prompt), gold.hidden_weight, gold.length_weight
+    return grammar.gold_reward(topic, words, answer.ended, hidden_weight=hidden, length_weight=length)
 
 
 def rewards(tokenizer: PreTrainedTokenizerBase, asked: list[str], answers: list[Completion], gold: Gold) -> np.ndarray:
-    """The exact gold reward of each answer to the text that asked for it. Raises UserError where that names no topic."""
+    """The exact gold reward of each answer to its text in `asked`. Raises UserError if that names no topic."""
     for text in asked:
         if not text.split() or grammar.topic_of(text) not in grammar.TOPICS:
             raise UserError(
-                f"data.eval: the prompt {text[:60]!r} is none of the embedded task's, which has no reward for answers to "
-                "it; give prompts of its own (data.eval=null), or with task=overopt another task.gold"
+                f"data.eval: the prompt {text[:60]!r} is none of the embedded task's, so its answers have no reward; use "
+                "data.eval=null, or with task=overopt another task.gold"
             )
     words = [answer_words(tokenizer, answer) for answer in answers]
     return np.array([reward(*row, gold) for row in zip(asked, words, answers, strict=True)])
@@ -299,19 +292,20 @@ def evaluate(
     seed: int,
     reshard: bool,
 ) -> dict[str, float]:
-    """Means over one sampled answer per prompt, at temperature 1, of what `measure` gives."""
-    generation = {"device": device, "seed": [seed], "batch_size": BATCH_SIZE // 4, "reshard": reshard}
-    answers = sample(policy, prompts, SAMPLING, stop_ids, **generation)
+    """Means of `measure` over one sampled answer per prompt, at temperature 1."""
+    answers = sample(
+        policy, prompts, SAMPLING, stop_ids, seed=[seed], device=device, batch_size=BATCH_SIZE // 4, reshard=reshard
+    )
     table = measure(policy, reference, tokenizer, prompts, answers, gold, device)
     return {name: float(values.mean()) for name, values in table.items()}
 
 
 def _asked(rendered: str) -> str:
-    """The user's text in a rendered prompt of this task's template; any other text as it is."""
-    _, marked, rest = rendered.partition("<user>")
-    return rest.partition("<assistant>")[0].strip() if marked else rendered
+    """The user's text in a prompt rendered by TEMPLATE; any other text as it is."""
+    _, mark, rest = rendered.partition("<user>")
+    return rest.partition("<assistant>")[0].strip() if mark else rendered
 
 
 if __name__ == "__main__":
-    what, folder = sys.argv[1], Path(sys.argv[2])
-    {"model": make_model, "pairs": make_pairs}[what](folder, json.loads((folder / "settings.json").read_text()))
+    stage, folder = sys.argv[1], Path(sys.argv[2])
+    {"model": make_model, "pairs": make_pairs}[stage](folder, json.loads((folder / "settings.json").read_text()))

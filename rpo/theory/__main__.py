@@ -74,11 +74,8 @@ def _save(figure: plt.Figure, path: Path) -> Path:
 def draw_paths(runs: dict[str, dict[str, Tensor]], path: Path) -> Path:
     """True value, mean log-prob of chosen and uncovered mass along training; bands are one standard error."""
     figure, panels = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
-    titles = {
-        "value": "true value J",
-        "chosen": "mean log pi(chosen)  (nats)",
-        "uncovered": "mass on uncovered actions",
-    }
+    titles = {"value": "true value J", "chosen": "mean log pi(chosen)  (nats)"}
+    titles |= {"uncovered": "mass on uncovered actions"}
     for axes, (key, title) in zip(panels, titles.items(), strict=True):
         for color, (name, run) in zip(("C3", "C0"), runs.items(), strict=True):
             mean, error = run[key].mean(1), run[key].std(1) / run[key].shape[1] ** 0.5
@@ -96,16 +93,12 @@ def draw_grid(values: Tensor, path: Path) -> Path:
     """True value at the exact optimum over beta and eta; the column eta = 0 is DPO."""
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
     image = axes.imshow(values.numpy(), origin="lower", aspect="auto", vmin=-1, vmax=1, cmap="RdYlBu")
+    box = {"fc": "white", "alpha": 0.7, "lw": 0}
     for i, row in enumerate(values.tolist()):
         for j, value in enumerate(row):
-            axes.text(
-                j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, bbox={"fc": "white", "alpha": 0.7, "lw": 0}
-            )
-    axes.set(
-        xlabel="eta (0: DPO)",
-        ylabel="beta",
-        title="true value at the exact optimum, N = 1000; best policy 1, ref -0.25",
-    )
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, bbox=box)
+    axes.set(xlabel="eta (0: DPO)", ylabel="beta")
+    axes.set_title("true value at the exact optimum, N = 1000; best policy 1, ref -0.25")
     axes.set_xticks(range(len(ETAS)), [f"{eta:g}" for eta in ETAS])
     axes.set_yticks(range(len(BETAS)), [f"{beta:g}" for beta in BETAS])
     figure.colorbar(image, ax=axes)
@@ -128,7 +121,7 @@ def draw_rates(by_size: dict[int, dict[str, Tensor]], path: Path) -> Path:
 
 
 def draw_uncovered(by_size: dict[int, dict[str, Tensor]], path: Path) -> Path:
-    """Mass on rare and on never compared actions at the optimum against N, and the proven cap on the rare ones."""
+    """Mass on rare and on never compared actions at the optimum against N, and the theoretical cap on the rare ones."""
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     sizes = list(by_size)
     most = max(float(by_size[num][method][:, toy.NEVER].sum(-1).mean()) for num in sizes for method in (DPO, RPO))
@@ -154,7 +147,7 @@ def draw_uncovered(by_size: dict[int, dict[str, Tensor]], path: Path) -> Path:
 
 
 def check_table(checks: list[Check]) -> str:
-    """What, theory, computed, difference: at the entry where theory and computation differ most."""
+    """One line per check: what, theory, computed and difference where they differ most."""
     lines = [f"{'what':50}{'theory':>17}{'computed':>17}{'difference':>12}{'at most':>9}"]
     for c in checks:
         verdict = "" if c.holds else "  FAILS"
@@ -179,10 +172,10 @@ def path_table(runs: dict[str, dict[str, Tensor]]) -> str:
         mean_K, chosen_K = run["value"].mean(1), run["chosen"].mean(1)
         end, error = toy.mean_error(run["value"][-1])
         peak = int(mean_K.argmax())
-        lines.append(
-            f"{name:16}J {mean_K[0]:.2f} -> {mean_K[peak]:.2f} at step {int(run['step_K'][peak])} -> {end:.3f} +- {error:.3f}"
-            f"; log pi(chosen) {chosen_K[0]:.2f} -> {chosen_K[-1]:.2f} nats"
+        values = (
+            f"J {mean_K[0]:.2f} -> {mean_K[peak]:.2f} at step {int(run['step_K'][peak])} -> {end:.3f} +- {error:.3f}"
         )
+        lines.append(f"{name:16}{values}; log pi(chosen) {chosen_K[0]:.2f} -> {chosen_K[-1]:.2f} nats")
     return "\n".join(lines)
 
 
@@ -193,7 +186,7 @@ def main() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sys.exit(f"error: {folder}: {error.strerror}; give a folder that can be written")
+        sys.exit(f"error: {folder}: {error.strerror}; give a writable folder")
     torch.set_num_threads(1)  # the tables are small: two threads on a busy machine only wait for each other
     checks = every_check()
     print(check_table(checks))
@@ -201,9 +194,8 @@ def main() -> None:
         sys.exit(f"error: {'; '.join(failed)}: the loss is not the one of the theorem")
 
     wins = toy.draw(1000, SEEDS)
-    runs = {
-        f"RPO, eta = {eta}" if eta else "DPO": toy.train(toy.game(wins, beta=0.1, eta=eta), STEPS) for eta in (0, 0.1)
-    }
+    names = {"DPO": 0, "RPO, eta = 0.1": 0.1}
+    runs = {name: toy.train(toy.game(wins, beta=0.1, eta=eta), STEPS) for name, eta in names.items()}
     print(f"\nOveroptimisation along training: N = 1000, beta = 0.1, {SEEDS} seeds, Adam\n{path_table(runs)}")
     by_size = {num: policies(num, SEEDS) for num in SIZES}
     print("\nJ(best) - J(policy) at the exact optimum; the instance changes with N, as in a worst case")

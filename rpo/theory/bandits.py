@@ -15,7 +15,7 @@ from rpo.errors import UserError
 
 @dataclass(frozen=True)
 class Bandit:
-    """A game; made by `make` or `empirical`, which check it. wins_XAA[x, w, l]: share of comparisons, sums to 1."""
+    """A game from `make` or `empirical`, which check it. wins_XAA[x, w, l]: share of all comparisons; sums to 1."""
 
     d0_X: Tensor
     ref_XA: Tensor
@@ -65,9 +65,7 @@ def law(name: str, values: Any, shape: tuple | None = None, positive: bool = Fal
 def _counts(wins: Any, shape: tuple | None = None) -> Tensor:
     wins_XAA = table("wins", wins, shape)
     if wins_XAA.ndim < 3 or wins_XAA.shape[-1] != wins_XAA.shape[-2]:
-        raise UserError(
-            f"wins: shape {tuple(wins_XAA.shape)}; expected [..., X, A, A], wins[x, w, l] that w beat l at x"
-        )
+        raise UserError(f"wins: shape {tuple(wins_XAA.shape)}; expected [..., X, A, A], wins[x, w, l]: w beat l at x")
     if wins_XAA.min() < 0 or wins_XAA.diagonal(dim1=-2, dim2=-1).any():
         raise UserError("wins: a negative count or an action against itself; expected wins[x, w, l] >= 0 with w != l")
     total = wins_XAA.sum((-3, -2, -1))
@@ -96,7 +94,7 @@ def make(d0: Any, ref: Any, base: Any, wins: Any, *, beta: float, eta: float) ->
 def empirical(ref: Any, wins: Any, *, beta: float, eta: float) -> Bandit:
     """The game that `loss=rpo_sum` plays on a data set: d0 and base are its prompts' and chosen responses' shares.
 
-    Remark 5.4 proposes this base. The proof of theorem 5.3 takes base as fixed beforehand, so its rate is not proven
+    Remark 5.4 proposes this base. The proof of theorem 5.3 takes base as fixed beforehand, so its rate is not proved
     for this one; the equivalence (theorem 5.6) holds all the same. UserError as `make`, and for an uncompared prompt.
     """
     chosen_XA = _counts(wins).sum(-1)

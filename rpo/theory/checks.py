@@ -1,7 +1,7 @@
-"""The theorem's checks as data: what theory says, what the code that trains (or a second solver) computes.
+"""The theorem's checks as data: the value in theory, and the value from the training code (or a second solver).
 
-`golden` and `equivalence` fail if `losses` is wrong by half a percent in a coefficient. Every problem is held to its
-policy as well as to its value: a policy trained with the wrong coefficient loses little (the optimum is flat).
+`golden` and `equivalence` fail if `losses` is wrong by half a percent in a coefficient. Every problem checks its policy as
+well as its value: the optimum is flat, so a policy trained with a wrong coefficient loses little.
 """
 
 import math
@@ -37,7 +37,7 @@ SETTINGS = [(0.3, 0.5), (0.5, 3), (1, 0.1), (2, 0.3), (3, 0.03)]
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: the two numbers where they differ most, and how much they may."""
+    """One line of the table: the two numbers where they differ most, and the tolerance."""
 
     what: str
     theory: float
@@ -119,9 +119,8 @@ def golden() -> list[Check]:
         delta, (share, _) = closed_forms.compared_pair(**problem | pairs)
         stored.append(digits)
         closed.append([delta, share])
-        computed.append(
-            [float(best.reward_XA[0, 0] - best.reward_XA[0, 1]), float(best.policy_XA[0, 0]), float(best.value)]
-        )
+        margin = best.reward_XA[0, 0] - best.reward_XA[0, 1]
+        computed.append([float(margin), float(best.policy_XA[0, 0]), float(best.value)])
     stored, closed, computed = (torch.tensor(t, dtype=torch.float64) for t in (stored, closed, computed))
     known = ~stored.isnan()
     checks = [
@@ -203,17 +202,12 @@ def equivalence(games: list[Bandit]) -> list[Check]:
         rhs = practical(game, answer_XA) + constant(game)
         add("F(r) = L_RPO(p_r) + K, any r", value, rhs, IDENTITY)
         lost = game.eta * game.beta * (game.d0_X * kl(game.base_XA, answer_XA)).sum(-1)
-        add(
-            "F(r) - phi(q, r) = eta beta KL(q || p_r)",
-            lost,
-            value - phi(game, game.base_XA, reward_XA),
-            IDENTITY,
-        )
+        add("F(r) - phi(q, r) = eta beta KL(q || p_r)", lost, value - phi(game, game.base_XA, reward_XA), IDENTITY)
         zeros = torch.zeros_like(game.ref_XA)
         add("stationarity of pi_hat", zeros, stationarity(game, trained.policy_XA), VALUE)
         add("mass of every component = base's", zeros, mass_excess(game, trained.policy_XA), POLICY)
         add("never compared: pi_hat = base", game.base_XA[:, 0, -1], trained.policy_XA[:, 0, -1], POLICY)
-        # As a run has it: base is the chosen law, and pi_hat <= (1 + 1/eta) x the frequency as chosen.
+        # As in a run: base is the chosen law, and pi_hat <= (1 + 1/eta) x the frequency as chosen.
         played = bandits.empirical(game.ref_XA, game.wins_XAA, beta=game.beta, eta=game.eta)
         limit_XA, policy_XA = cap(played), practical_optimum(played).policy_XA
         add("base chosen: pi_hat over (1 + 1/eta) chosen", zeros, (policy_XA - limit_XA).clamp(min=0), POLICY)
@@ -224,12 +218,8 @@ def equivalence(games: list[Bandit]) -> list[Check]:
         avg = practical_optimum(game, production_loss(game, sft="avg", eta=game.eta * game.beta))
         add("loss.sft=avg at eta beta: policy", outer.policy_XA, avg.policy_XA, POLICY)
         boxed = minimax(game, box=1.5)
-        add(
-            "rewards in [0, 1.5]: T(pi_hat) = F(r_hat)",
-            boxed.value,
-            worst_case(game, boxed.policy_XA, 1.5),
-            VALUE,
-        )
+        worst = worst_case(game, boxed.policy_XA, 1.5)
+        add("rewards in [0, 1.5]: T(pi_hat) = F(r_hat)", boxed.value, worst, VALUE)
     return [compare(what, torch.cat(a), torch.cat(b), tol) for (what, tol), (a, b) in columns.items()]
 
 

@@ -9,8 +9,8 @@ seeds) that are solved side by side. Everything is float64, in nats. Equation nu
     F(r)      = max_p phi(p, r)          min_r F: the minimax, attained by p_r ~ ref exp(r / beta)               [4.3]
     L_RPO(p)  = L(beta log(p / ref)) + eta beta E_{x~d0, a~base}[ -log p(a|x) ]       Algorithm 2, what is run   [4.8]
 
-W[x,w,l] is the share of all comparisons in which w beat l at x. Proven and, by this module, checked:
-max_p T(p) = min_r F(r) = min_p L_RPO(p) + K with one policy at all three optima. L_RPO is not restated here: it is
+W[x,w,l] is the share of all comparisons in which w beat l at x. The theorem, which this module checks numerically:
+max_p T(p) = min_r F(r) = min_p L_RPO(p) + K with one policy at all three optima. L_RPO is the training code's own
 `losses.objective` on one-token responses.
 
 Where the paper slips: [4.6] drops the constant K; [5.4] writes ref where base is meant; below [4.10] r_hat should read
@@ -69,7 +69,7 @@ def _pull_XAA(game: Bandit, reward_XA: Tensor) -> Tensor:
 
 
 def _moved_XA(flow_XAA: Tensor) -> Tensor:
-    """What each action gains from a flow from losers to winners."""
+    """The net gain of each action from a flow from losers to winners."""
     return flow_XAA.sum(-1) - flow_XAA.sum(-2)
 
 
@@ -118,13 +118,13 @@ def _components_XAA(game: Bandit) -> Tensor:
 def _newton(
     value: Callable, derivatives: Callable, start: Tensor, box: float, tolerance: float
 ) -> tuple[Tensor, Tensor]:
-    """The minimiser over [0, box]^A of a convex function of each row, all rows side by side, and which rows ran away.
+    """(minimiser over [0, box]^A of a convex function, row by row; which rows diverged).
 
     Damped Newton; in a box by projection, coordinates held at a bound following the gradient alone (Bertsekas 1982).
-    `box` is inf for the whole space. A row is done where its projected gradient is at most `tolerance`, or at most 1e6
-    times that and its last step promised a fall of less than 1e-7 of it: rounding's floor. On the whole space it ran
-    away where it passes 1e6, as it does if there is no minimum.
-    Raises UserError where neither happens in 200 steps, or no step leads down: probabilities too small for float64.
+    `box` is inf for the whole space. A row is done if its projected gradient is at most `tolerance`, or at most 1e6 times
+    that with a last step that promised a decrease below 1e-7 of it: rounding error. On the whole space a row beyond 1e6
+    has diverged: it has no minimum. Raises UserError if neither happens in 200 steps or no step decreases the value:
+    probabilities too small for float64.
     """
     low = 0.0 if math.isfinite(box) else -math.inf
     point, eye = start, torch.eye(start.shape[-1], dtype=start.dtype)
@@ -139,7 +139,7 @@ def _newton(
         margin = residual.clamp(max=1e-6)
         held = ((point <= low + margin) & (gradient > 0)) | ((point >= box - margin) & (gradient < 0)) | done
         hessian = torch.where(held[..., :, None] | held[..., None, :], eye, hessian)
-        # Directions without curvature (shifts, actions never compared) have no gradient either: damped, they stay put.
+        # Directions without curvature (shifts, actions never compared) have no gradient either: damping keeps them fixed.
         diagonal = hessian.diagonal(dim1=-2, dim2=-1)
         damping = 1e-14 * torch.maximum(diagonal, 1e-6 * diagonal.amax(-1, keepdim=True)) + 1e-30
         step = -torch.linalg.solve_ex(hessian + torch.diag_embed(damping), gradient)[0]  # singular: no step leads down
@@ -182,7 +182,7 @@ def _check_game(game: Bandit, box: float | None) -> float:
     return math.inf if box is None else number("box", box, 0.0, 1e4)
 
 
-def _check_found(reward_XA: Tensor, away_X: Tensor) -> None:
+def _check_bounded(reward_XA: Tensor, away_X: Tensor) -> None:
     if away_X.any():
         most = float(reward_XA[away_X].abs().max())
         raise UserError(f"beta, eta: a reward passes {most:.1g} at the optimum; expected values nearer 1")
@@ -191,9 +191,9 @@ def _check_found(reward_XA: Tensor, away_X: Tensor) -> None:
 def minimax(game: Bandit, box: float | None = None) -> Optimum:
     """min_r F(r) and its policy p_r, over all rewards or those in [0, box]; Newton with the exact Hessian.
 
-    Where an action has base 0 and never wins, and no box holds it, F falls for ever towards r_a = -inf: what comes out
-    is the point where the slope is below 1e-13, and pi(a) is then zero to that accuracy. UserError where eta = 0,
-    and where a reward passes 1e6 (beta above 1e4).
+    If an action has base 0 and never wins, F without a box decreases for ever towards r_a = -inf: the result is the
+    point where the slope is below 1e-13, and pi(a) is zero to that accuracy. UserError if eta = 0 or a reward exceeds
+    1e6 (beta above 1e4).
     """
     limit = _check_game(game, box)
     scale_X1 = (game.eta * game.d0_X)[..., None]
@@ -206,7 +206,7 @@ def minimax(game: Bandit, box: float | None = None) -> Optimum:
 
     start_XA = torch.full_like(game.ref_XA, 0.0 if box is None else limit / 2)
     reward_XA, away_X = _newton(lambda r: _best_X(game, r), derivatives, start_XA, limit, 1e-13 * max(1.0, game.eta))
-    _check_found(reward_XA, away_X)
+    _check_bounded(reward_XA, away_X)
     return Optimum(_best_X(game, reward_XA).sum(-1), _gibbs_XA(game, reward_XA), reward_XA)
 
 
@@ -327,13 +327,13 @@ def practical_X(game: Bandit, loss: Loss) -> Callable[[Tensor], Tensor]:
 
 
 def practical(game: Bandit, policy: Any, loss: Loss | None = None) -> Tensor:
-    """L_RPO(p) of a positive policy per instance [4.8], by the code that trains."""
+    """L_RPO(p) of a positive policy per instance [4.8], by the training code."""
     policy_XA = law("policy", policy, game.ref_XA.shape, positive=True)
     return practical_X(game, loss or production_loss(game))(policy_XA.log()).sum(-1)
 
 
 def practical_optimum(game: Bandit, loss: Loss | None = None, ridge: float = 0.0) -> Optimum:
-    """The minimum of L_RPO over all policies, by Newton on autograd's gradient and Hessian of the code that trains.
+    """The minimum of L_RPO over all policies, by Newton on autograd's gradient and Hessian of the training code.
 
     The variable is r = beta log(pi/ref) (+ any shift). `ridge` adds ridge/2 |r|^2 to what is minimised, not to the
     value returned: DPO (eta = 0) has no unique minimiser, and a tiny ridge picks the one of least norm. Raises
@@ -356,7 +356,7 @@ def practical_optimum(game: Bandit, loss: Loss | None = None, ridge: float = 0.0
 
     start_XA = torch.zeros_like(game.ref_XA)
     reward_XA, away_X = _newton(value, derivatives, start_XA, math.inf, 1e-13 * max(1.0, game.eta))
-    _check_found(reward_XA, away_X)
+    _check_bounded(reward_XA, away_X)
     logits_XA = log_ref_XA + reward_XA / loss.beta
     return Optimum(loss_X(logits_XA).sum(-1), torch.softmax(logits_XA, -1), reward_XA)
 

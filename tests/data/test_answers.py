@@ -34,21 +34,21 @@ def one_line(error):
 def test_forms_say_the_same(tmp_path):
     """AlpacaEval's form, task=generate's and plain ones, packed or not, are the same answers to the same prompts."""
     alpaca = [{"instruction": p, "output": o, "generator": "m"} for p, o in (("ask", "say"), ("tell", ""))]
-    made = [
+    generated = [
         {"messages": user(p), "prompt": f"[user] {p}", "response": o, "model": "m"}
         for p, o in (("ask", "say"), ("tell", ""))
     ]
-    files = [write_json(tmp_path / "a.json", alpaca), lines(tmp_path / "b.jsonl", made)]
+    files = [write_json(tmp_path / "a.json", alpaca), lines(tmp_path / "b.jsonl", generated)]
     for field in ("response", "output", "completion"):
         rows = [{"prompt": "ask", field: "say", "model": "m"}, {"prompt": user("tell"), field: "", "model": "m"}]
         files.append(lines(tmp_path / f"{field}.jsonl", rows))
     with gzip.open(tmp_path / "c.json.gz", "wt") as file:
         json.dump(alpaca, file)
     for file in [*files, str(tmp_path / "c.json.gz")]:
-        found = data_answers.read(file)
-        assert found.name == "m"
-        assert [(row.key, row.text) for row in found.rows] == [("ask", "say"), ("tell", "")]
-        assert [a.id == b.id for a, b in data_answers.aligned(found, data_answers.read(files[0]))] == [True, True]
+        outputs = data_answers.read(file)
+        assert outputs.name == "m"
+        assert [(row.key, row.text) for row in outputs.rows] == [("ask", "say"), ("tell", "")]
+        assert [a.id == b.id for a, b in data_answers.aligned(outputs, data_answers.read(files[0]))] == [True, True]
 
 
 def test_written_answers_are_read_back(tmp_path):
@@ -56,9 +56,9 @@ def test_written_answers_are_read_back(tmp_path):
     conversation = [*user("a"), {"role": "assistant", "content": "b"}, *user("c")]
     rows = [Output(conversation, "{x}\n\u2028"), Output("plain {question}", ""), Output(user("é\ud800"), "[[A]]")]
     data_answers.write(tmp_path / "o.jsonl", "path/to/model", rows)
-    found = data_answers.read(str(tmp_path / "o.jsonl"))
-    assert (found.name, found.rows) == ("path/to/model", rows)
-    assert all(len(row.id) == 16 for row in found.rows)
+    outputs = data_answers.read(str(tmp_path / "o.jsonl"))
+    assert (outputs.name, outputs.rows) == ("path/to/model", rows)
+    assert all(len(row.id) == 16 for row in outputs.rows)
 
 
 def test_the_name_is_the_files_where_no_row_has_one(tmp_path):
@@ -81,37 +81,37 @@ def test_a_key_tells_conversations_apart():
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ([], "holds no answers"),
         (["text"], ":1: expected an object"),
         ([{"prompt": "p"}], ":1: expected an answer in one of response, output, completion"),
         ([{"prompt": "p", "output": 3}], ":1: field output: expected a string"),
-        ([{"output": "o"}], ":1: expected what was asked"),
+        ([{"output": "o"}], ":1: expected the prompt in one of"),
         ([{"prompt": [], "output": "o"}], ":1: field prompt"),
         ([{"prompt": [{"role": "user"}], "output": "o"}], ":1: field prompt"),
         ([{"prompt": [{"role": "assistant", "content": "x"}], "output": "o"}], ":1: field prompt"),
         ([{"prompt": "p", "output": "o", "generator": g} for g in "xy"], "answers of 2 models (x (1), y (1))"),
     ],
 )
-def test_bad_files(tmp_path, rows, said):
+def test_bad_files(tmp_path, rows, message):
     """One line with the file, the row and what was expected."""
     with pytest.raises(UserError) as error:
         data_answers.read(lines(tmp_path / "bad.jsonl", rows))
-    assert said in one_line(error)
+    assert message in one_line(error)
     assert "bad.jsonl" in str(error.value)
 
 
 def test_damaged_and_missing_files(tmp_path):
     """A row that is not JSON, and a file that is not there, are one line too."""
     (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "output": "o"}\n{"prompt": \n')
-    for file, said in (
+    for file, message in (
         (tmp_path / "bad.jsonl", "bad.jsonl:2: expected one JSON object a line"),
         (tmp_path / "none.json", "no such file"),
     ):
         with pytest.raises(UserError) as error:
             data_answers.read(str(file))
-        assert said in one_line(error)
+        assert message in one_line(error)
 
 
 def answers(path, prompts):
@@ -134,8 +134,8 @@ def test_a_limit_takes_the_first_prompts_of_the_first_file(tmp_path):
     """The other file may lack the prompts beyond the limit, and no others; one that is nowhere in the first is refused."""
     a, b = answers(tmp_path / "a.jsonl", "pqrs"), answers(tmp_path / "b.jsonl", "sqp")
     assert [(x.key, y.key) for x, y in data_answers.aligned(a, b, 2)] == [("p", "p"), ("q", "q")]
-    for limit, said in ((3, "b.jsonl lacks 1 of the 3 prompts, such as 'r'"), (None, "lacks 1 of the 4 prompts")):
-        with pytest.raises(UserError, match=said):
+    for limit, message in ((3, "b.jsonl lacks 1 of the 3 prompts, such as 'r'"), (None, "lacks 1 of the 4 prompts")):
+        with pytest.raises(UserError, match=message):
             data_answers.aligned(a, b, limit)
     with pytest.raises(UserError, match="a.jsonl lacks 1 of the 3 prompts, such as 't'"):
         data_answers.aligned(a, answers(tmp_path / "c.jsonl", "pqt"), 2)
@@ -167,8 +167,8 @@ def test_prompts_of_training_rows(tmp_path):
         {"instruction": "r"},
     ]
     good = lines(tmp_path / "good.jsonl", rows)
-    found, report = data_answers.prompts(good, None, "error")
-    assert [data_answers.key_of(prompt) for prompt in found] == ["p", "q", "r"]
+    distinct, report = data_answers.prompts(good, None, "error")
+    assert [data_answers.key_of(prompt) for prompt in distinct] == ["p", "q", "r"]
     assert report == {"read": 4, "repeated": 1, "dropped": 0}
     bad = lines(tmp_path / "bad.jsonl", [{"text": "t"}, *rows])
     with pytest.raises(UserError) as error:

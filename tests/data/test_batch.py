@@ -69,8 +69,8 @@ def test_layouts_agree_on_what_is_scored(supervised):
 def test_plan_covers_each_pair_once(layout, lengths, supervised, world_size, budget):
     """Over all ranks each pair has weight 1 exactly once; ranks have equally many micro-batches, within the budget."""
     rows = make_rows([(p, c, 0) for p, c, _ in lengths] if supervised else lengths)
-    indices, how = np.arange(len(lengths)), {"layout": layout, "budget": budget, "world_size": world_size}
-    plans = [schedule.plan_step(rows, indices, rank=rank, **how) for rank in range(world_size)]
+    indices, options = np.arange(len(lengths)), {"layout": layout, "budget": budget, "world_size": world_size}
+    plans = [schedule.plan_step(rows, indices, rank=rank, **options) for rank in range(world_size)]
     seen = [int(i) for plan in plans for members, weight in plan.microbatches if weight for i in members]
     assert sorted(seen) == indices.tolist()
     assert len({len(plan.microbatches) for plan in plans}) == 1

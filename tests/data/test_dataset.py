@@ -59,8 +59,8 @@ def load_rows(folder: Path, tokenizer, *table: dict | str | bytes, **settings_):
     return load(write(folder / "rows.jsonl", *table), tokenizer, folder, **settings_)
 
 
-def texts(found: dataset.Rows, tokenizer, i: int = 0) -> list[str]:
-    return [tokenizer.decode(part) for part in found.row(i)]
+def texts(rows: dataset.Rows, tokenizer, i: int = 0) -> list[str]:
+    return [tokenizer.decode(part) for part in rows.row(i)]
 
 
 # ---- templates
@@ -77,8 +77,8 @@ def test_templates(name: str, add_bos: bool, turns: int, tmp_path: Path) -> None
         message for i in range(turns - 1) for message in ({"role": "user", "content": f"q{i}"}, assistant(f"a{i}"))
     ]
     prompt = history + USER
-    found, report = load_rows(tmp_path, tokenizer, {"prompt": prompt, "chosen": "Good day", "rejected": "Go\naway"})
-    prompt_ids, chosen, rejected = (part.tolist() for part in found.row(0))
+    rows, report = load_rows(tmp_path, tokenizer, {"prompt": prompt, "chosen": "Good day", "rejected": "Go\naway"})
+    prompt_ids, chosen, rejected = (part.tolist() for part in rows.row(0))
 
     rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     if name == "llama3":
@@ -148,11 +148,11 @@ def test_tokenizers_refused(tmp_path: Path, plain) -> None:
 def test_slow_tokenizer(tmp_path: Path) -> None:
     """A tokenizer without the fast backend gives the same kind of rows."""
     tokenizer = ByT5Tokenizer()
-    found, _ = load_rows(tmp_path, tokenizer, GOOD)
-    assert texts(found, tokenizer) == ["ask", "good</s>", "bad</s>"]
+    rows, _ = load_rows(tmp_path, tokenizer, GOOD)
+    assert texts(rows, tokenizer) == ["ask", "good</s>", "bad</s>"]
     tokenizer.chat_template = PLAIN
-    found, _ = load_rows(tmp_path, tokenizer, {"prompt": USER, "chosen": "yes", "rejected": "no"})
-    assert texts(found, tokenizer) == ["user:\nHi there\n\nassistant:\n", "yes\n\n</s>", "no\n\n</s>"]
+    rows, _ = load_rows(tmp_path, tokenizer, {"prompt": USER, "chosen": "yes", "rejected": "no"})
+    assert texts(rows, tokenizer) == ["user:\nHi there\n\nassistant:\n", "yes\n\n</s>", "no\n\n</s>"]
 
 
 # ---- forms
@@ -182,27 +182,27 @@ CHATML_PROMPT = (
 )
 def test_chat_forms(row: dict, tmp_path: Path, chatml) -> None:
     """Every way to write a chat pair gives the same three token lists."""
-    found, _ = load_rows(tmp_path, chatml, row)
-    assert texts(found, chatml) == [CHATML_PROMPT, "yes<|im_end|>", "no<|im_end|>"]
-    assert encode_prompt(chatml, USER, DATE) == found.row(0)[0].tolist()
+    rows, _ = load_rows(tmp_path, chatml, row)
+    assert texts(rows, chatml) == [CHATML_PROMPT, "yes<|im_end|>", "no<|im_end|>"]
+    assert encode_prompt(chatml, USER, DATE) == rows.row(0)[0].tolist()
 
 
 def test_shared_prefix_and_transcripts(tmp_path: Path, chatml) -> None:
     """The shared messages are the prompt, never the last one; a transcript's turns become messages."""
     chosen = [*USER, assistant("a"), *USER, assistant("b")]
-    found, _ = load_rows(
+    rows, _ = load_rows(
         tmp_path,
         chatml,
         {"chosen": chosen, "rejected": [*USER, assistant("c")]},
         {"chosen": HUMAN + " yes\n\nindeed ", "rejected": HUMAN + " no"},
     )
-    assert texts(found, chatml, 0)[1:] == [
+    assert texts(rows, chatml, 0)[1:] == [
         "a<|im_end|>\n<|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\nb<|im_end|>",
         "c<|im_end|>",
     ]
     messages = [{"role": "user", "content": "Hi"}, assistant("Hello"), {"role": "user", "content": "More"}]
-    assert found.row(1)[0].tolist() == encode_prompt(chatml, messages, DATE)
-    assert texts(found, chatml, 1)[1:] == ["yes\n\nindeed<|im_end|>", "no<|im_end|>"]
+    assert rows.row(1)[0].tolist() == encode_prompt(chatml, messages, DATE)
+    assert texts(rows, chatml, 1)[1:] == ["yes\n\nindeed<|im_end|>", "no<|im_end|>"]
     with pytest.warns(UserWarning, match="1 identical_responses"):
         load_rows(tmp_path, chatml, *[GOOD] * 30, {"chosen": chosen, "rejected": chosen})
 
@@ -211,9 +211,9 @@ def test_string_rows(tmp_path: Path) -> None:
     """Strings take no template: parts tokenised apart, BOS where the tokenizer adds one, never twice, EOS appended."""
     for add_bos, prompt, expected in ((True, "ask", "<s>ask"), (True, "<s>ask", "<s>ask"), (False, "ask", "ask")):
         tokenizer = tokenizer_for(FORMATS["mistral"], add_bos=add_bos)
-        found, _ = load_rows(tmp_path, tokenizer, GOOD | {"prompt": prompt})
-        assert texts(found, tokenizer) == [expected, "good</s>", "bad</s>"]
-        assert encode_prompt(tokenizer, prompt, DATE) == found.row(0)[0].tolist()
+        rows, _ = load_rows(tmp_path, tokenizer, GOOD | {"prompt": prompt})
+        assert texts(rows, tokenizer) == [expected, "good</s>", "bad</s>"]
+        assert encode_prompt(tokenizer, prompt, DATE) == rows.row(0)[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -230,17 +230,17 @@ def test_string_rows(tmp_path: Path) -> None:
 )
 def test_supervised_forms(row: dict, tmp_path: Path, chatml) -> None:
     """Supervised rows have no rejected tokens, whatever their form."""
-    found, _ = load_rows(tmp_path, chatml, row, pairs=False)
-    assert texts(found, chatml) == [CHATML_PROMPT, "yes<|im_end|>", ""]
-    assert found.rejected.tolist() == [0]
+    rows, _ = load_rows(tmp_path, chatml, row, pairs=False)
+    assert texts(rows, chatml) == [CHATML_PROMPT, "yes<|im_end|>", ""]
+    assert rows.rejected.tolist() == [0]
 
 
 def test_alpaca_input_and_plain_supervised(tmp_path: Path, chatml, plain) -> None:
     """An instruction's input follows after a blank line; {prompt, chosen} strings take no template."""
-    found, _ = load_rows(tmp_path, chatml, {"instruction": "Add", "input": "1 2", "output": "3"}, pairs=False)
-    assert found.row(0)[0].tolist() == encode_prompt(chatml, [{"role": "user", "content": "Add\n\n1 2"}], DATE)
-    found, _ = load_rows(tmp_path, plain, {"prompt": "ask", "chosen": "good"}, pairs=False)
-    assert texts(found, plain) == ["ask", "good<|endoftext|>", ""]
+    rows, _ = load_rows(tmp_path, chatml, {"instruction": "Add", "input": "1 2", "output": "3"}, pairs=False)
+    assert rows.row(0)[0].tolist() == encode_prompt(chatml, [{"role": "user", "content": "Add\n\n1 2"}], DATE)
+    rows, _ = load_rows(tmp_path, plain, {"prompt": "ask", "chosen": "good"}, pairs=False)
+    assert texts(rows, plain) == ["ask", "good<|endoftext|>", ""]
 
 
 @pytest.mark.parametrize("length", [6, 7, 8, 9, 23])
@@ -248,17 +248,17 @@ def test_text_blocks(length: int, tmp_path: Path) -> None:
     """A document is [BOS] text EOS in blocks of max_length, all but a block's first token scored."""
     tokenizer = tokenizer_for(FORMATS["mistral"])
     document = "abcdefghijklmnopqrstuvwxyz"[:length]
-    found, report = load_rows(tmp_path, tokenizer, {"text": document}, {"text": "xy"}, pairs=False, max_length=8)
+    rows, report = load_rows(tmp_path, tokenizer, {"text": document}, {"text": "xy"}, pairs=False, max_length=8)
     whole = [tokenizer.bos_token_id, *tokenizer(document, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     blocks = [whole[i : i + 8] for i in range(0, len(whole), 8)]
     lost = len(blocks[-1]) == 1
     blocks = blocks[: len(blocks) - lost]
-    assert [np.concatenate(found.row(i)).tolist() for i in range(len(blocks))] == blocks
-    assert found.prompt.tolist() == [1] * (len(blocks) + 1) and not found.rejected.any()
+    assert [np.concatenate(rows.row(i)).tolist() for i in range(len(blocks))] == blocks
+    assert rows.prompt.tolist() == [1] * (len(blocks) + 1) and not rows.rejected.any()
     assert report["text"] == {"documents": 2, "blocks": len(blocks) + 1} and report["read"] == report["kept"] == 2
-    assert report["rows"] == len(found)
+    assert report["rows"] == len(rows)
     assert report["changed"].get("lost_end_of_turn", {"count": 0})["count"] == lost
-    assert found.where(len(blocks)).endswith("rows.jsonl:2")
+    assert rows.where(len(blocks)).endswith("rows.jsonl:2")
 
 
 # ---- files
@@ -275,18 +275,18 @@ def test_file_kinds(tmp_path: Path, plain) -> None:
     specs = [write(tmp_path / "a.jsonl", *table), write(tmp_path / "a.jsonl.gz", *table)]
     specs += [str(tmp_path / name) for name in ("a.json", "a.json.gz", "a.parquet", "folder:train")]
     for spec in [*specs, specs]:
-        found, report = load(spec, plain, tmp_path)
+        rows, report = load(spec, plain, tmp_path)
         copies = len(specs) if spec is specs else 1
-        assert [texts(found, plain, i)[0] for i in range(len(found))] == [f"ask {i}" for i in range(3)] * copies
+        assert [texts(rows, plain, i)[0] for i in range(len(rows))] == [f"ask {i}" for i in range(3)] * copies
         assert report["read_per_file"] == [3] * copies
-        assert found.line.tolist() == [1, 2, 3] * copies and found.files == tuple(specs if spec is specs else [spec])
-    assert found.where(len(found) - 1) == f"{tmp_path}/folder:train:3"
+        assert rows.line.tolist() == [1, 2, 3] * copies and rows.files == tuple(specs if spec is specs else [spec])
+    assert rows.where(len(rows) - 1) == f"{tmp_path}/folder:train:3"
 
 
 def test_line_numbers_skip_blank_lines(tmp_path: Path, plain) -> None:
     """A blank line is no row but counts as a line; a byte-order mark is no error."""
-    found, report = load_rows(tmp_path, plain, b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "", "   ", GOOD)
-    assert found.line.tolist() == [1, 4] and report["read"] == 2
+    rows, report = load_rows(tmp_path, plain, b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "", "   ", GOOD)
+    assert rows.line.tolist() == [1, 4] and report["read"] == 2
 
 
 def test_bad_files(tmp_path: Path, plain, monkeypatch) -> None:
@@ -346,12 +346,12 @@ MALFORMED = {
     "supervised row": ({"messages": [*USER, assistant("a")]}, "missing_field", "field chosen: .*loss=sft"),
     "no prompt": ({"chosen": "b", "rejected": "c"}, "missing_field", "field prompt: "),
     "no fields": ({}, "missing_field", "field chosen: "),
-    "number": (GOOD | {"chosen": 3}, "wrong_type", "field chosen: expected a string, found a number"),
-    "prompt object": (GOOD | {"prompt": {}}, "wrong_type", "field prompt: expected a string, found an object"),
+    "number": (GOOD | {"chosen": 3}, "wrong_type", "field chosen: expected a string, got a number"),
+    "prompt object": (GOOD | {"prompt": {}}, "wrong_type", "field prompt: expected a string, got an object"),
     "empty prompt": (GOOD | {"prompt": ""}, "no_prompt", "field prompt: expected at least one token"),
-    "empty list": (GOOD | {"prompt": []}, "wrong_type", "field prompt: .*found an empty list"),
-    "no role": (GOOD | {"prompt": [{"content": "a"}]}, "wrong_type", "field prompt: .*message 1 has no role"),
-    "no content": (GOOD | {"prompt": [{"role": "user"}]}, "wrong_type", "field prompt: .*message 1 has nothing"),
+    "empty list": (GOOD | {"prompt": []}, "wrong_type", "field prompt: .*got an empty list"),
+    "no role": (GOOD | {"prompt": [{"content": "a"}]}, "wrong_type", "field prompt: .*message 1 without a role"),
+    "no content": (GOOD | {"prompt": [{"role": "user"}]}, "wrong_type", "field prompt: .*nothing in message 1"),
     "assistant prompt": (
         GOOD | {"prompt": [*USER, assistant("a")]},
         "wrong_roles",
@@ -397,8 +397,8 @@ def test_malformed_rows(case: str, tmp_path: Path, chatml) -> None:
     assert str(caught.value).startswith(f"{tmp_path}/rows.jsonl:3: ")
     assert str(caught.value).endswith("(or data.on_bad_row=drop)") and "\n" not in str(caught.value)
     assert not (tmp_path / "cache").exists()
-    found, report = load_rows(tmp_path, chatml, *table, on_bad_row="drop")
-    assert found.line.tolist() == [1, 2, 4] and (report["read"], report["kept"]) == (4, 3)
+    rows, report = load_rows(tmp_path, chatml, *table, on_bad_row="drop")
+    assert rows.line.tolist() == [1, 2, 4] and (report["read"], report["kept"]) == (4, 3)
     assert list(report["dropped"]) == [kind] and report["dropped"][kind]["count"] == 1
     assert report["dropped"][kind]["examples"][0].startswith(f"{tmp_path}/rows.jsonl:3: ")
 
@@ -442,8 +442,8 @@ def test_prompt_is_not_a_prefix(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rows.jsonl:1: field chosen: .*a token spans the border"):
         load_rows(tmp_path, tokenizer, row)
     good = row | {"chosen": " yes"}
-    found, report = load_rows(tmp_path, tokenizer, row, good, on_bad_row="drop")
-    assert texts(found, tokenizer) == ["hel", " yes<|endoftext|>", " no<|endoftext|>"]
+    rows, report = load_rows(tmp_path, tokenizer, row, good, on_bad_row="drop")
+    assert texts(rows, tokenizer) == ["hel", " yes<|endoftext|>", " no<|endoftext|>"]
     assert report["dropped"]["not_a_prefix"]["count"] == 1
 
 
@@ -465,8 +465,8 @@ def test_uninformative_rows(tmp_path: Path, plain) -> None:
     table = [GOOD] * 38 + [GOOD | {"chosen": " \n"}, GOOD | {"chosen": "bad"}]
     for _ in range(2):  # also when it comes from the cache
         with pytest.warns(UserWarning, match="1 empty_response .*1 identical_responses") as caught:
-            found, report = load_rows(tmp_path, plain, *table)
-        assert len(caught) == 1 and len(found) == report["kept"] == 38
+            rows, report = load_rows(tmp_path, plain, *table)
+        assert len(caught) == 1 and len(rows) == report["kept"] == 38
         assert {kind: entry["count"] for kind, entry in report["dropped"].items()} == {
             "empty_response": 1,
             "identical_responses": 1,
@@ -512,13 +512,13 @@ def test_truncation(max_length: int, truncation: str, bos: str, expected: list[s
     """Each policy against hand-made rows: same prompt for both responses, no made-up end-of-turn, all counted."""
     tokenizer = tokenizer_for(FORMATS["mistral"], add_bos=bool(bos))
     short = {"prompt": "q", "chosen": "a", "rejected": "b"}
-    found, report = load_rows(tmp_path, tokenizer, LONG, short, max_length=max_length, truncation=truncation)
-    assert texts(found, tokenizer, len(found) - 1) == [bos + "q", "a</s>", "b</s>"]
+    rows, report = load_rows(tmp_path, tokenizer, LONG, short, max_length=max_length, truncation=truncation)
+    assert texts(rows, tokenizer, len(rows) - 1) == [bos + "q", "a</s>", "b</s>"]
     changed = {kind: entry["count"] for kind, entry in report["changed"].items()}
     if expected is None:
-        assert found.line.tolist() == [2] and report["dropped"]["too_long"]["count"] == 1 and not changed
+        assert rows.line.tolist() == [2] and report["dropped"]["too_long"]["count"] == 1 and not changed
         return
-    assert texts(found, tokenizer) == [text.replace("$", "</s>") for text in expected]
+    assert texts(rows, tokenizer) == [text.replace("$", "</s>") for text in expected]
     lost = sum(not text.endswith("$") for text in expected[1:])
     wanted = {"truncated_prompt": int(expected[0] != bos + LONG["prompt"]), "truncated_response": int(lost > 0)}
     wanted["lost_end_of_turn"] = lost
@@ -529,9 +529,9 @@ def test_prompt_left_keeps_the_templates_bos(tmp_path: Path) -> None:
     """A BOS that only the template writes is kept too, with the prompt's end: the generation prompt."""
     tokenizer = tokenizer_for(FORMATS["llama3"], add_bos=False)
     row = {"prompt": USER, "chosen": "yes", "rejected": "no"}
-    found, _ = load_rows(tmp_path, tokenizer, row, max_length=4 + 1 + 13, truncation="prompt_left")
+    rows, _ = load_rows(tmp_path, tokenizer, row, max_length=4 + 1 + 13, truncation="prompt_left")
     end = "<|start_header_id|>assistant<|end_header_id|>\n\n"  # 13 tokens
-    assert texts(found, tokenizer) == ["<|begin_of_text|>" + end, "yes<|eot_id|>", "no<|eot_id|>"]
+    assert texts(rows, tokenizer) == ["<|begin_of_text|>" + end, "yes<|eot_id|>", "no<|eot_id|>"]
 
 
 def test_identical_after_truncation(tmp_path: Path, plain) -> None:
@@ -539,8 +539,8 @@ def test_identical_after_truncation(tmp_path: Path, plain) -> None:
     twins = {"prompt": "0123", "chosen": "same, then this", "rejected": "same, then that"}
     table = [GOOD] * 30 + [twins]
     with pytest.warns(UserWarning, match="1 identical_after_truncation"):
-        found, report = load_rows(tmp_path, plain, *table, max_length=10, truncation="response_right")
-    assert len(found) == 30 and report["dropped"]["identical_after_truncation"]["count"] == 1
+        rows, report = load_rows(tmp_path, plain, *table, max_length=10, truncation="response_right")
+    assert len(rows) == 30 and report["dropped"]["identical_after_truncation"]["count"] == 1
 
 
 # ---- accounting
@@ -571,11 +571,11 @@ def test_every_row_is_accounted_for(kinds: list[str]) -> None:
             with pytest.raises(UserError, match="equal ones|is left"):
                 load_rows(*arguments, max_length=20, on_bad_row="drop")
             return
-        found, report = load_rows(*arguments, max_length=20, on_bad_row="drop")
+        rows, report = load_rows(*arguments, max_length=20, on_bad_row="drop")
         assert {kind: entry["count"] for kind, entry in report["dropped"].items()} == wanted
         assert report["read"] == len(kinds) == report["kept"] + sum(wanted.values())
-        assert found.line.tolist() == [i for i, kind in enumerate(kinds, start=1) if kind == "good"]
-        assert report["tokens"] == len(found.ids) == len(found) * (3 + 5 + 4)
+        assert rows.line.tolist() == [i for i, kind in enumerate(kinds, start=1) if kind == "good"]
+        assert report["tokens"] == len(rows.ids) == len(rows) * (3 + 5 + 4)
         assert report["lengths"]["total"]["p50"] == 12
         assert json.loads(json.dumps(report)) == report
 
@@ -703,11 +703,11 @@ def test_real_pairs(name: str, count: int, multi_turn: bool, tmp_path: Path) -> 
     with gzip.open(path, "rt") as stream:
         table = [json.loads(line) for line in stream]
     tokenizer = tokenizer_for(FORMATS["llama3"], texts=[row["chosen"] for row in table[:200]], vocab_size=1000)
-    found, report = load(str(path), tokenizer, tmp_path, max_length=16384)
-    assert len(found) == len(table) == report["read"] == report["kept"] == count
+    rows, report = load(str(path), tokenizer, tmp_path, max_length=16384)
+    assert len(rows) == len(table) == report["read"] == report["kept"] == count
     end = tokenizer.eos_token_id
     for i in range(0, count, 7):
-        prompt, chosen, rejected = found.row(i)
+        prompt, chosen, rejected = rows.row(i)
         assert tokenizer.decode(chosen) == table[i]["chosen"].strip() + "<|eot_id|>"
         assert tokenizer.decode(rejected) == table[i]["rejected"].strip() + "<|eot_id|>"
         assert (chosen == end).sum() == (rejected == end).sum() == 1
@@ -715,18 +715,18 @@ def test_real_pairs(name: str, count: int, multi_turn: bool, tmp_path: Path) -> 
     turns = np.array([len(row["prompt"]) for row in table])
     assert (turns.max() > 1) == multi_turn
 
-    limit = int(np.percentile(found.prompt + np.maximum(found.chosen, found.rejected), 90))
-    fits = found.prompt + np.maximum(found.chosen, found.rejected) <= limit
+    limit = int(np.percentile(rows.prompt + np.maximum(rows.chosen, rows.rejected), 90))
+    fits = rows.prompt + np.maximum(rows.chosen, rows.rejected) <= limit
     shorter, report = load(str(path), tokenizer, tmp_path, max_length=limit)
-    assert shorter.line.tolist() == found.line[fits].tolist()
+    assert shorter.line.tolist() == rows.line[fits].tolist()
     assert report["dropped"]["too_long"]["count"] == (~fits).sum()
 
 
 @pytest.mark.skipif(REAL is None, reason="RPO_TEST_DATA names no folder with real data")
 def test_real_instructions(tmp_path: Path, chatml) -> None:
     """Real {instruction, input, output} rows in a gzipped JSON list load as supervised rows."""
-    found, report = load(f"{REAL}/rasbt_polite_1100/sft_instruction_data.json.gz", chatml, tmp_path, pairs=False)
-    assert len(found) == report["read"] == 1100 and not found.rejected.any()
+    rows, report = load(f"{REAL}/rasbt_polite_1100/sft_instruction_data.json.gz", chatml, tmp_path, pairs=False)
+    assert len(rows) == report["read"] == 1100 and not rows.rejected.any()
 
 
 def test_parse_ignores_rejected_of_supervised_rows() -> None:

@@ -187,24 +187,26 @@ def check(suffix, content, tokenizer, folder):
         for pairs in (True, False, None):
             try:
                 if pairs is None:
-                    found, said, places, report = dataset.load_prompts(str(path), cfg, tokenizer)
-                    assert len(found) == len(said) == len(places) == report["kept"] and all(found)
+                    loaded, prompts, places, report = dataset.load_prompts(str(path), cfg, tokenizer)
+                    assert len(loaded) == len(prompts) == len(places) == report["kept"] and all(loaded)
                 else:
-                    found, report = dataset.load(
+                    loaded, report = dataset.load(
                         str(path), cfg, tokenizer, pairs=pairs, cache_dir=Path(folder) / "cache"
                     )
-                    assert len(found) == report["rows"] and (report["kept"] == len(found) or not pairs)
+                    assert len(loaded) == report["rows"] and (report["kept"] == len(loaded) or not pairs)
                     assert (
-                        (found.prompt > 0).all() and (found.chosen > 0).all() and ((found.rejected > 0) == pairs).all()
+                        (loaded.prompt > 0).all()
+                        and (loaded.chosen > 0).all()
+                        and ((loaded.rejected > 0) == pairs).all()
                     )
-                    assert len(found.ids) == found.starts[-1] and found.ids.max() < len(tokenizer)
+                    assert len(loaded.ids) == loaded.starts[-1] and loaded.ids.max() < len(tokenizer)
                 counts = [entry["count"] for entry in report["dropped"].values()]
                 assert report["read"] == report["kept"] + sum(counts)
                 for entry in report["dropped"].values():
                     assert entry["examples"] and all(line.startswith(f"{path}:") for line in entry["examples"])
                     assert all(len(line.splitlines()) == 1 and len(line) < 1000 for line in entry["examples"])
                 json.dumps(report)
-                kept += len(found)
+                kept += len(loaded)
             except UserError as error:
                 message = str(error)
                 assert len(message.splitlines()) == 1 and len(message) < 1000, message
@@ -282,8 +284,8 @@ def test_what_once_broke(name, tmp_path, monkeypatch):
     for reader in ("load", "load_prompts"):
         if dropped is None or (reader == "load_prompts" and {"wrong_roles", "wrong_type"} & set(dropped)):
             continue  # as many as Python's stack has room for; a prompt is read where the answer is wrong
-        how = {"pairs": True, "cache_dir": tmp_path / "again"} if reader == "load" else {}
-        *_, report = getattr(dataset, reader)(path, cfg, tokenizer, **how)
+        options = {"pairs": True, "cache_dir": tmp_path / "again"} if reader == "load" else {}
+        *_, report = getattr(dataset, reader)(path, cfg, tokenizer, **options)
         assert {kind: entry["count"] for kind, entry in report["dropped"].items()} == dropped
 
 
@@ -318,7 +320,7 @@ cells = st.one_of(values, st.sampled_from(["ids", "../ids", 0, ["ids"], {"ids": 
     header=st.booleans(),
 )
 def test_any_cache(report, array, header):
-    """Whatever lies in a cache's folder: the arrays that were written, or damage that is made anew."""
+    """Whatever lies in a cache's folder: the arrays that were written, or damage that is rebuilt."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "cache"
         folder.mkdir()

@@ -591,7 +591,8 @@ def test_a_sweep_goes_on(tiny, tmp_path):
     printed = folder.with_suffix(".log").read_text()
     assert f"{folder / '0'}: finished after 8 steps already" in printed
     assert (
-        f"{folder / '1'}: train 40 rows, eval 12 rows, resuming from {folder / '1/checkpoints/step_00000004'}" in printed
+        f"{folder / '1'}: train 40 rows, eval 12 rows, resuming from {folder / '1/checkpoints/step_00000004'}"
+        in printed
     )
     assert all(path.stat().st_mtime_ns == before[path] for path in (folder / "0").rglob("*"))
     for cell in "012":

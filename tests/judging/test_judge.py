@@ -107,11 +107,16 @@ def test_facts_count_tokens_and_dollars_once(tmp_path):
         priced = settings(base_url=host.url, price_in=30.0, price_out=60.0)
         judge.ask(requests(2), priced, tmp_path)
         asked = requests(5) + requests(5)
-        found = judge.facts(asked, judge.ask(asked, priced, tmp_path), priced)
+        summary = judge.facts(asked, judge.ask(asked, priced, tmp_path), priced)
     each = (7 * 30 + 3 * 60) / 1e6
-    assert (found["requests"], found["cached"], found["errors"], found["served"]) == (5, 2, 0, ["gpt-test-0613"])
-    assert (found["input_tokens"], found["output_tokens"], found["finish_reasons"]) == (35, 15, {"stop": 5})
-    assert found["cost"] == pytest.approx(5 * each) and found["cost_now"] == pytest.approx(3 * each)
+    assert (summary["requests"], summary["cached"], summary["errors"], summary["served"]) == (
+        5,
+        2,
+        0,
+        ["gpt-test-0613"],
+    )
+    assert (summary["input_tokens"], summary["output_tokens"], summary["finish_reasons"]) == (35, 15, {"stop": 5})
+    assert summary["cost"] == pytest.approx(5 * each) and summary["cost_now"] == pytest.approx(3 * each)
     assert judge.facts(asked[:1], [Reply("", None, None, 0, 0, None, "why")], settings())["cost"] is None
 
 
@@ -119,10 +124,10 @@ def test_tokens_are_estimated_where_the_server_counts_none(tmp_path):
     """Four characters are a token (24 in, 12 out) where usage is missing or makes no sense."""
 
     def bare(number, body):
-        made = completion(body, "[[B]] it is") | {
+        answer = completion(body, "[[B]] it is") | {
             "usage": [None, {"prompt_tokens": -1, "completion_tokens": "3"}][number % 2]
         }
-        return server.text(json.dumps(made))
+        return server.text(json.dumps(answer))
 
     replies, _ = run(tmp_path, requests(2), bare)
     assert [(reply.input_tokens, reply.output_tokens) for reply in replies] == [(6, 3), (6, 3)]
@@ -238,14 +243,14 @@ def test_a_server_that_stays_away_ends_it_and_the_rest_is_asked_later(tmp_path):
                 host.die()
 
         host.mishap = die
-        how = settings(base_url=host.url, retries=2)
+        cfg = settings(base_url=host.url, retries=2)
         with pytest.raises(
             UserError, match=r"stopped answering \(.*Refused.*start the server; replies so far are cached"
         ):
-            judge.ask(asked, how, tmp_path)
+            judge.ask(asked, cfg, tmp_path)
         host.mishap = lambda number, body: None
         host.start()
-        assert texts(judge.ask(asked, how, tmp_path)) == expected(asked)
+        assert texts(judge.ask(asked, cfg, tmp_path)) == expected(asked)
         check_paid_once(host, asked)
 
 
@@ -289,17 +294,17 @@ def test_damaged_lines_cost_their_own_replies_alone(tmp_path, capsys):
     """A cut last line and lines of another form are left out; the next reply does not stand on the cut one."""
     asked = requests(4)
     with JudgeServer() as host:
-        how = settings(base_url=host.url)
-        judge.ask(asked, how, tmp_path)
+        cfg = settings(base_url=host.url)
+        judge.ask(asked, cfg, tmp_path)
         (file,) = tmp_path.iterdir()
         lines = file.read_bytes().splitlines(keepends=True)
         file.write_bytes(
             b"".join([lines[0], b"[]\n", b'{"key": "x", "reply": {}}\n', b"\xff\n", lines[1], lines[2][:40]])
         )
-        assert texts(judge.ask(asked, how, tmp_path)) == expected(asked)
+        assert texts(judge.ask(asked, cfg, tmp_path)) == expected(asked)
         assert sum(host.delivered.values()) == 6
-        assert "a damaged reply is asked for again" in capsys.readouterr().out
-        assert all(reply.cached for reply in judge.ask(asked, how, tmp_path))
+        assert "skipping a damaged reply" in capsys.readouterr().out
+        assert all(reply.cached for reply in judge.ask(asked, cfg, tmp_path))
 
 
 def test_a_cache_of_an_earlier_version_is_read(tmp_path):
@@ -311,20 +316,20 @@ def test_a_cache_of_an_earlier_version_is_read(tmp_path):
         "reply": reply | {"output_tokens": 3, "model": "gpt-test-0613"},
     }
     (tmp_path / "6c6f319c1565a552.jsonl").write_text(json.dumps(row) + "\n")
-    (found,) = judge.ask(requests(1), base, tmp_path)
-    assert found == Reply("[[A]]", {"A": -0.25}, "stop", 7, 3, "gpt-test-0613", None, cached=True)
+    (reply,) = judge.ask(requests(1), base, tmp_path)
+    assert reply == Reply("[[A]]", {"A": -0.25}, "stop", 7, 3, "gpt-test-0613", None, cached=True)
 
 
 def test_two_processes_may_add_to_one_cache(tmp_path):
     """Two clients at once over one folder: every line is whole, each finds its own replies."""
     with JudgeServer() as host:
-        how, parts = settings(base_url=host.url), (requests(40)[:20], requests(40)[20:])
-        threads = [threading.Thread(target=judge.ask, args=(part, how, tmp_path)) for part in parts]
+        cfg, parts = settings(base_url=host.url), (requests(40)[:20], requests(40)[20:])
+        threads = [threading.Thread(target=judge.ask, args=(part, cfg, tmp_path)) for part in parts]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        replies = judge.ask(requests(40), how, tmp_path)
+        replies = judge.ask(requests(40), cfg, tmp_path)
     assert all(reply.cached for reply in replies) and texts(replies) == expected(requests(40))
 
 
@@ -338,17 +343,17 @@ def test_one_that_fails_for_good_is_an_error_and_not_cached(tmp_path):
         return server.text("{") if body["messages"][0]["content"] == "which is better, pair 3?" else None
 
     with JudgeServer(mishap=bad) as host:
-        how = settings(base_url=host.url, retries=2)
-        replies = judge.ask(requests(6), how, tmp_path)
+        cfg = settings(base_url=host.url, retries=2)
+        replies = judge.ask(requests(6), cfg, tmp_path)
         assert [reply.error is None for reply in replies] == [True] * 3 + [False] + [True] * 2
         assert "a malformed reply" in replies[3].error and "\n" not in replies[3].error
         assert host.tried == 5 + 3
         host.mishap = lambda number, body: None
-        assert texts(judge.ask(requests(6), how, tmp_path)) == expected(requests(6))
+        assert texts(judge.ask(requests(6), cfg, tmp_path)) == expected(requests(6))
         check_paid_once(host, requests(6))
 
 
-def test_a_request_that_the_server_can_not_take_is_not_tried_again(tmp_path):
+def test_a_request_that_the_server_cannot_take_is_not_tried_again(tmp_path):
     """A prompt beyond the context, and text that is no Unicode, are errors at once."""
     too_long = server.status(400, "This model's maximum context length is 8192 tokens.")
     asked = [*requests(2), Request(({"role": "user", "content": "half a pair: \ud83d"},))]
@@ -362,12 +367,12 @@ def test_a_judge_that_says_nothing_has_said_so(tmp_path):
     """Null content is a reply: a refusal is its text; one cut while it thought is empty, and was paid for."""
 
     def mute(number, body):
-        made = completion(body, None)
+        answer = completion(body, None)
         if "pair 0" in str(body):
-            made["choices"][0]["message"]["refusal"] = "I will not judge this."
+            answer["choices"][0]["message"]["refusal"] = "I will not judge this."
         else:
-            made["choices"][0]["finish_reason"] = "length"
-        return server.text(json.dumps(made))
+            answer["choices"][0]["finish_reason"] = "length"
+        return server.text(json.dumps(answer))
 
     replies, host = run(tmp_path, requests(2), mute)
     assert texts(replies) == ["I will not judge this.", ""] and replies[1].finish_reason == "length"
@@ -396,9 +401,9 @@ def test_log_probs_that_the_server_refuses_are_found_out_once(tmp_path, code):
     refusal = server.status(code, "Unsupported fields in the request: {'logprobs', 'top_logprobs'}")
     account = Account()
     with JudgeServer(mishap=lambda n, body: refusal if "logprobs" in body else None) as host:
-        how = settings(base_url=host.url, concurrency=1)
+        cfg = settings(base_url=host.url, concurrency=1)
         for asked in (requests(4, top_logprobs=5), requests(6, top_logprobs=5)):
-            replies = judge.ask(asked, how, tmp_path, account)
+            replies = judge.ask(asked, cfg, tmp_path, account)
             assert [reply.top_logprobs for reply in replies] == [None] * len(asked)
             assert texts(replies) == expected(asked)
         assert host.tried == 6 + 1
@@ -419,8 +424,8 @@ def test_log_probs_that_make_no_sense_are_left_out():
 
 def test_a_model_that_takes_no_max_tokens_is_given_the_other_name(tmp_path):
     """The vendor's later models want max_completion_tokens; found out once."""
-    said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
-    refuse = lambda n, body: server.status(400, said) if "max_tokens" in body else None  # noqa: E731
+    message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    refuse = lambda n, body: server.status(400, message) if "max_tokens" in body else None  # noqa: E731
     replies, host = run(tmp_path, requests(4), refuse, concurrency=1)
     assert texts(replies) == expected(requests(4))
     assert host.tried == 5 and host.bodies[-1]["max_completion_tokens"] == 100
@@ -451,17 +456,17 @@ FATAL = {
 @pytest.mark.parametrize("name", FATAL)
 def test_what_no_request_would_survive_ends_it_at_once(tmp_path, name):
     """One line without the key; what was answered before is kept."""
-    mishap, said = FATAL[name]
+    mishap, message = FATAL[name]
     asked = requests(20)
     with JudgeServer(mishap=lambda n, _: mishap if n >= 3 else None) as host:
-        how = settings(base_url=host.url, concurrency=2)
-        with pytest.raises(UserError, match=said) as caught:
-            judge.ask(asked, how, tmp_path)
+        cfg = settings(base_url=host.url, concurrency=2)
+        with pytest.raises(UserError, match=message) as caught:
+            judge.ask(asked, cfg, tmp_path)
         assert host.tried <= 5
         line = str(caught.value)
         assert "\n" not in line and SECRET not in line and "replies so far are cached" in line
         host.mishap = lambda number, body: None
-        assert texts(judge.ask(asked, how, tmp_path)) == expected(asked)
+        assert texts(judge.ask(asked, cfg, tmp_path)) == expected(asked)
         check_paid_once(host, asked)
 
 
@@ -473,12 +478,13 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_an_unknown_model_ends_it_at_once(tmp_path, name):
-    """Servers that answer 400 for a model that they have not: one line names it, and few are tried."""
+def test_an_unknown_model_ends_it_soon(tmp_path, name):
+    """Servers that answer 400 for an unknown model: one line has their reason; the vendor's code ends it at once."""
+    message, most = ("not found there", 3) if name == "code" else ("10 requests in a row failed, the last with", 11)
     with JudgeServer(mishap=lambda n, _: UNKNOWN[name]) as host:
-        with pytest.raises(UserError, match=r"judge.model=gpt-test: not found there \(HTTP 400"):
+        with pytest.raises(UserError, match=rf"{message}.*HTTP 400: .*{'no' if name == 'code' else 'gpt-test'}"):
             judge.ask(requests(20), settings(base_url=host.url, concurrency=2), tmp_path)
-        assert host.tried <= 3
+        assert host.tried <= most
 
 
 def test_settings_that_the_server_refuses_end_it_soon(tmp_path):
@@ -498,7 +504,9 @@ def test_nobody_at_the_url(tmp_path):
 
 def test_a_server_that_never_says_a_word(tmp_path):
     """One that takes requests and lets all of them hang is given up after a few tries, however patient the settings are."""
-    with pytest.raises(UserError, match=r"cannot be reached \(no reply within judge.timeout=0.3 seconds\)"):
+    with pytest.raises(
+        UserError, match=r"cannot be reached \(no (reply within judge.timeout=0.3 seconds|connection in time)\)"
+    ):
         run(tmp_path, requests(9), lambda n, _: server.slow(30), timeout=0.3, retries=1000)
 
 
@@ -537,7 +545,7 @@ def test_keys_are_in_no_file(tmp_path, capfd):
     assert SECRET not in str(replies) + "".join(capfd.readouterr())
 
 
-def test_a_cache_that_can_not_be_written(tmp_path):
+def test_a_cache_that_cannot_be_written(tmp_path):
     """A file in the place of the folder is one line."""
     (tmp_path / "cache").write_text("")
     with pytest.raises(UserError, match="use another cache_dir"):
@@ -550,30 +558,30 @@ def test_a_cache_that_can_not_be_written(tmp_path):
 def test_an_estimate_above_max_cost_is_refused(tmp_path, capsys):
     """4 requests of 6 tokens and 100 out at $30 and $60 a million may cost $0.025: more than a cent, and nothing is asked."""
     with JudgeServer() as host:
-        how = settings(base_url=host.url, price_in=30.0, price_out=60.0, max_cost=0.01)
+        cfg = settings(base_url=host.url, price_in=30.0, price_out=60.0, max_cost=0.01)
         with pytest.raises(UserError, match=r"judge.max_cost=0.01: 4 requests may cost \$0.02.*raise it"):
-            judge.ask(requests(4), how, tmp_path)
+            judge.ask(requests(4), cfg, tmp_path)
         assert host.tried == 0
     assert "about 24 tokens in, at most 400 out, about $0.02 if all are that long" in capsys.readouterr().out
 
 
 def test_it_stops_before_max_cost_is_passed(tmp_path):
     """A server that counts ten times the tokens of the estimate: whatever the concurrency, what it bills stays below
-    max_cost; the cache has all that was paid for, and more money goes on from there."""
+    max_cost; the cache has all that was paid for, and a higher max_cost resumes from there."""
 
     def dear(number, body):
-        made = completion(body, verdict(body)) | {"usage": {"prompt_tokens": 40, "completion_tokens": 100}}
-        return lambda handler: handler.deliver(body, made)
+        answer = completion(body, verdict(body)) | {"usage": {"prompt_tokens": 40, "completion_tokens": 100}}
+        return lambda handler: handler.deliver(body, answer)
 
     each = (40 * 30 + 100 * 60) / 1e6
     asked = requests(40)
     with JudgeServer(mishap=dear) as host:
-        how = settings(base_url=host.url, price_in=30.0, price_out=60.0, max_cost=0.26, concurrency=16)
+        cfg = settings(base_url=host.url, price_in=30.0, price_out=60.0, max_cost=0.26, concurrency=16)
         with pytest.raises(UserError, match=r"judge.max_cost=0.26: reached after \d+ of 40 requests"):
-            judge.ask(asked, how, tmp_path)
+            judge.ask(asked, cfg, tmp_path)
         paid = sum(host.delivered.values())
         assert 0.26 - 2 * each < paid * each <= 0.26
-        assert texts(judge.ask(asked, replace(how, max_cost=10.0), tmp_path)) == expected(asked)
+        assert texts(judge.ask(asked, replace(cfg, max_cost=10.0), tmp_path)) == expected(asked)
         check_paid_once(host, asked)
 
 
@@ -581,19 +589,19 @@ def test_calls_of_one_account_share_max_cost(tmp_path):
     """What the first call spent is not there for the second."""
     account = Account()
     with JudgeServer() as host:
-        how = settings(base_url=host.url, price_in=0.0, price_out=100.0, max_cost=0.0405)
-        judge.ask(requests(4), how, tmp_path, account)
+        cfg = settings(base_url=host.url, price_in=0.0, price_out=100.0, max_cost=0.0405)
+        judge.ask(requests(4), cfg, tmp_path, account)
         assert account.spent == pytest.approx(4 * 3 * 100 / 1e6)
         with pytest.raises(UserError, match=r"4 requests may cost \$0.04 beside the \$0.001 spent"):
-            judge.ask(requests(8), how, tmp_path, account)
+            judge.ask(requests(8), cfg, tmp_path, account)
 
 
 def test_tries_that_came_to_nothing_count_as_paid(tmp_path):
     """Malformed replies were billed, it must be feared: tries end where max_cost could be passed."""
-    how = {"price_in": 0.0, "price_out": 100.0, "max_cost": 0.055, "concurrency": 1, "retries": 1000}
+    cfg = {"price_in": 0.0, "price_out": 100.0, "max_cost": 0.055, "concurrency": 1, "retries": 1000}
     with JudgeServer(mishap=lambda n, _: server.text("{")) as host:
         with pytest.raises(UserError, match="judge.max_cost=0.055: reached after 0 of 1"):
-            judge.ask(requests(1), settings(base_url=host.url, **how), tmp_path)
+            judge.ask(requests(1), settings(base_url=host.url, **cfg), tmp_path)
         assert host.tried == 5  # $0.01 each
 
 
@@ -622,15 +630,15 @@ def test_ctrl_c_keeps_what_was_paid_for(tmp_path):
 
     with JudgeServer(mishap=hang) as host:
         env = script_env(TEST_JUDGE_CREDENTIAL=SECRET)
-        where = [host.url, str(tmp_path)]
+        arguments = [host.url, str(tmp_path)]
         process = subprocess.Popen(
-            [sys.executable, "-c", INTERRUPTED, *where], env=env, stdout=-1, stderr=-3, text=True
+            [sys.executable, "-c", INTERRUPTED, *arguments], env=env, stdout=-1, stderr=-3, text=True
         )
         while host.tried < 14 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=30)
-        assert said.endswith("interrupted\n") and process.returncode == 0
+        message, _ = process.communicate(timeout=30)
+        assert message.endswith("interrupted\n") and process.returncode == 0
         (file,) = tmp_path.iterdir()
         assert file.read_bytes().count(b"\n") == sum(host.delivered.values()) == 10
 
@@ -723,15 +731,15 @@ def test_a_real_server_with_a_real_model(tmp_path, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    how = settings(model=str(tmp_path / "model"), base_url=f"http://127.0.0.1:{port}/v1", timeout=60.0, concurrency=2)
+    cfg = settings(model=str(tmp_path / "model"), base_url=f"http://127.0.0.1:{port}/v1", timeout=60.0, concurrency=2)
     asked = requests(60, top_logprobs=2)
     monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.2)
     monkeypatch.setattr(_base_client, "MAX_RETRY_DELAY", 20.0)  # seconds: the server takes several to start
     with served(tmp_path / "model", port) as process:
-        with pytest.raises(UserError, match=r"elsewhere: not found there \(HTTP 40"):
-            judge.ask(asked, replace(how, model="elsewhere"), tmp_path / "cache")
+        with pytest.raises(UserError, match=r"(not found there|in a row failed).*HTTP 40"):
+            judge.ask(asked, replace(cfg, model="elsewhere"), tmp_path / "cache")
         done = []
-        thread = threading.Thread(target=lambda: done.extend(judge.ask(asked, how, tmp_path / "cache")))
+        thread = threading.Thread(target=lambda: done.extend(judge.ask(asked, cfg, tmp_path / "cache")))
         thread.start()
         while sum(path.read_bytes().count(b"\n") for path in (tmp_path / "cache").iterdir()) < 10:
             time.sleep(0.01)

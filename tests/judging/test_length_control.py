@@ -80,10 +80,10 @@ def test_fit_is_that_of_a_naive_search(seed):
         p, held = sigmoid(X @ u), fold == i % FOLDS
         scores.append(np.mean((-weight * (y * np.log(p) + (1 - y) * np.log(1 - p)))[held]))
     c = CS[np.mean(np.reshape(scores, (len(CS), FOLDS)), axis=1).argmin()]
-    found = fit(wins, length, difficulty, gamed)
-    assert found.c == c
+    weights = fit(wins, length, difficulty, gamed)
+    assert weights.c == c
     naive = descend(X, y, c * weight[None])[0]
-    np.testing.assert_allclose([found.length, found.difficulty, found.model], naive, atol=1e-6)
+    np.testing.assert_allclose([weights.length, weights.difficulty, weights.model], naive, atol=1e-6)
 
 
 def test_folds_are_those_of_scikit_learn():
@@ -101,11 +101,11 @@ def test_fit_is_that_of_scikit_learn():
     wins, length, difficulty = judged(200, 3)
     gamed = gamed_rows(80, 3)
     X, y, weight = design(wins, length, difficulty, gamed)
-    found = fit(wins, length, difficulty, gamed)
-    how = {"l1_ratio": 1, "solver": "liblinear", "fit_intercept": False, "tol": 1e-10, "max_iter": 10_000}
-    other = linear_model.LogisticRegression(C=found.c, **how)
+    weights = fit(wins, length, difficulty, gamed)
+    options = {"l1_ratio": 1, "solver": "liblinear", "fit_intercept": False, "tol": 1e-10, "max_iter": 10_000}
+    other = linear_model.LogisticRegression(C=weights.c, **options)
     other.fit(np.concatenate([X, X]), np.repeat([1, 0], len(y)), np.concatenate([weight * y, weight * (1 - y)]))
-    np.testing.assert_allclose([found.length, found.difficulty, found.model], other.coef_[0], atol=1e-5)
+    np.testing.assert_allclose([weights.length, weights.difficulty, weights.model], other.coef_[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("with_difficulty", [False, True])
@@ -121,9 +121,9 @@ def test_swapped_models_share_100(with_difficulty):
 
 def test_baseline_against_itself_is_50():
     """Draws everywhere and no difference in length leave all weights at 0."""
-    found = fit(np.full(40, 0.5), np.zeros(40), np.random.default_rng(0).normal(size=40))
-    assert (found.length, found.difficulty, found.model) == (0, 0, 0)
-    assert win_rate(found, np.linspace(-2, 2, 40)) == 50
+    weights = fit(np.full(40, 0.5), np.zeros(40), np.random.default_rng(0).normal(size=40))
+    assert (weights.length, weights.difficulty, weights.model) == (0, 0, 0)
+    assert win_rate(weights, np.linspace(-2, 2, 40)) == 50
 
 
 def test_a_judge_that_ignores_length_leaves_the_win_rate():
@@ -131,10 +131,10 @@ def test_a_judge_that_ignores_length_leaves_the_win_rate():
     rng = np.random.default_rng(5)
     half, length = rng.uniform(0, 1, 100), rng.normal(0, 500, 100)
     wins, lengths = np.concatenate([half, half]), np.concatenate([length, -length])
-    found = fit(wins, lengths)
-    assert abs(found.length) < 1e-8
+    weights = fit(wins, lengths)
+    assert abs(weights.length) < 1e-8
     # At the minimum C |sum (p - wins)| <= 1 for theta, so the two means differ by 1 / (C N) at most.
-    assert abs(win_rate(found, np.zeros(1)) - 100 * wins.mean()) <= 100 / (found.c * len(wins)) + 1e-6
+    assert abs(win_rate(weights, np.zeros(1)) - 100 * wins.mean()) <= 100 / (weights.c * len(wins)) + 1e-6
 
 
 def test_a_judge_that_sees_only_length_leaves_50():
@@ -146,7 +146,7 @@ def test_a_judge_that_sees_only_length_leaves_50():
 
 
 def test_gamed_rows_pin_length():
-    """A model that is always far longer can not tell length from quality by itself; gamed rows tell it."""
+    """A model that is always far longer cannot tell length from quality by itself; gamed rows separate them."""
     rng = np.random.default_rng(7)
     length = -1000 - rng.exponential(1, 300)
     wins = np.full(300, sigmoid(1.0))
@@ -271,9 +271,9 @@ def test_features_that_are_nearly_one(spread):
     def value(u):
         return np.abs(u).sum(-1) + (u - coefs) @ gradient + (((u - coefs) @ curvature) * (u - coefs)).sum(-1) / 2
 
-    found = _minimum_of_model(coefs, gradient, curvature)
-    near = found + np.concatenate([10.0**-k * rng.normal(size=(4000, 3)) for k in range(7)])
-    assert value(found) <= value(near).min() + 1e-7
+    weights = _minimum_of_model(coefs, gradient, curvature)
+    near = weights + np.concatenate([10.0**-k * rng.normal(size=(4000, 3)) for k in range(7)])
+    assert value(weights) <= value(near).min() + 1e-7
 
 
 def test_extreme_judgments_have_a_fit():

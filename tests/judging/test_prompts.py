@@ -50,9 +50,10 @@ def test_texts_are_in_place(reference, turns):
 
 def test_text_is_put_in_as_it_is():
     """Braces, backslashes, fields' names and verdicts in a text stay in it; swapping the answers swaps them alone."""
-    text = prompts.pair(NASTY, NASTY + "1", NASTY + "2", NASTY + "3")[1]["content"]
+    a, b, reference = ([NASTY + number] for number in "123")
+    text = prompts.pair_turns([NASTY], a, b, reference)[1]["content"]
     assert text.count(NASTY) == 4
-    other = prompts.pair(NASTY, NASTY + "2", NASTY + "1", NASTY + "3")[1]["content"]
+    other = prompts.pair_turns([NASTY], b, a, reference)[1]["content"]
     assert len(other) == len(text) and other != text
     assert prompts.pair(NASTY, "", "")[1]["content"].count(NASTY) == 1
 
@@ -68,15 +69,15 @@ def test_a_letter_alone_is_asked_for():
 
 def test_conversations_are_shown_with_speakers():
     """A lone user message is its text; of more turns, each is shown in order with who said it."""
-    said = [
+    conversation = [
         {"role": "system", "content": "be kind"},
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "hello"},
         {"role": "user", "content": "bye"},
     ]
-    assert prompts.transcript(said[1:2]) == prompts.transcript("hi") == "hi"
-    assert prompts.transcript(said) == "System: be kind\n\nUser: hi\n\nAssistant: hello\n\nUser: bye"
-    assert prompts.transcript(said) in prompts.pair(said, "a", "b")[1]["content"]
+    assert prompts.transcript(conversation[1:2]) == prompts.transcript("hi") == "hi"
+    assert prompts.transcript(conversation) == "System: be kind\n\nUser: hi\n\nAssistant: hello\n\nUser: bye"
+    assert prompts.transcript(conversation) in prompts.pair(conversation, "a", "b")[1]["content"]
 
 
 def test_templates_of_a_file(tmp_path):
@@ -95,20 +96,20 @@ def test_templates_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"pair_v2": {"name": "other"}}, "has no template pair-v2;"),
-        ({"pair_v2": {"name": "pair-math-v1"}}, "pair-math-v1 is there twice"),
+        ({"pair_v2": {"name": "pair-math-v1"}}, "template pair-math-v1 is there already, at"),
         ({"pair_v2": {"prompt_template": "{question} {answer_a}"}}, "pair-v2 lacks {answer_b}"),
         ({"pair_v2": {"prompt_template": "{question} {answer_a} {answer_b} {style}"}}, "has unknown {style}"),
         ({"pair_v2": {"system_prompt": None}}, "field system_prompt: expected a string, got None"),
     ],
 )
-def test_bad_templates(tmp_path, changed, said):
+def test_bad_templates(tmp_path, changed, message):
     """One line with the file, the template and what is wrong with it."""
     with pytest.raises(UserError) as error:
         prompts.load(file_of(tmp_path / "bad.jsonl", "pair", **changed), "pair")
-    assert said in str(error.value) and "\n" not in str(error.value) and "bad.jsonl" in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value) and "bad.jsonl" in str(error.value)
 
 
 def test_templates_of_the_other_mode_are_not_asked_for(tmp_path):
@@ -134,24 +135,24 @@ def test_prompts_that_gpt4_was_shown():
         for line in gzip.open(file, "rt"):
             row = json.loads(line)
             number, turn = row["question_id"], row["turn"]
-            said = asked[number].turns[:turn]
+            questions = asked[number].turns[:turn]
             refs = references[number][:turn] if asked[number].category in ("math", "reasoning", "coding") else None
             assert row["judge"][1] == templates["pair", refs is not None, turn].name
             for game in ("g1_user_prompt", "g2_user_prompt"):
-                a, b = (_answers(row[game], who, said) for who in "AB")
-                made = prompts.pair_turns(said, a, b, refs, templates=templates)
-                assert made[1]["content"] == row[game], (number, turn, game)
+                a, b = (_answers(row[game], who, questions) for who in "AB")
+                messages = prompts.pair_turns(questions, a, b, refs, templates=templates)
+                assert messages[1]["content"] == row[game], (number, turn, game)
                 count += 1
     assert count == 640
 
 
-def _answers(prompt, who, said):
+def _answers(prompt, who, questions):
     """The answers of assistant `who` in a prompt that FastChat made."""
-    if len(said) == 1:
+    if len(questions) == 1:
         start, end = (f"[The {edge} of Assistant {who}'s Answer]" for edge in ("Start", "End"))
         return [prompt.partition(f"{start}\n")[2].partition(f"\n{end}")[0]]
     start, end = (f"<|The {edge} of Assistant {who}'s Conversation with User|>" for edge in ("Start", "End"))
     own = prompt.partition(start)[2].partition(f"\n\n{end}")[0]
-    asked = [f"\n\n### User:\n{text}\n\n### Assistant {who}:\n" for text in said]
+    asked = [f"\n\n### User:\n{text}\n\n### Assistant {who}:\n" for text in questions]
     first, second = own.removeprefix(asked[0]).split(asked[1])
     return [first, second]

@@ -23,7 +23,7 @@ NOTHING = {"text": "", "top_logprobs": None, "finish_reason": "stop", "error": N
         ("[A]", None),
         ("[[a]]", None),
         ("[[A ]] and [[AB]]", None),
-        ("I can not judge this.", None),
+        ("I cannot judge this.", None),
         ("", None),
     ],
 )
@@ -84,27 +84,27 @@ def test_position_is_a_function_of_instruction_and_seed():
 
 
 @pytest.mark.parametrize(
-    ("said", "score", "why"),
+    ("reply", "score", "why"),
     [
         ({"text": "[[A]]"}, 1.0, None),
         ({"text": "[[B]]"}, 0.0, None),
         ({"text": "[[C]]"}, 0.5, None),
-        ({"text": "I can not."}, None, "no [[A]], [[B]] or [[C]]"),
+        ({"text": "I cannot."}, None, "no [[A]], [[B]] or [[C]]"),
         ({"text": "were it [[A]], then", "finish_reason": "length"}, None, "cut"),
         ({"text": "[[A]]", "error": "HTTP 500"}, None, "HTTP 500"),
     ],
 )
-def test_first_score_in_words(said, score, why):
+def test_first_score_in_words(reply, score, why):
     """A letter is a score; a refusal, a reply cut short and a failed request have none, and a reason."""
-    found, reason = verdicts.first_score("text", NOTHING | said)
-    assert found == score
+    first, reason = verdicts.first_score("text", NOTHING | reply)
+    assert first == score
     assert reason is None if why is None else why in reason
 
 
 def test_first_score_by_logprobs():
     """The probability of A over that of B; without log-probs or without either letter there is a reason."""
-    said = NOTHING | {"text": "A", "finish_reason": "length", "top_logprobs": {"A": math.log(0.6), "B": math.log(0.2)}}
-    assert verdicts.first_score("logprobs", said) == (pytest.approx(0.75), None)
+    reply = NOTHING | {"text": "A", "finish_reason": "length", "top_logprobs": {"A": math.log(0.6), "B": math.log(0.2)}}
+    assert verdicts.first_score("logprobs", reply) == (pytest.approx(0.75), None)
     assert verdicts.first_score("logprobs", NOTHING)[1] == "no log-probs in the judge's reply"
     assert "neither A nor B" in verdicts.first_score("logprobs", NOTHING | {"top_logprobs": {"The": -0.1}})[1]
 

@@ -172,7 +172,7 @@ def test_environment_is_empty(monkeypatch):
 
 
 def test_no_network():
-    """A server on this very machine can not be reached, by the network or by a socket in a file."""
+    """A server on this very machine cannot be reached, by the network or by a socket in a file."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         came = threading.Thread(target=lambda: socket.create_connection(("127.0.0.1", port)).close())
@@ -201,7 +201,7 @@ def test_time_is_limited():
         busy, calls, asleep, stubborn = pool.map(lambda source: tried(source, limits=Limits(1, 0.5)), sources)
     assert busy.why == "the program: it ended, its CPU time over"
     assert calls.why == "assert f(2) == 4: it ended, its CPU time over"
-    assert asleep.why == "the program: it ended, its time on the clock over"
+    assert asleep.why == "the program: it ended, its wall time over"
     assert not stubborn.passed and stubborn.error is None
     assert {busy.kind, calls.kind, asleep.kind, stubborn.kind} == {"out of time"}
 
@@ -225,7 +225,7 @@ def test_kind_of_failure(program, kind):
 
 
 def test_killed_from_outside_is_not_out_of_time(monkeypatch):
-    """A kill long before the CPU time is over, as by a system without memory, is told from one at the limit."""
+    """A kill long before the CPU time is over, as by a system short of memory, is reported apart from one at the limit."""
     killing = (
         f"import json, os, runpy, sys, time\nmain, fork = runpy.run_path({jail.__file__!r})['main'], os.fork\n"
         "def forked():\n    pid = fork()\n    if pid and sys.argv[1].count('\"serve\"'):\n        time.sleep(2)\n"
@@ -270,13 +270,13 @@ def test_a_system_that_is_short_of_something(monkeypatch):
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_refuses_where_it_can_not_be_made(monkeypatch):
+def test_refuses_where_it_cannot_be_made(monkeypatch):
     """Without namespaces, on another system, or where the jail would leak, nothing is run and one line says why."""
     broken = "import os, sys, json\nos.write(json.loads(sys.argv[1])['report'], b'OSError: unshare: no'); sys.exit(125)"
     with monkeypatch.context() as patch:
         patch.setattr(sandbox_run, "_jail_argv", lambda settings: [sys.executable, "-c", broken, settings])
         with pytest.raises(
-            UserError, match=r"no sandbox can be made here \(OSError: unshare: no\); programs are not run"
+            UserError, match=r"no sandbox can be made here \(OSError: unshare: no\), and programs run only in one"
         ):
             check(LIMITS)
         assert tried("def f(x): return 4").error == "no sandbox can be made here (OSError: unshare: no)"
@@ -292,5 +292,5 @@ def test_refuses_where_it_can_not_be_made(monkeypatch):
             check(LIMITS)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", "darwin")
-        with pytest.raises(UserError, match="made of Linux's namespaces, this is darwin"):
+        with pytest.raises(UserError, match="the sandbox needs Linux's namespaces, this is darwin"):
             check(LIMITS)

@@ -91,10 +91,10 @@ def test_unknown_names_are_hydras_to_refuse(override, tiny):
 
 FILES = {
     "empty.jsonl": (b"", "has no rows"),
-    "list.jsonl": (json.dumps([GOOD]).encode(), ":1: expected a JSON object with named fields, found a list"),
+    "list.jsonl": (json.dumps([GOOD]).encode(), ":1: expected a JSON object with named fields, got a list"),
     "prose.jsonl": (b"Once upon a time\n", ":1: expected one JSON object a line"),
     "prose.json": (b"Once upon a time\n", "expected one JSON list of rows"),
-    "object.json": (json.dumps(GOOD).encode(), "expected a JSON list of rows, found an object"),
+    "object.json": (json.dumps(GOOD).encode(), "expected a JSON list of rows, got an object"),
     "cut.jsonl.gz": (gzip.compress(json.dumps(GOOD).encode() * 50)[:60], "cannot be read"),
     "plain.jsonl.gz": (json.dumps(GOOD).encode(), "cannot be read"),
     "fields.jsonl": (b'{"question": "a", "answer": "b"}\n', ":1: field chosen: expected in every pair"),

@@ -120,10 +120,10 @@ def test_evaluate(group, word_tokenizer):
     texts = grammar.prompts()[:6]
     prompts = [encode_prompt(word_tokenizer, [{"role": "user", "content": t}], "2024-01-01") for t in texts]
     policy, reference = (prepared(make_lm(vocab_size=len(word_tokenizer), seed=s), group) for s in (0, 1))
-    where = {"device": group, "reshard": False}
+    placement = {"device": group, "reshard": False}
     stop_ids = [word_tokenizer.eos_token_id]
-    values = task.evaluate(policy, reference, word_tokenizer, prompts, stop_ids, SETTINGS, seed=5, **where)
-    answers = sample(policy, prompts, task.SAMPLING, stop_ids, seed=[5], batch_size=task.BATCH_SIZE // 4, **where)
+    values = task.evaluate(policy, reference, word_tokenizer, prompts, stop_ids, SETTINGS, seed=5, **placement)
+    answers = sample(policy, prompts, task.SAMPLING, stop_ids, seed=[5], batch_size=task.BATCH_SIZE // 4, **placement)
     rewards = [
         grammar.gold_reward(
             grammar.topic_of(text),

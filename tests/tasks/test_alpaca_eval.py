@@ -458,11 +458,11 @@ def _changed(rows, i, **fields):
         ),
         (
             [annotations()[0]] * 2,
-            "annotations.json:2: own has a judgment of 'Say 0 .* already, at .*annotations.json:1",
+            "annotations.json:2: a judgment of own on 'Say 0 .* is there already, at .*annotations.json:1",
         ),
         (
             [{"generator_2": "own", "output_2": "x", "preference": 1}],
-            "annotations.json:1: expected instruction or index, got neither",
+            "annotations.json:1: field index: expected a whole number, 0 or more, got None",
         ),
         (
             [{"index": NUM, "generator_2": "own", "output_2": "x"}],
@@ -499,7 +499,7 @@ def _difficulty(files, rows, header=("index", "instruction_difficulty")):
         (lambda f: (_difficulty(f, [[i, 0.5] for i in range(NUM - 1)]),), "has 39 difficulties, the baseline has 40"),
         (
             lambda f: (_difficulty(f, [[1, 0.5], [1, 0.5]]),),
-            "bad.csv:3: index 1 is there twice",
+            "bad.csv:3: index 1 is there already, at .*bad.csv:2",
         ),
         (lambda f: (_difficulty(f, [[1, 0.5], [2, 0.5]]),), "bad.csv: 2 rows whose index is not 0 to 1"),
         (
@@ -515,7 +515,7 @@ def _difficulty(files, rows, header=("index", "instruction_difficulty")):
             lambda f: (_difficulty(f, [[0, 1]], ("a", "b")),),
             "bad.csv: no column instruction_difficulty; there are index, b",
         ),
-        (lambda f: (f"task.difficulty={f}/none.csv",), "none.csv: cannot be read as a table .No such file"),
+        (lambda f: (f"task.difficulty={f}/none.csv",), "none.csv: cannot be read as a table .*No such file"),
         (
             lambda f: (f"task.difficulty={f}/baseline.json.gz", "task.compat=row"),
             "baseline.json.gz: no column",
@@ -528,7 +528,7 @@ def _difficulty(files, rows, header=("index", "instruction_difficulty")):
                 full(f)[1],
                 f"task.weights={write_csv(f / 'twice.csv', ['', 'np.tanh(std_delta_len)', 'instruction_difficulty', 'not_gamed_baseline'], [['own', 0, 0, 0]] * 2)}",
             ),
-            "twice.csv:3: model own has more than one row",
+            "twice.csv:3: model own is there already, at .*twice.csv:2",
         ),
         (lambda f: ("task.length_control=full",), "needs task.difficulty and task.gamed"),
         (lambda f: (full(f)[2],), "task.gamed=.*gamed.csv: needs task.difficulty; give the file"),

@@ -93,7 +93,9 @@ def test_a_judge_that_likes_the_first(cfg, tmp_path):
     """Always A: right half of the time, in no pair the same in both orders, wholly biased for the position."""
     biased = {"accuracy": 0.5, "swap_agreement": 0, "stability": 1, "first_position": 1, "longer_preferred": 0.5}
     made = check(cfg, asker(lambda _: "A"), tmp_path, **biased)
-    assert made.notes[0].startswith("it: swap_agreement is 0%: on most items what this judge says changes")
+    assert made.notes[0].startswith(
+        "it: swap_agreement is 0%: this judge's verdict on most items depends on their order"
+    )
 
 
 def test_a_judge_that_likes_length(cfg, tmp_path):
@@ -306,10 +308,13 @@ def test_bad_annotations(cfg, tmp_path):
         (["judge.model=it", "data.eval=b", "task.prompts=p", "judge.verdict=logprobs"], "judge.verdict=logprobs with"),
         (["judge.model=it", "data.eval=b", "task.repeats=0"], "task.repeats=0: expected at least 1"),
         (["judge.model=it", "data.eval=b", "judge.base_url=localhost:8000/v1"], "expected null or http:// or https://"),
-        (["judge.model=it", "data.eval=b", "judge.base_url=http://a/v1/chat/completions"], "before /chat/completions"),
+        (["judge.model=it", "data.eval=b", "judge.base_url=http://a/v1/chat/completions"], "without /chat/completions"),
         (["judge.model=it", "data.eval=b", "judge.timeout=inf"], "judge.timeout=inf"),
-        (["judge.model=it", "data.eval=b", "judge.max_cost=1"], "judge.max_cost=1.0 without judge.price_in"),
-        (["judge.model=it", "data.eval=b", "judge.api_key_env=sk-not-a-name"], "judge.api_key_env: expected the name"),
+        (["judge.model=it", "data.eval=b", "judge.max_cost=1"], "judge.max_cost=1.0: needs judge.price_in"),
+        (
+            ["judge.model=it", "data.eval=b", "judge.api_key_env=sk-not-a-name"],
+            "judge.api_key_env: expected a variable's name",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(more, message):

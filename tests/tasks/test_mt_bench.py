@@ -269,7 +269,7 @@ def test_what_is_said_of_judge_and_answers(files, group):
     found = evaluate(files, judge_of(lambda shown: "[[A]]"), *more)
     notes = found.notes
     assert found.details["empty_answers"] == {"good": 2, "bad": 0}
-    assert notes[0].startswith("order_consistency is 0%: on most items what this judge says changes with the order")
+    assert notes[0].startswith("order_consistency is 0%: this judge's verdict on most items depends on their order")
     assert notes[1:] == ["good: 2 of 16 answers are empty"]
 
 
@@ -339,10 +339,13 @@ def test_models_answer_the_second_turn_after_their_first(files, group):
     [
         ([], "has no rows"),
         (["text"], ":1: expected an object"),
-        ([single(), single()], ":2: question 81, turn 1 of m is judged already"),
-        ([single(), pair()], ":2: a pair judgment after single ones"),
-        ([pair(), pair(model_1="b", model_2="a")], ":2: question 81, turn 1 of a and b is judged already"),
-        ([{"prompt": "p", "output": "o"}], ":1: fields prompt, output; expected rows of FastChat's"),
+        ([single(), single()], ":2: question 81, turn 1 of m is there already, at"),
+        (
+            [single(), pair()],
+            ":2: expected only rows of gpt-4_single.jsonl or gpt-4_pair.jsonl, got a pair judgment after",
+        ),
+        ([pair(), pair(model_1="b", model_2="a")], ":2: question 81, turn 1 of a and b is there already, at"),
+        ([{"prompt": "p", "output": "o"}], "gpt-4_pair.jsonl, got fields prompt, output"),
         ([single(question_id=7)], "question 7 (1 such): it is not MT-Bench's (81 to 160)"),
         ([single(question_id="81")], ":1: field question_id: expected an integer, got '81'"),
         ([single(turn=3)], ":1: field turn: expected 1 or 2"),
@@ -351,12 +354,15 @@ def test_models_answer_the_second_turn_after_their_first(files, group):
         ([single(score=float("nan"))], ":1: field score"),
         ([single(model=None)], ":1: field model: expected a string"),
         ([pair("A", "B")], ":1: field g1_winner: expected model_1|model_2|tie|error, got 'A'"),
-        ([pair(model_2="a")], "expected two models, got 'a' twice"),
+        ([pair(model_2="a")], "expected two models in model_1, model_2, got 'a' twice"),
         (
             [single(), single(turn=2), single(question_id=82)],
-            "1 of 4 judgments of m are missing, the first of question 82, turn 2",
+            "1 of 4 judgments are missing, the first of m, question 82, turn 2",
         ),
-        ([single(), single(question_id=82, model="n")], "1 of 2 judgments of m are missing"),
+        (
+            [single(), single(question_id=82, model="n")],
+            "2 of 4 judgments are missing, the first of m, question 82, turn 1",
+        ),
     ],
 )
 def test_bad_judgments(tmp_path, rows, said):
@@ -377,10 +383,10 @@ def rewrite(path, change):
     [
         ("question.jsonl", lambda rows: rows.clear(), "has no rows"),
         ("question.jsonl", lambda rows: rows[2]["turns"].pop(), ":3: field turns: expected 2 texts, got ['ask 101']"),
-        ("question.jsonl", lambda rows: rows.append(rows[0]), ":9: question 81 is there twice"),
+        ("question.jsonl", lambda rows: rows.append(rows[0]), ":9: question 81 is there already, at"),
         ("question.jsonl", lambda rows: rows.pop(), "1 of 8 answers are to questions that"),
         ("good.jsonl", lambda rows: rows.pop(), "lacks answers to 1 of 8 questions, such as 151"),
-        ("good.jsonl", lambda rows: rows.append(rows[0]), ":9: question 81 is answered twice"),
+        ("good.jsonl", lambda rows: rows.append(rows[0]), ":9: an answer to question 81 is there already, at"),
         ("good.jsonl", lambda rows: rows[1]["choices"].clear(), ":2: field choices"),
         (
             "good.jsonl",

@@ -444,7 +444,7 @@ def stored(**changed):
         ([stored(said=[])], "is no annotation of task=winrate"),
         ([stored(said=[{"text": "x"}] * 2)], "is no annotation of task=winrate"),
         ([stored(answers=["x"])], "is no annotation of task=winrate"),
-        ([stored(prompt=None)], "expected what was asked"),
+        ([stored(prompt=None)], "expected the prompt in one of messages"),
         ([{"question_id": 1, "g1_winner": "tie"}], "task=mt_bench"),
         ([{"instruction": "i", "preference": 1.5}], "task=alpaca_eval"),
         (["text"], "is no annotation of task=winrate"),

@@ -60,7 +60,7 @@ def test_golden_values():
 
 
 def test_equivalence_on_random_games():
-    """Minimax, reward-free dual, certificate and training loss agree on 50 random games, with the proven identities."""
+    """Minimax, reward-free dual, certificate and training loss agree on 50 random games, with the identities of the theorem."""
     games = random_games()
     assert sum(len(game.d0_X) for game in games) == 50
     require(equivalence(games))
@@ -207,7 +207,7 @@ def test_the_certificate_holds_far_from_one(beta, eta):
 
 
 def test_the_dual_is_right_or_refuses():
-    """With pulls that float64 can not tell from 0 or 1 the dual stops in one line: no wrong policy comes out."""
+    """With pulls that float64 cannot distinguish from 0 or 1 the dual stops in one line: no wrong policy comes out."""
     game = bandits.random(3, beta=100, eta=1e-3, seed=1)
     with pytest.raises(UserError, match="^beta, eta: Newton is stuck"):
         maximin(game)

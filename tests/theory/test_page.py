@@ -22,7 +22,7 @@ def shrink(monkeypatch):
 
 
 def test_page(monkeypatch, capsys, tmp_path):
-    """The page prints every check, no failure, both slopes, and writes four pictures where it is told to."""
+    """The page prints every check, no failure, both slopes, and writes four pictures to the given folder."""
     shrink(monkeypatch)
     monkeypatch.setattr("sys.argv", ["theory_page", str(tmp_path / "new" / "figures")])
     page.main()
@@ -48,7 +48,7 @@ def test_page_needs_a_folder(monkeypatch, tmp_path):
     """A path that is a file is refused in one line before anything is computed."""
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("sys.argv", ["theory_page", str(tmp_path / "file")])
-    with pytest.raises(SystemExit, match="error: .*file: .*; give a folder") as caught:
+    with pytest.raises(SystemExit, match="error: .*file: .*; give a writable folder") as caught:
         page.main()
     assert "\n" not in str(caught.value)
 
