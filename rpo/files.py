@@ -35,6 +35,23 @@ def to_lines(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def parse_lines(text: str) -> tuple[list[dict], int]:
+    """(the objects of JSON lines, how many lines hold none): a killed writer leaves the last one half written."""
+    objects, broken = [], 0
+    for line in filter(
+        str.strip, text.split("\n")
+    ):  # not splitlines, which splits at characters that JSON leaves in a text
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
+            value = None
+        if isinstance(value, dict):
+            objects.append(value)
+        else:
+            broken += 1
+    return objects, broken
+
+
 class JsonLines:
     """Objects in a JSON lines file, found again by one of their fields.
 
@@ -44,16 +61,9 @@ class JsonLines:
 
     def __init__(self, path: Path, key: str = "key"):
         self.path, self._key = path, key
-        self.rows: dict[str, dict] = {}
         text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
         self._torn = bool(text) and not text.endswith("\n")
-        for line in text.split("\n"):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict) and isinstance(row.get(key), str):
-                self.rows[row[key]] = row
+        self.rows: dict[str, dict] = {row[key]: row for row in parse_lines(text)[0] if isinstance(row.get(key), str)}
 
     def append(self, rows: Sequence[dict]) -> None:
         """Adds the rows, each with its key, at the end of the file."""

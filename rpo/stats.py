@@ -47,6 +47,11 @@ def with_errors(cell: dict, n_error: int) -> dict:
     return cell | {"n_error": n_error}
 
 
+def finite(value: object) -> bool:
+    """Whether `value` is a number to count with: its square is finite too."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e150
+
+
 def _numbered(clusters: ArrayLike) -> tuple[np.ndarray, int]:
     """The number of each row's cluster, 0 to G - 1, and G."""
     names, number_N = np.unique(np.asarray(clusters), return_inverse=True)

@@ -19,8 +19,9 @@ from typing import Any
 from rpo import config
 from rpo.errors import UserError
 from rpo.evals.settings import Eval
-from rpo.files import to_lines, write_atomic
+from rpo.files import parse_lines, to_lines, write_atomic
 from rpo.runs import folder as run_folder
+from rpo.stats import finite
 from rpo.text import redacted
 
 MAX_ERRORS = 0.05  # a larger share of failures makes a result unusable: what failed is rarely like the rest
@@ -147,54 +148,78 @@ def _to_json(item: Item) -> dict[str, Any]:
 # ---- reading
 
 
-def read(given: str | Path) -> Results:
-    """The evaluation in a folder, or in its results.json. Raises UserError where there is none, or one of another form."""
+def read(spec: str | Path, *, strict: bool = True) -> Results:
+    """The evaluation in a folder, or in its results.json. Raises UserError where there is none, or one of another form.
+
+    Not strict: lines of samples.jsonl that hold no item are skipped and counted in the notes, and whatever is not finite
+    among scores and the numbers of cells is dropped, or None.
+    """
     try:
-        path = Path(given).expanduser()
+        path = Path(spec).expanduser()
         path = path / "results.json" if path.is_dir() else path
-        found = run_folder.read_json(path)
+        content = run_folder.read_json(path)
         samples = path.with_name("samples.jsonl")
-        rows = [json.loads(line) for line in samples.read_text().split("\n") if line] if samples.exists() else []
+        lines = samples.read_text(errors="strict" if strict else "replace") if samples.exists() else ""
+        rows, skipped = ([json.loads(line) for line in lines.split("\n") if line], 0) if strict else parse_lines(lines)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nested too deep, no such ~user
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(
-            f"{str(given)[:300]}: no evaluation can be read there ({reason}); give the run_dir of one"
+            f"{str(spec)[:300]}: no evaluation can be read there ({reason}); give the run_dir of one"
         ) from None
     kinds = {"task": str, "models": dict, "notes": list, "details": dict, "config": dict, "versions": dict}
-    whole = isinstance(found, dict) and all(isinstance(found.get(key), kind) for key, kind in kinds.items())
-    cells = [cell for each in found["models"].values() for cell in _values(each)] if whole else [None]
+    whole = isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in kinds.items())
+    cells = [cell for each in content["models"].values() for cell in _values(each)] if whole else [None]
     if not all(isinstance(cell, dict) for cell in cells):
         raise UserError(f"{path}: holds no results by model; give the run_dir of an evaluation")
-    items = _items(rows, samples)
-    rest = {key: found[key] for key in kinds}
-    return Results(folder=path.parent, items=items, **rest)
+    items = []
+    for number, row in enumerate(rows, start=1):
+        expected = _why_no_item(row)
+        if expected and strict:
+            raise UserError(f"{samples}:{number}: expected {expected}")
+        if expected:
+            skipped += 1
+        else:
+            items.append(Item(**{name: row[name] for name in Item.__dataclass_fields__}))
+    read_back = Results(folder=path.parent, items=items, **{key: content[key] for key in kinds})
+    return read_back if strict else _sanitised(read_back, skipped)
 
 
 def _values(cells: Any) -> Iterable:
     return cells.values() if isinstance(cells, dict) else [None]
 
 
-def _items(rows: Sequence[Any], file: Path) -> list[Item]:
-    names, items = list(Item.__dataclass_fields__), []
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not row.keys() >= set(names):
-            raise UserError(
-                f"{file}:{number}: expected an object with {', '.join(names)}, as an evaluation writes them"
-            )
-        items.append(Item(**{name: row[name] for name in names}))
-        if not _is_well_formed(items[-1]):
-            raise UserError(
-                f"{file}:{number}: expected text in model, id, cluster, response, error and against.model, and objects in "
-                "scores and details"
-            )
-    return items
+def _why_no_item(row: Any) -> str | None:
+    """What a line of samples.jsonl has to be and is not; None where it is an item."""
+    names = list(Item.__dataclass_fields__)
+    if not isinstance(row, dict) or not row.keys() >= set(names):
+        return f"an object with {', '.join(names)}, as an evaluation writes them"
+    texts = all(isinstance(row[name], str) for name in ("model", "id", "cluster")) and isinstance(
+        row["error"], str | None
+    )
+    texts &= isinstance(row["prompt"], str | list | None) and isinstance(row["response"], str | None)
+    against = row["against"] is None or (
+        isinstance(row["against"], dict) and isinstance(row["against"].get("model"), str)
+    )
+    if texts and against and isinstance(row["scores"], dict) and isinstance(row["details"], dict):
+        return None
+    return "text in model, id, cluster, response, error and against.model, and objects in scores and details"
 
 
-def _is_well_formed(item: Item) -> bool:
-    texts = all(isinstance(text, str) for text in (item.model, item.id, item.cluster, item.error or ""))
-    said = isinstance(item.prompt, str | list | None) and isinstance(item.response, str | None)
-    against = item.against is None or (isinstance(item.against, dict) and isinstance(item.against.get("model"), str))
-    return texts and said and against and isinstance(item.scores, dict) and isinstance(item.details, dict)
+def _sanitised(read_back: Results, skipped: int) -> Results:
+    def cell(one: dict) -> dict:
+        numbers = {name: one[name] if finite(one.get(name)) else None for name in ("value", "se", "n", "n_error")}
+        bounds = one.get("interval")
+        whole = isinstance(bounds, list) and len(bounds) == 2 and all(map(finite, bounds))
+        return one | numbers | {"interval": bounds if whole else None}
+
+    items = [
+        replace(item, scores={name: score for name, score in item.scores.items() if finite(score)})
+        for item in read_back.items
+    ]
+    notes = list(map(str, read_back.notes))
+    notes += [f"{skipped} lines of samples.jsonl hold no item and were skipped."] if skipped else []
+    models = {model: {name: cell(one) for name, one in cells.items()} for model, cells in read_back.models.items()}
+    return replace(read_back, models=models, items=items, notes=notes)
 
 
 # ---- on screen

@@ -20,6 +20,7 @@ import numpy as np
 
 from rpo.errors import UserError
 from rpo.stats import clustered_mean, t_quantile
+from rpo.text import significant
 
 LEVELS = (1.0, 2.0, 4.0, 8.0)  # nats at which runs are compared
 # What `verdict` goes by. A difference is "beyond noise" where it exceeds `gold/noise` standard errors (see `summarise`).
@@ -152,12 +153,8 @@ def summarise(curve: Sequence[dict], levels: Sequence[float] = LEVELS) -> dict[s
 # ---- in words
 
 
-def _number(x: float, digits: int = 3) -> str:
-    return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.{digits}g}"
-
-
 def _with_error(x: float, error: float) -> str:
-    return f"{_number(x)} +- {_number(error, 2)}"
+    return f"{significant(x)} +- {significant(error, 2)}"
 
 
 def kind(summary: dict) -> str:
@@ -185,9 +182,9 @@ def _beside(summary: dict) -> str:
     parts = []
     before, after, shift = (summary[key] for key in ("accuracy/peak", "accuracy/final", "shift/chosen"))
     if None not in (before, after) and 0 < summary["step/peak"] < summary["step/final"]:
-        parts.append(f"held-out accuracy moved by {_number(after - before, 2)}")
+        parts.append(f"held-out accuracy moved by {significant(after - before, 2)}")
     if shift is not None:
-        parts.append(f"chosen log-probs {'fell' if shift < 0 else 'rose'} {_number(abs(shift))} nats")
+        parts.append(f"chosen log-probs {'fell' if shift < 0 else 'rose'} {significant(abs(shift))} nats")
     return f", while {' and '.join(parts)}" if parts else ""
 
 
@@ -205,8 +202,8 @@ def _drop(summary: dict, drop: str, end: str) -> str:
     """`drop` said with where it began and where it led: `end`, how far from the reference, with its error."""
     if summary["step/peak"] == 0:
         return f"gold fell {drop} from the reference, which no checkpoint was above"
-    at = f"at step {_number(summary['step/peak'])}"
-    at += "" if summary["kl/peak"] is None else f" (KL {_number(summary['kl/peak'])} nats)"
+    at = f"at step {significant(summary['step/peak'])}"
+    at += "" if summary["kl/peak"] is None else f" (KL {significant(summary['kl/peak'])} nats)"
     over, margin = (summary["gold/final_gain"], summary["gold/noise"] * (summary["gold/final_gain_se"] or 0))
     level = f"{'and is still' if over > margin else 'to'} {end} {'above' if over >= 0 else 'below'} the reference"
     if summary["gold/gain"] <= summary["gold/noise"] * (summary["gold/gain_se"] or 0):
@@ -239,17 +236,15 @@ def verdict(summary: dict) -> str:
             fell = (
                 "is at its highest at the end"
                 if last
-                else f"fell {drop} from its peak; over {_number(bound)} is ruled out"
+                else f"fell {drop} from its peak; over {significant(bound)} is ruled out"
             )
             return f"No overoptimisation seen: gold ended {end} above the reference and {fell}{_beside(summary)}."
         case "under-optimised":
-            return (
-                f"Under-optimised: the policy never left the reference (KL at most {_number(kl)} nats), nor did gold."
-            )
+            return f"Under-optimised: the policy never left the reference (KL at most {significant(kl)} nats), nor did gold."
     if _constant(summary):
         return "Inconclusive: gold is the same for every answer to a prompt."
     if summary["gold/gain"] > summary["gold/noise"] * summary["gold/gain_se"]:
-        return f"Inconclusive: gold rose {gain}; its drop of {drop} is within noise, which allows {_number(bound)}."
+        return f"Inconclusive: gold rose {gain}; its drop of {drop} is within noise, which allows {significant(bound)}."
     return f"Inconclusive: gold neither rose ({gain}) nor fell ({drop}) beyond noise; sample more prompts."
 
 
@@ -285,14 +280,16 @@ def group_verdict(summaries: Sequence[dict]) -> str:
     means = dict.fromkeys(summaries[0]) | {key: mean(summary[key] for summary in summaries) for key in shared}
     if means["gold/drop"] is None:
         return f"{head}: not every seed has a gold reward."
-    drop = f"{_number(means['gold/drop'])} (sd {_number(stdev(summary['gold/drop'] for summary in summaries), 2)})"
+    drop = (
+        f"{significant(means['gold/drop'])} (sd {significant(stdev(summary['gold/drop'] for summary in summaries), 2)})"
+    )
     over = means["gold/final_gain"]
     if found == "overoptimised":
-        end = f"{_number(abs(over))} (sd {_number(stdev(summary['gold/final_gain'] for summary in summaries), 2)})"
+        end = f"{significant(abs(over))} (sd {significant(stdev(summary['gold/final_gain'] for summary in summaries), 2)})"
         said = _drop(means, drop, end).replace("at step", "near step")
     elif all(map(_constant, summaries)):
         said = "gold is the same for every answer to a prompt"
     else:
         side = "above" if over >= 0 else "below"
-        said = f"gold ended {_number(abs(over))} {side} the reference and {drop} below its peak"
+        said = f"gold ended {significant(abs(over))} {side} the reference and {drop} below its peak"
     return f"{head}: {said}{_beside(means)}."

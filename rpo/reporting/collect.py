@@ -1,200 +1,54 @@
-"""Runs and evaluations as they were left in their folders, in groups with verdicts: a Report.
+"""Runs in groups with verdicts, and evaluations, as they were left in their folders: a Report.
 
-Nothing is trusted: lines that are not JSON, numbers that are not finite and folders of other kinds become notes, not
-errors. A path that the user named and that cannot be read raises UserError.
+Nothing is trusted: what `catalog.walk` and `results.read` could not use becomes notes, not errors. A path that the user
+named and that cannot be read raises UserError.
 """
 
-import os
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from rpo import config
 from rpo.errors import UserError
-from rpo.evals import pairing
+from rpo.evals import pairing, results
 from rpo.overopt import curve as overopt_curve
 from rpo.reporting import run_verdicts
-from rpo.reporting.evaluations import Results, as_dict, finite, json_or_none, lines, read_results
 from rpo.reporting.run_verdicts import Verdict
-from rpo.runs import folder as run_folder
-from rpo.runs import groups
+from rpo.runs import catalog, groups
+from rpo.runs.catalog import RunRecord
+from rpo.stats import finite
 
-_PASSED_BY = {"checkpoints", "model", "wandb", "plots", "__pycache__"}  # where no run has its folder
-
-
-# ---- folders
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run left. `curve`: its evaluations by step, {"step", metric: finite number}; `pairs`: how many were held out."""
-
-    folder: Path
-    settings: dict[str, Any] | None  # None: it failed before it had any
-    overrides: dict[str, str]  # what its sweep set
-    state: str
-    reason: str
-    step: int | None
-    curve: list[dict] = field(repr=False)
-    pairs: int | None
-    environment: dict[str, Any] = field(repr=False)
-    flaws: list[str]  # of its metrics.jsonl
-
-
-@dataclass(frozen=True)
-class Found:
-    """`evaluations`: folders with a results.json."""
-
-    runs: list[RunRecord]
-    evaluations: list[Path]
-    notes: list[str]
-
-
-def find(specs: Sequence[str]) -> Found:
-    """What lies in the folders `specs` and below them, in the order of the folders, 2 before 10.
-
-    Raises UserError: a folder that is not there, or with neither a run nor an evaluation in it.
-    """
-    runs, evaluations, notes = {}, {}, []
-    for spec in specs:
-        top = Path(spec).expanduser().resolve()
-        if not top.is_dir():
-            raise UserError(f"runs={spec}: no such folder; give the folder of a run or a sweep, or one above them")
-        before = len(runs), len(evaluations), len(notes)
-        for folder in sorted(_folders(top), key=_natural):
-            _look(folder, runs, evaluations, notes)
-        if (len(runs), len(evaluations), len(notes)) == before and top not in runs:
-            raise UserError(
-                f"runs={spec}: holds no run and no evaluation; a run's folder has a config.yaml with a loss"
-            )
-    return Found(list(runs.values()), list(evaluations), notes)
-
-
-def _folders(top: Path) -> list[Path]:
-    marked = []
-    for folder, inner, files in os.walk(top):
-        inner[:] = [name for name in inner if name not in _PASSED_BY and not name.startswith(".")]
-        if {"config.yaml", "status.json", "sweep.json"} & set(files):
-            marked.append(Path(folder))
-    return marked
-
-
-def _natural(folder: Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(folder))]
-
-
-def _look(folder: Path, runs: dict[Path, RunRecord], evaluations: dict[Path, None], notes: list[str]) -> None:
-    """Enters what `folder` is; a note on what it should be and is not."""
-    if (folder / "sweep.json").exists():
-        absent = [str(i) for i in range(len(_sweep(folder))) if not (folder / str(i)).is_dir()]
-        notes += [f"{folder}: cells of the sweep that were not started: {', '.join(absent)}"] if absent else []
-    try:
-        settings = config.read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
-    except UserError as error:
-        notes.append(str(error))
-        return
-    status = run_folder.read_status(folder)
-    if isinstance(settings, dict) and isinstance(settings.get("loss"), dict):
-        runs[folder] = _record(folder, settings, status)
-    elif isinstance(settings, dict) and isinstance(settings.get("task"), dict):
-        kind = settings["task"].get("kind")
-        if kind != "report" and (folder / "results.json").is_file():
-            evaluations[folder] = None
-        elif kind != "report":
-            why = f"{status['state']}: {status['reason']}".rstrip(": ")
-            notes.append(f"{folder}: an evaluation by task={kind} without results ({why})")
-    elif settings is None and status["state"] != "absent":
-        runs[folder] = _record(folder, None, status)
-    elif settings is not None:
-        notes.append(f"{folder}: skipped, its config.yaml is not that of a run or an evaluation")
-
-
-def _record(folder: Path, settings: dict | None, status: dict) -> RunRecord:
-    events, broken = lines(folder / "metrics.jsonl")
-    curve: dict[int, dict] = {}
-    flaws = [f"{broken} unreadable line{'s' * (broken > 1)} of metrics.jsonl skipped."] if broken else []
-    for event in events:
-        if event.get("split") == "eval" and finite(event.get("step")):
-            lost = [name for name, value in event.items() if isinstance(value, float) and not finite(value)]
-            flaws += [f"{', '.join(lost)} at step {event['step']} not finite, skipped."] if lost else []
-            # Of two evaluations of one step, one of them before an interruption, the later counts.
-            curve[event["step"]] = {name: value for name, value in event.items() if finite(value)}
-    row = _sweep(folder.parent)[int(folder.name) :][:1] if folder.name.isdecimal() else []
-    overrides = {k: v for k, v in row[0].items() if isinstance(v, str) and "/" not in k} if row else {}
-    pairs = as_dict(as_dict(json_or_none(folder / "data_report.json")).get("eval")).get("kept")
-    return RunRecord(
-        folder=folder,
-        settings=settings,
-        overrides={k: v for k, v in overrides.items() if k not in ("cell", "run_dir", "state", "reason")},
-        state=str(status["state"]),
-        reason=" ".join(str(status["reason"]).split()),
-        step=status["step"] if finite(status["step"]) else None,
-        curve=[curve[step] for step in sorted(curve)],
-        pairs=pairs if finite(pairs) and pairs > 0 else None,
-        environment=environment(folder),
-        flaws=flaws,
-    )
-
-
-def _sweep(folder: Path) -> list[dict]:
-    """The rows of the sweep in `folder`; [] where it is none."""
-    table = json_or_none(folder / "sweep.json")
-    return [row for row in table if isinstance(row, dict)] if isinstance(table, list) else []
-
-
-def environment(folder: Path) -> dict[str, Any]:
-    """What a run or an evaluation ran with; {} where it left nothing readable."""
-    return as_dict(json_or_none(folder / "environment.json"))
-
-
-# ---- groups
+_THEIRS = {"loss/preference": "nll/preference"}  # task=overopt's word for the log's; equal without label smoothing
 
 
 @dataclass(frozen=True)
 class Member:
-    """A run as the page knows it; `record` None: only results of task=overopt have it; `measured` None: none have."""
+    """A run; where task=overopt `measured` it, of more samples than its own log, the record's curve is from there."""
 
     name: str
-    settings: dict[str, Any]
-    record: RunRecord | None
+    record: RunRecord
     measured: dict | None
 
     @property
-    def state(self) -> str:
-        return "evaluated" if self.record is None else self.record.state
-
-    @property
-    def done(self) -> bool:
-        return self.state in ("finished", "evaluated")
-
-    @property
-    def folder(self) -> str:
-        return self.measured["run"] if self.record is None else str(self.record.folder)
+    def settings(self) -> dict[str, Any]:
+        return self.record.settings or {}
 
     @property
     def curve(self) -> list[dict]:
-        """Its evaluations: those of task=overopt, which are of more samples, before the run's own."""
-        if self.measured is None:
-            return self.record.curve
-        return [
-            {"step": p["step"]} | {_logged(k): c["value"] for k, c in p["metrics"].items()}
-            for p in self.measured["curve"]
-        ]
+        return self.record.curve
 
-    def errors(self) -> dict[tuple[int, str], float]:
-        """(step, metric) -> standard error, where task=overopt measured it."""
+    @property
+    def done(self) -> bool:
+        return self.record.state in ("finished", "evaluated")
+
+    def error(self, step: int, metric: str) -> float | None:
+        """The standard error of a metric at a step, where task=overopt measured it."""
         points = self.measured["curve"] if self.measured else []
-        cells = {(p["step"], _logged(name)): cell.get("se") for p in points for name, cell in p["metrics"].items()}
-        return {key: se for key, se in cells.items() if finite(se)}
-
-    def overrides(self) -> list[str]:
-        return [f"{key}={value}" for key, value in (self.record.overrides if self.record else {}).items()]
-
-
-def _logged(name: str) -> str:
-    return "loss/preference" if name == "nll/preference" else name  # the log's word; equal without label smoothing
+        errors = [p["metrics"].get(_THEIRS.get(metric, metric), {}).get("se") for p in points if p["step"] == step]
+        return errors[0] if errors and finite(errors[0]) else None
 
 
 @dataclass(frozen=True)
@@ -217,6 +71,48 @@ class Group:
         done = [member for member in ran if member.done] or ran
         return [member for member in done if member.measured] or done
 
+    def average(self, metric: str, points: Sequence[dict]) -> tuple[float, float | None]:
+        """(mean, error) of one evaluation of each seed: the error over seeds, of one seed that of task=overopt, or None."""
+        value, error = mean_and_error([point[metric] for point in points])
+        return value, self.judged[0].error(points[0]["step"], metric) if len(points) == 1 else error
+
+    def ends(self, metric: str) -> list[dict]:
+        """The last evaluation of each judged run that has the metric."""
+        return [member.curve[-1] for member in self.judged if metric in member.curve[-1]]
+
+    def end(self, metric: str) -> tuple[float, float | None] | None:
+        ends = self.ends(metric)
+        return self.average(metric, ends) if ends else None
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error, sd / sqrt(n); None of one value."""
+    return mean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Results(results.Results):
+    """An evaluation; `names`: what the page calls its models; `curves`: the runs of task=overopt, each
+    {"run", "settings", "curve", "summary", "max_new_tokens"}."""
+
+    names: dict[str, str] = field(default_factory=dict, repr=False)
+    curves: list[dict] = field(default_factory=list, repr=False)
+
+    def name(self, model: str) -> str:
+        return self.names.get(model, model)
+
+    @property
+    def judged_by(self) -> dict[str, Any]:
+        return pairing.judged_by(self)
+
+    @property
+    def metrics(self) -> list[str]:
+        return list(dict.fromkeys(name for cells in self.models.values() for name in cells))
+
+    def unusable(self, model: str) -> str | None:
+        """Why this model's results cannot be used; None where they can."""
+        return next((str(cell["unusable"]) for cell in self.models[model].values() if "unusable" in cell), None)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -231,18 +127,22 @@ class Report:
         return [member for group in self.groups for member in group.members]
 
 
-def collect(runs: Sequence[str], results: Sequence[str]) -> Report:
-    """Runs below the folders `runs` in groups with verdicts, and the evaluations `results`, else those below `runs`.
+def collect(runs: Sequence[str], specs: Sequence[str]) -> Report:
+    """Runs below the folders `runs` in groups with verdicts, and the evaluations `specs`, else those below `runs`.
 
     Raises UserError where there is nothing to report on, or a path given explicitly cannot be read.
     """
-    below = find(runs) if runs else Found([], [], [])
-    notes, evaluations = list(below.notes), []
-    for path in results or below.evaluations:
+    below = catalog.walk(runs)
+    notes, evaluations = below.unreadable + below.notes, []
+    if runs and not (below.runs or below.evaluations or notes):
+        what = "holds no run and no evaluation; a run's folder has a config.yaml with a loss"
+        raise UserError(f"runs={', '.join(runs)}: {what}")
+    for path in specs or below.evaluations:
         try:
-            evaluations.append(read_results(path))
+            read = results.read(path, strict=False)
+            evaluations.append(Results(**vars(read), curves=_curves(read)))
         except UserError as error:
-            if results:
+            if specs:
                 raise
             notes.append(str(error))
     measured: dict[str, dict] = {}
@@ -254,22 +154,54 @@ def collect(runs: Sequence[str], results: Sequence[str]) -> Report:
                 notes.append(f"{run['run']}: measured twice by task=overopt; {each.folder} is not used for it")
             measured.setdefault(run["run"], run)
     notes += _not_comparable(evaluations)
-    grouped = _groups(below.runs, measured, notes)
-    if not grouped and not evaluations:
+    arms = _groups(below.runs, measured, notes)
+    if not arms and not evaluations:
         raise UserError("nothing to report on: " + ("; ".join(notes[:3]) or "give runs=FOLDER or task.results=FOLDER"))
-    return Report(grouped, [replace(each, names=_names(each, grouped)) for each in evaluations], notes)
+    for each in evaluations:
+        each.names.update(_names(each, arms))
+    return Report(arms, evaluations, notes)
 
 
-def _names(results: Results, arms: Sequence[Group]) -> dict[str, str]:
+def _curves(read: results.Results) -> list[dict]:
+    """The runs of task=overopt with the finite numbers of their curves, summarised again. UserError on what is malformed."""
+    curves = []
+    try:
+        for run in read.details["runs"] if read.task == "overopt" else ():
+            curve = [
+                {"step": int(p["step"]), "clusters": dict(p.get("clusters") or {})}
+                | {"metrics": {name: cell for name, cell in p["metrics"].items() if finite(cell["value"])}}
+                for p in run["curve"]
+            ]
+            own = {"run": str(run["run"]), "settings": dict(run["settings"]), "curve": curve}
+            own |= {"summary": overopt_curve.summarise(curve), "max_new_tokens": int(run["max_new_tokens"])}
+            overopt_curve.verdict(own["summary"])
+            own["settings"]["loss"].items()
+            curves.append(own)
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        file = read.folder / "results.json"
+        raise UserError(f"{file}: is not what task=overopt writes ({what}); run it again") from None
+    return curves
+
+
+def compared(read: results.Results) -> list[tuple[str, str]]:
+    """The two models of each comparison by task=compare."""
+    pairs = read.details.get("pairs")
+    whole = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+    if not whole or len(pairs) != len(read.models):
+        return [(f"{name}, the first", "the second") for name in read.models]
+    return [(str(first), str(second)) for first, second in pairs]
+
+
+def _names(read: Results, arms: Sequence[Group]) -> dict[str, str]:
     """What the page calls each model: its arm and run where it is a run's, else its path without what all paths share."""
-    pairs = results.details.get("pairs")
-    compared = [str(m) for pair in pairs if isinstance(pair, list) for m in pair] if isinstance(pairs, list) else []
-    models = list(dict.fromkeys(compared if results.task == "compare" else results.models))
+    models = [model for pair in compared(read) for model in pair] if read.task == "compare" else read.models
+    models = list(dict.fromkeys(models))
     names = dict(zip(models, groups.short(models), strict=True))
     for model in models:
         for arm in arms:
             for member in arm.members:
-                if model == member.folder or model.startswith(f"{member.folder}/"):
+                if f"{model}/".startswith(f"{member.record.folder}/"):
                     names[model] = f"{arm.short} (run {member.name})" if len(arm.members) > 1 else arm.short
     return names
 
@@ -279,41 +211,51 @@ def _not_comparable(evaluations: Sequence[Results]) -> list[str]:
     notes: list[str] = []
     first: dict[str, tuple[Results, set[str]]] = {}
     for each in evaluations:
-        ids = {str(sample["id"]) for sample in each.samples}
+        ids = {item.id for item in each.items}
         other, theirs = first.setdefault(each.task, (each, ids))
         if other is each or each.task == "compare":
             continue
-        why = ["have no item in common"] if ids and theirs and not ids & theirs else []
+        reasons = ["have no item in common"] if ids and theirs and not ids & theirs else []
         judges = pairing.judged_apart(other.judged_by, each.judged_by)
-        why += [f"had different judges ({judges})"] if judges else []
-        if why:
+        reasons += [f"had different judges ({judges})"] if judges else []
+        if reasons:
             both = f"{other.folder} and {each.folder}, of task={each.task},"
-            notes.append(f"{both} {' and '.join(why)}: do not compare their numbers")
+            notes.append(f"{both} {' and '.join(reasons)}: do not compare their numbers")
     return notes
 
 
+# ---- groups
+
+
 def _groups(runs: Sequence[RunRecord], measured: dict[str, dict], notes: list[str]) -> list[Group]:
-    known = {str(run.folder): run for run in runs}
-    folders = list(dict.fromkeys([*known, *measured]))
-    names = dict(zip(folders, groups.short(folders), strict=True))
-    members, apart, same = {}, [], {}
-    for folder in folders:
-        run = known.get(folder)
-        settings = run.settings if run is not None else measured[folder]["settings"]
-        members[folder] = Member(names[folder], settings or {}, run, measured.get(folder))
-        if settings is not None and _is_whole(settings):
-            own, seeds = groups.identity(settings)
+    records = {str(run.folder): run for run in runs}
+    for folder, own in measured.items():
+        ours = {theirs: name for name, theirs in _THEIRS.items()}
+        curve = [
+            {"step": p["step"]} | {ours.get(name, name): cell["value"] for name, cell in p["metrics"].items()}
+            for p in own["curve"]
+        ]
+        gone = RunRecord(Path(folder), settings=own["settings"], state="evaluated")
+        records[folder] = replace(records.get(folder, gone), curve=curve)
+    names = dict(zip(records, groups.short(list(records)), strict=True))
+    members = {folder: Member(names[folder], record, measured.get(folder)) for folder, record in records.items()}
+    apart, same = [], {}
+    for folder, record in records.items():
+        if record.settings is not None and _is_whole(record.settings):
+            own, seeds = groups.identity(record.settings)
             same.setdefault((repr(sorted(own.items())), seeds), []).append(folder)
             continue
         apart.append(folder)
-        if settings is not None:
+        if record.settings is not None:
             notes.append(f"{folder}: settings of another version; shown by itself")
     once = [{"run": each[0], "settings": members[each[0]].settings} for each in same.values() if len(each) == 1]
     labelled = [(g.label, [members[run["run"]] for run in g.runs]) for g in groups.group(once)]
     for twice in [each for each in same.values() if len(each) > 1]:  # a copy is no second seed
         notes.append(f"{', '.join(twice)}: equal settings and seeds; each is shown by itself")
         labelled += [(f"{groups.name(members[f].settings['loss'])} ({names[f]})", [members[f]]) for f in twice]
-    labelled += [(" ".join(members[folder].overrides()) or names[folder], [members[folder]]) for folder in apart]
+    for folder in apart:
+        overrides = [f"{key}={value}" for key, value in records[folder].overrides.items()]
+        labelled.append((" ".join(overrides) or names[folder], [members[folder]]))
     short, _ = shortened([label for label, _ in labelled])
     return [
         Group(label, name, i, own, _verdict(own))
@@ -344,9 +286,9 @@ def _is_whole(settings: dict) -> bool:
 def _verdict(members: Sequence[Member]) -> Verdict:
     """The verdict on what finished, or where nothing did on what there is. Notes name the runs that did not."""
     odd = [member for member in members if not member.done]
-    judged = [member for member in members if member.done] or [m for m in odd if m.state != "failed" and m.curve]
+    judged = [member for member in members if member.done] or [m for m in odd if m.record.state != "failed" and m.curve]
     notes = [_ending(member) for member in odd]
-    notes += [f"Run {member.name}: {flaw}" for member in members if member.record for flaw in member.record.flaws]
+    notes += [f"Run {member.name}: {flaw}" for member in members for flaw in member.record.flaws]
     if not judged:
         return Verdict("no run finished", f"None of {len(members)} has an evaluation.", notes)
     if judged[0] in odd:
@@ -355,12 +297,11 @@ def _verdict(members: Sequence[Member]) -> Verdict:
     if 0 < len(measured) < len(judged):
         notes.append(f"task=overopt measured {len(measured)} of {len(judged)}; the verdict is on these.")
         judged = [member for member in judged if member.measured]
-    loss, record = judged[0].settings.get("loss", {}), judged[0].record
     verdict = run_verdicts.judge(
         [member.curve for member in judged],
         [each["summary"] for each in measured],
-        pairs=record.pairs if record else None,
-        sigmoid=loss.get("preference") == "sigmoid",
+        pairs=judged[0].record.pairs,
+        sigmoid=judged[0].settings.get("loss", {}).get("preference") == "sigmoid",
     )
     if measured:
         cut = overopt_curve.cut([each["curve"] for each in measured], max(each["max_new_tokens"] for each in measured))
@@ -369,7 +310,7 @@ def _verdict(members: Sequence[Member]) -> Verdict:
 
 
 def _ending(member: Member) -> str:
-    at = "" if member.record.step is None else f" at step {member.record.step}"
+    run = member.record
     states = {"failed": "failed", "interrupted": "was interrupted", "running": "is running, or was killed"}
-    reason = f": {member.record.reason[:300]}" if member.record.reason else ""
-    return f"Run {member.name} {states.get(member.state, 'wrote nothing')}{at}{reason}."
+    at = "" if run.step is None else f" at step {run.step}"
+    return f"Run {member.name} {states.get(run.state, 'wrote nothing')}{at}{run.reason and ': '}{run.reason[:300]}."

@@ -1,33 +1,18 @@
 """Which is better, in sentences by stated rules: one or a few on every evaluation, on groups over shared seeds, on all of it.
 
-Letters: S seeds.
+The rules are in report.html.j2, as the page states them.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
 
 from rpo.evals import pairing
 from rpo.reporting import side_by_side
-from rpo.reporting.collect import Group, Member, Report
-from rpo.reporting.evaluations import Results, as_dict, finite
-from rpo.reporting.text import counted, decimals, fixed
+from rpo.reporting.collect import Group, Member, Report, Results, compared
 from rpo.runs import groups
-from rpo.stats import ALPHA, t_quantile
+from rpo.stats import ALPHA, finite
+from rpo.text import counted, decimals, fixed
 
-RULES = (
-    "Top of the page: an arm improved (or got worse) where the 95% interval of its gold at the end minus at the start leaves out "
-    "0: over seeds by Student's t with Bonferroni's correction over the arms; of a single seed, by the paired error that "
-    "task=overopt measured and its noise. Without gold the first conclusive evaluation is quoted.",
-    "Evaluations: a model is called preferred, above or below where the 95% interval leaves out no difference (half of the "
-    "prompts, or 0); where nothing varied and there is no interval, preferred by the sign test at 5%. Otherwise no difference is "
-    "seen, which does not mean that there is none. These intervals are not corrected for their number. Models that are "
-    "listed with an interval each are not compared: task=compare does that, item by item.",
-    "Arms on the same seeds: the mean over seeds of the difference at the last evaluation, its interval by Student's t with "
-    "one degree of freedom less than seeds, and Bonferroni's correction over the differences listed: all intervals hold "
-    "together with a chance of 95%. It is about training again on the same prompts.",
-)
 _ITEMS = {"winrate": "prompts", "alpaca_eval": "instructions", "mt_bench": "turns"}
 _MOST = 4  # metrics of an evaluation that are quoted model by model
 
@@ -38,7 +23,7 @@ _MOST = 4  # metrics of an evaluation that are quoted model by model
 def of_evaluation(results: Results) -> list[str]:
     """What the evaluation says about which model is better; [] where it says nothing of that, or is unusable."""
     if results.task == "compare":
-        return [text for _, text in _differences(results)]
+        return _differences(results)
     if results.task == "select":
         return _choices(results)
     if results.task == "overopt":  # its verdicts are those of the groups
@@ -60,47 +45,36 @@ def of_evaluation(results: Results) -> list[str]:
     return sentences or _each(results.task, {results.name(model): cells for model, cells in models.items()})
 
 
-def _differences(results: Results) -> list[tuple[float, str]]:
-    """(adjusted p, sentence) of each comparison by task=compare, in its own words; smallest p first."""
+def _differences(results: Results) -> list[str]:
+    """A sentence on each comparison by task=compare, in its own words; smallest adjusted p first."""
     sentences = []
-    for (first, second), metrics in zip(compared(results), results.models.values(), strict=True):
+    for pair, metrics in zip(compared(results), results.models.values(), strict=True):
         for name, cell in metrics.items():
             try:
+                first, second = map(results.name, pair)
                 text = pairing.verdict(cell, first, second, int(results.details.get("comparisons") or 1))
                 sentences.append((float(cell["p_holm"]), f"{name}: {text}."))
             except (KeyError, TypeError, ValueError):  # written by another version: its table is shown all the same
                 continue
-    return sorted(sentences)
+    return [text for _, text in sorted(sentences)]
 
 
 def _choices(results: Results) -> list[str]:
     """The checkpoint that task=select chose of each run, and why."""
-    runs = results.details.get("runs")
-    chosen = {
-        str(run.get("run")): as_dict(run.get("chosen")) for run in map(as_dict, runs if isinstance(runs, list) else ())
-    }
-    return [
-        f"{results.name(run)}: step {one['step']} ({one.get('reason')})."
-        for run, one in chosen.items()
-        if "step" in one
-    ]
-
-
-def compared(results: Results) -> list[list[str]]:
-    """The names of the two models of each comparison by task=compare."""
-    pairs = results.details.get("pairs")
-    whole = isinstance(pairs, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
-    if not whole or len(pairs) != len(results.models):
-        return [[f"{name}, the first", "the second"] for name in results.models]
-    return [[results.name(str(name)) for name in pair] for pair in pairs]
+    runs, sentences = results.details.get("runs"), []
+    for run in runs if isinstance(runs, list) else ():
+        chosen = run.get("chosen") if isinstance(run, dict) else None
+        if isinstance(chosen, dict) and "step" in chosen:
+            name = results.name(str(run.get("run")))
+            sentences.append(f"{name}: step {chosen['step']} ({chosen.get('reason')}).")
+    return sentences
 
 
 def _opponents(results: Results, model: str) -> list[str]:
     """Whom the model's answers were judged against, other than itself."""
+    met = {item.opponent for item in results.items if item.model == model}
     if results.task == "alpaca_eval":
         met = {results.details.get("baseline")} if isinstance(results.details.get("baseline"), str) else set()
-    else:
-        met = {side_by_side.opponent(sample) for sample in results.samples if sample.get("model") == model}
     return sorted(other for other in met if other is not None and other != model)
 
 
@@ -111,38 +85,34 @@ def _preferred(results: Results, model: str, other: str, cells: dict[str, dict])
     if cell["value"] is None:
         return []
     p = test["p"] if isinstance(test, dict) and finite(test.get("p")) else None
-    side = (cell["value"] > full / 2) - (cell["value"] < full / 2)
     sure = cell["interval"] is not None and not cell["interval"][0] <= full / 2 <= cell["interval"][1]
     sure |= cell["interval"] is None and cell["se"] == 0 and p is not None and p <= ALPHA
-    names = (model, other) if side >= 0 or not sure else (other, model)
-    mirrored = names[0] != model
-    facts = [_share(cell, full, mirrored)[1]] + ([] if p is None else [f"sign test p {p:.2g}"])
+    mirrored = sure and cell["value"] < full / 2
+    rate, bounds = _share(cell, full, mirrored)
+    facts = [bounds] + ([] if p is None else [f"sign test p {p:.2g}"])
     control = next((c for n, c in cells.items() if "length_controlled" in n and c["value"] is not None), None)
     if control is not None:
         facts.append("at equal length " + ", ".join(_share(control, full, mirrored)))
     judge = results.judged_by.get("judge")
-    rate = f"{_share(cell, full, mirrored)[0]} of {cell['n']} {_ITEMS.get(results.task, 'items')} ({'; '.join(facts)})"
+    rate = f"{rate} of {cell['n']} {_ITEMS.get(results.task, 'items')} ({'; '.join(facts)})"
     rate += f", by judge {judge}." if judge else "."
     if sure:
-        return [f"{names[0]} is preferred to {names[1]} in {rate}"]
+        first, second = (other, model) if mirrored else (model, other)
+        return [f"{first} is preferred to {second} in {rate}"]
     return [f"No preference seen between {model} and {other}: {model} is preferred in {rate}"]
 
 
 def _share(cell: dict, full: int, mirrored: bool) -> tuple[str, str]:
     """(the rate, its interval) in percent, of the other side where `mirrored`."""
+    shares = [value / full for value in (cell["value"], *(cell["interval"] or ()))]
+    value, *bounds = (f"{100 * (1 - share if mirrored else share):.1f}%" for share in shares)
+    return value, f"95% {' to '.join(reversed(bounds) if mirrored else bounds)}" if bounds else _interval(cell)
 
-    def percent(value: float) -> str:
-        share = value / full
-        return f"{100 * (1 - share if mirrored else share):.1f}%"
 
+def _interval(cell: dict) -> str:
     if cell["interval"] is None:
-        return percent(cell["value"]), _no_interval(cell)
-    bounds = list(map(percent, reversed(cell["interval"]) if mirrored else cell["interval"]))
-    return percent(cell["value"]), f"95% {bounds[0]} to {bounds[1]}"
-
-
-def _no_interval(cell: dict) -> str:
-    return "nothing varied: no interval" if cell["se"] == 0 else "no interval"
+        return "nothing varied: no interval" if cell["se"] == 0 else "no interval"
+    return "95% " + " to ".join(f"{bound:.4g}" for bound in cell["interval"])
 
 
 def _above(model: str, baseline: str, metric: str, cell: dict) -> str:
@@ -151,6 +121,10 @@ def _above(model: str, baseline: str, metric: str, cell: dict) -> str:
     if interval is None or interval[0] <= 0 <= interval[1]:
         return f"{metric}: no difference seen between {model} and {baseline}: {size}."
     return f"{metric}: {model} is {'above' if value > 0 else 'below'} {baseline}: {size}."
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + f"{value:.4g}"
 
 
 def _each(task: str, models: dict[str, dict[str, dict]]) -> list[str]:
@@ -163,7 +137,7 @@ def _each(task: str, models: dict[str, dict[str, dict]]) -> list[str]:
     sentences = []
     for name in names[: _MOST if task == "lm_eval" else 1]:
         own = [
-            f"{model} {_number(cells[name]['value'])} ({_interval(cells[name])})"
+            f"{model} {cells[name]['value']:.4g} ({_interval(cells[name])})"
             for model, cells in models.items()
             if name in cells and cells[name]["value"] is not None
         ]
@@ -176,30 +150,16 @@ def is_quality(metric: str) -> bool:
     return metric not in side_by_side.NEITHER and not metric.startswith("samples/")
 
 
-def _interval(cell: dict) -> str:
-    return _no_interval(cell) if cell["interval"] is None else "95% " + " to ".join(map(_number, cell["interval"]))
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
-
-
-def _signed(value: float) -> str:
-    return ("+" if value > 0 else "") + _number(value)
-
-
 def context(results: Results) -> list[str]:
-    """What the numbers have to be read with: the judge, how it was asked, the opponents, and the evaluation's own notes."""
-    judged, facts = results.judged_by, []
+    """What the numbers have to be read with: what is unusable, the judge, the opponents, and its own notes."""
+    judged = results.judged_by
+    facts = [f"Unusable: {model}: {reason}" for model in results.models if (reason := results.unusable(model))]
     if judged:
+        words = {"served": "served as", "prompt": "prompt", "verdict": "verdict by"}
         who = [judged["judge"] or "not named by the stored judgments"]
-        who += [f"served as {judged['served']}"] * bool(judged["served"])
-        who += [
-            f"{what} {judged[key]}"
-            for key, what in {"prompt": "prompt", "verdict": "verdict by"}.items()
-            if judged[key]
-        ]
-        facts.append(f"Judge: {'; '.join(who)}.")
+        facts.append(
+            f"Judge: {'; '.join(who + [f'{word} {judged[key]}' for key, word in words.items() if judged[key]])}."
+        )
     against = {other for model in results.models for other in _opponents(results, model)}
     if against and against <= set(results.models):
         facts.append("The models were judged against each other.")
@@ -214,8 +174,8 @@ def context(results: Results) -> list[str]:
 def over_seeds(arms: Sequence[Group]) -> list[str]:
     """Each group minus the first that is DPO (else the first), paired over two or more seeds that both finished.
 
-    Gold where both measured it in the same way, else held-out accuracy and the shift of chosen log-probs; d_s = a_s - b_s at
-    the last evaluation, mean +- t_(S-1, 1 - 5% / 2m) sd / sqrt(S) with m the number of differences listed.
+    Gold where both measured it in the same way, else held-out accuracy and the shift of chosen log-probs; the interval of
+    the mean difference at the last evaluation by `groups.interval`, with as many comparisons as differences listed.
     """
     ends = {group.short: _ends(group) for group in arms if len(group.members) > 1}
     if len(ends) < 2:
@@ -228,17 +188,23 @@ def over_seeds(arms: Sequence[Group]) -> list[str]:
         for name, step, values in _by_seed(ends[label], ends[base])
     ]
     sentences = []
-    for what, step, values_S in differences:
-        value, spread = mean(values_S), stdev(values_S)
-        half = t_quantile(1 - ALPHA / (2 * len(differences)), len(values_S) - 1) * spread / math.sqrt(len(values_S))
-        over = f"over {len(values_S)} shared seeds, step {step}"
-        if spread <= 1e-12 * max(map(abs, values_S)):
+    for what, step, values in differences:
+        value, interval = _mean_and_interval(values, len(differences))
+        over = f"over {len(values)} shared seeds, step {step}"
+        if interval is None:
             sentences.append(f"{what} {_signed(value)}, the same for every seed, so there is no interval ({over}).")
             continue
-        side = "above" if value > half else "below" if value < -half else "no difference seen"
-        bounds = f"95% {_number(value - half)} to {_number(value + half)}"
+        side = "above" if interval[0] > 0 else "below" if interval[1] < 0 else "no difference seen"
+        bounds = _interval({"interval": interval})
         sentences.append(f"{what} {_signed(value)} ({bounds}, {over}): {side}.")
     return sentences
+
+
+def _mean_and_interval(values: Sequence[float], comparisons: int) -> tuple[float, list[float] | None]:
+    """None: one value, or all equal, which is no measure of noise."""
+    over = groups.interval(values, comparisons)
+    varied = over["sd"] is not None and over["sd"] > 1e-12 * max(map(abs, values))
+    return over["mean"], over["ci"] if varied else None
 
 
 def _ends(group: Group) -> dict[tuple, dict]:
@@ -263,45 +229,45 @@ def _by_seed(a: dict[tuple, dict], b: dict[tuple, dict]) -> list[tuple[str, int,
 
 @dataclass(frozen=True)
 class Gain:
-    """Gold at the end minus at the start, a mean over seeds, and half of its interval; None: not known."""
+    """Gold at the end minus at the start, a mean over seeds, and its interval; None: not known."""
 
     value: float
-    half: float | None
+    interval: tuple[float, float] | None
 
     @property
     def side(self) -> int | None:
         """1 better, -1 worse, 0 within noise; None where noise is not known."""
-        return None if self.half is None else (self.value > self.half) - (self.value < -self.half)
+        return None if self.interval is None else (self.interval[0] > 0) - (self.interval[1] < 0)
 
     def __str__(self) -> str:
-        value, places = abs(self.value), decimals([self.half])
-        low, high = (fixed(bound, places) for bound in (value - self.half, value + self.half))
-        return f"{fixed(value, places)} gold (95% {low} to {high})"
+        low, high = sorted(map(abs, self.interval))
+        places = decimals([(high - low) / 2])
+        return f"{fixed(abs(self.value), places)} gold (95% {fixed(low, places)} to {fixed(high, places)})"
 
 
 def gains(arms: Sequence[Group]) -> dict[str, Gain]:
     """Arm -> Gain, where gold was measured at the start and the end.
 
-    Over S seeds mean +- t_(S-1, 1 - 5% / 2m) sd / sqrt(S) with m the number of arms, because the best of them is quoted; of one
-    seed the error and noise of task=overopt.
+    Over seeds by `groups.interval` with as many comparisons as arms, because the best of them is quoted; of one seed by the
+    error and noise of task=overopt.
     """
-    curves = {arm.short: [c for m in arm.judged if len(c := [p for p in m.curve if "gold" in p]) > 1] for arm in arms}
-    curves = {name: own for name, own in curves.items() if own}
+    changes = []
+    for arm in arms:
+        curves = [[point["gold"] for point in member.curve if "gold" in point] for member in arm.judged]
+        own = [curve[-1] - curve[0] for curve in curves if len(curve) > 1]
+        changes += [(arm, own)] if own else []
     by_arm = {}
-    for arm in (arm for arm in arms if arm.short in curves):
-        values_S = [curve[-1]["gold"] - curve[0]["gold"] for curve in curves[arm.short]]
+    for arm, values in changes:
+        value, interval = _mean_and_interval(values, len(changes))
         half = _paired_half(arm.judged[0]) if len(arm.judged) == 1 else None
-        spread = stdev(values_S) if len(values_S) > 1 else 0.0
-        if spread > 1e-12 * max(map(abs, values_S)):  # equal for every seed: no interval
-            half = t_quantile(1 - ALPHA / (2 * len(curves)), len(values_S) - 1) * spread / math.sqrt(len(values_S))
-        by_arm[arm.short] = Gain(mean(values_S), half)
+        by_arm[arm.short] = Gain(value, interval if half is None else (value - half, value + half))
     return by_arm
 
 
 def _paired_half(member: Member) -> float | None:
     summary = member.measured["summary"] if member.measured else {}
-    known = finite(summary.get("gold/final_gain_se")) and finite(summary.get("gold/noise"))
-    return summary["gold/noise"] * summary["gold/final_gain_se"] if known else None
+    error = summary.get("gold/final_gain_se")
+    return None if error is None else summary["gold/noise"] * error
 
 
 def headline(report: Report) -> str:
@@ -327,10 +293,8 @@ def headline(report: Report) -> str:
     if report.groups:
         signs = sum(kind == "signs of overoptimisation" for kind in kinds.values())
         of = f"{signs} of {counted(len(kinds), 'arm')} show{'s' * (signs == 1)} signs of overoptimisation"
-        return (
-            f"Inconclusive: the quality of answers was not measured; {of if signs else 'no sign of overoptimisation'}."
-        )
-    lines = [line for each in report.evaluations for line in of_evaluation(each)]
+        of = of if signs else "no sign of overoptimisation"
+        return f"Inconclusive: the quality of answers was not measured; {of}."
     no_difference = [line for line in lines if line.startswith("No preference") or "no difference seen" in line]
     alone = lines if all(len(each.models) == 1 for each in report.evaluations) else []
     one_by_one = ["Inconclusive: models were scored one by one; task=compare compares them item by item."]
@@ -359,8 +323,3 @@ def asides(report: Report) -> list[str]:
     """What judges prefer, to stand below the headline."""
     lines = [line for each in report.evaluations if each.task in _ITEMS for line in of_evaluation(each)[:1]]
     return [line for line in lines if "prefer" in line and line != headline(report)][:2]
-
-
-def unusable(results: Results) -> list[str]:
-    reasons = {model: results.unusable(model) for model in results.models}
-    return [f"{model} by task={results.task} ({results.folder}): {why}" for model, why in reasons.items() if why]

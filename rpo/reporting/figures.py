@@ -13,15 +13,16 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import mean, stdev
+from statistics import mean
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from rpo.overopt.figures import COLORS, style
 from rpo.reporting.collect import Group
-from rpo.reporting.text import clean, number
 from rpo.runs import groups
+from rpo.stats import finite
+from rpo.text import clean, number
 
 # Metric: title, unit.
 SHOWN = {
@@ -33,8 +34,8 @@ SHOWN = {
     "displacement_rate": ("Displaced pairs", "share"),
 }
 _INK, _QUIET, _RULE, _BLACK = "#1c1c1a", "#5f5f58", "#d9d8d2", "#010101"  # matplotlib leaves #000000 out of fills
-_VARIABLES = {_INK: "ink", _QUIET: "quiet", _RULE: "rule"} | {c.lower(): f"c{i}" for i, c in enumerate(COLORS)}
-_VARIABLES[_BLACK] = f"c{COLORS.index('#000000')}"
+_VARIABLES = {color.lower(): f"var(--c{i})" for i, color in enumerate(COLORS)}
+_VARIABLES |= {_INK: "var(--ink)", _QUIET: "var(--quiet)", _RULE: "var(--rule)", _BLACK: _VARIABLES["#000000"]}
 _RC = {"svg.fonttype": "none", "svg.hashsalt": "rpo", "text.parse_math": False, "font.size": 8.5, "axes.linewidth": 0.7}
 _RC |= {f"axes.spines.{side}": False for side in ("left", "right", "top")}
 _RC |= {name: _QUIET for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")}
@@ -90,82 +91,63 @@ def along(arms: Sequence[Group]) -> list[Chart]:
     return charts
 
 
-def against_distance(arms: Sequence[Group], name: str = "gold") -> Chart | None:
-    """A metric against sqrt(KL), a line per arm from the left to its end; None where no run has both at two steps."""
-    lines = [line for arm in arms for line in _lines(arm, name, _distance)]
+def against_distance(arms: Sequence[Group]) -> Chart | None:
+    """Gold against sqrt(KL), a line per arm from the left to its end; None where no run has both at two steps."""
+
+    def distance(point: dict) -> float | None:
+        return math.sqrt(max(point["kl"], 0)) if "kl" in point else None
+
+    lines = [line for arm in arms for line in _lines(arm, "gold", distance)]
     if not any(len(line.points) > 1 for line in lines):
         return None
-    starts = [m.curve[0] for arm in arms for m in arm.judged if name in m.curve[0] and "kl" in m.curve[0]]
-    level = (mean(point[name] for point in starts), "start") if starts and name == "gold" else None
-    return Chart(*SHOWN[name], "\u221aKL to the reference (\u221anats)", lines, level=level)
-
-
-def _distance(point: dict) -> float | None:
-    return math.sqrt(max(point["kl"], 0)) if "kl" in point else None
+    starts = [m.curve[0]["gold"] for arm in arms for m in arm.judged if m.curve[0].keys() >= {"gold", "kl"}]
+    level = (mean(starts), "start") if starts else None
+    return Chart(*SHOWN["gold"], "\u221aKL to the reference (\u221anats)", lines, level=level)
 
 
 def _lines(arm: Group, name: str, x: Callable[[dict], float | None]) -> list[Line]:
     curves = [[p for p in member.curve if name in p and x(p) is not None] for member in arm.judged]
     curves = [curve for curve in curves if curve]
-    if not curves:
-        return []
     by_step = [{point["step"]: point for point in curve} for curve in curves]
     points = []
-    for step in sorted(set.intersection(*map(set, by_step))):
-        there = [of[step] for of in by_step]
-        points.append((mean(map(x, there)), *mean_and_error(arm, name, there)))
+    for step in sorted(set.intersection(*map(set, by_step))) if curves else ():
+        at_step = [of[step] for of in by_step]
+        points.append((mean(map(x, at_step)), *arm.average(name, at_step)))
     thick = [Line(arm.short, arm.style, points)] if points else []
-    if len(curves) == 1:
+    if len(curves) < 2:
         return thick
     return [*(Line(arm.short, arm.style, [(x(p), p[name], None) for p in c], faint=True) for c in curves), *thick]
 
 
-def mean_and_error(arm: Group, name: str, points: Sequence[dict]) -> tuple[float, float | None]:
-    """Of a metric at one evaluation of each seed: the error over seeds, of one seed that of task=overopt, or None."""
-    values = [point[name] for point in points]
-    if len(values) > 1:
-        return mean(values), stdev(values) / math.sqrt(len(values))
-    return values[0], arm.judged[0].errors().get((points[0]["step"], name))
-
-
 def against_swept(arms: Sequence[Group], key: str) -> list[Chart]:
     """The last evaluation against a swept key, its values evenly spaced; arms that differ in it alone are joined."""
-    flats = {arm.label: groups.flat(arm.members[0].settings) for arm in arms}
-    values = sorted({flat[key] for flat in flats.values() if _is_number(flat.get(key))})
+    settings = {arm.label: arm.members[0].settings for arm in arms}
+    swept = {label: groups.flat(own).get(key) for label, own in settings.items()}
+    values = sorted({value for value in swept.values() if finite(value)})
     if len(values) < 2:
         return []
-    place = {value: float(i) for i, value in enumerate(values)}
     charts = []
     for name in ("gold", "shift/chosen", "rewards/accuracies"):
-        series: dict[str, list[Line]] = {}
-        for arm in arms:
-            ends = [member.curve[-1] for member in arm.judged if name in member.curve[-1]]
-            if ends and flats[arm.label].get(key) in place:
-                rest = repr(sorted((k, repr(v)) for k, v in _identity(arm).items() if k != key))
-                end = (place[flats[arm.label][key]], *mean_and_error(arm, name, ends))
-                series.setdefault(rest, []).append(Line(arm.short, arm.style, [end]))
-        joined = [members for members in series.values() if len(members) > 1]
-        grey = [Line("", -1, sorted((x, y, None) for line in members for x, y, _ in line.points)) for members in joined]
-        lines = [*grey, *(line for members in joined for line in members)]
+        series: list[list[Group]] = []
+        for arm in (arm for arm in arms if arm.end(name) and swept[arm.label] in values):
+            own = next((s for s in series if _differ_in(key, settings[s[0].label], settings[arm.label])), [])
+            series += [] if own else [own]
+            own.append(arm)
+        joined = [
+            [Line(arm.short, arm.style, [(float(values.index(swept[arm.label])), *arm.end(name))]) for arm in own]
+            for own in series
+            if len(own) > 1
+        ]
+        lines = [Line("", -1, sorted((*line.points[0][:2], None) for line in own)) for own in joined]
+        lines += [line for own in joined for line in own]
         if lines:
-            there = {x for line in lines for x, *_ in line.points}
-            ticks = [(x, f"{value:g}") for value, x in place.items() if x in there]
-            charts.append(Chart(*SHOWN[name], key, lines, ticks=ticks))
+            places = sorted({x for line in lines for x, *_ in line.points})
+            charts.append(Chart(*SHOWN[name], key, lines, ticks=[(x, f"{values[int(x)]:g}") for x in places]))
     return charts
 
 
-def _identity(arm: Group) -> dict:
-    """The settings in which two arms have to agree, save the swept one, to be joined by a line."""
-    settings = arm.members[0].settings
-    try:
-        own, _ = groups.identity(settings)
-    except (KeyError, TypeError, ValueError):  # of another version: equal to nothing
-        return {"label": arm.label}
-    return own | {"loss.sft": settings["loss"]["sft"]}  # identity calls it none where eta is 0
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _differ_in(key: str, a: dict, b: dict) -> bool:
+    return set(groups.swept([a, b])) <= {key, *groups.SEEDS}
 
 
 # ---- drawing
@@ -189,12 +171,11 @@ def svg(chart: Chart | Forest, *, wide: bool = False) -> str:
     """The SVG element. Its ids begin with "chart-", to be made unique in a page."""
     with matplotlib.rc_context(_RC), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that only the page's font has
+        size, draw = (5.0, 3.7) if wide else (3.7, 2.6), _draw_lines
         if isinstance(chart, Forest):
-            figure = Figure(figsize=(5.6, 0.55 + 0.24 * len(chart.rows)), layout="constrained")
-            _draw_forest(figure.subplots(), chart)
-        else:
-            figure = Figure(figsize=(5.0, 3.7) if wide else (3.7, 2.6), layout="constrained")
-            _draw_lines(figure.subplots(), chart)
+            size, draw = (5.6, 0.55 + 0.24 * len(chart.rows)), _draw_forest
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.subplots(), chart)
         return _for_page(figure, "chart", describe(chart))
 
 
@@ -258,34 +239,24 @@ def _for_page(figure: Figure, prefix: str, label: str | None) -> str:
     figure.savefig(buffer, format="svg", transparent=True)
     root = ET.fromstring(buffer.getvalue())
     for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.endswith(("metadata", "style")):
-                parent.remove(child)
-    text = " ".join(value for element in root.iter() for value in element.attrib.values() if "#" in value)
-    used = set(re.findall(r"(?:^|\s|\()#([\w-]+)", text))
+        for child in [child for child in parent if child.tag.endswith(("metadata", "style"))]:
+            parent.remove(child)
     for element in root.iter():
-        element.tag = element.tag.removeprefix(_SVG)
-        if not (element.text or "").strip():
-            element.text = None
-        element.tail = None
-        if "d" in element.attrib:
-            element.set("d", " ".join(re.sub(r"(\.\d\d)\d+", r"\1", element.get("d")).split()))
-        if element.get("id") in used:
-            element.set("id", f"{prefix}-{element.get('id')}")
-        else:
-            element.attrib.pop("id", None)
-        if _HREF in element.attrib:
-            element.set("href", f"#{prefix}-{element.attrib.pop(_HREF)[1:]}")
-        if "style" in element.attrib:
-            element.set("style", re.sub(r"#[0-9a-f]{6}\b", _variable, element.get("style")))
-        if "clip-path" in element.attrib:
-            element.set("clip-path", element.get("clip-path").replace("#", f"#{prefix}-"))
-    shape = {"viewBox": root.get("viewBox")}
+        element.tag, element.tail = element.tag.removeprefix(_SVG), None
+        element.text = element.text if (element.text or "").strip() else None
+        own = element.attrib
+        if element.tag == "g":  # of the others each is referred to
+            own.pop("id", None)
+        if "id" in own:
+            own["id"] = f"{prefix}-{own['id']}"
+        if _HREF in own:
+            own["href"] = f"#{prefix}-{own.pop(_HREF)[1:]}"
+        if "clip-path" in own:
+            own["clip-path"] = own["clip-path"].replace("#", f"#{prefix}-")
+        if "d" in own:
+            own["d"] = " ".join(re.sub(r"(\.\d\d)\d+", r"\1", own["d"]).split())
+        if "style" in own:
+            own["style"] = re.sub(r"#[0-9a-f]{6}\b", lambda color: _VARIABLES.get(color[0], color[0]), own["style"])
     spoken = {"aria-hidden": "true"} if label is None else {"role": "img", "aria-label": clean(label)}
-    root.attrib.clear()
-    root.attrib.update({"class": "swatch" if label is None else "chart"} | shape | spoken)
+    root.attrib = {"class": "swatch" if label is None else "chart", "viewBox": root.get("viewBox")} | spoken
     return ET.tostring(root, encoding="unicode")
-
-
-def _variable(color: re.Match) -> str:
-    return f"var(--{_VARIABLES[color[0]]})" if color[0] in _VARIABLES else color[0]

@@ -8,14 +8,15 @@ import itertools
 import re
 from pathlib import Path
 
+from rpo import text
+from rpo.overopt import curve
 from rpo.overopt.figures import COLORS
-from rpo.reporting import figures, text
-from rpo.reporting import run_verdicts as reporting_run_verdicts
+from rpo.reporting import figures, run_verdicts
 from rpo.reporting.sections import Page
-from rpo.reporting.text import clean
+from rpo.text import clean
 
 # Name: (light, dark). Tones are those of run_verdicts; c0, c1, ... the arms' colours.
-_TONES = {
+_COLORS = {
     "ink": ("#1a1a18", "#e9e7e1"),
     "quiet": ("#62625b", "#a5a39a"),
     "rule": ("#dddcd5", "#3a3936"),
@@ -62,11 +63,13 @@ def html(page: Page) -> str:
     environment.globals |= {
         "chart": lambda chart, wide: unique(figures.svg(chart, wide=wide), "chart"),
         "swatch": lambda style: unique(figures.swatch(style), "swatch"),
-        "kind": lambda block: type(block).__name__,
         "thick": figures.thick,
-        "beside": reporting_run_verdicts.beside,
+        "beside": run_verdicts.beside,
         "typeset": text.typeset,
+        "counted": text.counted,
         "marks": _MARKS,
+        "signs": run_verdicts,  # whose thresholds the rules state
+        "gold": curve,
     }
     template = environment.get_template("report.html.j2")
     return template.render(page=page, light=_variables(0), dark=_variables(1)).lstrip()
@@ -74,18 +77,11 @@ def html(page: Page) -> str:
 
 def _variables(dark: int) -> dict[str, str]:
     """Colours of the page by name; those of arms are lightened for a dark page, and darkened a little where too pale for white."""
-    colors = {name: pair[dark] for name, pair in _TONES.items()}
+    colors = {name: pair[dark] for name, pair in _COLORS.items()}
     for i, color in enumerate(COLORS):
-        lightness = sum(int(color[j : j + 2], 16) * weight for j, weight in ((1, 0.3), (3, 0.59), (5, 0.11))) / 255
-        share = 0.3 if dark else 0.15 * (lightness > 0.55)
-        if lightness < 0.2:  # black: the ink of either page
-            colors[f"c{i}"] = colors["ink"]
-        else:
-            colors[f"c{i}"] = _mixed(color, 255 if dark else 0, share)
+        red, green, blue = (int(color[j : j + 2], 16) for j in (1, 3, 5))
+        lightness = (0.3 * red + 0.59 * green + 0.11 * blue) / 255
+        share = 0.3 if dark else 0.15 * (lightness > 0.55)  # of white, of black
+        mixed = (round(part * (1 - share) + 255 * dark * share) for part in (red, green, blue))
+        colors[f"c{i}"] = colors["ink"] if lightness < 0.2 else "#" + "".join(f"{part:02x}" for part in mixed)
     return colors
-
-
-def _mixed(color: str, other: int, share: float) -> str:
-    """A colour with a share of white (255) or black (0)."""
-    parts = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return "#" + "".join(f"{round(part * (1 - share) + other * share):02x}" for part in parts)

@@ -2,9 +2,9 @@
 
 A logged curve is a list of evaluations in the order of steps,
 {"step": 50, "rewards/accuracies": .6, ...}, as metrics.jsonl has them: means without error bars. A summary is
-`overopt.summarise` of a run, as task=overopt leaves it: gold with paired errors.
+`curve.summarise` of a run, as task=overopt leaves it: gold with paired errors.
 
-Letters: S seeds, C evaluations that all seeds have.
+Letters: S seeds.
 """
 
 import math
@@ -12,11 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
-import numpy as np
-
 from rpo.overopt import curve as overopt_curve
-from rpo.reporting.text import sentence
-from rpo.stats import t_quantile
+from rpo.text import sentence, significant
 
 # Signs of trouble, each from the final evaluation, a mean over seeds. They are what docs/METRICS.md calls bad values.
 FELL = 20.0  # nats that chosen log-probs may fall
@@ -25,25 +22,6 @@ DISPLACED = 0.95  # share of held-out pairs whose chosen answer lost log-prob
 FAR = 20.0  # nats of KL to the reference
 NO_INFORMATION = math.log(2)  # -log sigmoid of a margin of 0
 
-RULES = (
-    "Overoptimised: gold fell from its peak beyond noise, and by at least "
-    f"{overopt_curve.SLIGHT:.0%} of what it had gained. No overoptimisation seen: its gain is beyond noise, and noise leaves no room "
-    f"for a drop of {overopt_curve.LARGE:.0%} of it. Under-optimised: neither, and KL never exceeded {overopt_curve.STAYED:g} nats. Anything "
-    "else: inconclusive.",
-    "Noise, where task=overopt measured gold: the standard error paired by prompt, times the number that the largest of all "
-    "comparisons between checkpoints exceeds with a chance of 5% while nothing changes (Bonferroni, Student's t). Each seed is "
-    f"judged by itself; a group has the verdict of more than half of its seeds, {overopt_curve.SOME} where others are more and any is, "
-    "else inconclusive.",
-    "Noise, where gold is only in the runs' own logs: the standard error over seeds, times that number. One seed decides "
-    "nothing.",
-    "Where gold decides nothing, there are signs, from the last evaluation of held-out pairs and samples: chosen log-probs "
-    f"more than {FELL:g} nats or {FELL_PER_TOKEN:g} nats per token below the reference; over {DISPLACED:.0%} of the pairs "
-    f"displaced; KL above {FAR:g} nats; held-out loss above ln 2 although most pairs are ranked correctly (overconfident); fewer "
-    f"than {overopt_curve.ENDED:.0%} of the answers ended. A sign is not a verdict: it says where to look.",
-    "Accuracy and margin decide nothing: they stay flat through a collapse.",
-    "Every judgment has a chance of up to 5% of a false alarm, corrected neither for the number of seeds of a group nor for the "
-    "number of groups: of 20 runs one may be called overoptimised by chance.",
-)
 # Tone of each verdict; the page adds a shape, so that colour is not the only carrier.
 _TONES = {
     "overoptimised": "bad",
@@ -78,7 +56,7 @@ def judge(
     `pairs`: how many held-out pairs the log's accuracy is of; `sigmoid`: whether ln 2 is the loss of no information.
     """
     curves = [curve for curve in curves if curve]
-    last = _last(curves) | _of_summaries(summaries)
+    last = _last(curves, summaries)
     if not last:
         return Verdict("not measured", "No evaluation was recorded; set eval_every and data.eval.", [])
     notes, trouble = _missing(last, bool(summaries)), signs(last, sigmoid=sigmoid)
@@ -86,9 +64,10 @@ def judge(
     if any(summary["gold/drop"] is not None for summary in summaries):
         kind = overopt_curve.group_kind([overopt_curve.kind(summary) for summary in summaries])
         says = overopt_curve.group_verdict(summaries)
-        says += f" KL at the end {_number(last['kl'])} nats." if "kl" in last else ""
-    elif (logged := spread(curves)) is not None:
-        kind, says = overopt_curve.kind(logged), f"{_of_logged_gold(logged, len(curves))} {facts}".strip()
+        says += f" KL at the end {significant(last['kl'])} nats." if "kl" in last else ""
+    elif (logged := over_seeds(curves)) is not None:
+        kind, says = overopt_curve.kind(logged), overopt_curve.verdict(logged)
+        says = f"{says} By the runs' own samples, with errors over {len(curves)} seeds. {facts}".strip()
     elif "gold" in last:
         notes = [_unjudged_gold(curves), *notes]
     if kind is not None and (kind != "unclear" or not trouble):
@@ -120,27 +99,25 @@ def signs(last: dict[str, float], *, sigmoid: bool = True) -> list[str]:
     return trouble
 
 
-def spread(curves: Sequence[Sequence[dict]]) -> dict | None:
-    """Drop and gain of logged gold with errors over seeds, in the form that `overopt.kind` reads; None where they cannot be computed.
+def over_seeds(curves: Sequence[Sequence[dict]]) -> dict | None:
+    """`curve.summarise` of the mean of logged gold over seeds, its clusters: errors are sd / sqrt(S), noise is by t_(S-1).
 
-        drop_s = gold_s[p] - gold_s[C],  gain_s = gold_s[p] - gold_s[0],  p = argmax of the seeds' mean gold
-
-    over the steps that all seeds have; se = sd / sqrt(S). The peak is the highest of several noisy means; for that a drop is
-    beyond noise above t_(S-1, 1 - 5% / (C-1)) errors alone (Bonferroni), as in `overopt.summarise`. Needs two seeds,
-    and a step between the first and the last.
+    Over the steps that all seeds have, with the largest KL of the seeds. None for fewer than two seeds, or three steps of
+    which the first is 0.
     """
-    steps = sorted(set.intersection(*({p["step"] for p in curve if "gold" in p} for curve in curves))) if curves else []
-    if len(curves) < 2 or len(steps) < 3:
+    with_gold = [{point["step"]: point for point in curve if "gold" in point} for curve in curves]
+    steps = sorted(set.intersection(*map(set, with_gold))) if curves else []
+    if len(curves) < 2 or len(steps) < 3 or steps[0] != 0:
         return None
-    gold_SC = np.array([[{p["step"]: p for p in curve}[step]["gold"] for step in steps] for curve in curves])
-    peak = int(gold_SC.mean(0).argmax())
-    noise = t_quantile(1 - overopt_curve.ALPHA / (len(steps) - 1), len(curves) - 1)
-    summary = {"gold/noise": noise, "step/final": steps[-1], "step/peak": steps[peak]}
-    for name, value_S in {"drop": gold_SC[:, peak] - gold_SC[:, -1], "gain": gold_SC[:, peak] - gold_SC[:, 0]}.items():
-        summary[f"gold/{name}"] = float(value_S.mean())
-        summary[f"gold/{name}_se"] = float(value_S.std(ddof=1) / math.sqrt(len(curves)))
-    kl = [point["kl"] for curve in curves for point in curve if "kl" in point]
-    return summary | {"kl/max": max(kl, default=None), "gold/final": float(gold_SC[:, -1].mean())}
+    mean_curve = []
+    has_kl = all("kl" in points[step] for points in with_gold for step in steps)
+    for step in steps:
+        gold_S = [points[step]["gold"] for points in with_gold]
+        metrics = {"gold": {"value": mean(gold_S)}}
+        metrics |= {"kl": {"value": max(points[step]["kl"] for points in with_gold)}} if has_kl else {}
+        clusters = {"gold": {"mean": gold_S, "size": [1] * len(gold_S)}}
+        mean_curve.append({"step": step, "metrics": metrics, "clusters": clusters})
+    return overopt_curve.summarise(mean_curve)
 
 
 # ---- in words
@@ -152,37 +129,30 @@ def beside(kind: str, says: str) -> str:
     return f"{rest[0].upper()}{rest[1:]}" if rest and says.lower().startswith(kind) else says
 
 
-def _number(x: float, digits: int = 3) -> str:
-    return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.{digits}g}"
-
-
-def _last(curves: Sequence[Sequence[dict]]) -> dict[str, float]:
-    """The final evaluation, a mean over the seeds; what every seed has."""
-    if not curves:
-        return {}
-    shared = set.intersection(*(set(curve[-1]) for curve in curves)) - {"step", "pairs", "time"}
-    return {name: mean(curve[-1][name] for curve in curves) for name in sorted(shared)}
-
-
-def _of_summaries(summaries: Sequence[dict]) -> dict[str, float]:
-    """The same where task=overopt measured it, from more samples and with its errors."""
-    names = {"kl/final": "kl", "shift/chosen": "shift/chosen", "accuracy/final": "rewards/accuracies"}
-    known = {theirs: [summary.get(theirs) for summary in summaries] for theirs in names} if summaries else {}
-    return {names[theirs]: mean(values) for theirs, values in known.items() if None not in values}
+def _last(curves: Sequence[Sequence[dict]], summaries: Sequence[dict]) -> dict[str, float]:
+    """The final evaluation, a mean over the seeds of what every seed has; by task=overopt, of more samples, where it measured."""
+    ends = [{k: v for k, v in curve[-1].items() if k not in ("step", "pairs", "time")} for curve in curves]
+    names = {"kl": "kl/final", "shift/chosen": "shift/chosen", "rewards/accuracies": "accuracy/final"}
+    measured = [{k: s[theirs] for k, theirs in names.items() if s[theirs] is not None} for s in summaries]
+    last: dict[str, float] = {}
+    for seeds in (ends, measured):
+        shared = set.intersection(*map(set, seeds)) if seeds else set()
+        last |= {name: mean(seed[name] for seed in seeds) for name in sorted(shared)}
+    return last
 
 
 def _facts(curves: Sequence[Sequence[dict]], last: dict[str, float], pairs: int | None) -> list[str]:
     facts = []
     if "shift/chosen" in last:
         shift = last["shift/chosen"]
-        way = f"fell {_number(-shift)} nats below" if shift < 0 else f"rose {_number(shift)} nats above"
+        way = f"fell {significant(-shift)} nats below" if shift < 0 else f"rose {significant(shift)} nats above"
         facts.append(f"chosen log-probs {way} the reference" if shift else "chosen log-probs are the reference's")
     if "displacement_rate" in last:
         facts.append(f"{last['displacement_rate']:.0%} of the held-out pairs are displaced")
     if "rewards/accuracies" in last:
         facts.append(f"held-out accuracy {last['rewards/accuracies']:.3f}{_moved(curves, pairs)}")
     if "kl" in last:
-        facts.append(f"KL {_number(last['kl'])} nats")
+        facts.append(f"KL {significant(last['kl'])} nats")
     return facts
 
 
@@ -197,23 +167,13 @@ def _moved(curves: Sequence[Sequence[dict]], pairs: int | None) -> str:
     return moved if noise is None else f"{moved} (on {pairs:,} pairs, under {noise} may be noise)"
 
 
-def _of_logged_gold(logged: dict, seeds: int) -> str:
-    drop, se, end = logged["gold/drop"], logged["gold/drop_se"], _number(logged["gold/final"])
-    if logged["step/peak"] == logged["step/final"]:
-        return f"Gold of the runs' own samples is at its highest at the end, {end} ({seeds} seeds)."
-    return (
-        f"Gold of the runs' own samples fell {_number(drop)} +- {_number(se, 2)} ({seeds} seeds) from its peak at step "
-        f"{logged['step/peak']} to {end}; up to {_number(logged['gold/noise'], 2)} such errors may be noise."
-    )
-
-
 def _unjudged_gold(curves: Sequence[Sequence[dict]]) -> str:
     """Gold in the log of one seed, stated and not judged."""
     gold = [(point["gold"], point["step"]) for point in curves[0] if "gold" in point]
     if not gold:
         return "Gold was logged by some runs alone, and is not judged."
     high, step = max(gold)
-    path = f"{_number(gold[0][0])} at step {gold[0][1]}, at most {_number(high)} (step {step}), {_number(gold[-1][0])} at the end"
+    path = f"{significant(gold[0][0])} at step {gold[0][1]}, at most {significant(high)} (step {step}), {significant(gold[-1][0])} at the end"
     return f"Gold of the run's own samples has no error bars and is not judged: {path}. Use task=overopt or more seeds."
 
 

@@ -1,14 +1,11 @@
-"""Duels: the items on which one model did worst against another, with both answers. Pure functions on samples.
-
-A sample is a line of samples.jsonl: "model", "id", "cluster", "prompt", "response", "scores", "error", "against", "details".
-"""
+"""Duels: the items on which one model did worst against another, with both answers. Pure functions on items."""
 
 import re
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from rpo.reporting.text import clean, number
+from rpo.evals.results import Item
+from rpo.text import clean, number
 
 # Metrics of which less is better, by a part of their names: kl, wikitext/word_perplexity,none
 LOWER = {"kl", "nll", "brier", "brier_score", "loss", "calibration_error", "displacement_rate"}
@@ -48,62 +45,49 @@ def is_lower_better(metric: str) -> bool:
     return bool(LOWER & set(re.split("[/,]", metric)))
 
 
-def items_of(samples: Sequence[dict], model: str) -> dict[str, dict]:
-    """The samples of `model` by id; those in error, or without a score, are left out."""
-    return {s["id"]: s for s in samples if s["model"] == model and s["scores"] and not s.get("error")}
+def items_of(items: Sequence[Item], model: str) -> dict[str, Item]:
+    """The items of `model` by id; those in error, or without a score, are left out."""
+    return {item.id: item for item in items if item.model == model and item.scores and not item.error}
 
 
-def opponent(sample: dict) -> str | None:
-    """The model that a sample was judged against."""
-    against = sample.get("against")
-    return str(against["model"]) if isinstance(against, dict) and against.get("model") is not None else None
+def start_and_end(items: Sequence[Item], runs: Sequence[str]) -> tuple[dict[str, Item], dict[str, Item]]:
+    """(answers at step 0, at the last checkpoint) of these runs, from the items of task=overopt, whose ids end in @STEP.
 
-
-def start_and_end(samples: Sequence[dict], runs: Sequence[str]) -> tuple[dict[str, dict], dict[str, dict]]:
-    """(answers at step 0, at the last checkpoint) of these runs, from the samples of task=overopt.
-
-    An item is the k-th answer to a prompt by a run; the two are samples, not one answer that changed.
+    The two of one prompt and number are samples, not one answer that changed.
     """
-    ends: tuple[dict[str, dict], dict[str, dict]] = ({}, {})
+    ends: tuple[dict[str, Item], dict[str, Item]] = ({}, {})
     for run in runs:
-        by_step: dict[int, list[dict]] = {}
-        for sample in samples:
-            step = sample["details"].get("step") if isinstance(sample.get("details"), dict) else None
-            if sample["model"] == run and isinstance(step, int) and "gold" in sample["scores"]:
-                by_step.setdefault(step, []).append(sample | {"scores": {"gold": sample["scores"]["gold"]}})
-        for items, step in zip(ends, (0, max(by_step, default=0)), strict=True):
-            count: Counter[str] = Counter()
-            for sample in by_step.get(step, ()):
-                key = f"{run} {sample.get('cluster')} {prompt_of(sample)}"
-                count[key] += 1
-                items[f"{key} {count[key]}"] = sample
+        own = [i for i in items if i.model == run and isinstance(i.details.get("step"), int) and "gold" in i.scores]
+        for end, step in zip(ends, (0, max((i.details["step"] for i in own), default=0)), strict=True):
+            for item in (item for item in own if item.details["step"] == step):
+                end[f"{run} {item.id.rpartition('@')[0]}"] = replace(item, scores={"gold": item.scores["gold"]})
     return ends
 
 
-def comparable(a: dict[str, dict], b: dict[str, dict], duel: tuple[str, str] | None) -> dict[str, dict]:
-    """The items of b comparable with a's: judged against one model, or (`duel`: their names) against each other."""
+def comparable(a: Mapping[str, Item], b: Mapping[str, Item], opponents: tuple[str, str] | None) -> dict[str, Item]:
+    """The items of b comparable with a's: judged against one model, or against each other, the two `opponents`."""
 
     def fits(left: str | None, right: str | None) -> bool:
-        return left == right or (duel is not None and (right, left) == duel)
+        return left == right or (opponents is not None and (right, left) == opponents)
 
-    return {key: item for key, item in b.items() if key in a and fits(opponent(a[key]), opponent(item))}
+    return {key: item for key, item in b.items() if key in a and fits(a[key].opponent, item.opponent)}
 
 
-def prompt_of(sample: dict) -> str:
+def prompt_of(item: Item) -> str:
     """The prompt as text: messages with their roles, a lone one without."""
-    prompt = sample.get("prompt")
+    prompt = item.prompt
     if isinstance(prompt, list) and prompt and all(isinstance(turn, dict) for turn in prompt):
         turns = [f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in prompt]
         return str(prompt[0].get("content", "")) if len(prompt) == 1 else "\n".join(turns)
-    return str(prompt or sample["id"])
+    return str(prompt or item.id)
 
 
-def worst(base: str, a: dict[str, dict], other: str, b: dict[str, dict], most: int) -> Comparison | None:
+def worst(base: str, a: Mapping[str, Item], other: str, b: Mapping[str, Item], most: int) -> Comparison | None:
     """The `most` items on which `other` (items b) fell furthest below `base` (items a); None where nothing is in common.
 
     By the first metric of quality that items of both have.
     """
-    scores = {key: (a[key]["scores"], b[key]["scores"]) for key in a if key in b}
+    scores = {key: (a[key].scores, b[key].scores) for key in a if key in b}
     names = dict.fromkeys(name for first, second in scores.values() for name in first if name in second)
     metric = next((name for name in names if name not in NEITHER), None)
     if metric is None or not most:
@@ -121,10 +105,9 @@ def worst(base: str, a: dict[str, dict], other: str, b: dict[str, dict], most: i
     return Comparison(f"{other} against {base}, by {metric}: {counts}.", duels)
 
 
-def _answer(model: str, sample: dict, metric: str) -> Answer:
-    score, response = f"{metric} {number(sample['scores'][metric])}", sample.get("response")
-    text = clean(
-        "(answer not kept)" if response is None else response
-    )  # before it is cut: half a secret is not recognised
+def _answer(model: str, item: Item, metric: str) -> Answer:
+    # Cleaned before it is cut: half a secret is not recognised.
+    text = clean("(answer not kept)" if item.response is None else item.response)
     cut = EXCERPT if len(text) > 1.2 * EXCERPT else len(text)
-    return Answer(model, score, text[:cut] or "(empty)", text[cut:LONGEST], max(0, len(text) - LONGEST))
+    more = max(0, len(text) - LONGEST)
+    return Answer(model, f"{metric} {number(item.scores[metric])}", text[:cut] or "(empty)", text[cut:LONGEST], more)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,51 @@ from rpo.data.tokenizer import identity, load_tokenizer
 from rpo.errors import UserError
 from rpo.runs import checkpoint
 from rpo.runs import folder as run_folder
+from rpo.stats import finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Source = tuple[str, str | None]  # folder or Hub name, revision
+
+
+_PASSED_BY = {"checkpoints", "model", "wandb", "plots", "__pycache__"}  # where no run has its folder
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run left. Nothing is trusted: what cannot be read is absent, and `flaws` says so of its metrics.jsonl.
+
+    `settings`: None where it failed before it had any; `overrides`: what its sweep set; `curve`: its evaluations by step,
+    {"step", metric: finite number}; `pairs`: how many were held out.
+    """
+
+    folder: Path
+    settings: dict[str, Any] | None = None
+    overrides: dict[str, str] = field(default_factory=dict)
+    state: str = "absent"  # or finished, interrupted, running (or killed), failed
+    reason: str = ""
+    step: int | None = None
+    curve: list[dict] = field(default_factory=list, repr=False)
+    pairs: int | None = None
+    environment: dict[str, Any] = field(default_factory=dict, repr=False)
+    flaws: list[str] = field(default_factory=list)
+
+    @property
+    def checkpoints(self) -> dict[int, Path]:
+        """By step."""
+        return checkpoint.of_run(self.folder)
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """`evaluations`: folders with a results.json; `unreadable`: a line on each config.yaml that is not YAML; `notes`: on
+    other folders that should hold something and do not."""
+
+    runs: list[RunRecord]
+    evaluations: list[Path]
+    unreadable: list[str]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -45,28 +87,64 @@ class Run:
         return None if self.loss.preference == "none" else self.loss.beta
 
 
-def find(specs: list[str]) -> tuple[list[Run], list[str]]:
-    """Every run with checkpoints in the folders `specs` or below them, and of each that cannot be used why, one phrase.
+def walk(specs: Sequence[str]) -> Catalog:
+    """What lies in the folders `specs` and below them, in the order of the folders, 2 before 10.
 
-    A folder is a run's where its config.yaml has a loss. Left out are those that failed, and those that left no
-    checkpoint. Runs stand in the order of their folders, 2 before 10. Raises UserError: a folder that is not there, or
-    in which no run remains.
+    A folder is a run's where its config.yaml has a loss, an evaluation's where it has a task. Raises UserError on a
+    folder that is not there.
     """
-    runs, left_out = [], []
+    runs: dict[Path, RunRecord] = {}
+    evaluations: dict[Path, None] = {}
+    notes: dict[str, None] = {}
+    unreadable: dict[str, None] = {}
     for spec in specs:
         top = Path(spec).expanduser().resolve()
         if not top.is_dir():
             raise UserError(f"runs={spec}: no such folder; give a run's, or a sweep's with runs in it")
-        folders = {path.parent for pattern in ("config.yaml", "status.json") for path in top.rglob(pattern)}
+        folders = []
+        for folder, inner, names in os.walk(top):
+            inner[:] = [name for name in inner if name not in _PASSED_BY and not name.startswith(".")]
+            folders += [Path(folder)] if {"config.yaml", "status.json", "sweep.json"} & set(names) else []
         for folder in sorted(folders, key=_natural):
-            found = _look(folder)
-            if isinstance(found, Run):
-                runs += [found] if all(run.folder != folder for run in runs) else []
-            elif found:
-                left_out.append(f"{folder} ({found})")
+            try:
+                entry = _look(folder)
+            except UserError as error:
+                unreadable[str(error)] = None
+                continue
+            if isinstance(entry, RunRecord):
+                runs.setdefault(folder, entry)
+            elif isinstance(entry, Path):
+                evaluations[entry] = None
+            elif entry is not None:
+                notes[entry] = None
+            absent = [str(i) for i in range(len(_sweep(folder))) if not (folder / str(i)).is_dir()]
+            if absent:
+                notes[f"{folder}: cells of the sweep that were not started: {', '.join(absent)}"] = None
+    return Catalog(list(runs.values()), list(evaluations), list(unreadable), list(notes))
+
+
+def find(specs: list[str]) -> tuple[list[Run], list[str]]:
+    """Every run with checkpoints below `specs`, and of each that cannot be used why, one phrase.
+
+    Left out are those that failed, have no checkpoint or cannot be read. Raises UserError as `walk` does, and where no run
+    remains.
+    """
+    catalog = walk(specs)
+    runs, left_out = [], list(catalog.unreadable)
+    for record in catalog.runs:
+        if record.state == "failed":
+            left_out.append(f"{record.folder} (failed: {record.reason[:120]})")
+        elif record.settings is not None and not record.checkpoints:
+            left_out.append(f"{record.folder} (no checkpoints; checkpoint.every=N keeps them)")
+        elif record.settings is not None:
+            run = run_of(record.folder, record.settings, record.checkpoints, record.state)
+            if run.model.path:
+                runs.append(run)
+            else:
+                left_out.append(f"{run.folder} (began with random weights, so there is no reference)")
     if not runs:
-        why = f": {'; '.join(left_out[:3])}" if left_out else "; a run's folder has a config.yaml and checkpoints/"
-        raise UserError(f"runs={', '.join(specs)}: no run with checkpoints there{why}")
+        reason = f": {'; '.join(left_out[:3])}" if left_out else "; a run's folder has a config.yaml and checkpoints/"
+        raise UserError(f"runs={', '.join(specs)}: no run with checkpoints there{reason}")
     return runs, left_out
 
 
@@ -74,20 +152,76 @@ def _natural(folder: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(folder))]
 
 
-def _look(folder: Path) -> Run | str | None:
-    """The run in `folder`, why it cannot be used, or None where no run has its folder there."""
-    file = folder / "config.yaml"
-    settings = config.read_yaml(file) if file.is_file() else None
-    if settings is not None and not (isinstance(settings, dict) and isinstance(settings.get("loss"), dict)):
-        return None
+def _look(folder: Path) -> RunRecord | Path | str | None:
+    """The run in `folder`, the folder itself where it holds an evaluation, or a note on what it should hold and does not."""
+    settings = config.read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
     status = run_folder.read_status(folder)
-    if status["state"] == "failed":
-        return f"failed: {status['reason'][:120]}"
-    checkpoints = checkpoint.of_run(folder)
-    if settings is None or not checkpoints:
-        return None if settings is None else "no checkpoints; checkpoint.every=N keeps them"
-    run = run_of(folder, settings, checkpoints, status["state"])
-    return run if run.model.path else "began with random weights, so there is no reference"
+    if settings is None:
+        return None if status["state"] == "absent" else _record(folder, None, status)
+    if isinstance(settings, dict) and isinstance(settings.get("loss"), dict):
+        return _record(folder, settings, status)
+    if not (isinstance(settings, dict) and isinstance(settings.get("task"), dict)):
+        return f"{folder}: skipped, its config.yaml is not that of a run or an evaluation"
+    kind = settings["task"].get("kind")
+    if kind == "report" or (folder / "results.json").is_file():
+        return None if kind == "report" else folder
+    why = f"{status['state']}: {status['reason']}".rstrip(": ")
+    return f"{folder}: an evaluation by task={kind} without results ({why})"
+
+
+def _record(folder: Path, settings: dict | None, status: dict) -> RunRecord:
+    try:
+        events, broken = files.parse_lines((folder / "metrics.jsonl").read_text(errors="replace"))
+    except OSError:
+        events, broken = [], 0
+    curve: dict[int, dict] = {}
+    flaws = [f"{broken} unreadable line{'s' * (broken > 1)} of metrics.jsonl skipped."] if broken else []
+    for event in events:
+        if event.get("split") == "eval" and finite(event.get("step")):
+            lost = [name for name, value in event.items() if isinstance(value, float) and not finite(value)]
+            flaws += [f"{', '.join(lost)} at step {event['step']} not finite, skipped."] if lost else []
+            # Of two evaluations of one step, one of them before an interruption, the later counts.
+            curve[event["step"]] = {name: value for name, value in event.items() if finite(value)}
+    row = _sweep(folder.parent)[int(folder.name) :][:1] if folder.name.isdecimal() else []
+    not_set = ("cell", "run_dir", "state", "reason")
+    overrides = {k: v for cell in row for k, v in cell.items() if isinstance(v, str) and "/" not in k}
+    data_report = _object(folder / "data_report.json").get("eval")
+    pairs = data_report.get("kept") if isinstance(data_report, dict) else None
+    return RunRecord(
+        folder=folder,
+        settings=settings,
+        overrides={k: v for k, v in overrides.items() if k not in not_set},
+        state=str(status["state"]),
+        reason=" ".join(str(status["reason"]).split()),
+        step=status["step"] if finite(status["step"]) else None,
+        curve=[curve[step] for step in sorted(curve)],
+        pairs=pairs if finite(pairs) and pairs > 0 else None,
+        environment=environment(folder),
+        flaws=flaws,
+    )
+
+
+def _sweep(folder: Path) -> list[dict]:
+    """The rows of the sweep in `folder`; [] where it is none."""
+    table = _read(folder / "sweep.json")
+    return [row for row in table if isinstance(row, dict)] if isinstance(table, list) else []
+
+
+def environment(folder: Path) -> dict[str, Any]:
+    """What a run or an evaluation ran with; {} where it left nothing readable."""
+    return _object(folder / "environment.json")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = _read(path)
+    return value if isinstance(value, dict) else {}
+
+
+def _read(path: Path) -> Any:
+    try:
+        return run_folder.read_json(path)
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def run_of(folder: Path, settings: dict[str, Any], checkpoints: dict[int, Path], state: str) -> Run:

@@ -60,6 +60,12 @@ def differing(settings: Sequence[dict]) -> list[str]:
     return [key for key in keys if len({repr(_nameless(each.get(key))) for each in flats}) > 1]
 
 
+def swept(settings: Sequence[dict]) -> list[str]:
+    """Those that differ and change what is learnt; seeds among them."""
+    ignored = [key for key in IGNORED if key not in SEEDS]
+    return [key for key in differing(settings) if not any(key == no or key.startswith(f"{no}.") for no in ignored)]
+
+
 def _nameless(value: Any) -> Any:
     """The files of the embedded task as one word, whatever their digest: data.gold says what is in them."""
     return "gold" if isinstance(value, str) and _EMBEDDED.search(value) else value
@@ -154,8 +160,10 @@ def group(runs: Sequence[dict]) -> list[Group]:
     return sorted(groups, key=place)
 
 
-def interval(values: Sequence[float]) -> dict[str, Any]:
+def interval(values: Sequence[float], comparisons: int = 1) -> dict[str, Any]:
     """{"mean", "sd", "ci", "n"} over seeds: ci = mean +- t sd / sqrt(n) at 95%, Student's t with n - 1 degrees.
+
+    Of several `comparisons` all intervals hold together with that chance (Bonferroni).
 
     sd and ci are None of one value, all three of none. Runs evaluated together share prompts and the random stream of
     their samples, so the ci is over training runs and not over prompts.
@@ -166,7 +174,11 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
         result["mean"] = float(values.mean())
     if len(values) > 1:
         result["sd"] = float(values.std(ddof=1))
-        half = stats.t_quantile((1 + LEVEL) / 2, len(values) - 1) * result["sd"] / math.sqrt(len(values))
+        half = (
+            stats.t_quantile(1 - (1 - LEVEL) / (2 * comparisons), len(values) - 1)
+            * result["sd"]
+            / math.sqrt(len(values))
+        )
         result["ci"] = [result["mean"] - half, result["mean"] + half]
     return result
 

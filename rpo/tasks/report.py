@@ -13,8 +13,9 @@ from rpo.evals.context import Context
 from rpo.evals.results import Evaluation
 from rpo.evals.settings import Eval, Listed, check_subjects, listed
 from rpo.reporting.run_verdicts import beside
-from rpo.reporting.text import clean
+from rpo.runs import catalog
 from rpo.runs import folder as run_folder
+from rpo.text import clean
 
 
 @group
@@ -38,7 +39,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
 
     Raises UserError where a path given explicitly cannot be read, or holds neither a run nor an evaluation.
     """
-    from rpo.reporting import collect, first_screen, render, sections  # matplotlib, jinja2: no other task needs them
+    from rpo.reporting import collect, render, sections, tables  # matplotlib, jinja2: no other task needs them
 
     runs, results = listed(cfg.runs), listed(cfg.task.results)
     report = collect.collect(runs, results)
@@ -46,7 +47,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     title = cfg.task.title or ", ".join(Path(spec).expanduser().resolve().name for spec in runs or results)
     if dist.is_main():
         run_folder.write_environment(ctx.run_dir, ctx.device)
-    environment = collect.environment(ctx.run_dir)
+    environment = catalog.environment(ctx.run_dir)
     page = sections.layout(report, title, [*runs, *results], cfg.task.worst, environment)
     file = ctx.run_dir / "report.html"
     if dist.is_main():
@@ -58,7 +59,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     ]
     details = {"of": [*runs, *results], "title": title, "headline": page.headline, "asides": page.asides}
     details |= {"groups": arms, "file": str(file)}
-    return Evaluation(first_screen.metrics(report), notes=report.notes, details=details)
+    return Evaluation(tables.metrics(report), notes=report.notes, details=details)
 
 
 def table(evaluation: Evaluation) -> str:

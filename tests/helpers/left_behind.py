@@ -3,6 +3,7 @@
 import copy
 import json
 
+from rpo.evals.results import Item
 from rpo.overopt import study
 from rpo.runs import folder as run_folder
 from rpo.stats import clustered_mean
@@ -56,6 +57,11 @@ def leave(folder, task, models, samples=(), *, notes=(), details=None, config=No
 def sample(model, id_, scores, **more):
     blank = {"prompt": None, "response": None, "error": None, "against": None, "details": {}}
     return {"model": model, "id": id_, "cluster": id_, "scores": scores} | blank | more
+
+
+def items(model, scores, **more):
+    """Items as read back, {id: scores}."""
+    return [Item(**sample(model, id_, own, **more)) for id_, own in scores.items()]
 
 
 def measure(runs):

@@ -5,18 +5,9 @@ import random
 from dataclasses import replace
 
 from rpo.errors import UserError
-from rpo.reporting import collect, evaluations, render, sections
+from rpo.reporting import collect, render, sections
 from rpo.runs import folder as run_folder
-from tests.helpers.left_behind import (
-    leave,
-    leave_evaluation,
-    leave_run,
-    leave_study,
-    leave_sweep,
-    point,
-    sample,
-)
-from tests.helpers.rows import write_jsonl
+from tests.helpers.left_behind import leave_evaluation, leave_run, leave_study, leave_sweep, point, sample
 
 
 def collected(runs=(), results=()):
@@ -141,53 +132,29 @@ def test_results_that_do_not_compare(tmp_path):
 
 
 def test_torn_and_odd_samples(tmp_path):
-    """Half a line, lines without an id and scores that are no numbers are dropped; the rest is kept."""
+    """Half a line and lines that hold no item are skipped, counted in a note; scores and cells that are no numbers are dropped."""
     folder = leave_evaluation(tmp_path / "e", {"m": [1.0]})
     with (folder / "samples.jsonl").open("a") as file:
-        file.write('{"model": "m"}\n[1]\n{"model": "m", "id": 7, "scores": {"a": NaN, "b": true, "c": 2}}\n')
-        file.write('{"model": "m", "id": "x", "scores": 3}\n{"model": "m", "id"')
+        file.write(
+            '{"model": "m"}\n[1]\n' + json.dumps(sample("m", "x", {"a": float("nan"), "b": True, "c": 2})) + "\n"
+        )
+        file.write(json.dumps(sample("m", 7, {})) + '\n{"model": "m", "id"')
+    content = json.loads((folder / "results.json").read_text())
+    content["models"]["m"]["accuracy"] |= {"value": float("inf"), "se": "x", "interval": [0, None]}
+    run_folder.write_json(folder / "results.json", content)
     (read,) = collected(results=[folder]).evaluations
-    assert [(each["id"], each["scores"]) for each in read.samples] == [
-        ("q0", {"accuracy": 1.0}),
-        ("7", {"c": 2}),
-        ("x", {}),
-    ]
-
-
-def test_the_older_form(base, tmp_path):
-    """Evaluations from before details and one form of samples are read the same."""
-    sweep = leave_sweep(tmp_path / "sweep", base)
-    new = leave_study(tmp_path / "new", [sweep / "0", sweep / "3"])
-    content = json.loads((new / "results.json").read_text())
-    old = leave(tmp_path / "old", "overopt", {})
-    run_folder.write_json(old / "results.json", {"task": "overopt"} | content["details"])
-    write_jsonl(
-        old / "samples.jsonl",
-        [{"run": str(sweep / "0"), "step": 30, "row": "f:1", "prompt": "p", "response": "r", "gold": 0.5}],
-    )
-    read = [evaluations.read_results(folder) for folder in (new, old)]
-    assert read[0].models == read[1].models and read[0].curves == read[1].curves
-    assert read[1].samples[0] | {"details": None} == sample(str(sweep / "0"), "f:1@30", {"gold": 0.5}) | {
-        "cluster": "f:1",
-        "prompt": "p",
-        "response": "r",
-        "details": None,
-    }
-    win = leave(tmp_path / "win", "winrate", {})
-    run_folder.write_json(win / "results.json", {"task": "winrate", "models": {"a": {}}, "judge": {"model": "j"}})
-    write_jsonl(win / "samples.jsonl", [{"model": "a", "id": "q", "scores": {}, "against": "b", "answer": "x"}])
-    read = evaluations.read_results(win)
-    assert read.judged_by["judge"] == "j" and read.samples[0]["against"]["model"] == "b"
-    assert read.samples[0]["response"] == "x"
+    assert [(each.id, each.scores) for each in read.items] == [("q0", {"accuracy": 1.0}), ("x", {"c": 2})]
+    assert read.notes == ["4 lines of samples.jsonl hold no item and were skipped."]
+    cell = read.models["m"]["accuracy"]
+    assert (cell["value"], cell["se"], cell["interval"], cell["n"]) == (None, None, None, 1)
 
 
 def test_damaged_results_are_one_line_or_a_page(base, tmp_path):
     """A study's results with any one value replaced by another kind of thing give a UserError of one line, or a page."""
-    sweep = leave_sweep(tmp_path / "sweep", base)
-    file = leave_study(tmp_path / "study", [sweep / "0", sweep / "3"]) / "results.json"
-    whole, rng = file.read_text(), random.Random(0)
-    refused = 0
-    for _ in range(40):
+    runs = [leave_run(tmp_path / str(eta), base, eta=eta) for eta in (0.0, 0.25)]
+    file = leave_study(tmp_path / "study", runs) / "results.json"
+    whole, rng, refused = file.read_text(), random.Random(0), 0
+    for _ in range(25):
         content, spots = json.loads(whole), []
 
         def walk(node, spots=spots):
@@ -201,12 +168,12 @@ def test_damaged_results_are_one_line_or_a_page(base, tmp_path):
         node[key] = rng.choice([None, -1, "x", [], {}, float("nan"), 1e308, True, {"value": "y"}])
         file.write_text(json.dumps(content))
         try:
-            report = collected([sweep], [file])
+            report = collected(results=[file])
         except UserError as error:
             assert "\n" not in str(error) and str(file) in str(error)
             refused += 1
         else:
             page = sections.layout(report, "t", ["x"], 5, {})
-            html = render.html(replace(page, figure=None, sections=page.sections[:2]))  # drawing takes longest
+            html = render.html(replace(page, figure=None, charts=[], swept=[]))  # drawing takes longest
             assert "<h2>Verdicts in words" in html
-    assert 3 < refused < 37
+    assert 3 < refused < 22

@@ -6,35 +6,36 @@ from pathlib import Path
 
 import pytest
 
-from rpo.reporting import collect, eval_verdicts, evaluations
-from rpo.reporting.collect import Group, Member, Report, RunRecord
-from rpo.reporting.evaluations import Results
+from rpo.reporting import collect, eval_verdicts
+from rpo.reporting.collect import Group, Member, Report, Results
 from rpo.reporting.run_verdicts import Verdict
+from rpo.runs.catalog import RunRecord
 from rpo.stats import clustered_mean, sign_test, t_quantile
+from tests.helpers.left_behind import items
+
+BLANK = {"value": None, "se": None, "interval": None, "n": 0, "n_error": 0}
 
 
-def results(task, models, samples=(), notes=(), config=None, **details):
+def results(task, models, own=(), config=None, **details):
     """An evaluation: {model: {metric: scores, or a cell}}."""
     cells = {
         model: {
-            name: evaluations._cell(
-                one if isinstance(one, dict) else clustered_mean(one, range(len(one))) | {"n_error": 0}
-            )
+            name: BLANK | (one if isinstance(one, dict) else clustered_mean(one, range(len(one))))
             for name, one in metrics.items()
         }
         for model, metrics in models.items()
     }
-    read = Results(Path("e"), task, cells, list(samples), list(notes), details, config or {}, [])
+    read = Results(models=cells, items=list(own), details=details, folder=Path("e"), task=task, config=config or {})
     return replace(read, names=collect._names(read, []))
 
 
-def duel(wins, **facts):
+def duel(wins):
     """A win rate of A against B with its sign test."""
     scores = [float(i < wins) for i in range(60)]
-    samples = [{"model": a, "id": "q", "against": {"model": b, "response": None}} for a, b in (("A", "B"), ("B", "A"))]
+    own = [*items("A", {"q": {}}, against={"model": "B"}), *items("B", {"q": {}}, against={"model": "A"})]
     test = {"of": "A", "p": sign_test(wins, 60 - wins)}
     models = {"A": {"win_rate": scores}, "B": {"win_rate": [1 - score for score in scores]}}
-    return results("winrate", models, samples, sign_test=test, judge={"model": "j"}, **facts)
+    return results("winrate", models, own, sign_test=test, judge={"model": "j"})
 
 
 def test_a_win_rate_in_one_sentence():
@@ -96,17 +97,11 @@ def test_a_choice_of_checkpoints():
 def group(label, ends, kind="not measured", start=None):
     """A group of runs, {seed: the last evaluation}."""
     settings = {"loss": {"sft": "none", "preference": "sigmoid", "eta": 0.0, "beta": 0.1}}
-    members = [
-        Member(
-            f"{label}{seed}",
-            settings | {"seed": seed},
-            RunRecord(
-                Path("r"), {}, {}, "finished", "", 30, [{"step": 0} | (start or {}), {"step": 30} | end], None, {}, []
-            ),
-            None,
-        )
-        for seed, end in ends.items()
-    ]
+    members = []
+    for seed, end in ends.items():
+        curve = [{"step": 0} | (start or {}), {"step": 30} | end]
+        record = RunRecord(Path("r"), settings | {"seed": seed}, state="finished", step=30, curve=curve)
+        members.append(Member(f"{label}{seed}", record, None))
     return Group(label, label, 0, members, Verdict(kind, "", []))
 
 
@@ -115,7 +110,7 @@ def golds(*values):
 
 
 def test_groups_that_share_seeds():
-    """The paired difference by seed against DPO, its interval by t with Bonferroni over what is told; one lone seed is none."""
+    """The paired difference by seed against DPO, its interval by t with Bonferroni over those listed; one lone seed is none."""
     dpo, rpo = group("DPO beta 0.1", golds(1, 2, 3)), group("RPO", golds(3, 5, 4))
     mean, sd = 2.0, 1.0  # of 2, 3, 1
     half = t_quantile(0.975, 2) * sd / math.sqrt(3)
@@ -140,7 +135,7 @@ def test_details_of_another_form(baseline):
     read = results("alpaca_eval", {"m": {"win_rate": [0.0, 1.0]}}, config={"baseline": baseline, "task": 3}, **odd)
     assert eval_verdicts.of_evaluation(read)[0].startswith("win_rate: m 0.5")
     assert eval_verdicts.context(read) == ["Judge: not named by the stored judgments."]
-    assert eval_verdicts.compared(read) == [["m, the first", "the second"]]
+    assert collect.compared(read) == [("m, the first", "the second")]
 
 
 # ---- the sentence at the top

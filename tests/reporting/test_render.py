@@ -8,34 +8,45 @@ import pytest
 from rpo.reporting import figures, render, side_by_side
 from rpo.reporting.collect import Group
 from rpo.reporting.figures import Chart, Forest, Line
-from rpo.reporting.first_screen import Cell, Table
 from rpo.reporting.run_verdicts import Verdict
-from rpo.reporting.sections import Charts, Code, Duels, Page, Points, Section, Verdicts
+from rpo.reporting.sections import Evaluated, Page
 from rpo.reporting.side_by_side import Answer, Comparison, Duel
-from rpo.reporting.text import clean, decimals, fixed, number, typeset
+from rpo.reporting.tables import Cell, Table
+from rpo.text import clean, decimals, fixed, number, typeset
+from tests.helpers.left_behind import items
 from tests.helpers.page_reader import NASTY, Reader
 
 
-def chart(label="DPO", **more):
+def chart(label="DPO", level=None, ticks=None):
     points = [(0, 2.5, None), (50, 3.5, 0.2), (100, -1.0, 0.4)]
-    return Chart(label, label, label, [Line(label, 0, points), Line(label, 0, points, faint=True)], **more)
+    lines = [Line(label, 0, points), Line(label, 0, points, faint=True)]
+    return Chart(label, label, label, lines, level=level, ticks=ticks)
 
 
-def page(text, sections=None):
-    """One of each block with `text` wherever text goes."""
-    table = Table(
-        text, [text, text], [[Cell(text, style=1)], [Cell(text), Cell(text, text, "bad")]], frozenset({1}), text, 1
-    )
+def page(text, table=None, comparisons=None):
+    """A page of all there can be with `text` wherever text goes."""
+    rows = [[Cell(text, style=1)], [Cell(text), Cell(text, text, "bad")]]
+    table = table or Table(text, [text, text], rows, frozenset({1}), text, 1)
     duel = Duel(text, Answer(text, text, text, text, 5), Answer(text, text, text, "", 0))
-    arm = Group(text, text, 0, [], Verdict("overoptimised", text, [text]))
-    drawn = [
-        chart(text, level=(2.5, text), ticks=[(0, text), (50, text)]),
-        Forest(text, text, [(text, 1.0, -1.0, 2.0)]),
-    ]
-    blocks = [Verdicts([arm]), table, Points([text], text), Charts(drawn, text, [(text, 9)])]
-    blocks += [Duels(Comparison(text, [duel, duel]), 1), Code([text])]
-    folded = [Section(text, text, blocks)] if sections is None else sections
-    return Page(text, [text], text, [text], table, chart(text), folded)
+    return Page(
+        title=text,
+        facts=[text],
+        headline=text,
+        asides=[text],
+        arms=table,
+        figure=chart(text),
+        groups=[Group(text, text, 0, [], Verdict("overoptimised", text, [text]))],
+        over_seeds=[text],
+        charts=[chart(text, (2.5, text), [(0, text), (50, text)])],
+        swept=[(text, [Forest(text, text, [(text, 1.0, -1.0, 2.0)])])],
+        runs=table,
+        states=text,
+        evaluations=[Evaluated(text, [text], table)],
+        comparisons=[Comparison(text, [duel, duel])] if comparisons is None else comparisons,
+        notes=[text],
+        sources=table,
+        commands=[text],
+    )
 
 
 def test_a_page_is_whole_and_alone():
@@ -80,17 +91,15 @@ def test_half_a_secret_is_left_out(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "hunter2hunter2")
     for at in (side_by_side.EXCERPT, side_by_side.LONGEST):
         text = "x" * (at - 7) + "hunter2hunter2" + "y" * side_by_side.LONGEST
-        items = [{"q": {"id": "q", "scores": {"s": s}, "prompt": text, "response": text}} for s in (1.0, 0.0)]
-        compared = side_by_side.worst("a", items[0], "b", items[1], 1)
-        assert "hunter" not in render.html(page("", [Section("", "", [Duels(compared, 1)])]))
+        good, bad = items("m", {"q": {"s": 1.0}, "r": {"s": 0.0}}, prompt=text, response=text)
+        compared = side_by_side.worst("a", {"q": good}, "b", {"q": bad}, 1)
+        assert "hunter" not in render.html(page("", comparisons=[compared]))
 
 
 def test_numbers_stand_to_the_right_and_line_up():
     """Columns named as numbers are aligned right; decimals follow the middle or smallest error; minus signs are true ones."""
     rows = [[Cell("all")], [Cell("1"), Cell("0.5", "\u00b1 0.1"), Cell("finished")]]
-    read = Reader(
-        render.html(page("", [Section("", "", [Table("c", ["run", "gold", "state"], rows, frozenset({1}))])]))
-    )
+    read = Reader(render.html(page("", Table("c", ["run", "gold", "state"], rows, frozenset({1})))))
     assert [td.get("class") for td in read.tags("td")][-2:] == ["n", None]
     assert decimals([None, 0.5, 0.012, 3.0]) == 2 and decimals([0.012, 3.0], of_smallest=True) == 3
     assert decimals([None, 0]) is None

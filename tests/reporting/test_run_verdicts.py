@@ -118,26 +118,26 @@ def test_too_sure_is_a_matter_of_the_sigmoid_loss():
 
 
 def test_spread_by_hand():
-    """Drop and gain of logged gold are means over seeds from the peak of their mean, with sd / sqrt(S); None where it can not be."""
+    """Drop and gain of logged gold are means over seeds from the peak of their mean, with sd / sqrt(S); None where it cannot be computed."""
     golds = [(1.0, 4.0, 2.0, 1.0), (1.2, 3.0, 3.5, 0.5), (0.9, 3.6, 2.2, 1.4)]
-    verdict = run_verdicts.spread([curve(*g) for g in golds])
+    verdict = run_verdicts.over_seeds([curve(*g) for g in golds])
     drops = [g[1] - g[3] for g in golds]
     assert verdict["step/peak"] == 10 and verdict["gold/drop"] == pytest.approx(statistics.mean(drops))
     assert verdict["gold/drop_se"] == pytest.approx(statistics.stdev(drops) / math.sqrt(3))
     assert verdict["gold/gain"] == pytest.approx(statistics.mean(g[1] - g[0] for g in golds))
     assert verdict["gold/noise"] == t_quantile(1 - 0.05 / 3, 2)
-    assert run_verdicts.spread([curve(*golds[0])]) is None and run_verdicts.spread([]) is None
-    assert run_verdicts.spread([curve(1.0, 2.0), curve(1.0, 2.0)]) is None
+    assert run_verdicts.over_seeds([curve(*golds[0])]) is None and run_verdicts.over_seeds([]) is None
+    assert run_verdicts.over_seeds([curve(1.0, 2.0), curve(1.0, 2.0)]) is None
     ragged = [curve(*golds[0]), curve(*golds[1])[:-1]]
-    assert run_verdicts.spread(ragged)["step/final"] == 20  # the last step that both have
+    assert run_verdicts.over_seeds(ragged)["step/final"] == 20  # the last step that both have
 
 
 @pytest.mark.parametrize("seeds", [2, 5])
 def test_noise_is_not_called_a_drop(seeds):
-    """Gold that rises and then stays, with noise at every step, is said to have dropped in at most 5% of 600 trials (+- 2 se)."""
+    """Gold that rises and then stays, with noise at every step, is said to have dropped in at most 5% of 300 trials (+- 2 se)."""
     rng, called = np.random.default_rng(seeds), 0
-    for _ in range(600):
+    for _ in range(300):
         gold_SC = rng.normal(size=(seeds, 8)) + np.array([0, *[2] * 7])
-        verdict = run_verdicts.spread([curve(*row) for row in gold_SC.tolist()])
+        verdict = run_verdicts.over_seeds([curve(*row) for row in gold_SC.tolist()])
         called += verdict["gold/drop"] > verdict["gold/noise"] * verdict["gold/drop_se"]
-    assert called / 600 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 600)
+    assert called / 300 <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 300)

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -12,10 +11,8 @@ import eval as evaluation
 import train
 from rpo import dist
 from rpo.errors import UserError
-from rpo.reporting import eval_verdicts, run_verdicts
+from rpo.evals import pairing
 from rpo.runs import folder as run_folder
-from rpo.tasks import compare
-from rpo.tasks import report as task
 from rpo.training import figures as training_figures
 from tests.helpers.left_behind import leave, leave_evaluation, leave_run, leave_study, leave_sweep
 from tests.helpers.page_reader import NASTY, Reader
@@ -31,7 +28,7 @@ def report(run_dir, *more):
     return Reader((run_dir / "report.html").read_text()), json.loads((run_dir / "results.json").read_text())
 
 
-def test_a_sweep_of_runs(base, tmp_path, capsys):  # noqa: F811
+def test_a_sweep_of_runs(base, tmp_path, capsys):
     """Headline, table of arms and one figure first; verdicts, charts, runs, rules and versions folded below; printed in short."""
     read, results = report(tmp_path / "out", f"runs={leave_sweep(tmp_path / 'sweep', base)}")
     details = results["details"]
@@ -48,7 +45,8 @@ def test_a_sweep_of_runs(base, tmp_path, capsys):  # noqa: F811
     half = 4.3026527299 * 0.1 / 3**0.5  # of 3, 2.9 and 2.8
     assert f"eta 0.25 minus DPO: gold +2.9 (95% {2.9 - half:.4g} to {2.9 + half:.4g}, over 3 shared" in read.text
     assert "All arms: beta 0.01." in read.text and "3.10 \u00b1\u00a00.06" in read.text
-    assert all(rule in read.text for rule in [*run_verdicts.RULES, *eval_verdicts.RULES])
+    for limit in ("at least 10% of what", "a drop of 50% of it", "exceeded 0.1 nats", "more than 20 nats or 0.3"):
+        assert limit in read.text
     folded = ["Verdicts in words", "Along training", "Runs", "How verdicts are reached", "Provenance"]
     assert [text for text in read.texts if text in folded] == folded
     order = [tag for tag, attrs in read.seen if tag in ("table", "figure", "details")]
@@ -60,7 +58,7 @@ def test_a_sweep_of_runs(base, tmp_path, capsys):  # noqa: F811
     assert details["headline"] in printed and "DPO beta 0.01: overoptimised." in printed and "report.html" in printed
 
 
-def test_a_study_decides(base, tmp_path):  # noqa: F811
+def test_a_study_decides(base, tmp_path):
     """What task=overopt measured is the verdict, with its errors in the table, its charts and its worst answers."""
     sweep = leave_sweep(tmp_path / "sweep", base)
     left = leave_study(sweep / "study", [sweep / name for name in "01345"])
@@ -78,7 +76,7 @@ def test_a_study_decides(base, tmp_path):  # noqa: F811
     assert read.text.count("answer of 30") == 5 and "answer of 10" not in read.text
 
 
-def test_a_study_alone(base, tmp_path):  # noqa: F811
+def test_a_study_alone(base, tmp_path):
     """Results of runs that are gone are reported from what the study keeps."""
     sweep = leave_sweep(tmp_path / "sweep", base)
     study = leave_study(tmp_path / "study", [sweep / "0", sweep / "3"])
@@ -99,7 +97,7 @@ def test_models_against_each_other(tmp_path):
     pairs = {"pairs": [list(models)], "comparisons": 1}
     second = leave(tmp_path / "c", "compare", {" - ".join(models): {"accuracy": cell}}, details=pairs)
     read, results = report(tmp_path / "out", f"task.results=[{first},{second}]")
-    verdict = f"accuracy: {compare.verdict(cell, 'old', 'new', 1)}."
+    verdict = f"accuracy: {pairing.verdict(cell, 'old', 'new', 1)}."
     assert results["details"]["headline"] == verdict and verdict in read.text
     assert "0.90 \u00b1\u00a00.10" in read.text and "old \u2212 new" in read.text and "0.22 to 1.18" in read.text
     charts = [svg["aria-label"] for svg in read.tags("svg") if svg.get("role") == "img"]
@@ -122,7 +120,7 @@ def test_no_answers_are_paired_across_judges(tmp_path):
     assert "o against m, by accuracy: worse on 2 of 2" in read.text
 
 
-def test_nothing_that_models_or_files_say_becomes_markup(base, tmp_path):  # noqa: F811
+def test_nothing_that_models_or_files_say_becomes_markup(base, tmp_path):
     """A folder's name, a reason, an answer and a model's name with tags in them are text on the page."""
     odd = "<img src=x onerror=alert(1)>"
     run = leave_run(tmp_path / "runs" / odd, base, state="failed", reason=f"{NASTY} {odd}")
@@ -133,7 +131,7 @@ def test_nothing_that_models_or_files_say_becomes_markup(base, tmp_path):  # noq
     assert not [tag for tag, _ in read.seen if tag in ("img", "script")]
 
 
-def test_bad_input(base, tmp_path):  # noqa: F811
+def test_bad_input(base, tmp_path):
     """Nothing to report on, no such folder, an empty one, results of another kind or none: one line each that names it."""
     (tmp_path / "empty").mkdir()
     odd = leave(tmp_path / "odd", "overopt", {}, details={"left_out": [], "runs": [{"run": "x"}]})
@@ -143,9 +141,9 @@ def test_bad_input(base, tmp_path):  # noqa: F811
         (): "runs=null, task.results=null with task=report",
         (f"runs={tmp_path / 'none'}",): "no such folder",
         (f"runs={tmp_path / 'empty'}",): "holds no run and no evaluation",
-        (f"task.results={tmp_path / 'empty'}",): "cannot read an evaluation",
+        (f"task.results={tmp_path / 'empty'}",): "no evaluation can be read there",
         (f"task.results={odd}",): "is not what task=overopt writes",
-        (f"task.results={half}",): "cannot read an evaluation",
+        (f"task.results={half}",): "no evaluation can be read there",
         ("task.results=[]",): "task.results=[]: expected",
         (f"runs={tmp_path}", "task.worst=-1"): "task.worst=-1: expected",
     }
@@ -153,14 +151,9 @@ def test_bad_input(base, tmp_path):  # noqa: F811
         with pytest.raises(UserError) as error:
             report(tmp_path / f"out{i}", *more)
         assert line in str(error.value) and "\n" not in str(error.value)
-    nothing = SimpleNamespace(runs=None, task=SimpleNamespace(results=None))
-    with pytest.raises(UserError, match="nothing to report on; give runs=FOLDER"):
-        task.check(nothing)
-    with pytest.raises(UserError, match="task.results="):
-        task.check(SimpleNamespace(runs=None, task=SimpleNamespace(results=[])))
 
 
-def test_what_lies_about_is_passed_by(base, tmp_path):  # noqa: F811
+def test_what_lies_about_is_passed_by(base, tmp_path):
     """Below runs an evaluation that left no results, one that cannot be read and an earlier report stop nothing."""
     leave_run(tmp_path / "runs" / "a", base)
     half = leave(tmp_path / "runs" / "half", "pairs", {})
