@@ -42,7 +42,8 @@ from rpo.tasks import (
     winrate,
 )
 
-# The one place where a task is added. Of each module: Settings, check(cfg), run(cfg, ctx) and table(evaluation).
+# The one place where a task is added. Of each module: Settings, check(cfg), run(cfg, ctx) and, where cells are not all
+# that it shows, table(evaluation).
 _MODULES = (pairs, generate, gold, overopt, winrate, mt_bench, alpaca_eval, judge_check, lm_eval, mbpp, select)
 _MODULES += (compare, report)
 TASKS = {module.__name__.rpartition(".")[2]: module for module in _MODULES}
@@ -65,7 +66,8 @@ def evaluate(cfg: Eval) -> str:
         ctx.begin()
         if dist.is_main():
             run_folder.write_environment(ctx.run_dir, ctx.device)
-        dist.on_main(results.write, ctx.run_dir, cfg, evaluation, task.table)
+        table = getattr(task, "table", results.table)
+        dist.on_main(results.write, ctx.run_dir, cfg, evaluation, table)
     return "finished"
 
 

@@ -120,3 +120,13 @@ def fixed(x: float, places: int | None) -> str:
 def typeset(sentence: str) -> str:
     """The +- and minus signs of a plain sentence as a page has them."""
     return sentence.replace(" +- ", " \u00b1 ").replace(" -", f" {MINUS}").replace("(-", f"({MINUS}")
+
+
+def table(rows: Sequence[Sequence[str]], *, align: str = "<") -> str:
+    """Rows of cells as text, every column as wide as its widest cell; `align`, < or >, is that of all but the first."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    signs = ["<", *align * (len(widths) - 1)]
+    lines = [
+        "  ".join(f"{cell:{sign}{width}}" for cell, sign, width in zip(row, signs, widths, strict=True)) for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)

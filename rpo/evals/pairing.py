@@ -61,43 +61,43 @@ def pair(first: Mapping[str, Item], second: Mapping[str, Item], metric: str) -> 
     )
 
 
-def differences(items: Sequence[Item], baseline: str) -> dict[str, Cells]:
-    """{model: {"difference/METRIC": cell}} of every other model of `items`: its mean score minus the baseline's."""
-    of_model: dict[str, dict[str, Item]] = {}
-    for item in items:
-        of_model.setdefault(item.model, {})[item.id] = item
-    base = of_model.pop(baseline)
-    metrics = {model: dict.fromkeys(m for item in own.values() for m in item.scores) for model, own in of_model.items()}
-    return {
-        model: {f"difference/{name}": pair(own, base, name).cell() for name in metrics[model]}
-        for model, own in of_model.items()
-    }
+def with_differences(models: dict[str, Cells], items: Sequence[Item], baseline: str | None) -> dict[str, Cells]:
+    """`models` with "difference/METRIC" of each but the `baseline`, if any: its mean score minus the baseline's, paired."""
+    if baseline is None:
+        return models
+    by_model = {model: {item.id: item for item in items if item.model == model} for model in models}
+    paired = {baseline: models[baseline]}
+    for model in models.keys() - {baseline}:
+        metrics = dict.fromkeys(metric for item in by_model[model].values() for metric in item.scores)
+        cells = {f"difference/{name}": pair(by_model[model], by_model[baseline], name).cell() for name in metrics}
+        paired[model] = models[model] | cells
+    return {model: paired[model] for model in models}
 
 
 # ---- by whom
 
 
-def judged_by(found: Results) -> dict[str, str | None]:
+def judged_by(evaluation: Results) -> dict[str, str | None]:
     """Who gave an evaluation its scores: judge, served (its names), prompt, verdict, baseline; {} without a judge.
 
     None: not known, as of stored judgments that do not say. (Where the models are judges, task=judge_check, nobody
     judged them.)
     """
-    details = found.details
+    details = evaluation.details
     judge, stored = details.get("judge"), details.get("annotations") is not None
     live = isinstance(judge, dict)
-    if found.task == "judge_check" or not (live or stored):
+    if evaluation.task == "judge_check" or not (live or stored):
         return {}
     known = dict.fromkeys(("judge", "served", "prompt")) | {"verdict": details.get("verdict")}
     if live:
-        of_task = found.config.get("task")
+        of_task = evaluation.config.get("task")
         prompts = of_task.get("prompts") if isinstance(of_task, dict) else None
         known |= {"judge": judge.get("model"), "prompt": judge.get("prompt") or prompts or "own"}
         known["served"] = _names(judge.get("served"))
         known["verdict"] = known["verdict"] or ("logprobs" if judge.get("with_logprobs") else "text")
     else:
         known["judge"] = _names(details.get("judges"))
-    return known | {"baseline": details.get("baseline") if found.task == "alpaca_eval" else None}
+    return known | {"baseline": details.get("baseline") if evaluation.task == "alpaca_eval" else None}
 
 
 def _names(listed: Any) -> str | None:

@@ -47,11 +47,11 @@ def score(
     table = np.zeros((2, len(rows)))
     for start in range(0, len(plan.microbatches), WRITTEN):
         batches = plan.microbatches[start : start + WRITTEN]
-        found = once(
+        scored = once(
             short_hash([start, WRITTEN, len(rows), budget, ranks]),
             lambda batches=batches: _scored(policy(), rows, batches, device),
         )
-        table[:, found["rows"]] = [found["chosen"], found["rejected"]]
+        table[:, scored["rows"]] = [scored["chosen"], scored["rejected"]]
     return {"chosen": table[0], "rejected": table[1]}
 
 
@@ -66,9 +66,7 @@ def _scored(
     table = torch.zeros(3, len(rows), dtype=torch.float64, device=device)
     for members, weight in batches:
         pairs = score_batch(policy, None, padded_batch(rows, members, weight=weight).to(device))
-        sides = torch.stack(
-            [pairs.chosen_P.double(), pairs.rejected_P.double(), torch.ones_like(pairs.chosen_P).double()]
-        )
+        sides = torch.stack([pairs.chosen_P, pairs.rejected_P, torch.ones_like(pairs.chosen_P)]).double()
         table[:, torch.from_numpy(members).to(device)] += weight * sides
     torch_dist.all_reduce(table)
     chosen, rejected, scored = table.cpu().numpy()
@@ -79,16 +77,14 @@ def _scored(
 def noise_floor(
     model: "Loaded", rows: "Rows", device: torch.device, *, positions: int, tokens_per_microbatch: int
 ) -> float:
-    """`score.noise_floor` of the first PROBED pairs: nats per token by which rounding alone moves a log-prob."""
+    """`probe.noise_floor` of the first PROBED pairs: nats per token by which rounding alone moves a log-prob."""
     from rpo.data import schedule
-    from rpo.model import probe as model_probe
+    from rpo.model import probe
 
     some = np.arange(min(PROBED, len(rows)))
     plan = schedule.plan_step(rows, some, layout="padded", budget=tokens_per_microbatch)
     members = plan.microbatches[0][0]
-    floor = model_probe.noise_floor(
-        model.policy, rows, members, device, positions=positions, compute_dtype=model.compute
-    )
+    floor = probe.noise_floor(model.policy, rows, members, device, positions=positions, compute_dtype=model.compute)
     return dist.broadcast(floor)
 
 

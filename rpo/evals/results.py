@@ -11,17 +11,17 @@ import importlib.metadata
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rpo import config
+from rpo import config, text
 from rpo.errors import UserError
 from rpo.evals.settings import Eval
 from rpo.files import parse_lines, to_lines, write_atomic
 from rpo.runs import folder as run_folder
-from rpo.stats import finite
+from rpo.stats import clustered_mean, finite, with_errors
 from rpo.text import redacted
 
 MAX_ERRORS = 0.05  # a larger share of failures makes a result unusable: what failed is rarely like the rest
@@ -54,6 +54,13 @@ class Item:
     @property
     def opponent(self) -> str | None:
         return self.against and self.against["model"]
+
+
+def mean_of(items: Sequence[Item], metric: str) -> dict[str, Any]:
+    """The cell of one score: its clustered mean over the items that have it, and how many of all failed."""
+    scored = [item for item in items if metric in item.scores]
+    cell = clustered_mean([item.scores[metric] for item in scored], [item.cluster for item in scored])
+    return with_errors(cell, sum(item.error is not None for item in items))
 
 
 @dataclass(frozen=True)
@@ -148,14 +155,27 @@ def _to_json(item: Item) -> dict[str, Any]:
 # ---- reading
 
 
-def read(spec: str | Path, *, strict: bool = True) -> Results:
+@config.group
+class _Head:
+    task: str
+    models: dict[str, dict[str, dict[str, Any]]]
+    notes: list[str]
+    details: dict[str, Any]
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+
+_Line = config.group(Item)
+
+
+def read(place: str | Path, *, strict: bool = True) -> Results:
     """The evaluation in a folder, or in its results.json. Raises UserError where there is none, or one of another form.
 
     Not strict: lines of samples.jsonl that hold no item are skipped and counted in the notes, and whatever is not finite
     among scores and the numbers of cells is dropped, or None.
     """
     try:
-        path = Path(spec).expanduser()
+        path = Path(place).expanduser()
         path = path / "results.json" if path.is_dir() else path
         content = run_folder.read_json(path)
         samples = path.with_name("samples.jsonl")
@@ -163,49 +183,20 @@ def read(spec: str | Path, *, strict: bool = True) -> Results:
         rows, skipped = ([json.loads(line) for line in lines.split("\n") if line], 0) if strict else parse_lines(lines)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nested too deep, no such ~user
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(
-            f"{str(spec)[:300]}: no evaluation can be read there ({reason}); give the run_dir of one"
-        ) from None
-    kinds = {"task": str, "models": dict, "notes": list, "details": dict, "config": dict, "versions": dict}
-    whole = isinstance(content, dict) and all(isinstance(content.get(key), kind) for key, kind in kinds.items())
-    cells = [cell for each in content["models"].values() for cell in _values(each)] if whole else [None]
-    if not all(isinstance(cell, dict) for cell in cells):
-        raise UserError(f"{path}: holds no results by model; give the run_dir of an evaluation")
-    items = []
+        raise UserError(f"{str(place)[:300]}: no evaluation can be read there ({reason}); give its run_dir") from None
+    head, items = config.read_row(_Head, content, str(path)), []
     for number, row in enumerate(rows, start=1):
-        expected = _why_no_item(row)
-        if expected and strict:
-            raise UserError(f"{samples}:{number}: expected {expected}")
-        if expected:
+        try:
+            items.append(Item(**vars(config.read_row(_Line, row, f"{samples}:{number}"))))
+        except UserError:
+            if strict:
+                raise
             skipped += 1
-        else:
-            items.append(Item(**{name: row[name] for name in Item.__dataclass_fields__}))
-    read_back = Results(folder=path.parent, items=items, **{key: content[key] for key in kinds})
-    return read_back if strict else _sanitised(read_back, skipped)
+    results = Results(**vars(head), items=items, folder=path.parent)
+    return results if strict else _sanitised(results, skipped)
 
 
-def _values(cells: Any) -> Iterable:
-    return cells.values() if isinstance(cells, dict) else [None]
-
-
-def _why_no_item(row: Any) -> str | None:
-    """What a line of samples.jsonl has to be and is not; None where it is an item."""
-    names = list(Item.__dataclass_fields__)
-    if not isinstance(row, dict) or not row.keys() >= set(names):
-        return f"an object with {', '.join(names)}, as an evaluation writes them"
-    texts = all(isinstance(row[name], str) for name in ("model", "id", "cluster")) and isinstance(
-        row["error"], str | None
-    )
-    texts &= isinstance(row["prompt"], str | list | None) and isinstance(row["response"], str | None)
-    against = row["against"] is None or (
-        isinstance(row["against"], dict) and isinstance(row["against"].get("model"), str)
-    )
-    if texts and against and isinstance(row["scores"], dict) and isinstance(row["details"], dict):
-        return None
-    return "text in model, id, cluster, response, error and against.model, and objects in scores and details"
-
-
-def _sanitised(read_back: Results, skipped: int) -> Results:
+def _sanitised(results: Results, skipped: int) -> Results:
     def cell(one: dict) -> dict:
         numbers = {name: one[name] if finite(one.get(name)) else None for name in ("value", "se", "n", "n_error")}
         bounds = one.get("interval")
@@ -214,12 +205,11 @@ def _sanitised(read_back: Results, skipped: int) -> Results:
 
     items = [
         replace(item, scores={name: score for name, score in item.scores.items() if finite(score)})
-        for item in read_back.items
+        for item in results.items
     ]
-    notes = list(map(str, read_back.notes))
-    notes += [f"{skipped} lines of samples.jsonl hold no item and were skipped."] if skipped else []
-    models = {model: {name: cell(one) for name, one in cells.items()} for model, cells in read_back.models.items()}
-    return replace(read_back, models=models, items=items, notes=notes)
+    notes = results.notes + ([f"{skipped} lines of samples.jsonl hold no item and were skipped."] if skipped else [])
+    models = {model: {name: cell(one) for name, one in cells.items()} for model, cells in results.models.items()}
+    return replace(results, models=models, items=items, notes=notes)
 
 
 # ---- on screen
@@ -234,14 +224,7 @@ def table(evaluation: Evaluation) -> str:
         lines.append([name, *(_cell(cells.get(name)) for cells in models.values())])
     if len(models) > 3:
         lines = [list(line) for line in zip(*lines, strict=True)]
-    return aligned(lines)
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text, every column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
-    return "\n".join(line.rstrip() for line in padded)
+    return text.table(lines)
 
 
 def _cell(cell: dict | None) -> str:

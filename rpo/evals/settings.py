@@ -101,10 +101,7 @@ def check_subjects(cfg: Eval, *reads: str, optional: bool = False) -> None:
         require(key in reads or value is None, f"{key}={value} with task={kind}: it reads none; leave it out")
     readable = [key for key in subjects if key in reads]
     given = [key for key in readable if subjects[key] is not None]
-    require(
-        optional or bool(given) or not readable,
-        f"{' or '.join(readable)}: missing; task={kind} evaluates what it names",
-    )
+    require(optional or bool(given) or not readable, f"{' or '.join(readable)}: missing; task={kind} evaluates it")
     require(len(given) <= 1, f"{' and '.join(given)} with task={kind}: give one of them")
     for key, value in {"model.revision": cfg.model.revision, "model.tokenizer": cfg.model.tokenizer}.items():
         require(
@@ -126,10 +123,7 @@ def check_judged(cfg: Eval, *only_asking: str) -> None:
     )
     for name in only_asking:
         value = getattr(cfg.task, name)
-        require(
-            cfg.annotations is None or value is None,
-            f"task.{name}={value} with annotations: is for asking a judge; leave it out",
-        )
+        require(cfg.annotations is None or value is None, f"task.{name}={value} with annotations: leave it out")
 
 
 def check_words(cfg: Eval) -> None:

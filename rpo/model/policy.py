@@ -142,6 +142,46 @@ def prepare(
     return policy
 
 
+class Loaded(NamedTuple):
+    """A frozen sharded model, the digest of the weights that it was loaded with, and the dtype that it computes in."""
+
+    policy: Policy
+    digest: str
+    compute: torch.dtype
+
+
+def load_policy(
+    path: str,
+    revision: str | None = None,
+    *,
+    device: torch.device,
+    dtype: str,
+    compute: str = "auto",
+    key: str = "model.path",
+    trust_remote_code: bool = False,
+    fsdp: Fsdp = shard.PLAIN,
+) -> Loaded:
+    """The model at `path` (a folder or a Hub name), frozen, sharded, and ready to score and to sample.
+
+    Its weights are as wide as those of a run with model.dtype=`dtype`, so that the run's checkpoints fit it; it computes
+    in `compute` (auto: as the run did). Raises UserError: what `hf.load` refuses, naming `key`, or a `compute` wider than
+    the weights.
+    """
+    from rpo.model import hf
+    from rpo.model.fingerprint import weights_digest
+
+    computed = shard.compute_dtype(dtype if compute == "auto" else compute, device)
+    master = torch.promote_types(shard.compute_dtype(dtype, device), torch.float32)
+    if torch.promote_types(computed, master) != master:
+        raise UserError(
+            f"model.dtype={compute}: the run's weights are {str(master)[6:]}; give auto, or no wider a type"
+        )
+    lm = hf.load(path, revision, master, key=key, trust_remote_code=trust_remote_code)
+    digest, mesh = weights_digest(lm), shard.mesh(device, fsdp)
+    policy = prepare(lm, mesh, fsdp, compute_dtype=computed, compile=False, trainable=False)
+    return Loaded(policy, digest, computed)
+
+
 def score(policy: Policy, reference: Policy | None, batch: Batch) -> PairLogps:
     """The batch's pairs under both models; gradients flow to `policy` unless the caller has turned them off.
 

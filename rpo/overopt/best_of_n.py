@@ -23,16 +23,11 @@ def best_of_n_weights(proxy_K: ArrayLike, n: int) -> np.ndarray:
 
     The i-th smallest has C(i-1, n-1)/C(K, n) (arXiv 2310.02743). Equal proxies share theirs, which is the exact
     expectation over a fair choice among them. Made by w_K = n/K, w_i = w_(i+1) (i-n+1)/i, which cannot overflow.
-    UserError where n is not in 1..K or a proxy is not finite.
+    UserError where a proxy is not finite.
     """
     proxy_K = np.asarray(proxy_K, dtype=np.float64)
     size = len(proxy_K)
-    if n < 1:
-        raise UserError(f"best of n={n}: expected 1 or more")
-    if n > size:
-        raise UserError(
-            f"best of n={n}: a prompt has {size} answers, fewer samples than the estimator needs; sample {n}"
-        )
+    assert 1 <= n <= size, (n, size)
     if not np.isfinite(proxy_K).all():
         raise UserError(f"best of n={n}: a proxy is {proxy_K[~np.isfinite(proxy_K)][0]}; expected finite numbers")
     i = np.arange(size - 1, 0, -1)

@@ -34,10 +34,10 @@ ENDED = 0.9  # share of answers: where fewer end of themselves, gold is of cut o
 
 def value(point: dict, name: str) -> float | None:
     """Metric `name` of a point; None where it was not measured. UserError where it is not finite."""
-    found = point["metrics"].get(name, {}).get("value")
-    if found is not None and not math.isfinite(found):
-        raise UserError(f"step {point['step']}: {name}={found}; expected a finite number")
-    return found
+    measured = point["metrics"].get(name, {}).get("value")
+    if measured is not None and not math.isfinite(measured):
+        raise UserError(f"step {point['step']}: {name}={measured}; expected a finite number")
+    return measured
 
 
 def column(curve: Sequence[dict], name: str) -> np.ndarray:
@@ -199,7 +199,7 @@ def cut(curves: Sequence[Sequence[dict]], max_new_tokens: int) -> str | None:
 
 
 def _drop(summary: dict, drop: str, end: str) -> str:
-    """`drop` said with where it began and where it led: `end`, how far from the reference, with its error."""
+    """`drop` with where it started and where it led: `end`, how far from the reference, with its error."""
     if summary["step/peak"] == 0:
         return f"gold fell {drop} from the reference, which no checkpoint was above"
     at = f"at step {significant(summary['step/peak'])}"
@@ -219,7 +219,7 @@ def _constant(summary: dict) -> bool:
 
 def verdict(summary: dict) -> str:
     """One plain sentence on one run, from `summarise`; `kind` has the conditions."""
-    found, kl = kind(summary), summary["kl/max"]
+    what, kl = kind(summary), summary["kl/max"]
     if summary["gold/drop"] is None:
         return "Inconclusive: no gold reward was measured."
     if summary["gold/drop_se"] is None or summary["gold/gain_se"] is None:
@@ -228,7 +228,7 @@ def verdict(summary: dict) -> str:
         _with_error(abs(summary[f"gold/{name}"]), summary[f"gold/{name}_se"]) for name in ("drop", "gain", "final_gain")
     )
     bound = summary["gold/drop"] + summary["gold/noise"] * summary["gold/drop_se"]
-    match found:
+    match what:
         case "overoptimised":
             return f"Overoptimised: {_drop(summary, drop, end)}{_beside(summary)}."
         case "none":
@@ -269,8 +269,8 @@ def group_verdict(summaries: Sequence[dict]) -> str:
     words = {"overoptimised": "Overoptimised", "none": "No overoptimisation seen"}
     words |= {"under-optimised": "Under-optimised", "unclear": "Inconclusive"}
     counts, seeds = Counter(map(kind, summaries)), len(summaries)
-    found = group_kind(list(counts.elements()))
-    lead = "overoptimised" if found == SOME else found
+    agreed = group_kind(list(counts.elements()))
+    lead = "overoptimised" if agreed == SOME else agreed
     first, *others = sorted(counts, key=lambda each: (each != lead, -counts[each]))
     head = f"{words[first]} in {counts[first]} of {seeds} seeds"
     head += "".join(f", {words[other].lower()} in {counts[other]}" for other in others)
@@ -284,12 +284,12 @@ def group_verdict(summaries: Sequence[dict]) -> str:
         f"{significant(means['gold/drop'])} (sd {significant(stdev(summary['gold/drop'] for summary in summaries), 2)})"
     )
     over = means["gold/final_gain"]
-    if found == "overoptimised":
+    if agreed == "overoptimised":
         end = f"{significant(abs(over))} (sd {significant(stdev(summary['gold/final_gain'] for summary in summaries), 2)})"
-        said = _drop(means, drop, end).replace("at step", "near step")
+        what = _drop(means, drop, end).replace("at step", "near step")
     elif all(map(_constant, summaries)):
-        said = "gold is the same for every answer to a prompt"
+        what = "gold is the same for every answer to a prompt"
     else:
         side = "above" if over >= 0 else "below"
-        said = f"gold ended {significant(abs(over))} {side} the reference and {drop} below its peak"
-    return f"{head}: {said}{_beside(means)}."
+        what = f"gold ended {significant(abs(over))} {side} the reference and {drop} below its peak"
+    return f"{head}: {what}{_beside(means)}."

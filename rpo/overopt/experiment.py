@@ -20,7 +20,6 @@ from rpo.overopt import selection
 from rpo.overopt.curve import gold_at, value
 from rpo.overopt.figures import draw_study
 from rpo.overopt.selection import Limits
-from rpo.runs import folder as run_folder
 from rpo.runs import groups
 from rpo.runs.groups import Group
 
@@ -110,9 +109,7 @@ def make(folder: Path, seeds: list[int]) -> None:
 
 def read(folder: Path, arms: Sequence[str]) -> list[Group]:
     """The evaluated runs of `arms`, grouped over seeds."""
-    return groups.group(
-        [run for arm in arms for run in run_folder.read_json(folder / "eval" / arm / "results.json")["details"]["runs"]]
-    )
+    return groups.group([run for arm in arms for run in selection.read(str(folder / "eval" / arm))])
 
 
 def stopped(group: Group, limits: Limits | None) -> dict[str, list[float]]:
@@ -143,7 +140,7 @@ def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
 
-def table(found: Sequence[Group]) -> str:
+def table(shown: Sequence[Group]) -> str:
     """A line per group: means over seeds, with standard deviations where they decide."""
     columns = {
         "gold: peak": ("gold/peak", 2, False),
@@ -155,7 +152,7 @@ def table(found: Sequence[Group]) -> str:
         "at the end": ("accuracy/final", 3, False),
     }
     lines = []
-    for group in found:
+    for group in shown:
         cells = [_cell([run["summary"][name] for run in group.runs], *form) for name, *form in columns.values()]
         cells += [_cell([gold_at(run["curve"], level) for run in group.runs]) for level in KL_LEVELS]
         tokens = [value(run["curve"][-1], "samples/length") for run in group.runs]
@@ -163,10 +160,10 @@ def table(found: Sequence[Group]) -> str:
     return _markdown(["", *columns, *(f"gold at KL {level:g}" for level in KL_LEVELS), "tokens"], lines)
 
 
-def stopping(found: Sequence[Group]) -> str:
+def stopping(shown: Sequence[Group]) -> str:
     """Gold at the end, and gold and step where an oracle and the rules of STOPS would have stopped."""
     rules, lines = {"at its peak": None} | STOPS, []
-    for group in found:
+    for group in shown:
         cells = [_cell([run["summary"]["gold/final"] for run in group.runs], spread=True)]
         for limits in rules.values():
             chosen = stopped(group, limits)
@@ -175,10 +172,10 @@ def stopping(found: Sequence[Group]) -> str:
     return _markdown(["gold", "at the end", *(cell for rule in rules for cell in (rule, "step"))], lines)
 
 
-def differences(found: Sequence[Group], against: str) -> str:
+def differences(shown: Sequence[Group], against: str) -> str:
     """Gold at the end and its drop, each group minus `against` on the same seeds, with 95% intervals."""
-    base, lines = next(group for group in found if group.label == against), []
-    for group in found:
+    base, lines = next(group for group in shown if group.label == against), []
+    for group in shown:
         if group is not base:
             gaps = [groups.paired_difference(group, base, entry) for entry in ("gold/final", "gold/drop")]
             ends = [" [{:+.2f}, {:+.2f}]".format(*gap["ci"]) if gap["ci"] else "" for gap in gaps]
@@ -190,21 +187,19 @@ def report(folder: Path) -> str:
     """The page's tables as Markdown, written to FOLDER/overoptimisation.md beside plots/."""
     parts = []
     for title, (arms, losses) in TABLES.items():
-        found = [group for group in read(folder, arms) if not losses or groups.name(group.loss) in losses]
-        parts += [f"## {title}", table(found)]
+        shown = [group for group in read(folder, arms) if not losses or groups.name(group.loss) in losses]
+        parts += [f"## {title}", table(shown)]
         if title == "Losses":
-            parts += ["## Differences on the same seeds", differences(found, RPO_NAME), "## Stopping", stopping(found)]
-            draw_study([group for group in found if group.label in DRAWN], folder / "plots")
-            draw_study(found, folder / "plots" / "all")
+            parts += ["## Differences on the same seeds", differences(shown, RPO_NAME), "## Stopping", stopping(shown)]
+            draw_study([group for group in shown if group.label in DRAWN], folder / "plots")
+            draw_study(shown, folder / "plots" / "all")
     page = "\n\n".join(parts)
     (folder / "overoptimisation.md").write_text(page + "\n")
     return page
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m rpo.overopt.experiment", description="The study of overoptimisation."
-    )
+    parser = argparse.ArgumentParser("python -m rpo.overopt.experiment", description="The study of overoptimisation.")
     parser.add_argument("folder", type=Path, help="of its runs and results; the same folder again resumes it")
     parser.add_argument("--seeds", type=int, default=5, help="how many (default 5); a task of its own for each")
     args = parser.parse_args()

@@ -19,9 +19,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from rpo.overopt.curve import column, distance, value
 from rpo.runs.groups import Group
 
-matplotlib.use("Agg")
-
-# Told apart with any colour vision (Okabe and Ito), and dark enough for a thin line on white.
+# Distinct with any colour vision (Okabe and Ito), and dark enough for a thin line on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _STYLES = ("-", "--", ":", "-.")  # after eight groups the colours begin again with another line and marker

@@ -27,16 +27,17 @@ from rpo.data.dataset import Rows
 from rpo.data.formats import Messages
 from rpo.errors import UserError
 from rpo.evals import preference
-from rpo.evals.context import Context, Loaded, lay_over, load
+from rpo.evals.context import Context, check_room, print_main
 from rpo.evals.results import Item
 from rpo.evals.settings import Eval
 from rpo.files import short_hash
 from rpo.model import divergence, hf, shard
-from rpo.model.policy import Policy
+from rpo.model.policy import Loaded, Policy, load_policy
 from rpo.model.sampling import Completion, Sampling, sample
 from rpo.overopt import best_of_n, rewards
-from rpo.runs import catalog
+from rpo.runs import catalog, checkpoint
 from rpo.runs.catalog import Run
+from rpo.runs.state import weights_of as tensors_of
 from rpo.stats import clustered_mean
 from rpo.synthetic.task import SAMPLING, weights_of
 from rpo.text import redacted
@@ -50,7 +51,7 @@ class Questions:
 
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]  # distinct
-    said: list[str | Messages]  # the same as their rows say them
+    texts: list[str | Messages]  # the same as their rows have them
     places: list[str]
     rows: Rows | None  # held-out pairs
     gold: rewards.Gold | None
@@ -60,9 +61,9 @@ class Questions:
     digest: str  # of prompts, pairs and the source of gold
 
     def repeated(self, count: int) -> tuple[list[list[int]], list[str | Messages], np.ndarray]:
-        """Each prompt `count` times in a row, as ids and as said, and the number of the prompt of each answer."""
+        """Each prompt `count` times in a row, as ids and as text, and the number of the prompt of each answer."""
         prompt_S = np.repeat(np.arange(len(self.prompts)), count)
-        return [self.prompts[i] for i in prompt_S], [self.said[i] for i in prompt_S], prompt_S
+        return [self.prompts[i] for i in prompt_S], [self.texts[i] for i in prompt_S], prompt_S
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Measured:
 
     answers: list[Completion]
     texts: list[str]
-    table: dict[str, np.ndarray]  # per answer: drift.COLUMNS, gold, tokens, ended
+    table: dict[str, np.ndarray]  # per answer: those of `divergence.measure`, gold, tokens, ended
     logps: dict[str, np.ndarray] | None  # of the held-out pairs
 
 
@@ -83,37 +84,34 @@ def questions(run: Run, cfg: Eval, source: rewards.Gold | None) -> Questions:
     task, trust = cfg.task, cfg.model.trust_remote_code
     configs = {f"{run.folder}: model.path": hf.check(*run.start, trust_remote_code=trust)}
     if run.reference != run.start:
-        found = hf.check(*run.reference, key="reference.path", trust_remote_code=trust)
-        configs[f"{run.folder}: reference.path"] = found
+        key = f"{run.folder}: reference.path"
+        configs[key] = hf.check(*run.reference, key="reference.path", trust_remote_code=trust)
     tokenizer = catalog.tokenizer_of(run, trust_remote_code=trust)
     spec = cfg.data.eval or run.data.eval
     if spec is None:
         raise UserError(f"{run.folder}: was trained with data.eval=null, so there are no prompts; give data.eval=FILE")
     read_as = replace(run.data, revision=cfg.data.revision) if cfg.data.eval else run.data
-    found, said, places, _ = dataset.load_prompts(spec, read_as, tokenizer)
-    first = {tuple(prompt): i for i, prompt in reversed(list(enumerate(found)))}  # a file of pairs repeats its prompts
+    every, texts, places, _ = dataset.load_prompts(spec, read_as, tokenizer)
+    first = {tuple(prompt): i for i, prompt in reversed(list(enumerate(every)))}  # a file of pairs repeats its prompts
     kept = sorted(first.values())[: task.limit]
-    prompts = [found[i] for i in kept]
+    prompts = [every[i] for i in kept]
+    longest_prompt, positions = max(map(len, prompts)), hf.positions_of(configs)
     weights = weights_of(run.settings["data"].get("train"))
-    new, positions = task.max_new_tokens, hf.positions_of(configs)
-    if new == "auto":
-        new = SAMPLING.max_new_tokens if weights else MAX_NEW_TOKENS
-    if new > (room := positions - max(map(len, prompts))):
-        raise UserError(
-            f"task.max_new_tokens={new}: the longest prompt is {max(map(len, prompts))} tokens and the context of the "
-            f"model of {run.folder} is {positions}; set task.max_new_tokens={room} or less"
-        )
+    max_new_tokens = task.max_new_tokens
+    if max_new_tokens == "auto":
+        max_new_tokens = SAMPLING.max_new_tokens if weights else MAX_NEW_TOKENS
+    check_room(positions, longest_prompt, max_new_tokens, f" of {run.folder}")
     rows = _pairs(run, spec, read_as, cfg, tokenizer)
-    hf.check_fit(configs, tokenizer, max([*map(len, prompts), *([longest(rows)] if rows else [])]))
+    hf.check_fit(configs, tokenizer, max(longest_prompt, longest(rows) if rows else 0))
     parts = [json.dumps([prompts, task.gold, str(weights)]).encode(), rewards.identity(task.gold, source)]
     return Questions(
         tokenizer=tokenizer,
         prompts=prompts,
-        said=[said[i] for i in kept],
+        texts=[texts[i] for i in kept],
         places=[places[i] for i in kept],
         rows=rows,
         gold=rewards.embedded(tokenizer, weights) if weights and task.gold == "auto" else source,
-        sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=new),
+        sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=max_new_tokens),
         stop_ids=data_tokenizer.stop_ids(tokenizer, run.data.template_date),
         positions=positions,
         digest=files.digest(*parts, *([rows.ids, rows.prompt, rows.chosen] if rows else [])),
@@ -149,11 +147,11 @@ def measure(
 ) -> Measured:
     """`task.samples` answers per prompt with their columns, and the pairs' log-probs unless `logps` has them."""
     budget = cfg.tokens_per_microbatch
-    prompts, said, _ = asked.repeated(cfg.task.samples)
+    prompts, conversations, _ = asked.repeated(cfg.task.samples)
     answers, texts = _answer(policy, prompts, asked, cfg, [cfg.seed], device)
     table = divergence.measure(policy, reference, prompts, answers, device, budget=budget)
     if asked.gold is not None:
-        table["gold"] = asked.gold(said, answers, texts)
+        table["gold"] = asked.gold(conversations, answers, texts)
     table["tokens"] = np.array([len(answer.ids) for answer in answers], dtype=np.float64)
     table["ended"] = np.array([answer.ended for answer in answers], dtype=np.float64)
     if asked.rows is not None and logps is None:
@@ -164,21 +162,13 @@ def measure(
 def _answer(
     policy: Policy, prompts: list[list[int]], asked: Questions, cfg: Eval, seed: list[int], device: torch.device
 ) -> tuple[list[Completion], list[str]]:
-    answers = sample(
-        policy,
-        prompts,
-        asked.sampling,
-        asked.stop_ids,
-        device=device,
-        seed=seed,
-        batch_size=cfg.task.batch_size,
-        reshard=True,
-    )
+    size, stop_ids = cfg.task.batch_size, asked.stop_ids
+    answers = sample(policy, prompts, asked.sampling, stop_ids, device=device, seed=seed, batch_size=size, reshard=True)
     return answers, asked.tokenizer.batch_decode([answer.text_ids for answer in answers])
 
 
 def point_of(
-    found: Measured,
+    measured: Measured,
     asked: Questions,
     cfg: Eval,
     *,
@@ -188,7 +178,7 @@ def point_of(
 ) -> dict[str, dict]:
     """{"metrics", "clusters"} of one policy; a metric is a value, its standard error clustered by prompt, and n.
 
-        kl            Rao-Blackwellised KL(policy || reference), nats per answer; kl/k1: by log pi/ref (see `drift`)
+        kl            Rao-Blackwellised KL(policy || reference), nats per answer; kl/k1: by log pi/ref (`divergence`)
         proxy         beta E_pi[log pi - log ref], the mean implicit reward, by k1: what training raises, and beta KL
         entropy       nats per token; entropy/top10, mass/top10: of the ten likeliest tokens (arXiv 2410.11677)
         distinct/n    different n-grams as a share of all, among the answers to one prompt; mean over prompts
@@ -196,44 +186,39 @@ def point_of(
     and of held-out pairs what `preference.statistics` gives of their log-probs and the reference's, `ref_logps`.
     `clusters` has gold and kl by prompt.
     """
-    table, (*_, prompt_S) = found.table, asked.repeated(cfg.task.samples)
+    table, (*_, prompt_S) = measured.table, asked.repeated(cfg.task.samples)
     shift_S = table["logp"] - table["ref_logp"]
-    columns = {"gold": table["gold"]} if "gold" in table else {}
-    columns |= {"proxy": beta * shift_S} if beta is not None else {}
-    columns |= {"kl": table["kl"], "kl/k1": shift_S, "samples/length": table["tokens"], "samples/ended": table["ended"]}
-    metrics = {name: clustered_mean(values, prompt_S) for name, values in columns.items()}
+    columns = {"gold": table.get("gold"), "proxy": None if beta is None else beta * shift_S, "kl": table["kl"]}
+    columns |= {"kl/k1": shift_S, "samples/length": table["tokens"], "samples/ended": table["ended"]}
+    metrics = {name: clustered_mean(column, prompt_S) for name, column in columns.items() if column is not None}
     for name, column in {"entropy": "entropy", "entropy/top10": "top_entropy", "mass/top10": "top_mass"}.items():
         metrics[name] = clustered_mean(table[column], prompt_S, table["tokens"])
-    by_prompt = np.arange(len(found.answers)).reshape(len(asked.prompts), -1)
+    by_prompt = np.arange(len(measured.answers)).reshape(len(asked.prompts), -1)
     for n in (1, 2, 3):
-        shares = [best_of_n.distinct([found.answers[i].text_ids for i in members], n) for members in by_prompt]
+        shares = [best_of_n.distinct([measured.answers[i].text_ids for i in members], n) for members in by_prompt]
         known = [share for share in shares if share is not None]
         metrics[f"distinct/{n}"] = clustered_mean(known, np.arange(len(known)))
-    if found.logps is not None:
-        logps = found.logps | {f"ref_{side}": values for side, values in ref_logps.items()}
+    if measured.logps is not None:
+        logps = measured.logps | {f"ref_{side}": values for side, values in ref_logps.items()}
         metrics |= preference.statistics(logps, asked.rows, beta=beta, noise_floor=noise_floor, seed=cfg.seed)
-    sizes = [cfg.task.samples] * len(asked.prompts)
-    clusters = {
-        name: {"mean": table[name][by_prompt].mean(1).tolist(), "size": sizes}
-        for name in ("gold", "kl")
-        if name in table
-    }
+    sizes, kept = [cfg.task.samples] * len(asked.prompts), [name for name in ("gold", "kl") if name in table]
+    clusters = {name: {"mean": table[name][by_prompt].mean(1).tolist(), "size": sizes} for name in kept}
     return {"metrics": metrics, "clusters": clusters}
 
 
-def items_of(found: Measured, asked: Questions, cfg: Eval, run: str, step: int) -> list[Item]:
+def items_of(measured: Measured, asked: Questions, cfg: Eval, run: str, step: int) -> list[Item]:
     """The first `task.written` answers to each prompt."""
     rendered, (*_, prompt_S) = asked.tokenizer.batch_decode(asked.prompts), asked.repeated(cfg.task.samples)
-    scores = [name for name in ("gold", "kl") if name in found.table]
+    scores = [name for name in ("gold", "kl") if name in measured.table]
     return [
         Item(
             model=run,
             id=f"{redacted(asked.places[prompt])}#{i % cfg.task.samples}@{step}",
             cluster=rendered[prompt],
             prompt=rendered[prompt],
-            response=found.texts[i],
-            scores={name: float(found.table[name][i]) for name in scores},
-            details={"step": step, "tokens": len(found.answers[i].ids), "ended": found.answers[i].ended},
+            response=measured.texts[i],
+            scores={name: float(measured.table[name][i]) for name in scores},
+            details={"step": step, "tokens": len(measured.answers[i].ids), "ended": measured.answers[i].ended},
         )
         for i, prompt in enumerate(prompt_S)
         if i % cfg.task.samples < cfg.task.written
@@ -244,28 +229,18 @@ def items_of(found: Measured, asked: Questions, cfg: Eval, run: str, step: int) 
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """The reference's answers that best-of-n chooses from."""
-
-    prompts: list[list[int]]
-    answers: list[Completion]
-    ref_logp: np.ndarray
-    gold: np.ndarray
-
-
-@dataclass(frozen=True)
 class Baseline:
-    """What the reference, and the weights that runs began with, make of the questions."""
+    """What the reference, and the weights that the runs started from, make of the questions."""
 
     asked: Questions
     ref_logps: dict[str, np.ndarray] | None  # the reference's, of the held-out pairs
     noise_floor: float
     first: Measured
-    drawn: Drawn | None
+    drawn: Measured | None  # the reference's answers that best-of-n chooses from, with gold and ref_logp
 
 
 def baseline(policy: Loaded, reference: Loaded, asked: Questions, cfg: Eval, device: torch.device) -> Baseline:
-    """`policy` still has the weights that the runs began with; where these are the reference's it is passed as both."""
+    """`policy` still has the weights that the runs started from; where these are the reference's it is passed as both."""
     budget, rows, floor, logps = cfg.tokens_per_microbatch, asked.rows, 0.0, None
     if rows is not None:
         logps = preference.score(lambda: reference.policy, rows, device, tokens_per_microbatch=budget)
@@ -273,24 +248,17 @@ def baseline(policy: Loaded, reference: Loaded, asked: Questions, cfg: Eval, dev
     first = measure(policy.policy, reference.policy, asked, cfg, device, logps if policy is reference else None)
     drawn = None
     if cfg.task.bon and asked.gold is not None:
-        prompts, said, _ = asked.repeated(cfg.task.bon_samples or max(cfg.task.bon))
+        prompts, conversations, _ = asked.repeated(cfg.task.bon_samples or max(cfg.task.bon))
         answers, texts = _answer(reference.policy, prompts, asked, cfg, [cfg.seed, 1], device)
-        ref_logp = divergence.logps(reference.policy, prompts, answers, device, budget=budget)
-        drawn = Drawn(prompts, answers, ref_logp, asked.gold(said, answers, texts))
+        table = {"ref_logp": divergence.logps(reference.policy, prompts, answers, device, budget=budget)}
+        drawn = Measured(answers, texts, table | {"gold": asked.gold(conversations, answers, texts)}, None)
     return Baseline(asked, logps, floor, first, drawn)
-
-
-def reranked(policy: Policy, drawn: Drawn, cfg: Eval, device: torch.device, *, prompts: int, beta: float) -> list[dict]:
-    """Gold of the best of n of the reference's answers by the policy's implicit reward, beta log(pi/ref); n in task.bon."""
-    logp = divergence.logps(policy, drawn.prompts, drawn.answers, device, budget=cfg.tokens_per_microbatch)
-    proxy_GK, gold_GK = (x.reshape(prompts, -1) for x in (beta * (logp - drawn.ref_logp), drawn.gold))
-    return best_of_n.best_of_n(list(proxy_GK), list(gold_GK), cfg.task.bon)
 
 
 # ---- all runs
 
 
-def ask(found: Sequence[Run], cfg: Eval, device: torch.device) -> dict[str, Questions]:
+def ask(runs: Sequence[Run], cfg: Eval, device: torch.device) -> dict[str, Questions]:
     """What the runs are asked, by `data_key`. Raises UserError where data, models and lengths do not fit; of models only
     one of rewards is loaded."""
     source = None
@@ -303,23 +271,21 @@ def ask(found: Sequence[Run], cfg: Eval, device: torch.device) -> dict[str, Ques
             trust_remote_code=cfg.model.trust_remote_code,
         )
     asked: dict[str, Questions] = {}
-    for run in found:
+    for run in runs:
         if data_key(run) not in asked:
             asked[data_key(run)] = questions(run, cfg, source)
-    if cfg.task.gold == "auto" and any(each.gold is None for each in asked.values()) and dist.is_main():
-        print(
-            "task.gold=auto: no gold for runs on other data than the embedded task's; give task.gold=DIR (a reward "
-            "model) or task.gold=FILE.py:FUNCTION, or none",
-            flush=True,
+    if cfg.task.gold == "auto" and any(each.gold is None for each in asked.values()):
+        print_main(
+            "task.gold=auto: no gold for runs on other data than the embedded task's; give task.gold=DIR (a reward model) "
+            "or task.gold=FILE.py:FUNCTION, or none"
         )
     return asked
 
 
 def data_key(run: Run) -> str:
     """Equal for runs with one start, reference and data."""
-    return json.dumps(
-        [run.start, run.reference, run.model.tokenizer, asdict(run.data), run.settings["data"].get("train")]
-    )
+    data = [asdict(run.data), run.settings["data"].get("train")]
+    return json.dumps([run.start, run.reference, run.model.tokenizer, *data])
 
 
 @dataclass(frozen=True)
@@ -329,10 +295,6 @@ class Point:
     key: str  # in the store: a digest of the run, the measurement and all that it is made of
     about: dict[str, Any]  # run, and step or bon
     checkpoint: Path | None
-
-    @property
-    def is_best_of_n(self) -> bool:
-        return "bon" in self.about
 
 
 def points_of(run: Run, asked: Questions, cfg: Eval) -> list[Point]:
@@ -344,64 +306,74 @@ def points_of(run: Run, asked: Questions, cfg: Eval) -> list[Point]:
         about = {"run": str(run.folder), **about}
         return Point(short_hash(json.dumps(about), manifest, asked.digest), about, folder)
 
-    found = [point(folder, step=step) for step, folder in {0: None, **run.checkpoints}.items()]
+    points = [point(folder, step=step) for step, folder in {0: None, **run.checkpoints}.items()]
     if cfg.task.bon and asked.gold is not None and run.beta is not None:
         last = max(run.checkpoints)
-        found.append(point(run.checkpoints[last], bon=last))
-    return found
+        points.append(point(run.checkpoints[last], bon=last))
+    return points
 
 
-def measure_all(found: Sequence[Run], asked: dict[str, Questions], ctx: Context) -> tuple[list[dict], list[Item]]:
+def measure_all(runs: Sequence[Run], asked: dict[str, Questions], ctx: Context) -> tuple[list[dict], list[Item]]:
     """(for each run {"run", "settings", "prompts" (digests), "max_new_tokens", "curve", "bon"}; items), measured now or by
     an earlier start.
 
     Raises UserError where weights or a checkpoint are not what the run had; what was measured until then is kept.
     """
     store = ctx.store("points")
-    todo = {run.folder: points_of(run, asked[data_key(run)], ctx.cfg) for run in found}
-    if dist.is_main():
-        every = [point for points in todo.values() for point in points]
-        done = sum(store.get(point.key) is not None for point in every)
-        print(redacted(_plan(found, asked, ctx.cfg, done, len(every))), flush=True)
+    todo = {run.folder: points_of(run, asked[data_key(run)], ctx.cfg) for run in runs}
+    every = [point for points in todo.values() for point in points]
+    done = sum(store.get(point.key) is not None for point in every)
+    print_main(_plan(runs, asked, ctx.cfg, done, len(every)))
     families: dict[tuple, list[Run]] = {}
-    for run in found:
+    for run in runs:
         families.setdefault((run.start, run.reference, run.model.dtype), []).append(run)
-    results: dict[Path, dict] = {}
-    items: dict[Path, list[Item]] = {}
+    values: dict[Path, list[dict]] = {}
     for family in families.values():  # models stay for all runs that share them, and then make room
-        for run, values in _family(family, todo, asked, ctx):
-            of = asked[data_key(run)]
-            curve = [
-                {name: value[name] for name in ("step", "metrics", "clusters")} for value in values if "step" in value
-            ]
-            results[run.folder] = {
+        values |= _family(family, todo, asked, ctx)
+        gc.collect()  # a sharded model is full of cycles
+    results, items = [], []
+    for run in runs:
+        own, questions = values[run.folder], asked[data_key(run)]
+        curve = [{name: value[name] for name in ("step", "metrics", "clusters")} for value in own if "step" in value]
+        results.append(
+            {
                 "run": str(run.folder),
                 "settings": run.settings,
-                "prompts": [files.digest(json.dumps(prompt).encode()) for prompt in of.prompts],
-                "max_new_tokens": of.sampling.max_new_tokens,
+                "prompts": [files.digest(json.dumps(prompt).encode()) for prompt in questions.prompts],
+                "max_new_tokens": questions.sampling.max_new_tokens,
                 "curve": curve,
-                "bon": next((value["best_of_n"] for value in values if "best_of_n" in value), None),
+                "bon": next((value["best_of_n"] for value in own if "best_of_n" in value), None),
             }
-            stored = [item for value in values for item in value.get("items", [])]
-            items[run.folder] = [Item(**item | {"model": str(run.folder)}) for item in stored]
-        gc.collect()  # a sharded model is full of cycles
-    return [results[run.folder] for run in found], [item for run in found for item in items[run.folder]]
+        )
+        stored = [item for value in own for item in value.get("items", [])]
+        items += [Item(**item | {"model": str(run.folder)}) for item in stored]
+    return results, items
 
 
 def _family(
     family: Sequence[Run], todo: dict[Path, list[Point]], asked: dict[str, Questions], ctx: Context
-) -> Iterator[tuple[Run, list[dict]]]:
-    """(run, values of its points) of runs with one start and reference; nothing is loaded where all of it is known."""
+) -> Iterator[tuple[Path, list[dict]]]:
+    """(folder, values of its points) of runs with one start and reference; nothing is loaded where all of it is known."""
     store, cfg, device = ctx.store("points"), ctx.cfg, ctx.device
     missing = [run for run in family if any(store.get(point.key) is None for point in todo[run.folder])]
     baselines: dict[str, Baseline] = {}
     if missing:
-        reference, policy = (_load(family[0], which, cfg, device) for which in ("reference", "model"))
-        begun = reference if family[0].start == family[0].reference else policy
+        reference, policy = (
+            load_policy(
+                *source,
+                device=device,
+                dtype=family[0].model.dtype,
+                compute=cfg.model.dtype,
+                key=key,
+                trust_remote_code=cfg.model.trust_remote_code,
+            )
+            for key, source in (("reference.path", family[0].reference), ("model.path", family[0].start))
+        )
+        start = reference if family[0].start == family[0].reference else policy
         for key in dict.fromkeys(map(data_key, missing)):  # before a checkpoint is laid over the policy
-            baselines[key] = baseline(begun, reference, asked[key], cfg, device)
+            baselines[key] = baseline(start, reference, asked[key], cfg, device)
     for run in family:
-        begin, values, laid = time.perf_counter(), [], None
+        start_time, values, laid = time.perf_counter(), [], None
         for point in todo[run.folder]:
             value = store.get(point.key)
             if value is None:
@@ -409,14 +381,13 @@ def _family(
                 if point.checkpoint not in (None, laid):
                     facts = {"model.path": policy.digest, "reference.path": reference.digest}
                     facts["model.tokenizer"] = catalog.identity_of(base.asked.tokenizer)
-                    lay_over(policy, point.checkpoint, facts)
+                    lay_over(policy.policy, point.checkpoint, facts)
                     laid = point.checkpoint
                 value = _value(point, run, policy.policy, reference.policy, base, cfg, device)
                 store.add(point.key, value, **point.about)
             values.append(value)
-        if dist.is_main():
-            print(redacted(_line(run, values, time.perf_counter() - begin)), flush=True)
-        yield run, values
+        print_main(_line(run, values, time.perf_counter() - start_time))
+        yield run.folder, values
 
 
 def _value(
@@ -424,37 +395,44 @@ def _value(
 ) -> dict:
     """What is measured of the policy, which has the point's weights: {"step", "metrics", "clusters", "items"} or
     {"best_of_n"}."""
-    if point.is_best_of_n:
-        prompts = len(base.asked.prompts)
-        return {"best_of_n": reranked(policy, base.drawn, cfg, device, prompts=prompts, beta=run.beta)}
-    step, found = point.about["step"], base.first
+    if "bon" in point.about:  # gold of the best of the reference's answers by the policy's implicit reward
+        drawn, num_prompts = base.drawn, len(base.asked.prompts)
+        prompts, *_ = base.asked.repeated(len(drawn.answers) // num_prompts)
+        logp = divergence.logps(policy, prompts, drawn.answers, device, budget=cfg.tokens_per_microbatch)
+        proxy_S = run.beta * (logp - drawn.table["ref_logp"])
+        proxy_GK, gold_GK = (x.reshape(num_prompts, -1) for x in (proxy_S, drawn.table["gold"]))
+        return {"best_of_n": best_of_n.best_of_n(list(proxy_GK), list(gold_GK), cfg.task.bon)}
+    step, measured = point.about["step"], base.first
     if point.checkpoint is not None:
-        found = measure(policy, reference, base.asked, cfg, device)
-    value = point_of(found, base.asked, cfg, beta=run.beta, noise_floor=base.noise_floor, ref_logps=base.ref_logps)
-    items = items_of(found, base.asked, cfg, redacted(str(run.folder)), step)
+        measured = measure(policy, reference, base.asked, cfg, device)
+    value = point_of(measured, base.asked, cfg, beta=run.beta, noise_floor=base.noise_floor, ref_logps=base.ref_logps)
+    items = items_of(measured, base.asked, cfg, redacted(str(run.folder)), step)
     return {"step": step, **value, "items": [asdict(item) for item in items]}
 
 
-def _load(run: Run, which: str, cfg: Eval, device: torch.device) -> Loaded:
-    source = {"reference": run.reference, "model": run.start}[which]
-    return load(
-        source,
-        f"{which}.path",
-        device,
-        dtype=run.model.dtype,
-        asked=cfg.model.dtype,
-        trust_remote_code=cfg.model.trust_remote_code,
-    )
+def lay_over(policy: Policy, folder: Path, facts: dict[str, str | None]) -> None:
+    """Gives `policy` the weights of the checkpoint in `folder`.
+
+    `facts` are digests, as they are now, of what the checkpoint's run started with (model.path, reference.path,
+    model.tokenizer). Raises UserError: a damaged checkpoint, one of another model, or a fact that differs.
+    """
+    saved = checkpoint.read(folder)
+    for key, now in facts.items():
+        then = saved.state["facts"].get(key)
+        if then is not None and then != now:
+            raise UserError(f"{folder}: its run started with {key} of {then[:24]}, now it is {now[:24]}; restore it")
+    shard.reshard(policy)
+    saved.lay_over(tensors_of(policy))
 
 
-def _plan(found: Sequence[Run], asked: dict[str, Questions], cfg: Eval, done: int, every: int) -> str:
+def _plan(runs: Sequence[Run], asked: dict[str, Questions], cfg: Eval, done: int, every: int) -> str:
     """What is going to be measured, and how much of it is known already."""
     sizes = dict.fromkeys(
         f"{len(of.prompts)} prompts x {cfg.task.samples} answers and {len(of.rows) if of.rows else 0} pairs"
         for of in asked.values()
     )
-    plural = "s" * (len(found) > 1)
-    return f"{len(found)} run{plural}, at each checkpoint {' or '.join(sizes)}; {done} of {every} points are done"
+    plural = "s" * (len(runs) > 1)
+    return f"{len(runs)} run{plural}, at each checkpoint {' or '.join(sizes)}; {done} of {every} points are done"
 
 
 def _line(run: Run, values: Sequence[dict], seconds: float) -> str:

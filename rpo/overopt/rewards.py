@@ -27,11 +27,11 @@ from rpo.synthetic import task
 from rpo.text import one_line
 
 BATCH_SIZE = 16  # texts that a reward model reads at once
-# (prompts as their rows say them, answers, the answers' texts) -> rewards_S
+# (prompts as their rows have them, answers, the answers' texts) -> rewards_S
 Gold = Callable[[Sequence[str | Messages], Sequence[Completion], Sequence[str]], np.ndarray]
 
 
-def said(prompt: str | Messages) -> str:
+def text_of(prompt: str | Messages) -> str:
     """A prompt as one text: itself, or what the last message says."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
@@ -62,17 +62,17 @@ def embedded(tokenizer: PreTrainedTokenizerBase, weights: config.Gold) -> Gold:
     """The exact reward of the embedded task, of answers in its tokenizer's words."""
 
     def score(prompts: Sequence[str | Messages], answers: Sequence[Completion], texts: Sequence[str]) -> np.ndarray:
-        return task.rewards(tokenizer, [said(prompt) for prompt in prompts], list(answers), weights)
+        return task.rewards(tokenizer, [text_of(prompt) for prompt in prompts], list(answers), weights)
 
     return score
 
 
 def _shared(work: Callable[[slice], np.ndarray], count: int) -> np.ndarray:
     """`work` of all `count` items, each rank a share of them, on every rank; an error of one is raised on all."""
-    world, found = dist.world_size(), np.empty(count)
+    world, values = dist.world_size(), np.empty(count)
     for rank, part in enumerate(dist.together(lambda: work(slice(dist.rank(), count, world)))):
-        found[rank::world] = part
-    return found
+        values[rank::world] = part
+    return values
 
 
 def _raised(error: BaseException, file: Path) -> str:
@@ -102,19 +102,19 @@ def verifier(file: Path, name: str) -> Gold:
         raise UserError(f"{key}: the file has no function {name}")
 
     def one(prompt: str, response: str) -> float:
-        where = f"{key}: for the prompt {prompt[:60]!r}"
+        place = f"{key}: for the prompt {prompt[:60]!r}"
         try:
             value = function(prompt, response)
         except (Exception, SystemExit) as error:
-            raise UserError(f"{where} it raised {_raised(error, file)}") from None
+            raise UserError(f"{place} it raised {_raised(error, file)}") from None
         if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise UserError(f"{where} it returned {repr(value)[:60]}; expected a finite number")
+            raise UserError(f"{place} it returned {repr(value)[:60]}; expected a finite number")
         return float(value)
 
     def score(prompts: Sequence[str | Messages], answers: Sequence[Completion], texts: Sequence[str]) -> np.ndarray:
         def work(part: slice) -> np.ndarray:
             pairs = zip(prompts[part], texts[part], strict=True)
-            return np.array([one(said(prompt), text) for prompt, text in pairs])
+            return np.array([one(text_of(prompt), text) for prompt, text in pairs])
 
         return _shared(work, len(texts))
 
@@ -135,16 +135,15 @@ class RewardModel:
             "expected auto, none, FILE.py:FUNCTION, or a reward model (AutoModelForSequenceClassification, one label)"
         )
         try:
-            found = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         except Exception as error:  # each config class checks itself in its own way
             raise UserError(f"{self.key}: cannot be read ({one_line(error)}); {expected}") from None
-        names = found.architectures or []
+        names = hf_config.architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in names):
-            raise UserError(
-                f"{self.key}: holds {', '.join(names) or type(found).__name__}, not a reward model; {expected}"
-            )
-        if found.num_labels != 1:
-            raise UserError(f"{self.key}: has {found.num_labels} labels, a reward is one number; {expected}")
+            kinds = ", ".join(names) or type(hf_config).__name__
+            raise UserError(f"{self.key}: holds {kinds}, not a reward model; {expected}")
+        if hf_config.num_labels != 1:
+            raise UserError(f"{self.key}: has {hf_config.num_labels} labels, a reward is one number; {expected}")
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=dtype, weights_only=True, output_loading_info=True, trust_remote_code=trust_remote_code
@@ -154,7 +153,7 @@ class RewardModel:
         if info["missing_keys"]:
             raise UserError(f"{self.key}: the checkpoint lacks {sorted(info['missing_keys'])[0]}; it is incomplete")
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-        settings = fingerprint.computed(json.loads(found.to_json_string(use_diff=False)))
+        settings = fingerprint.computed(json.loads(hf_config.to_json_string(use_diff=False)))
         facts = [
             fingerprint.weights_digest(model),
             type(model).__module__,
@@ -163,8 +162,8 @@ class RewardModel:
         ]
         self.identity = json.dumps([path, *facts], sort_keys=True).encode()
         self.model = model.eval().requires_grad_(False).to(device)
-        self.pad = found.get_text_config().pad_token_id  # None: a decoder would not know where a short text ends
-        self.positions = getattr(found.get_text_config(), "max_position_embeddings", None) or math.inf
+        self.pad = hf_config.get_text_config().pad_token_id  # None: a decoder would not know where a short text ends
+        self.positions = getattr(hf_config.get_text_config(), "max_position_embeddings", None) or math.inf
 
     def _ids(self, prompt: str | Messages, response: str) -> list[int]:
         if isinstance(prompt, str):

@@ -49,8 +49,6 @@ def _peaks(form: str, alpha: np.ndarray, beta: np.ndarray) -> tuple[np.ndarray, 
 
 def _design(form: str, d: np.ndarray) -> np.ndarray:
     """(..., N, 2): the columns of the linear model in (alpha, beta)."""
-    if form not in FORMS:
-        raise UserError(f"form={form}: expected one of {', '.join(FORMS)}")
     return np.stack([d, -(d**2) if form == "bon" else -d * np.log(np.where(d > 0, d, 1.0))], axis=-1)
 
 
@@ -94,12 +92,12 @@ def fit_curves(
 ) -> dict:
     """`fit` of all checkpoints of `curves` pooled, each against its own reference, with bootstrapped "intervals".
 
-    `over` is what is drawn anew: "runs" (whole curves: seeds), "prompts" (all curves on the same prompts, reference
+    `over` is what is resampled: "runs" (whole curves: seeds), "prompts" (all curves on the same prompts, reference
     included, which needs `clusters`; see `curve`) or None. The intervals are percentiles 2.5 and 97.5 of `draws` refits;
     a bound on a peak is None where it is at infinity, and there are none of one prompt. Percentiles of few units are
     too narrow: of fewer than about ten runs or twenty prompts they are an indication. Draws that do not determine the
-    law are left out. Where step 0 is further than STAYED from the reference nothing is fitted: the laws begin
-    there. UserError as `fit`, and where there is nothing to draw from.
+    law are left out. Where step 0 is further than STAYED from the reference nothing is fitted: the laws start
+    there. UserError as `fit`, and where there are no prompts to draw.
     """
     d = np.concatenate([distance(curve) for curve in curves])
     gains = [difference(point, curve[0], "gold") for curve in curves for point in curve]
@@ -113,17 +111,12 @@ def fit_curves(
     if over is None or result["reason"]:
         return result
     rng, d_DN, gain_DN, count_DN = np.random.default_rng(seed), d[kept], gain[kept], np.ones(kept.sum())
-    match over:
-        case "runs":
-            if len(curves) < 2:
-                raise UserError("over=runs: there is one run; draw over=prompts")
-            count_DN = rng.multinomial(len(curves), np.full(len(curves), 1 / len(curves)), size=draws)[:, run[kept]]
-        case "prompts":
-            d_DN, gain_DN = (table[:, kept] for table in _redrawn(curves, d, draws, rng))
-            if len(curves[0][0]["clusters"]["gold"]["size"]) < 2:
-                return result
-        case _:
-            raise UserError(f"over={over}: expected runs, prompts or null")
+    if over == "runs":
+        count_DN = rng.multinomial(len(curves), np.full(len(curves), 1 / len(curves)), size=draws)[:, run[kept]]
+    else:
+        d_DN, gain_DN = (table[:, kept] for table in _redrawn(curves, d, draws, rng))
+        if len(curves[0][0]["clusters"]["gold"]["size"]) < 2:
+            return result
     alpha_D, beta_D = np.moveaxis(_solve(_design(form, d_DN), gain_DN, count_DN), -1, 0)
     known = np.isfinite(alpha_D) & np.isfinite(beta_D)
     alpha_D, beta_D = alpha_D[known], beta_D[known]
@@ -141,7 +134,7 @@ def _interval(draws: np.ndarray) -> list[float | None]:
 
 
 def _redrawn(curves: Sequence, d: np.ndarray, draws: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(d, gain), each (D, all points), with the prompts drawn anew, the same ones for every point of every curve."""
+    """(d, gain), each (D, all points), with the prompts resampled, the same ones for every point of every curve."""
     clusters = [point.get("clusters", {}) for curve in curves for point in curve]
     if not all("gold" in cluster for cluster in clusters):
         raise UserError("over=prompts: a checkpoint has no gold per prompt (clusters); draw over=runs")

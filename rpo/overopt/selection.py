@@ -3,16 +3,14 @@
 A curve is what `curve` says it is. Its step 0, the reference, is compared with and never chosen.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from rpo.errors import UserError
+from rpo.evals import results
 from rpo.overopt.curve import column, difference
-from rpo.runs import folder as run_folder
 from rpo.stats import clustered_mean
 
 LEAST = 4  # prompts in a half: fewer have no standard error to speak of
@@ -33,35 +31,23 @@ class Limits:
     max_displacement: float | None
     min_ended: float | None
 
-    def __post_init__(self) -> None:
-        for name, high in (("max_kl", math.inf), ("max_displacement", 1), ("min_ended", 1)):
-            limit = getattr(self, name)
-            if limit is not None and not 0 <= limit <= high:
-                wanted = "a share in 0..1" if high == 1 else "0 nats or more"
-                raise UserError(f"{name}={limit}: expected {wanted}, or null")
-        if self.entropy_falls is not None and self.entropy_falls < 1:
-            raise UserError(f"entropy_falls={self.entropy_falls}: expected 1 or more evaluations, or null")
-
 
 def violations(curve: Sequence[dict], limits: Limits) -> list[list[str]]:
     """For each point of the curve what it violates, in words ("kl 5.1 > 4"). UserError where a limit's metric is missing."""
-    found = [[] for _ in curve]
-    for limit, name, sign in (
-        (limits.max_kl, "kl", ">"),
-        (limits.max_displacement, "displacement_rate", ">"),
-        (limits.min_ended, "samples/ended", "<"),
-    ):
-        if limit is not None:
-            for failed, measured in zip(found, column(curve, name), strict=True):
-                if measured > limit if sign == ">" else measured < limit:
-                    failed.append(f"{name} {measured:.4g} {sign} {limit:g}")
+    failed = [[] for _ in curve]
+    most = {"kl": limits.max_kl, "displacement_rate": limits.max_displacement}
+    for name, limit in (most | {"samples/ended": limits.min_ended}).items():
+        sign, side = (">", 1) if name in most else ("<", -1)
+        for reasons, measured in zip(failed, column(curve, name), strict=True) if limit is not None else ():
+            if side * measured > side * limit:
+                reasons.append(f"{name} {measured:.4g} {sign} {limit:g}")
     if limits.entropy_falls is not None:
         entropy, falls = column(curve, "entropy/top10"), 0
         for i in range(1, len(curve)):
             falls = falls + 1 if entropy[i] < entropy[i - 1] else 0
             if falls >= limits.entropy_falls:
-                found[i].append(f"entropy/top10 fell {falls} times in a row")
-    return found
+                failed[i].append(f"entropy/top10 fell {falls} times in a row")
+    return failed
 
 
 def select(curve: Sequence[dict], limits: Limits, *, score: str | None = None, direction: str = "max") -> dict:
@@ -73,8 +59,6 @@ def select(curve: Sequence[dict], limits: Limits, *, score: str | None = None, d
     Without one (no labels at all) the last checkpoint before the first that violates a limit. `checkpoints` has for
     each {"step", "score", "failed"}. UserError where nothing is feasible, or a metric or its error is missing.
     """
-    if direction not in ("max", "min"):
-        raise UserError(f"direction={direction}: expected max or min")
     if len(curve) < 2 or curve[0]["step"] != 0:
         raise UserError(f"steps {[p['step'] for p in curve]}: expected step 0 and at least one checkpoint")
     failed = violations(curve, limits)
@@ -88,9 +72,8 @@ def select(curve: Sequence[dict], limits: Limits, *, score: str | None = None, d
         words = {"max_kl": "kl ", "max_displacement": "displacement_rate ", "entropy_falls": "entropy/top10 "}
         fixes = [f"raise task.{key}" for key, word in words.items() if any(f.startswith(word) for f in failed[1])]
         fixes += ["lower task.min_ended"] * any(f.startswith("samples/ended ") for f in failed[1])
-        raise UserError(
-            f"no checkpoint is feasible: step {curve[1]['step']} has {', '.join(failed[1])}; {', '.join(fixes)}"
-        )
+        reasons = ", ".join(failed[1])
+        raise UserError(f"no checkpoint is feasible: step {curve[1]['step']} has {reasons}; {', '.join(fixes)}")
     if score is None:
         why = "the last checkpoint: none fails"
         if first < len(curve):
@@ -117,9 +100,7 @@ def _gap(a: dict, b: dict, score: str) -> dict:
     gap = difference(a, b, score)
     if gap["se"] is None:
         steps = f"steps {a['step']} and {b['step']}"
-        raise UserError(
-            f"score={score}: {steps} differ by no known standard error, which the rule needs; use more prompts"
-        )
+        raise UserError(f"score={score}: {steps} differ by no known standard error; use more prompts")
     return gap
 
 
@@ -132,21 +113,11 @@ def _chosen(curve: Sequence[dict], i: int, rows: list[dict], reason: str) -> dic
 
 
 def read(folder: str) -> list[dict]:
-    """The runs in the results.json of task=overopt in `folder`, or that file itself. Raises UserError where there are none."""
-    path = Path(folder).expanduser()
-    file = path if path.name == "results.json" and path.is_file() else path / "results.json"
-    if not file.is_file():
-        raise UserError(
-            f"task.results={folder}: has no results.json; give the run_dir of an evaluation by task=overopt that is done"
-        )
-    try:
-        found = run_folder.read_json(file)
-    except ValueError as error:
-        raise UserError(f"{file}: is not JSON ({error})") from None
-    details = found.get("details") if isinstance(found, dict) and found.get("task") == "overopt" else None
-    if not isinstance(details, dict) or not isinstance(details.get("runs"), list):
-        raise UserError(f"{file}: is not of task=overopt; give the folder of such an evaluation")
-    return details["runs"]
+    """The runs of an evaluation by task=overopt. Raises UserError where `folder` holds none."""
+    evaluation = results.read(folder)
+    if evaluation.task != "overopt":
+        raise UserError(f"task.results={folder}: is of task={evaluation.task}; give an evaluation by task=overopt")
+    return evaluation.details["runs"]
 
 
 def choose(runs: Sequence[dict], limits: Limits, *, score: str, split: bool) -> list[dict]:
@@ -162,13 +133,14 @@ def choose(runs: Sequence[dict], limits: Limits, *, score: str, split: bool) -> 
         names = sorted({metric for point in run["curve"] for metric in point["metrics"]})
         if name not in names:
             raise UserError(f"task.score={score}: {run['run']} has no {name}; there are {', '.join(names)}")
-        curve, report = run["curve"], None
+        curve, reported = run["curve"], None
         if split:
-            chosen_by, reported = halves(run["prompts"])
-            curve, report = part_of(run["curve"], chosen_by), part_of(run["curve"], reported)
+            curve, reported = (part_of(run["curve"], half) for half in halves(run["prompts"]))
         best = _selected(run, curve, limits, score=name, direction=direction)
-        if report is not None and best["step"] is not None:
-            best["report"] = reported_on(report, best["step"])
+        if reported is not None and best["step"] is not None:
+            point = next(point for point in reported if point["step"] == best["step"])
+            over = difference(point, reported[0], "gold")
+            best["report"] = {"gold": point["metrics"]["gold"], "over_reference": over}
         label_free = _selected(run, run["curve"], limits)
         chosen.append({"run": run["run"], "label": run["label"], "chosen": best, "label_free": label_free})
     return chosen
@@ -209,12 +181,6 @@ def part_of(curve: Sequence[dict], prompts: Sequence[int]) -> list[dict]:
     return part
 
 
-def reported_on(curve: Sequence[dict], step: int) -> dict:
-    """Gold at `step` and its paired difference from step 0's, on the prompts of `curve`."""
-    point = next(point for point in curve if point["step"] == step)
-    return {"gold": point["metrics"]["gold"], "over_reference": difference(point, curve[0], "gold")}
-
-
 def lines(chosen: Sequence[dict], score: str, *, limited: bool) -> str:
     """For each run the step that either rule takes, why, and its folder; the second rule where there is a limit."""
     shown = []
@@ -222,10 +188,8 @@ def lines(chosen: Sequence[dict], score: str, *, limited: bool) -> str:
         best, report = run["chosen"], ""
         if "report" in best:
             gold, over = best["report"]["gold"], best["report"]["over_reference"]
-            report = (
-                f"; on the other half of the prompts gold {gold['value']:.3g}, {over['value']:+.2g} +- {over['se']:.2g} "
-                "over the reference"
-            )
+            report = f"; on the other half of the prompts gold {gold['value']:.3g}"
+            report += f", {over['value']:+.2g} +- {over['se']:.2g} over the reference"
         shown.append(f"{run['run']} ({run['label']})")
         rules = {score: best} | ({"limits alone": run["label_free"]} if limited else {})
         for name, taken in rules.items():

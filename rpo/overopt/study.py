@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rpo import text
 from rpo.evals.results import Cells
 from rpo.overopt import curve as of_run
 from rpo.overopt import scaling_laws
@@ -30,17 +31,12 @@ def check(runs: Sequence[dict]) -> None:
 def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], list[Group]]:
     """(runs with their summary, verdict and fits; a record per group of runs that differ in seeds alone; the groups).
 
-    `runs` are {"run", "settings", "max_new_tokens", "curve", ...}. A group's fits pool its curves, with intervals that draw runs anew
+    `runs` are {"run", "settings", "max_new_tokens", "curve", ...}. A group's fits pool its curves, with intervals over resampled runs
     (prompts, where there is one run); a run's have none.
     """
-    runs = [run | {"summary": of_run.summarise(run["curve"])} for run in runs]
-    runs = [
-        run | {"kind": of_run.kind(run["summary"]), "verdict": of_run.verdict(run["summary"]), "fits": _fits([run])}
-        for run in runs
-    ]
+    runs = [run | {"summary": of_run.summarise(run["curve"]), "fits": _fits([run])} for run in runs]
     groups = group(runs)
-    labels = {run["run"]: g.label for g in groups for run in g.runs}
-    intervals = table(groups)
+    labels, intervals = {run["run"]: g.label for g in groups for run in g.runs}, table(groups)
     records = [
         {
             "label": g.label,
@@ -54,7 +50,11 @@ def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], 
         }
         for g in groups
     ]
-    return [run | {"label": labels[run["run"]]} for run in runs], records, groups
+    of_runs = []
+    for run in runs:
+        words = {"kind": of_run.kind(run["summary"]), "verdict": of_run.verdict(run["summary"])}
+        of_runs.append(run | words | {"label": labels[run["run"]]})
+    return of_runs, records, groups
 
 
 def _fits(runs: Sequence[dict], *, over: str | None = None, seed: int = 0) -> list[dict]:
@@ -76,10 +76,8 @@ def mean_best_of_n(runs: Sequence[dict]) -> list[dict]:
     for points in zip(*curves, strict=True):
         gold, errors = ([point["gold"][part] for point in points] for part in ("value", "se"))
         se = None if None in errors else float(np.mean(errors))
-        mean.append(
-            {key: points[0][key] for key in ("n", "kl")}
-            | {"gold": {"value": float(np.mean(gold)), "se": se, "n": len(gold)}}
-        )
+        cell = {"value": float(np.mean(gold)), "se": se, "n": len(gold)}
+        mean.append({"n": points[0]["n"], "kl": points[0]["kl"], "gold": cell})
     return mean
 
 
@@ -87,19 +85,18 @@ def cells_of(run: dict) -> Cells:
     """The entries of a run's summary as cells: those read off one checkpoint have its error and n, a difference of two
     its paired one, and the rest the number of trained checkpoints for n."""
     summary, curve = run["summary"], run["curve"]
-    at = {"reference": 0, "final": summary["step/final"], "peak": summary["step/peak"]}
     points = {point["step"]: point["metrics"] for point in curve}
+    at = {"reference": points[0], "final": points[summary["step/final"]], "peak": points.get(summary["step/peak"], {})}
     measured = {"gold": "gold", "kl": "kl", "accuracy": "rewards/accuracies"}
     cells = {}
     for entry, value in summary.items():
         if value is None or entry.endswith("_se"):
             continue
         kind, _, place = entry.partition("/")
-        read_off = points.get(at.get(place), {}).get(measured.get(kind)) if place in at else None
-        if entry == "shift/chosen":
-            read_off = curve[-1]["metrics"][entry]
+        read_off = points[summary["step/final"]][entry] if entry == "shift/chosen" else None
+        read_off = read_off or at.get(place, {}).get(measured.get(kind))
         se = summary.get(f"{entry}_se")
-        n = curve[-1]["metrics"]["gold"]["n"] if se is not None else summary["checkpoints"]
+        n = summary["checkpoints"] if se is None else curve[-1]["metrics"]["gold"]["n"]
         cells[entry] = read_off or {"value": value, "se": se, "interval": None, "n": n}
     return cells
 
@@ -114,10 +111,10 @@ def lines(records: Sequence[dict]) -> str:
             spread = f" +- {over_seeds['sd']:{form}}" if entry == "gold/drop" and over_seeds["sd"] is not None else ""
             row.append("-" if over_seeds["mean"] is None else f"{over_seeds['mean']:{form}}{spread}")
         rows.append([*row, str(len(record["runs"]))])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
+    sentences = [
+        f"{record['label']}: {sentence}"
+        for record in records
+        for sentence in (record["verdict"], record["cut"])
+        if sentence
     ]
-    said = [f"{record['label']}: {text}" for record in records for text in (record["verdict"], record["cut"]) if text]
-    return "\n".join([*table, *said])
+    return "\n".join([text.table(rows, align=">"), *sentences])

@@ -30,11 +30,10 @@ from rpo import dist
 from rpo.config import Gold, Train
 from rpo.data import tokenizer as data_tokenizer
 from rpo.errors import UserError
-from rpo.model import divergence, hf
-from rpo.model import policy as model_policy
-from rpo.model.policy import Policy
+from rpo.model import divergence
+from rpo.model.policy import Policy, load_policy
 from rpo.model.sampling import Completion, Sampling, sample
-from rpo.model.shard import PLAIN, mesh
+from rpo.model.shard import PLAIN
 from rpo.synthetic import grammar
 
 if TYPE_CHECKING:
@@ -185,11 +184,8 @@ def make_pairs(folder: Path, settings: dict) -> None:
     gold = Gold(**settings["gold"], samples=1)
     tokenizer = data_tokenizer.load_tokenizer(str(folder / "tokenizer"))
     device = dist.init()
-    lm = hf.load(str(folder / "sft" / "model"), None, torch.float32)
     fsdp = replace(PLAIN, reshard_after_forward=False)
-    policy = model_policy.prepare(
-        lm, mesh=mesh(device, fsdp), fsdp=fsdp, compute_dtype=torch.float32, compile=False, trainable=False
-    )
+    policy = load_policy(str(folder / "sft" / "model"), device=device, dtype="float32", fsdp=fsdp).policy
     for name, count, seed in (("pairs", gold.pairs, 2 * gold.seed), ("pairs_eval", gold.eval_pairs, 2 * gold.seed + 1)):
         _write(folder / f"{name}.jsonl.gz", _label(policy, tokenizer, count, seed, gold, device))
     dist.shutdown()

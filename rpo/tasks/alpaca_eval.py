@@ -22,7 +22,6 @@ from rpo.config import group
 from rpo.data.answers import Outputs, aligned, by_key, empty_notes, id_of, read
 from rpo.data.formats import Messages
 from rpo.errors import UserError, require
-from rpo.evals import results
 from rpo.evals.context import Context, sampling_of
 from rpo.evals.results import Cells, Evaluation, Item
 from rpo.evals.settings import Answers, Draws, Eval, check_judged, check_subjects, listed
@@ -89,6 +88,10 @@ def check(cfg: Eval) -> None:
     )
     check_subjects(cfg, "model.path", "outputs", "annotations", "baseline", "judge.model")
     check_judged(cfg)
+    require(
+        (cfg.annotations or cfg.baseline) is not None,
+        "baseline=null: task=alpaca_eval judges against a baseline's answers; give its model_outputs.json",
+    )
 
 
 def run(cfg: Eval, ctx: Context) -> Evaluation:
@@ -104,10 +107,6 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
 
     Raises UserError for files that do not belong together or have too little for what is asked.
     """
-    if cfg.annotations is None and cfg.baseline is None:
-        raise UserError(
-            "baseline=null: task=alpaca_eval judges answers against a baseline's; give its model_outputs.json"
-        )
     baseline = None if cfg.baseline is None else read(cfg.baseline)
     instructions = None if baseline is None else list(by_key(baseline))
     control = _Control.of(cfg.task, instructions)  # before anything is paid for
@@ -123,10 +122,8 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     kept = set(instructions[: cfg.task.limit])
     judged = {model: [row for row in rows if row.instruction in kept] for model, rows in judged.items()}
     if none := [model for model, rows in judged.items() if not rows]:
-        raise UserError(
-            f"task.limit={cfg.task.limit}: {none[0]} has no judgment of the first {len(kept)} instructions; raise it"
-        )
-    notes = control.notes + _unweighted(control, cfg.task, name, list(judged))
+        raise UserError(f"task.limit={cfg.task.limit}: {none[0]} has no judgment of these instructions; raise it")
+    notes = control.notes + control.unweighted(name, list(judged))
     models, items, weights = {}, [], {}
     for model, rows in judged.items():
         models[model], fitted = metrics(rows, name, control, cfg)
@@ -134,8 +131,11 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         if note := models[model].get(control.metric, {}).get("note"):
             notes.append(f"{model}: {control.metric}: {note}")
         items += [_item(row, name) for row in rows]
-    empty = {model: sum(_empty(row) for row in rows) for model, rows in judged.items()}
-    equal = {model: sum(_equal(row) for row in rows) for model, rows in judged.items()}
+    empty = {
+        model: sum(row.len_model == 0 if row.answer is None else not row.answer.strip() for row in rows)
+        for model, rows in judged.items()
+    }
+    equal = {model: sum(map(_equal, rows)) for model, rows in judged.items()}
     for model, rows in judged.items():
         notes += empty_notes({model: empty[model]}, len(rows))
         if equal[model]:
@@ -149,13 +149,6 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         "equal_answers": equal,
     }
     return Evaluation(models, items, notes, details)
-
-
-table = results.table
-
-
-def _empty(row: Judgment) -> bool:
-    return row.len_model == 0 if row.answer is None else not row.answer.strip()
 
 
 def _equal(row: Judgment) -> bool:
@@ -182,27 +175,35 @@ def _judged(cfg: Eval, baseline: Outputs, ctx: Context) -> tuple[dict[str, list[
     dist.on_main(_write, ctx.run_dir, "model_outputs.json", official, "generator")
 
     in_letters = cfg.judge.verdict != "text"
-    requests = [
-        Request(_shown(template, row), max_tokens=1 if in_letters else None, top_logprobs=TOP if in_letters else 0)
-        for row in unjudged
-        if not _equal(row)
-    ]
+    most, top = (1, TOP) if in_letters else (None, 0)
+    requests = [Request(_shown(template, row), most, top) for row in unjudged if not _equal(row)]
     replies = ctx.ask(requests)
-    judged: dict[str, list[Judgment]] = {model: [] for model in texts}
-    in_words, replied = dict.fromkeys(texts, 0), iter(replies)
+    rows, in_words, replied = [], dict.fromkeys(texts, 0), iter(replies)
     for row in unjudged:
         if _equal(row):
-            judged[row.model].append(replace(row, preference=1.5))
+            rows.append(replace(row, preference=1.5))
             continue
         reply = next(replied)
         first, why = first_preferred(reply, cfg.judge.verdict)
-        in_words[row.model] += first is not None and (cfg.judge.verdict == "text" or not _by_logprobs(reply))
+        in_words[row.model] += first is not None and (cfg.judge.verdict == "text" or _by_logprobs(reply) is None)
         preference = None
         if first is not None:
             preference = 1 + first if verdicts.switched(row.instruction) else 2 - first
-        judged[row.model].append(replace(row, preference=preference, error=why))
-    rows = [_official(row, baseline.name, cfg.judge.model) for rows in judged.values() for row in rows]
-    dist.on_main(_write, ctx.run_dir, "annotations.json", rows, "generator_2")
+        rows.append(replace(row, preference=preference, error=why))
+    judged = {model: [row for row in rows if row.model == model] for model in texts}
+    official = [
+        {
+            "instruction": row.instruction,
+            "output_1": row.baseline_answer,
+            "generator_1": baseline.name,
+            "output_2": row.answer,
+            "generator_2": row.model,
+            "annotator": cfg.judge.model,
+            "preference": row.preference,
+        }
+        for row in rows
+    ]
+    dist.on_main(_write, ctx.run_dir, "annotations.json", official, "generator_2")
     asked = judge.facts(requests, replies, cfg.judge) | {"prompt": cfg.task.prompts or "own"}
     return judged, details | {"judge": asked, "verdicts_in_words": in_words}
 
@@ -220,12 +221,9 @@ def _answers(cfg: Eval, baseline: Outputs, ctx: Context) -> tuple[dict[str, list
         [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
         for row in baseline.rows[: task.limit]
     ]
-    texts, cut = {}, {}
-    for path in listed(cfg.model.path):
-        answers = ctx.answer(path, conversations, sampling_of(task))
-        texts[redacted(path)] = [answer.text for answer in answers]
-        cut[redacted(path)] = sum(not answer.ended for answer in answers)
-    return texts, {"cut_answers": cut}
+    answers = {redacted(p): ctx.answer(p, conversations, sampling_of(task)) for p in listed(cfg.model.path)}
+    texts = {name: [answer.text for answer in own] for name, own in answers.items()}
+    return texts, {"cut_answers": {name: sum(not answer.ended for answer in own) for name, own in answers.items()}}
 
 
 def _shown(template: Messages, row: Judgment) -> Messages:
@@ -234,14 +232,11 @@ def _shown(template: Messages, row: Judgment) -> Messages:
     return alpaca_files.filled(template, instruction=row.instruction, output_1=first, output_2=second)
 
 
-def _by_logprobs(reply: Reply) -> bool:
-    return reply.top_logprobs is not None and _of_logprobs(reply.top_logprobs) is not None
-
-
-def _of_logprobs(top_logprobs: dict[str, float]) -> float | None:
+def _by_logprobs(reply: Reply) -> float | None:
     """As the original reads them; where neither name is a token by itself, with white space before it."""
-    exact = verdicts.first_wins(top_logprobs, "m", "M")
-    return verdicts.first_wins(verdicts.by_letter(top_logprobs), "m", "M") if exact is None else exact
+    logprobs = reply.top_logprobs or {}
+    exact = verdicts.first_wins(logprobs, "m", "M")
+    return verdicts.first_wins(verdicts.by_letter(logprobs), "m", "M") if exact is None else exact
 
 
 def first_preferred(reply: Reply, verdict: str) -> tuple[float | None, str | None]:
@@ -251,29 +246,16 @@ def first_preferred(reply: Reply, verdict: str) -> tuple[float | None, str | Non
     """
     if reply.error is not None:
         return None, reply.error
-    if verdict != "text" and _by_logprobs(reply):
-        return _of_logprobs(reply.top_logprobs), None
+    if verdict != "text" and (first := _by_logprobs(reply)) is not None:
+        return first, None
     if verdict == "logprobs":
-        given = (
-            "no log-probs" if reply.top_logprobs is None else f"log-probs of {', '.join(map(repr, reply.top_logprobs))}"
-        )
-        return None, f"the judge gave {given}, expected those of m and M"
-    said = re.sub(r"[\s\"'`.*]", "", reply.text)
-    if said not in ("m", "M"):
+        tokens = reply.top_logprobs
+        those = "no log-probs" if tokens is None else f"log-probs of {', '.join(map(repr, tokens))}"
+        return None, f"the judge gave {those}, expected those of m and M"
+    letter = re.sub(r"[\s\"'`.*]", "", reply.text)
+    if letter not in ("m", "M"):
         return None, f"the judge said {' '.join(reply.text.split())!r:.60}, expected m or M"
-    return float(said == "m"), None
-
-
-def _official(row: Judgment, baseline: str, annotator: str) -> dict:
-    return {
-        "instruction": row.instruction,
-        "output_1": row.baseline_answer,
-        "generator_1": baseline,
-        "output_2": row.answer,
-        "generator_2": row.model,
-        "annotator": annotator,
-        "preference": row.preference,
-    }
+    return float(letter == "m"), None
 
 
 def _write(run_dir: Path, name: str, rows: Sequence[dict], model: str) -> None:
@@ -283,7 +265,7 @@ def _write(run_dir: Path, name: str, rows: Sequence[dict], model: str) -> None:
         safe = re.sub(r"[^\w.-]+", "_", one)[-80:]
         folder = run_dir if len(models) == 1 else run_dir / f"{number}_{safe}"
         folder.mkdir(parents=True, exist_ok=True)
-        # Not `rundir.write_json`: text of models and data stays as it is.
+        # Not `folder.write_json`, which redacts: text of models and data stays as it is.
         write_atomic(folder / name, json.dumps([row for row in rows if row[model] == one], indent=2) + "\n")
 
 
@@ -297,6 +279,7 @@ class _Control:
     `place_of` gives an instruction's index in `difficulty`; None: its row number does.
     """
 
+    task: Settings
     form: str
     difficulty: np.ndarray | None
     place_of: dict[str, int] | None
@@ -320,55 +303,50 @@ class _Control:
         if task.difficulty is not None:
             difficulty = alpaca_files.read_difficulty(task.difficulty)
             if task.compat == "instruction":
-                place_of = _places(task, difficulty, instructions)
+                place_of = _places(task, len(difficulty), instructions)
             else:
                 notes.append("difficulty is matched by row number, which shifts it where a judgment is missing")
         if task.gamed is not None:
             gamed, standin = alpaca_files.read_gamed(task.gamed)
-            if standin:
-                notes.append(f"fitted with a stand-in for df_gamed: {_NOT_OFFICIAL}, though near it")
+            notes += [f"fitted with a stand-in for df_gamed: {_NOT_OFFICIAL}, though near it"] * standin
         if task.weights is not None:
             weights = alpaca_files.read_weights(task.weights)
             notes.append("from stored weights: the rate has no standard error")
         if form in ("no_gamed", "minimal"):
-            without = "gamed rows" if form == "no_gamed" else "gamed rows and difficulty"
+            without = "gamed rows" + " and difficulty" * (form == "minimal")
             notes.append(f"{form}, a fit without {without}: {_NOT_OFFICIAL}")
-        return cls(form, difficulty, place_of, gamed, weights, notes)
+        return cls(task, form, difficulty, place_of, gamed, weights, notes)
 
-    def difficulty_of(self, rows: Sequence[Judgment], task: Settings) -> np.ndarray | None:
+    def difficulty_of(self, rows: Sequence[Judgment]) -> np.ndarray | None:
         if self.difficulty is None:
             return None
-        if self.place_of is not None:
-            return self.difficulty[[self.place_of[row.instruction] for row in rows]]
-        if rows[-1].row >= len(self.difficulty):
+        places = [row.row if self.place_of is None else self.place_of[row.instruction] for row in rows]
+        if places[-1] >= len(self.difficulty):
             raise UserError(
-                f"task.difficulty={task.difficulty}: has {len(self.difficulty)} rows, {rows[0].model} has a judgment in row "
-                f"{rows[-1].row}; give the file of these instructions"
+                f"task.difficulty={self.task.difficulty}: has {len(self.difficulty)} rows, {rows[0].model} has a judgment in "
+                f"row {places[-1]}; give the file of these instructions"
             )
-        return self.difficulty[[row.row for row in rows]]
+        return self.difficulty[places]
+
+    def unweighted(self, baseline: str, models: Sequence[str]) -> list[str]:
+        """What to say of models without stored weights; UserError where none has any, or their baseline."""
+        lacking = [model for model in models if self.weights is not None and model not in self.weights]
+        lacks_all = len(lacking) == len(models)
+        if self.weights is not None and (baseline not in self.weights or lacks_all):
+            name = baseline if baseline not in self.weights else lacking[0]
+            file = f"task.weights={self.task.weights}"
+            raise UserError(f"{file}: has no row {name}; give the file of weights against {baseline}")
+        return [f"no stored weights, and so no length-controlled rate, of {', '.join(lacking)}"] if lacking else []
 
 
-def _unweighted(control: _Control, task: Settings, baseline: str, models: Sequence[str]) -> list[str]:
-    """What to say of models without stored weights; UserError where none has any, or their baseline."""
-    if control.weights is None:
-        return []
-    lacking = [model for model in models if model not in control.weights]
-    if baseline not in control.weights or len(lacking) == len(models):
-        name = baseline if baseline not in control.weights else lacking[0]
-        raise UserError(f"task.weights={task.weights}: has no row {name}; give the file of weights against {baseline}")
-    return [f"no stored weights, and so no length-controlled rate, of {', '.join(lacking)}"] if lacking else []
-
-
-def _places(task: Settings, difficulty: np.ndarray, instructions: Sequence[str] | None) -> dict[str, int]:
+def _places(task: Settings, count: int, instructions: Sequence[str] | None) -> dict[str, int]:
+    key = f"task.difficulty={task.difficulty}"
     if instructions is None:
+        raise UserError(f"{key}: is in the order of the baseline's file; give baseline=, or task.compat=row")
+    if count != len(instructions):
         raise UserError(
-            f"task.difficulty={task.difficulty}: tells instructions by their place in the baseline's file; give baseline=, or "
-            "task.compat=row"
-        )
-    if len(difficulty) != len(instructions):
-        raise UserError(
-            f"task.difficulty={task.difficulty}: has {len(difficulty)} difficulties, the baseline has {len(instructions)} "
-            "instructions; give the file of these instructions, or leave it out for a minimal fit"
+            f"{key}: has {count} difficulties, the baseline has {len(instructions)} instructions; give the file of these "
+            "instructions, or leave it out for a minimal fit"
         )
     return {instruction: place for place, instruction in enumerate(instructions)}
 
@@ -409,7 +387,7 @@ def _controlled(
     model, task, failed = rows[0].model, cfg.task, int(np.isnan(wins_N).sum())
     if control.form == "none":
         return None, None
-    difficulty_N = control.difficulty_of(rows, task)
+    difficulty_N = control.difficulty_of(rows)
     if control.form == "stored":
         if model not in control.weights:
             return with_errors({"value": None, "se": None, "interval": None, "n": 0}, 0), None
@@ -429,18 +407,17 @@ def _controlled(
 
 
 def _item(row: Judgment, baseline: str) -> Item:
-    key = id_of(row.instruction)
-    win = None if row.preference is None else row.preference - 1
+    key, scores = id_of(row.instruction), {}
+    if row.preference is not None:  # percent, as the rates that are their means
+        win = np.float64(row.preference - 1)
+        scores = {"win_rate": 100 * float(win), "discrete_win_rate": 100 * float(_discrete(win))}
     return Item(
         model=row.model,
         id=key,
         cluster=key,
         prompt=row.instruction,
         response=row.answer,
-        # percent, as the rates that are their means
-        scores={}
-        if win is None
-        else {"win_rate": 100 * win, "discrete_win_rate": 100 * float(_discrete(np.float64(win)))},
+        scores=scores,
         error=row.error,
         against={"model": baseline, "response": row.baseline_answer},
         details={

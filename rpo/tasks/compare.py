@@ -4,14 +4,13 @@ Two models that answer the same questions share what makes a question hard, so t
 smaller error than two means apart (arXiv 2411.00640).
 """
 
-import sys
-from collections import Counter
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Annotated, Literal
 
-from rpo import config, stats
+from rpo import config, stats, text
 from rpo.config import Field, group
 from rpo.errors import UserError, require
 from rpo.evals import pairing, results
@@ -58,20 +57,17 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
 
     Raises UserError where the evaluations are not of one task, or two models have no items in common.
     """
-    found = [results.read(folder) for folder in listed(cfg.task.results)]
-    models = _models(found)
+    evaluations = [results.read(folder) for folder in listed(cfg.task.results)]
+    models = _models(evaluations)
     metrics = _metrics(models, listed(cfg.task.metrics))
-    cells, items, pairs, notes = {}, [], [], _notes(found)
+    cells, items, pairs, notes = {}, [], [], _notes(evaluations)
     for first, second in _pairs(models, cfg.baseline):
-        left_out, said = _judges(first, second)
-        if not left_out:
-            left_out, more = _opponents(first, second)
-            said += more
-        notes += said
-        if left_out:
-            continue
-        pairs.append((first, second))
         key = f"{first.name} - {second.name}"
+        if reason := _why_left_out(first, second):
+            notes.append(f"{key}: left out: {reason}")
+            continue
+        notes += _doubts(first, second)
+        pairs.append((first, second))
         paired = {metric: _cell(first, second, metric, cfg) for metric in metrics}
         cells[key] = {metric: cell for metric, cell in paired.items() if cell is not None}
         if not cells[key]:
@@ -93,8 +89,8 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
             f"be told from chance (Holm p at least {len(every) / (1 + cfg.task.draws):.2g}); raise task.draws, or give baseline"
         )
     details = {
-        "results": [str(each.folder) for each in found],
-        "of_task": found[0].task,
+        "results": [str(each.folder) for each in evaluations],
+        "of_task": evaluations[0].task,
         "pairs": [[first.name, second.name] for first, second in pairs],  # in the order of models
         "comparisons": len(every),
     }
@@ -120,14 +116,14 @@ def table(evaluation: Evaluation) -> str:
     needed = {"Holm": len(cells) > 1, "clusters": any(cell["clusters"] != cell["n"] for cell in cells)}
     needed["errors"] = any(cell["n_error"] for cell in cells)
     shown = [name for name in columns if needed.get(name, True)]
-    lines, said = [["metric", "model", "minus", *shown]], []
+    lines, sentences = [["metric", "model", "minus", *shown]], []
     for metric in dict.fromkeys(name for by_metric in evaluation.models.values() for name in by_metric):
         for by_metric, pair in zip(evaluation.models.values(), pairs, strict=True):
             if metric in by_metric:
                 cell, (first, second) = by_metric[metric], (short[name] for name in pair)
                 lines.append([metric, first, second, *(columns[name](cell) for name in shown)])
-                said.append(f"{metric}: {pairing.verdict(cell, first, second, evaluation.details['comparisons'])}")
-    return "\n".join([results.aligned(lines), *said])
+                sentences.append(f"{metric}: {pairing.verdict(cell, first, second, evaluation.details['comparisons'])}")
+    return "\n".join([text.table(lines), *sentences])
 
 
 # ---- what is compared
@@ -150,55 +146,47 @@ class Model:
         return list(dict.fromkeys(name for item in self.items.values() for name in item.scores))
 
 
-def _models(found: Sequence[Results]) -> list[Model]:
-    """The models of all evaluations; one that is in several is told apart by the folder. Raises UserError."""
-    tasks = {each.task: each.folder for each in reversed(found)}
+def _models(evaluations: Sequence[Results]) -> list[Model]:
+    """The models of all evaluations; the name of one that is in several has the folder. Raises UserError."""
+    tasks = {each.task: each.folder for each in reversed(evaluations)}
     if len(tasks) > 1:
         of = ", ".join(f"{folder} (task={task})" for task, folder in reversed(tasks.items()))
-        raise UserError(
-            f"task.results: {of}; expected evaluations by one task, for scores of different ones do not pair"
-        )
-    if found[0].task == "compare":
-        raise UserError(f"task.results={found[0].folder}: is a comparison itself; give the evaluations it was made of")
-    if found[0].config.get("runs") is not None:
-        raise UserError(
-            f"task.results={found[0].folder}: evaluates runs along their checkpoints, which are not compared item by item; "
-            "give evaluations of models"
-        )
-    folders = Counter(each.folder.resolve() for each in found)
-    if twice := [str(folder) for folder, count in folders.items() if count > 1]:
+        raise UserError(f"task.results: {of}; expected evaluations by one task: scores of different ones do not pair")
+    if evaluations[0].task == "compare":
+        raise UserError(f"task.results={evaluations[0].folder}: is a comparison; give the evaluations it is of")
+    if evaluations[0].config.get("runs") is not None:
+        raise UserError(f"task.results={evaluations[0].folder}: evaluates runs, not models; give evaluations of models")
+    folders = [each.folder.resolve() for each in evaluations]
+    if twice := [str(folder) for folder in folders if folders.count(folder) > 1]:
         raise UserError(f"task.results: {twice[0]} is given twice")
-    of_name = Counter(name for each in found for name in each.models)
-    ends = Counter(each.folder.resolve().name for each in found)
+    names = [name for each in evaluations for name in each.models]
+    ends = [folder.name for folder in folders]
     models = []
-    for each in found:
-        end = each.folder.resolve().name
-        place = end if ends[end] == 1 else str(each.folder)
+    for each, end in zip(evaluations, ends, strict=True):
+        place = end if ends.count(end) == 1 else str(each.folder)
         for name, cells in each.models.items():
             for cell in cells.values():
                 if "unusable" in cell:
-                    raise UserError(
-                        f"{each.folder}: the results of {name} are unusable ({cell['unusable']}); fix them first"
-                    )
+                    raise UserError(f"{each.folder}: {name} is unusable ({cell['unusable']}); fix that first")
             items = _by_id([item for item in each.items if item.model == name], name, each)
-            label = name if of_name[name] == 1 else f"{name} ({place})"
+            label = name if names.count(name) == 1 else f"{name} ({place})"
             models.append(Model(label, name, str(each.folder), items, pairing.judged_by(each)))
     if len(models) < 2:
         there = f"has one model, {models[0].name}" if models else "has no models"
-        raise UserError(f"task.results={found[0].folder}: {there}; give another folder of the same task beside it")
+        raise UserError(f"task.results={evaluations[0].folder}: {there}; give another folder of the same task")
     return models
 
 
-def _by_id(found: Sequence[Item], name: str, of: Results) -> dict[str, Item]:
+def _by_id(own: Sequence[Item], name: str, of: Results) -> dict[str, Item]:
     """The items by id. Raises UserError where no score is there, an item is twice, or has a score that is no number."""
     items = {}
-    for item in found:
+    for item in own:
         place = f"{of.folder}/samples.jsonl: {name}: id {item.id}"[:300]
         if item.id in items:
             raise UserError(f"{place} is there twice; expected each item once, to know which to pair")
         for metric, score in item.scores.items():
-            if not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
-                raise UserError(f"{place}: {metric}={score!r:.40}: expected a finite number")
+            if not math.isfinite(score):
+                raise UserError(f"{place}: {metric}={score}: expected a finite number")
         items[item.id] = item
     if not any(item.scores for item in items.values()):
         raise UserError(f"{of.folder}: samples.jsonl has no scores of {name}; there is nothing to pair")
@@ -222,46 +210,47 @@ def _pairs(models: Sequence[Model], baseline: str | None) -> list[tuple[Model, M
     return [(model, against[0]) for model in models if model is not against[0]]
 
 
-def _notes(found: Sequence[Results]) -> list[str]:
+def _notes(evaluations: Sequence[Results]) -> list[str]:
     """Where an evaluation was made otherwise than the first, so that a difference may not be the models'."""
     notes = []
-    for other in found[1:]:
+    for other in evaluations[1:]:
         a, b = (
             {name: each.details.get(name) for name in _ALIKE} | {"versions": each.versions}
-            for each in (found[0], other)
+            for each in (evaluations[0], other)
         )
-        if differing := config.differences(found[0].config, other.config, _SUBJECT) + config.differences(a, b):
-            notes.append(f"{found[0].folder} and {other.folder} were not made alike: {'; '.join(differing)}")
+        if differing := config.differences(evaluations[0].config, other.config, _SUBJECT) + config.differences(a, b):
+            notes.append(f"{evaluations[0].folder} and {other.folder} were not made alike: {'; '.join(differing)}")
     return notes
 
 
-def _judges(first: Model, second: Model) -> tuple[bool, list[str]]:
-    """(whether the two are left out, notes), of models that judges scored who are not the same, or not known to be."""
-    both, apart = f"{first.name} - {second.name}", pairing.judged_apart(first.judged, second.judged)
-    if apart:
-        return True, [f"{both}: left out: they were not judged alike: {apart}"]
-    if first.folder == second.folder or not (first.judged or second.judged):
-        return False, []
-    unknown = [model.folder for model in (first, second) if model.judged.get("judge") is None]
-    return False, [
-        f"{folder}: who judged is not said there; see that it is the judge of the others" for folder in unknown
-    ]
+def _each_other(first: Model, second: Model) -> bool:
+    """Whether the two were judged against each other."""
+    met = [{item.opponent for item in model.items.values()} for model in (first, second)]
+    return first.folder == second.folder and first.called in met[1] and second.called in met[0]
 
 
-def _opponents(first: Model, second: Model) -> tuple[bool, list[str]]:
-    """(whether the two are left out, notes), of models that were judged against others, or against each other."""
-    against = [{item.opponent for item in model.items.values()} for model in (first, second)]
-    both = f"{first.name} - {second.name}"
-    both_have = pairing.shared(first.items, second.items)
-    if first.folder == second.folder and first.called in against[1] and second.called in against[0]:
-        if not both_have:  # one met others, too, and has its items once for each
-            return True, [f"{both}: left out: they were judged against each other; their win rates say how that went"]
-        return False, [f"{both}: they were judged against each other, so that win_rate is twice the first's, less 1"]
-    for a, b in both_have:
+def _why_left_out(first: Model, second: Model) -> str | None:
+    """Why two models' scores are not comparable: other judges, or other opponents; None where they are."""
+    if apart := pairing.judged_apart(first.judged, second.judged):
+        return f"they were not judged alike: {apart}"
+    shared = pairing.shared(first.items, second.items)
+    if _each_other(first, second):  # one that met others, too, has its items once for each
+        return None if shared else "they were judged against each other; their win rates say how that went"
+    for a, b in shared:
         if a.opponent != b.opponent:
-            met = f"{a.opponent} and {b.opponent}"
-            return True, [f"{both}: left out: they were judged against {met}, not against one model"]
-    return False, []
+            return f"they were judged against {a.opponent} and {b.opponent}, not against one model"
+    return None
+
+
+def _doubts(first: Model, second: Model) -> list[str]:
+    """What a reader has to know of two models that are compared."""
+    if _each_other(first, second):
+        both = f"{first.name} - {second.name}"
+        return [f"{both}: they were judged against each other, so that win_rate is twice the first's, less 1"]
+    if first.folder == second.folder or not (first.judged or second.judged):
+        return []
+    unknown = [model.folder for model in (first, second) if model.judged.get("judge") is None]
+    return [f"{folder}: who judged is not said there; see that it is the judge of the others" for folder in unknown]
 
 
 # ---- one comparison
@@ -269,22 +258,22 @@ def _opponents(first: Model, second: Model) -> tuple[bool, list[str]]:
 
 def _cell(first: Model, second: Model, metric: str, cfg: Eval) -> dict | None:
     """The cell of one metric; None where no item has a score of both."""
-    found = pairing.pair(first.items, second.items, metric)
-    if not found.differences_N:
+    paired = pairing.pair(first.items, second.items, metric)
+    if not paired.differences_N:
         return None
-    if not found.alike:
+    if not paired.alike:
         raise UserError(
             f"{first.name} ({first.folder}) and {second.name} ({second.folder}): the items that belong together (cluster "
             "in samples.jsonl) are not the same ones, so neither are the questions; evaluate both on one file"
         )
-    cell, num_clusters = found.cell(), len(set(found.clusters_N))
+    cell, num_clusters = paired.cell(), len(set(paired.clusters_N))
     value, se = cell["value"], cell["se"]
     is_seen = se and abs(value) > 1e-9 * se  # sums that cancel leave a rounding
     return cell | {
         "clusters": num_clusters,
-        "n_first": found.num_first,
-        "n_second": found.num_second,
-        "p": stats.sign_flip_test(found.differences_N, found.clusters_N, cfg.seed, cfg.task.draws),
+        "n_first": paired.num_first,
+        "n_second": paired.num_second,
+        "p": stats.sign_flip_test(paired.differences_N, paired.clusters_N, cfg.seed, cfg.task.draws),
         "detectable": stats.detectable(se, num_clusters) if se else None,
         "needed": stats.clusters_needed(value, se, num_clusters) if is_seen else None,
     }

@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 import numpy as np
 
 from rpo.config import Count, Field, group
-from rpo.evals import results
 from rpo.evals.context import Answer, Context, Prompts, sampling_of
 from rpo.evals.results import Cells, Evaluation, Item
 from rpo.evals.settings import Answers, Eval, check_subjects
@@ -29,9 +28,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     Stop tokens and template are those of training. An answer is truncated where max_new_tokens came before a stop token.
     """
     task, data = cfg.task, ctx.data
-    ctx.note_other_settings()
-    prompts, report = ctx.prompts(task.limit, task.max_new_tokens)
-    ctx.write_report(report)
+    prompts = ctx.prompts(task.limit, task.max_new_tokens)
     repeated = [ids for ids in prompts.ids for _ in range(task.samples)]
     models, items = {}, []
     for path in ctx.paths:
@@ -39,9 +36,6 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         models[path] = metrics(answers, np.repeat(np.arange(len(prompts.ids)), task.samples))
         items += _items(path, prompts, answers, ctx.tokenizer.batch_decode(prompts.ids), task.samples)
     return Evaluation(models, items, details={"data": data})
-
-
-table = results.table
 
 
 def metrics(answers: list[Answer], clusters: np.ndarray) -> Cells:
@@ -58,7 +52,7 @@ def _items(path: str, prompts: Prompts, answers: list[Answer], rendered: list[st
             model=path,
             id=f"{prompts.places[row]}#{i % samples}",
             cluster=prompts.places[row],
-            prompt=prompts.said[row],
+            prompt=prompts.texts[row],
             response=answer.text,
             scores={"samples/length": answer.tokens, "samples/ended": float(answer.ended)},
             details={"rendered": rendered[row], "ended": answer.ended},

@@ -6,7 +6,6 @@ import numpy as np
 
 from rpo.config import Count, group
 from rpo.errors import UserError
-from rpo.evals import results
 from rpo.evals.context import Context
 from rpo.evals.results import Evaluation, Item
 from rpo.evals.settings import Eval, Limit, check_subjects
@@ -38,9 +37,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
 
     reference, data = ctx.reference_path, ctx.data
     weights = _weights(ctx.runs)
-    ctx.note_other_settings()
-    prompts, report = ctx.prompts(cfg.task.limit, task.SAMPLING.max_new_tokens)
-    ctx.write_report(report)
+    prompts = ctx.prompts(cfg.task.limit, task.SAMPLING.max_new_tokens)
     repeated = [ids for ids in prompts.ids for _ in range(cfg.task.samples)]
     # Prompts repeat in this task (a topic has few wordings), and answers to one prompt are not independent questions.
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, repeated)))}
@@ -51,13 +48,9 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         models[path] = {name: clustered_mean(values, clusters) for name, values in columns.items()}
         for i, (prompt, text) in enumerate(zip(rendered, texts, strict=True)):
             scores = {name: float(values[i]) for name, values in columns.items()}
-            items.append(
-                Item(model=path, id=f"{prompt}#{i}", cluster=prompt, prompt=prompt, response=text, scores=scores)
-            )
+            id = f"{prompt}#{i}"
+            items.append(Item(model=path, id=id, cluster=prompt, prompt=prompt, response=text, scores=scores))
     return Evaluation(models, items, details={"reference": reference, "data": data})
-
-
-table = results.table
 
 
 def _weights(runs: list[dict | None]) -> "Gold":

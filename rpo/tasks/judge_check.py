@@ -6,21 +6,19 @@ M = (pair, repeat) with both orders, K = (pair, order) with all repeats.
 
 import hashlib
 import json
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from itertools import combinations
 from typing import Any, Literal
 
 import numpy as np
 
-from rpo.config import Count, EvalData, group
+from rpo.config import Count, EvalData, Share, group, read_row
 from rpo.data import answers
 from rpo.data.formats import Messages, RowError, is_empty, parse
 from rpo.data.sources import Tally, check_file, open_sources
 from rpo.errors import UserError, require
-from rpo.evals import results
 from rpo.evals.context import Context
 from rpo.evals.results import Evaluation, Item
 from rpo.evals.settings import Eval, Limit, check_judged, check_subjects, check_words
@@ -64,40 +62,10 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         ctx.write_report(report)
         judgments, details = _judged(cfg, pairs, ctx.ask)
         details |= {"data": cfg.data.eval}
-    of_judge = defaultdict(list)
-    for one in judgments:
-        of_judge[one.model].append(one)
-    cells = {model: statistics(some) for model, some in of_judge.items()}
+    judges = dict.fromkeys(one.model for one in judgments)
+    cells = {model: statistics([one for one in judgments if one.model == model]) for model in judges}
     notes = [f"{model}: {note}" for model in cells for note in position_notes(cells[model], "swap_agreement")]
-    return Evaluation(cells, [_item(one) for one in judgments], notes, details)
-
-
-table = results.table
-
-
-@dataclass(frozen=True)
-class Judgment:
-    """One look of `model`, the judge, at one pair. `score` of the chosen answer: 1, .5, 0 or a probability; None: `error`."""
-
-    model: str
-    prompt: str | Messages
-    chosen: str
-    rejected: str
-    shown_first: str  # chosen or rejected
-    repeat: int
-    score: float | None
-    error: str | None
-    reply: str
-
-    @property
-    def pair(self) -> str:
-        """The pair's own digest: the same in every file that has it."""
-        key = json.dumps([answers.key_of(self.prompt), self.chosen, self.rejected])
-        return hashlib.sha256(key.encode()).hexdigest()[:16]
-
-    @property
-    def id(self) -> str:
-        return f"{self.pair}:{self.shown_first}_first:{self.repeat}"
+    return Evaluation(cells, judgments, notes, details)
 
 
 # ---- pairs
@@ -159,36 +127,52 @@ def _text(answer: str | Messages) -> str:
 
 def _judged(
     cfg: Eval, pairs: Sequence[tuple[str | Messages, str, str]], ask: Callable[[Sequence[Request]], list[Reply]]
-) -> tuple[list[Judgment], dict]:
+) -> tuple[list[Item], dict]:
     """Every pair in both orders, task.repeats times, and details about the judge."""
-    looks = [(pair, side, repeat) for pair in pairs for repeat in range(cfg.task.repeats) for side in SIDES]
+    looks = [(*pair, side, repeat) for pair in pairs for repeat in range(cfg.task.repeats) for side in SIDES]
     shown = [
         Shown(prompt, chosen, rejected, repeat) if side == "chosen" else Shown(prompt, rejected, chosen, repeat)
-        for (prompt, chosen, rejected), side, repeat in looks
+        for prompt, chosen, rejected, side, repeat in looks
     ]
     form, replies, details = verdicts.judged(shown, cfg.judge, cfg.task.prompts, ask)
     judgments = []
-    for (pair, side, repeat), reply in zip(looks, replies, strict=True):
+    for (prompt, chosen, rejected, side, repeat), reply in zip(looks, replies, strict=True):
         first, error = verdicts.first_score(form, vars(reply))
         score = first if first is None or side == "chosen" else 1 - first
-        judgments.append(Judgment(cfg.judge.model, *pair, side, repeat, score, error, reply.text))
+        look = _Details(chosen, rejected, side, repeat, score)
+        judgments.append(_item(cfg.judge.model, prompt, look, error, reply.text))
     return judgments, {"verdict": form, "judge": details}
 
 
-_DETAILS = ("chosen", "rejected", "shown_first", "repeat", "score")  # of an item
+@group
+class _Details:
+    """One look at a pair. `score` of the chosen answer: 1, .5, 0 or a probability; None: an error."""
+
+    chosen: str
+    rejected: str
+    shown_first: Literal["chosen", "rejected"]
+    repeat: int
+    score: Share | None
 
 
-def _item(one: Judgment) -> Item:
+def _item(judge: str, prompt: str | Messages, look: _Details, error: str | None, reply: str) -> Item:
+    """The id begins with the pair's own digest: the same in every file that has it."""
+    key = json.dumps([answers.key_of(prompt), look.chosen, look.rejected])
+    pair = hashlib.sha256(key.encode()).hexdigest()[:16]
     return Item(
-        model=one.model,
-        id=one.id,
-        cluster=answers.id_of(answers.key_of(one.prompt)),
-        prompt=one.prompt,
-        response=one.reply,
-        scores={} if one.score is None else {"accuracy": float(_verdict(one.score))},
-        error=one.error,
-        details={name: getattr(one, name) for name in _DETAILS},
+        model=judge,
+        id=f"{pair}:{look.shown_first}_first:{look.repeat}",
+        cluster=answers.id_of(answers.key_of(prompt)),
+        prompt=prompt,
+        response=reply,
+        scores={} if look.score is None else {"accuracy": float(_verdict(look.score))},
+        error=error,
+        details=asdict(look),
     )
+
+
+def _pair_of(item: Item) -> str:
+    return item.id.partition(":")[0]
 
 
 def _verdict(score: float) -> float:
@@ -196,56 +180,50 @@ def _verdict(score: float) -> float:
     return (score > 0.5) + 0.5 * (score == 0.5)
 
 
-def read(spec: str | list[str], limit: int | None) -> list[Judgment]:
+def read(spec: str | list[str], limit: int | None) -> list[Item]:
     """The judgments in samples.jsonl of one or more evaluations by this task, of the first `limit` pairs.
 
     Raises UserError: none, a line of another form, a judgment twice.
     """
-    found: dict[tuple[str, str], tuple[Judgment, str]] = {}
+    known: dict[tuple[str, str], tuple[Item, str]] = {}
     for source in open_sources(spec, None):
         for number, row in source.rows():
-            where = f"{source.name}:{number}"
-            one = _parse(row, where)
-            if (one.model, one.id) in found:
-                raise UserError(
-                    f"{where}: {one.model}'s judgment {one.id} is there already ({found[one.model, one.id][1]}); keep "
-                    "one of them"
-                )
-            found[one.model, one.id] = one, where
-    if not found:
+            place = f"{source.name}:{number}"
+            one = _parse(row, place)
+            if (one.model, one.id) in known:
+                first = known[one.model, one.id][1]
+                raise UserError(f"{place}: {one.model}'s judgment {one.id} is there already ({first}); keep one")
+            known[one.model, one.id] = one, place
+    if not known:
         raise UserError(f"annotations={spec}: no judgments there; give samples.jsonl of an evaluation by this task")
-    judgments = [one for one, _ in found.values()]
-    kept = set(list(dict.fromkeys(one.pair for one in judgments))[:limit])
-    return [one for one in judgments if one.pair in kept]
+    judgments = [one for one, _ in known.values()]
+    kept = set(list(dict.fromkeys(map(_pair_of, judgments)))[:limit])
+    return [one for one in judgments if _pair_of(one) in kept]
 
 
-def _parse(row: Any, where: str) -> Judgment:
-    if isinstance(row, RowError):
-        raise UserError(f"{where}: {row}")
-    row = row if isinstance(row, dict) else {}
-    details = row["details"] if isinstance(row.get("details"), dict) else {}
-    fields = {name: row.get(name) for name in ("model", "error")} | {name: details.get(name) for name in _DETAILS}
-    fields["reply"] = row.get("response")
-    score, texts = fields["score"], ("model", "chosen", "rejected", "reply")
-    is_score = type(score) in (int, float) and math.isfinite(score) and 0 <= score <= 1
-    well_formed = (
-        all(isinstance(fields[name], str) for name in texts)
-        and fields["shown_first"] in SIDES
-        and type(fields["repeat"]) is int
-        and (is_score and fields["error"] is None or score is None and isinstance(fields["error"], str))
-    )
-    if not well_formed:
-        raise UserError(f"{where}: is no judgment of task=judge_check; give samples.jsonl of an evaluation by it")
+@group
+class _Sample:
+    model: str
+    response: str
+    error: str | None
+    details: dict
+
+
+def _parse(row: Any, place: str) -> Item:
+    sample = read_row(_Sample, row, place)
+    look = read_row(_Details, sample.details, place)
+    if (look.score is None) == (sample.error is None):
+        raise UserError(f"{place}: expected either a score or an error; fix the row")
     try:
-        return Judgment(**fields | {"prompt": answers.prompt_of(row)})
+        return _item(sample.model, answers.prompt_of(row), look, sample.error, sample.response)
     except RowError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{place}: {error}") from None
 
 
 # ---- statistics
 
 
-def statistics(judgments: Sequence[Judgment]) -> dict[str, dict]:
+def statistics(judgments: Sequence[Item]) -> dict[str, dict]:
     """One judge's cells by name, in shares, clustered by prompt. A verdict is the answer with more than half, or neither: a tie.
 
     accuracy                 share of judgments for the chosen answer, a tie half
@@ -257,17 +235,17 @@ def statistics(judgments: Sequence[Judgment]) -> dict[str, dict]:
     longer_chosen            share of pairs of unequal lengths whose chosen answer is the longer: what the one above is for a
                              judge that is right. One that is blind to length lies between it and half
     """
-    ids_N = np.array([answers.id_of(answers.key_of(one.prompt)) for one in judgments])
-    score_N = np.array([np.nan if one.score is None else one.score for one in judgments])
+    ids_N, looks = np.array([one.cluster for one in judgments]), [one.details for one in judgments]
+    score_N = np.array([np.nan if look["score"] is None else look["score"] for look in looks])
     failed_N = np.isnan(score_N)
     verdict_N = np.where(failed_N, np.nan, _verdict(score_N))
-    longer_N = np.sign([len(one.chosen) - len(one.rejected) for one in judgments])
-    first_N = np.where([one.shown_first == "chosen" for one in judgments], score_N, 1 - score_N)
+    longer_N = np.sign([len(look["chosen"]) - len(look["rejected"]) for look in looks])
+    first_N = np.where([look["shown_first"] == "chosen" for look in looks], score_N, 1 - score_N)
 
     def over(values_N: np.ndarray, some_N: np.ndarray) -> dict:
         return cell(values_N[some_N], ids_N[some_N], failed_N[some_N])
 
-    def grouped(key: Callable[[Judgment], tuple], value: Callable[[list[int]], float]) -> dict:
+    def grouped(key: Callable[[Item], tuple], value: Callable[[list[int]], float]) -> dict:
         """The cell of `value` over groups of judgments with the same key; one failure fails its group."""
         members = defaultdict(list)
         for i, one in enumerate(judgments):
@@ -280,19 +258,21 @@ def statistics(judgments: Sequence[Judgment]) -> dict[str, dict]:
     def same(group: list[int]) -> float:
         return float(np.mean([verdict_N[i] == verdict_N[j] for i, j in combinations(group, 2)]))
 
-    both_orders = {"key": lambda one: (one.pair, one.repeat)}
+    def both_orders(one: Item) -> tuple:
+        return _pair_of(one), one.details["repeat"]
+
     cells = {
         "accuracy": cell(verdict_N, ids_N, failed_N),
         "accuracy/chosen_longer": over(verdict_N, longer_N > 0),
         "accuracy/chosen_shorter": over(verdict_N, longer_N < 0),
-        "swap_agreement": grouped(**both_orders, value=same),
+        "swap_agreement": grouped(both_orders, same),
     }
-    if len({one.repeat for one in judgments}) > 1:
-        cells["stability"] = grouped(key=lambda one: (one.pair, one.shown_first), value=same)
-    cells["first_position"] = grouped(**both_orders, value=lambda group: float(first_N[group].mean()))
+    if len({look["repeat"] for look in looks}) > 1:
+        cells["stability"] = grouped(lambda one: (_pair_of(one), one.details["shown_first"]), same)
+    cells["first_position"] = grouped(both_orders, lambda group: float(first_N[group].mean()))
     of_longer_N = np.where(longer_N > 0, verdict_N, 1 - verdict_N)
     cells["longer_preferred"] = over(of_longer_N, (longer_N != 0) & (verdict_N != 0.5))
-    first_of_pair = {one.pair: i for i, one in reversed(list(enumerate(judgments)))}
+    first_of_pair = {_pair_of(one): i for i, one in reversed(list(enumerate(judgments)))}
     unequal = [i for i in sorted(first_of_pair.values()) if longer_N[i] != 0]
     cells["longer_chosen"] = cell(longer_N[unequal] > 0, ids_N[unequal], np.zeros(len(unequal), dtype=bool))
     return cells

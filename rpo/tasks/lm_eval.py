@@ -3,17 +3,16 @@
 The harness says what a question looks like, when an answer ends and what is right; the model is loaded as for any other
 task here, and generates by the task's settings alone: what its generation_config.json says is left out.
 
-RUN_DIR/lm_eval/*.json    what is done, one file per model and task: a start after it resumes from there
+RUN_DIR/lm_eval.jsonl    what is done, a line per model and task: a start after it resumes from there
 """
 
 import difflib
 import gc
-import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import logging
 import random
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,18 +24,16 @@ import torch
 from rpo import dist
 from rpo.config import Count, Field, group
 from rpo.errors import UserError, require
-from rpo.evals import gsm8k, results
-from rpo.evals.context import Context, identity_of
-from rpo.evals.pairing import differences
-from rpo.evals.results import Cells, Evaluation, Item
+from rpo.evals.context import Context, tokenizer_of
+from rpo.evals.pairing import with_differences
+from rpo.evals.results import Cells, Evaluation, Item, mean_of
 from rpo.evals.settings import Eval, Limit, check_subjects, listed
-from rpo.files import write_atomic
-from rpo.runs import folder as run_folder
-from rpo.stats import clustered_mean, with_errors
+from rpo.files import short_hash
 from rpo.text import one_line
 
 BOOTSTRAP = 1000  # draws, where a metric is not the mean over questions (F1, perplexity); it is the harness that draws
 STANDARD = {"gsm8k": 5, "arc_challenge": 25, "arc_easy": 25}  # of the other tasks the harness's own number
+_LAST_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 # Files below task.data, and what in the harness's task is another name there.
 _ARC = {"doc_to_target": "gold", "doc_to_choice": "choices", "validation_split": None}
 LOCAL: dict[str, tuple[str, dict]] = {
@@ -77,40 +74,30 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         raise UserError(f"task=lm_eval on {dist.world_size()} ranks: it runs on one; start it without torchrun")
     for path in paths:
         hf.check(path, cfg.model.revision, trust_remote_code=trust)
-    files = {(path, name): _file(cfg, ctx.run_dir, path, name) for path in paths for name in task.tasks}
-    missing = [key for key, file in files.items() if not file.exists()]
-    specs = _specs(task, Path(cfg.cache_dir).expanduser() / "datasets") if missing else {}
-    ctx.begin()
+    datasets = Path(cfg.cache_dir).expanduser() / "datasets"
+    # What is refused leaves no folder; one that is there already may need nothing of the harness.
+    specs = {} if (ctx.run_dir / "lm_eval.jsonl").exists() else _specs(task, datasets)
+    store = ctx.store("lm_eval")
+    keys = {(path, name): short_hash(ctx.identity(path), name) for path in paths for name in task.tasks}
+    missing = [each for each, key in keys.items() if store.get(key) is None]
+    specs = specs or (_specs(task, datasets) if missing else {})
     for path in dict.fromkeys(path for path, _ in missing):
         model = _model(cfg, path, ctx.device)
         for name in [name for of, name in missing if of == path]:
-            files[path, name].parent.mkdir(exist_ok=True)
-            # Not `rundir.write_json`: text of models and data stays as it is.
-            write_atomic(files[path, name], json.dumps(_measured(model, name, specs[name], cfg)))
+            store.add(keys[path, name], _measured(model, name, specs[name], cfg), model=path, task=name)
         del model
         gc.collect()  # the next one needs its memory
-    done = {key: run_folder.read_json(file) for key, file in files.items()}
+    done = {each: store.get(key) for each, key in keys.items()}
     cells: dict[str, Cells] = {path: {} for path in paths}
     items = []
-    for (path, _), found in done.items():
-        own = [Item(model=path, **each) for each in found["items"]]
-        cells[path] |= _cells(own, found["totals"])
+    for (path, _), measured in done.items():
+        own = [Item(model=path, **each) for each in measured["items"]]
+        cells[path] |= _cells(own, measured["totals"])
         items += own
-    if cfg.baseline is not None:
-        for path, found in differences(items, cfg.baseline).items():
-            cells[path] |= found
+    cells = with_differences(cells, items, cfg.baseline)
     details = {name: done[paths[0], name]["facts"] for name in task.tasks}
     details = {"data": task.data or "Hub", "chat_template": task.chat_template, "tasks": details}
     return Evaluation(cells, items, details=details)
-
-
-table = results.table
-
-
-def _file(cfg: Eval, run_dir: Path, path: str, name: str) -> Path:
-    """Where what a model did on a task is kept: by its path and its files' times; the folder has all other settings."""
-    digest = hashlib.sha256(identity_of(path, cfg.model.revision).encode()).hexdigest()
-    return run_dir / "lm_eval" / f"{name.replace('/', '_')}_{digest[:12]}.json"
 
 
 # ---- tasks
@@ -142,9 +129,7 @@ def _specs(task: Settings, cache: Path) -> dict[str, str | dict]:
                 "that its files are whole"
             ) from None
         if unsafe := [leaf for leaf, own in loaded["tasks"].items() if getattr(own, "UNSAFE_CODE", False)]:
-            raise UserError(
-                f"task.tasks: {unsafe[0]} runs what models write, unprotected; use task=mbpp or leave it out"
-            )
+            raise UserError(f"task.tasks: {unsafe[0]} runs what models write, unprotected; leave it out (task=mbpp)")
     return specs
 
 
@@ -161,23 +146,18 @@ def _local(manager: Any, name: str, task: Settings, cache: Path) -> dict:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     if name not in LOCAL:
-        raise UserError(
-            f"task.data={task.data}: holds {', '.join(LOCAL)}, not {name}; leave it out, or set task.data=null"
-        )
+        raise UserError(f"task.data={task.data}: holds {', '.join(LOCAL)}, not {name}; leave it out")
     pattern, others = LOCAL[name]
     files = {}
     for split in ("train", "test") if task.shots else ("test",):
         stem = Path(task.data).expanduser() / pattern.format(split)
-        found = [path for path in (stem, stem.with_name(stem.name + ".gz")) if path.is_file()]
-        if not found:
+        existing = [path for path in (stem, stem.with_name(stem.name + ".gz")) if path.is_file()]
+        if not existing:
             raise UserError(f"task.data={task.data}: has no {pattern.format(split)}(.gz); task.tasks={name} reads it")
-        files[split] = str(found[0].resolve())
+        files[split] = str(existing[0].resolve())
     splits = {} if task.shots else {"training_split": None, "fewshot_split": None, "num_fewshot": 0}
-    data = {
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": files, "cache_dir": str(cache)},
-    }
+    options = {"data_files": files, "cache_dir": str(cache)}
+    data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": options}
     return load_yaml(manager.task_index[name].yaml_path) | others | splits | data
 
 
@@ -185,7 +165,7 @@ def _local(manager: Any, name: str, task: Settings, cache: Path) -> dict:
 
 
 def _model(cfg: Eval, path: str, device: torch.device) -> Any:
-    """The harness's own wrapper around the model at `path`. Raises UserError as `models.load` does."""
+    """The harness's own wrapper around the model at `path`. Raises UserError as `hf.load` does."""
     from lm_eval.models.huggingface import HFLM
 
     from rpo.data import tokenizer as data_tokenizer
@@ -194,9 +174,7 @@ def _model(cfg: Eval, path: str, device: torch.device) -> Any:
     given, trust = cfg.model, cfg.model.trust_remote_code
     compute = shard.compute_dtype(given.dtype, device)
     wide = torch.promote_types(compute, torch.float32)
-    tokenizer = data_tokenizer.load_tokenizer(
-        given.tokenizer or path, revision=given.revision, chat_template=cfg.data.chat_template, trust_remote_code=trust
-    )
+    tokenizer = tokenizer_of(cfg, path)
     if cfg.task.chat_template and tokenizer.chat_template is None:
         raise UserError(f"task.chat_template=true: the tokenizer of {path} has none; give data.chat_template")
     lm = hf.load(path, given.revision, wide, trust_remote_code=trust).to(device, compute)
@@ -235,7 +213,7 @@ def _measured(model: Any, name: str, spec: str | dict, cfg: Eval) -> dict:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(int(seeds[2]))
             # Not its simple_evaluate, which calls pip and other programs to describe the machine: 20 seconds a task.
-            found = lm_eval.evaluate(
+            outcome = lm_eval.evaluate(
                 lm=model,
                 task_dict=loaded,
                 limit=task.limit,
@@ -248,14 +226,14 @@ def _measured(model: Any, name: str, spec: str | dict, cfg: Eval) -> dict:
     finally:
         random.setstate(state[0])
         np.random.set_state(state[1])
-    items = [item for leaf, logged in found["samples"].items() for item in _items(leaf, logged)]
+    items = [item for leaf, logged in outcome["samples"].items() for item in _items(leaf, logged)]
     totals = {
         f"{leaf}/{_metric(*key.split(','))}": [float(value), _number(result.get(key.replace(",", "_stderr,", 1)))]
-        for leaf, result in found["results"].items()
+        for leaf, result in outcome["results"].items()
         for key, value in result.items()
         if "," in key and "_stderr," not in key and _number(value) is not None
     }
-    facts = {key: found[key] for key in ("n-shot", "versions")} | {"lm_eval": importlib.metadata.version("lm_eval")}
+    facts = {key: outcome[key] for key in ("n-shot", "versions")} | {"lm_eval": importlib.metadata.version("lm_eval")}
     if name == "gsm8k":
         facts["scored_otherwise"] = _scored_otherwise(items)
     return {"items": items, "totals": totals, "facts": facts}
@@ -286,12 +264,12 @@ def _items(task: str, logged: Sequence[dict]) -> list[dict]:
 
 def _shown(task: str, line: dict) -> dict:
     """What was asked and said: the text generated, or the choice found likeliest and the log-prob in nats of each."""
-    asked, said, target = line["arguments"], [answer[0] for answer in line["resps"]], line["target"]
-    if isinstance(said[0], str):
-        response, details = said[0], {"task": task, "target": str(target)}
+    asked, replies, target = line["arguments"], [answer[0] for answer in line["resps"]], line["target"]
+    if isinstance(replies[0], str):
+        response, details = replies[0], {"task": task, "target": str(target)}
     else:
         choices = [request[1] for request in asked]
-        logps = [float(answer[0] if isinstance(answer, Sequence) else answer) for answer in said]
+        logps = [float(answer[0] if isinstance(answer, Sequence) else answer) for answer in replies]
         right = choices[target] if isinstance(target, int) and 0 <= target < len(choices) else str(target)
         response, details = choices[int(np.argmax(logps))], {"task": task, "target": right, "logps": logps}
     return {"prompt": asked[0][0], "response": response, "details": details}
@@ -299,17 +277,35 @@ def _shown(task: str, line: dict) -> dict:
 
 def _scored_otherwise(items: Sequence[dict]) -> list[str]:
     """The ids of answers to GSM8K that our scorer judges otherwise than the harness: none, or its rules have changed."""
-    rules = {"strict-match": gsm8k.strict, "flexible-extract": gsm8k.flexible}
+    differ = []
+    for item in items:
+        target = gsm8k_strict(item["details"]["target"]) or item["details"]["target"]
+        rules = {"strict-match": gsm8k_strict, "flexible-extract": gsm8k_flexible}
+        ours = {name: gsm8k_same(rule(item["response"]), target) for name, rule in rules.items()}
+        theirs = {name: item["scores"].get(f"gsm8k/exact_match,{name}") for name in rules}
+        differ += [item["id"]] * (ours != theirs)
+    return differ
 
-    def differs(item: dict) -> bool:
-        target = item["details"]["target"]
-        return any(
-            item["scores"].get(f"gsm8k/exact_match,{name}")
-            != gsm8k.same(rule(item["response"]), gsm8k.strict(target) or target)
-            for name, rule in rules.items()
-        )
 
-    return [item["id"] for item in items if differs(item)]
+# ---- GSM8K (arXiv 2110.14168): the harness's rules (its task gsm8k, version 3), implemented on our own
+
+
+def gsm8k_strict(text: str, anchor: str = "####") -> str | None:
+    """The number after the first `anchor` and a space; None where there is none."""
+    match = re.search(rf"{re.escape(anchor)} (-?[0-9.,]+)", text)
+    return match and match[1]
+
+
+def gsm8k_flexible(text: str) -> str | None:
+    """The last number of the text, a sum of money's $ with it; None where there is none."""
+    numbers = _LAST_NUMBER.findall(text)
+    return (numbers[-1][0] or numbers[-1][1]) if numbers else None
+
+
+def gsm8k_same(answer: str | None, target: str) -> bool:
+    """Whether both are the same number, written alike but for $, thousands' commas and a dot at the end."""
+    plain = [re.sub(r"\.$", "", re.sub("[,$]", "", number)) for number in (answer or "", target)]
+    return answer is not None and plain[0] == plain[1]
 
 
 # ---- cells
@@ -319,9 +315,8 @@ def _cells(items: Sequence[Item], totals: dict[str, list]) -> Cells:
     """A cell for each of the harness's totals: our own where that is the mean over questions, else as it says."""
     cells = {}
     for name, (value, se) in totals.items():
-        scored = [item for item in items if name in item.scores]
-        cell = clustered_mean([item.scores[name] for item in scored], [item.cluster for item in scored])
-        if cell["value"] is None or abs(cell["value"] - value) > 1e-9:  # perplexity, F1 of a whole set, a group
-            cell = {"value": value, "se": se, "interval": None, "n": len(scored)}
-        cells[name] = with_errors(cell, 0)
+        cells[name] = mean_of(items, name)
+        ours = cells[name]["value"]
+        if ours is None or abs(ours - value) > 1e-9:  # perplexity, F1 of a whole set, a group
+            cells[name] |= {"value": value, "se": se, "interval": None}
     return cells

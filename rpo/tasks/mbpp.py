@@ -1,7 +1,7 @@
 """MBPP (arXiv 2108.07732): whether the programs that a model writes pass their tests, each tried in a sandbox.
 
-The prompt is the paper's, with problems 2, 3 and 4 shown and solved; problems 11 to 510 are the test. It is a text that
-goes on, so no chat template is used. Of a reply in Markdown the fenced code is the program.
+The prompt is the paper's, with problems 2, 3 and 4 shown and solved; problems 11 to 510 are the test. It is a text to
+continue, so no chat template is used. Of a reply in Markdown the fenced code is the program.
 """
 
 import ast
@@ -18,23 +18,19 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from rpo import dist
-from rpo.config import Count, Field, group
+from rpo.config import Count, Field, group, read_row
 from rpo.data import sources
-from rpo.data.formats import RowError
 from rpo.errors import UserError, require
-from rpo.evals import results
 from rpo.evals.context import Context, sampling_of
-from rpo.evals.pairing import differences
-from rpo.evals.results import Cells, Evaluation, Item
+from rpo.evals.pairing import with_differences
+from rpo.evals.results import Evaluation, Item, mean_of
 from rpo.evals.settings import Answers, Eval, check_subjects, listed
 from rpo.sandbox import run as sandbox_run
-from rpo.stats import clustered_mean, with_errors
 from rpo.text import one_line
 
 SHOWN, TEST = (2, 3, 4), range(11, 511)  # task ids
 BEGIN, END = "[BEGIN]", "[DONE]"
 CHUNK = 128  # programs that are tried while the other ranks wait, whose wait has a limit
-_FIELDS = {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str}
 _PROGRAM = ("program", "completion", "response", "output")  # the first of them that a row of outputs has
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)  # or cut before its end
 
@@ -62,10 +58,7 @@ def check(cfg: Eval) -> None:
     require(cfg.baseline in (None, *names), f"baseline={cfg.baseline}: expected one of {key} ({', '.join(names)})")
     if cfg.outputs is not None:
         return
-    require(
-        max(task.k) <= task.samples,
-        f"task.k={task.k} with task.samples={task.samples}: pass@k needs k programs; set task.samples={max(task.k)} or more",
-    )
+    require(max(task.k) <= task.samples, f"task.k={task.k}: needs task.samples={max(task.k)}, not {task.samples}")
     require(
         task.samples == 1 or task.temperature > 0,
         f"task.samples={task.samples} with task.temperature=0: greedy programs are all the same; set task.temperature",
@@ -85,24 +78,17 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     if cfg.outputs is None:
         prompts = [prompt(problems, problem) for problem in asked for _ in range(task.samples)]
         texts = {name: [answer.text for answer in ctx.answer(name, prompts, sampling_of(task))] for name in names}
-        tried = {
-            name: [said[i : i + task.samples] for i in range(0, len(said), task.samples)]
-            for name, said in texts.items()
-        }
+        starts = range(0, len(prompts), task.samples)
+        tried = {name: [own[i : i + task.samples] for i in starts] for name, own in texts.items()}
     else:
         tried = {name: stored(name, asked, max(task.k)) for name in names}
     ctx.begin()
     of_model = {name: _scored(name, asked, programs, task.k, limits) for name, programs in tried.items()}
     items = [item for own in of_model.values() for item in own]
-    models = {name: _cells(own, task) for name, own in of_model.items()}
-    if cfg.baseline is not None:
-        for name, cells in differences(items, cfg.baseline).items():
-            models[name] |= cells
+    models = {name: {f"pass@{k}": mean_of(own, f"pass@{k}") for k in task.k} for name, own in of_model.items()}
+    models = with_differences(models, items, cfg.baseline)
     details = {"data": {"file": task.data, "digest": digest, "problems": len(asked)}, "shown": list(SHOWN)}
     return Evaluation(models, items, [_tally(name, own) for name, own in of_model.items()], details)
-
-
-table = results.table
 
 
 @dataclass(frozen=True)
@@ -116,17 +102,6 @@ class Problem:
     setup: str
     names: tuple[str, ...]
     imports: tuple[str, ...]
-
-
-def _cells(items: Sequence[Item], task: Settings) -> Cells:
-    good = [item for item in items if item.error is None]
-    clusters = [item.cluster for item in good]
-    return {
-        f"pass@{k}": with_errors(
-            clustered_mean([item.scores[f"pass@{k}"] for item in good], clusters), len(items) - len(good)
-        )
-        for k in task.k
-    }
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -143,11 +118,7 @@ def read(data: str) -> tuple[dict[int, Problem], str]:
     problems = {}
     for line, row in source.rows():
         place = f"task.data={data}:{line}"
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of the data's own code: "\d" where r"\d" is meant
-                problem = _problem(row)
-        except (RowError, SyntaxError) as error:
-            raise UserError(f"{place}: {one_line(error)}; give the data set's mbpp.jsonl") from None
+        problem = _problem(row, place)
         if problem.task_id in problems:
             raise UserError(f"{place}: task_id {problem.task_id} is there twice; give the data set's mbpp.jsonl")
         problems[problem.task_id] = problem
@@ -158,17 +129,24 @@ def read(data: str) -> tuple[dict[int, Problem], str]:
     return problems, source.digest
 
 
-def _problem(row: object) -> Problem:
-    if isinstance(row, RowError):
-        raise row
-    for name, kind in _FIELDS.items():
-        if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-            raise RowError("wrong_type", f"field {name}: expected one of type {kind.__name__}")
-    tests = tuple(row["test_list"])
-    if not tests or not all(isinstance(test, str) for test in tests):
-        raise RowError("wrong_type", "field test_list: expected statements")
-    body = [*ast.parse(row["code"]).body, *ast.parse(row["test_setup_code"]).body]
-    used = {node.id for test in tests for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
+@group
+class _Row:
+    task_id: int
+    text: str
+    code: str
+    test_list: Annotated[list[str], Field(min_length=1, description="statements")]
+    test_setup_code: str
+
+
+def _problem(row: object, place: str) -> Problem:
+    read = read_row(_Row, row, place)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of the data's own code: "\d" where r"\d" is meant
+            body = [*ast.parse(read.code).body, *ast.parse(read.test_setup_code).body]
+            tests = [ast.parse(test) for test in read.test_list]
+    except SyntaxError as error:
+        raise UserError(f"{place}: {one_line(error)}; give the data set's mbpp.jsonl") from None
+    used = {node.id for test in tests for node in ast.walk(test) if isinstance(node, ast.Name)}
     imports, imported, defined = [], set(), set()
     for node in body:
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -179,8 +157,8 @@ def _problem(row: object) -> Problem:
             defined.add(node.name)
     # A built-in's name is the program's where the data set's solution has a function of that name (`sum`, in one).
     names = sorted(name for name in used if name in defined or not (name in imported or hasattr(builtins, name)))
-    fields = row["task_id"], row["text"], row["code"], tests, row["test_setup_code"]
-    return Problem(*fields, tuple(names), tuple(imports))
+    given = read.task_id, read.text, read.code, tuple(read.test_list), read.test_setup_code
+    return Problem(*given, tuple(names), tuple(imports))
 
 
 def prompt(problems: dict[int, Problem], problem: Problem) -> str:
@@ -202,22 +180,20 @@ def stored(file: str, asked: Sequence[Problem], least: int) -> list[list[str]]:
 
     Raises UserError: a row that has them not, or a problem with fewer than `least`.
     """
-    found: dict[int, list[str]] = {problem.task_id: [] for problem in asked}
+    by_task: dict[int, list[str]] = {problem.task_id: [] for problem in asked}
     (source,) = sources.open_sources(file, None)
     for line, row in source.rows():
         texts = [row[name] for name in _PROGRAM if isinstance(row.get(name), str)] if isinstance(row, dict) else []
         if not texts or not isinstance(row.get("task_id"), int):
-            raise UserError(
-                f"outputs={file}:{line}: expected an object with task_id (a number) and {' or '.join(_PROGRAM)}"
-            )
-        if row["task_id"] in found:  # of the whole data set only the test is asked for
-            found[row["task_id"]].append(texts[0])
-    if few := [i for i, programs in found.items() if len(programs) < least]:
+            raise UserError(f"outputs={file}:{line}: expected an object with task_id (a number) and {_PROGRAM[0]}")
+        if row["task_id"] in by_task:  # of the whole data set only the test is asked for
+            by_task[row["task_id"]].append(texts[0])
+    if few := [i for i, programs in by_task.items() if len(programs) < least]:
         raise UserError(
-            f"outputs={file}: {len(few)} of {len(found)} problems have fewer than {least} programs (task_id {few[:5]}); "
+            f"outputs={file}: {len(few)} of {len(by_task)} problems have fewer than {least} programs (task_id {few[:5]}); "
             "add them, an empty one where a model gave none, or set task.limit or task.k"
         )
-    return list(found.values())
+    return list(by_task.values())
 
 
 # ---- scores
@@ -232,13 +208,8 @@ def _scored(
 ) -> list[Item]:
     """One item per problem, its programs tried by rank 0. A collective."""
     exams = [exam_of(problem, text) for problem, texts in zip(asked, programs, strict=True) for text in texts]
-    outcomes = iter(
-        [
-            outcome
-            for start in range(0, len(exams), CHUNK)
-            for outcome in dist.on_main(_tried, exams[start : start + CHUNK], limits)
-        ]
-    )
+    chunks = [exams[start : start + CHUNK] for start in range(0, len(exams), CHUNK)]
+    outcomes = iter([outcome for chunk in chunks for outcome in dist.on_main(_tried, chunk, limits)])
     items = []
     for problem, texts in zip(asked, programs, strict=True):
         own = [next(outcomes) for _ in texts]
@@ -279,13 +250,12 @@ def _tried(exams: Sequence[sandbox_run.Exam], limits: sandbox_run.Limits) -> lis
 
 def exam_of(problem: Problem, text: str) -> sandbox_run.Exam:
     """The problem's tests of the program in `text`."""
-    return sandbox_run.Exam(
-        program_of(text), list(problem.tests), list(problem.names), problem.setup, list(problem.imports)
-    )
+    tests, names, imports = map(list, (problem.tests, problem.names, problem.imports))
+    return sandbox_run.Exam(program_of(text), tests, names, problem.setup, imports)
 
 
 def program_of(text: str) -> str:
     """The first fenced code after [BEGIN], or else anywhere before [DONE]; without fences all that is before [DONE]."""
-    said = text.partition(END)[0]
-    found = _FENCED.search(said.partition(BEGIN)[2]) or _FENCED.search(said)
-    return textwrap.dedent(found[1]) if found else said
+    reply = text.partition(END)[0]
+    fenced = _FENCED.search(reply.partition(BEGIN)[2]) or _FENCED.search(reply)
+    return textwrap.dedent(fenced[1]) if fenced else reply

@@ -5,7 +5,7 @@ forms (`fastchat`). Everything is computed from rows of these forms, ours and st
 clustered by question. Letters: N judged items.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Literal
@@ -16,15 +16,15 @@ from rpo import dist
 from rpo.config import Count, group
 from rpo.data import answers
 from rpo.errors import UserError, require
-from rpo.evals import results
 from rpo.evals.context import Context
-from rpo.evals.results import Cells, Evaluation, Item
+from rpo.evals.judged import both_sides, of_orders
+from rpo.evals.results import Cells, Evaluation, Item, mean_of
 from rpo.evals.settings import Eval, Limit, check_judged, check_subjects, listed
 from rpo.judging import judge, mt_bench_files, verdicts
 from rpo.judging.client import Reply, Request
 from rpo.judging.mt_bench_files import ModelAnswers, Question
 from rpo.judging.prompts import OURS, Kind, Template, load, pair_turns, single
-from rpo.judging.verdicts import cell, of_orders, position_notes, rates
+from rpo.judging.verdicts import position_notes, rates
 from rpo.text import redacted
 
 # Of the answers, as in FastChat's gen_model_answer; of other categories OTHER.
@@ -32,6 +32,7 @@ TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 TEMPERATURES |= {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}
 OTHER = 0.7
 WITH_REFERENCE = ("math", "reasoning", "coding")
+_SHOWN = ("model_1", "model_2"), ("model_2", "model_1")  # in games 1 and 2
 _SCORES = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}  # of model_1
 _UNPARSED, _UNANSWERED = "no verdict in the judge's reply", "the judge gave no reply"
 
@@ -53,22 +54,14 @@ def check(cfg: Eval) -> None:
     task, stored = cfg.task, cfg.annotations is not None
     check_subjects(cfg, "model.path", "outputs", "annotations", "baseline", "judge.model")
     check_judged(cfg, "prompts", "references")
-    require(
-        stored or task.questions is not None, "task.questions=null with task=mt_bench: give FastChat's question.jsonl"
-    )
+    require(stored or task.questions is not None, "task.questions=null: give FastChat's question.jsonl")
     require(
         stored or (cfg.baseline is not None) == (task.mode == "pairwise"),
         f"task.mode={task.mode}, baseline={cfg.baseline} with task=mt_bench: mode pairwise compares with a baseline's answers "
         "(baseline=FILE), single reads none; give both or neither",
     )
-    require(
-        not stored or cfg.baseline is None,
-        f"baseline={cfg.baseline} with annotations: stored judgments name their models; leave it out",
-    )
-    require(
-        cfg.judge.verdict != "logprobs",
-        "judge.verdict=logprobs with task=mt_bench: its judges say ratings and verdicts in words; set judge.verdict=auto",
-    )
+    require(not stored or cfg.baseline is None, f"baseline={cfg.baseline} with annotations: leave it out")
+    require(cfg.judge.verdict != "logprobs", "judge.verdict=logprobs: MT-Bench's verdicts are words; set it to auto")
 
 
 def run(cfg: Eval, ctx: Context) -> Evaluation:
@@ -78,9 +71,6 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     """
     asked = mt_bench_files.questions(cfg.task.questions) if cfg.task.questions is not None else None
     return _of_stored(cfg, asked) if cfg.annotations is not None else _of_answers(cfg, asked, ctx)
-
-
-table = results.table
 
 
 def _of_stored(cfg: Eval, asked: Sequence[Question] | None) -> Evaluation:
@@ -101,15 +91,16 @@ def _of_answers(cfg: Eval, asked: Sequence[Question], ctx: Context) -> Evaluatio
     known, details = _answers(cfg, asked, ctx)
     rows, requests = _asked(cfg.judge.model, kind, list(questions.values()), known, references, templates)
     replies = ctx.ask(requests)
-    rows = _filled(kind, rows, replies)
+    games, fill = (1, _rating_of) if kind == "single" else (2, _games_of)  # of a row
+    rows = [row | fill(*own) for row, *own in zip(rows, *(replies[i::games] for i in range(games)), strict=True)]
     name = f"{mt_bench_files.file_name(cfg.judge.model)}_{kind}.jsonl"
     ctx.begin()
     dist.on_main(mt_bench_files.write_judgments, ctx.run_dir / "model_judgment" / name, rows)
-    found = of_judgments(kind, rows, {number: question.category for number, question in questions.items()})
+    evaluation = of_judgments(kind, rows, {number: question.category for number, question in questions.items()})
     empty = {one.model: sum(not turn.strip() for number in questions for turn in one.turns[number]) for one in known}
     details |= {"kind": kind, "judge": judge.facts(requests, replies, cfg.judge), "empty_answers": empty}
-    notes = found.notes + answers.empty_notes(empty, mt_bench_files.TURNS * len(questions))
-    return Evaluation(found.models, _with_texts(found.items, questions, known), notes, details)
+    notes = evaluation.notes + answers.empty_notes(empty, mt_bench_files.TURNS * len(questions))
+    return Evaluation(evaluation.models, _with_texts(evaluation.items, questions, known), notes, details)
 
 
 # ---- stored judgments
@@ -122,9 +113,9 @@ def _categories(asked: Sequence[Question] | None, rows: Sequence[dict], cfg: Eva
     if asked is not None:
         known = {question.id: question.category for question in asked}
     if unknown := [number for number in numbers if known.get(number) is None]:
-        where = "it is not MT-Bench's (81 to 160)" if asked is None else f"it is not in {cfg.task.questions}"
+        reason = "it is not MT-Bench's (81 to 160)" if asked is None else f"it is not in {cfg.task.questions}"
         raise UserError(
-            f"annotations={cfg.annotations}: question {unknown[0]} ({len(unknown)} such): {where}; give the file of these "
+            f"annotations={cfg.annotations}: question {unknown[0]} ({len(unknown)} such): {reason}; give the file of these "
             "questions as task.questions"
         )
     return known
@@ -132,8 +123,8 @@ def _categories(asked: Sequence[Question] | None, rows: Sequence[dict], cfg: Eva
 
 def _judges(rows: Sequence[dict]) -> list[str]:
     """Who judged, as the rows say it: [name, prompt], or a name."""
-    said = [row.get("judge") for row in rows]
-    return sorted({str(one[0]) if isinstance(one, list) and one else str(one) for one in said})
+    judges = [row.get("judge") for row in rows]
+    return sorted({str(one[0]) if isinstance(one, list) and one else str(one) for one in judges})
 
 
 def _reread(rows: Sequence[dict]) -> dict[str, int]:
@@ -141,24 +132,15 @@ def _reread(rows: Sequence[dict]) -> dict[str, int]:
 
     Rows with our own reason for an error are left out: what was said there was not all that counted.
     """
-    said = [one for row in rows if "error" not in row for one in _stored_and_read(row)]
-    return {"judgments": len(said), "differ": sum(stored != read for stored, read in said)}
-
-
-def _stored_and_read(row: dict) -> list[tuple]:
-    """(what the file says, what its text says to us) of each judgment in the row that has a text."""
-    if "score" in row:
-        texts = {"judgment": (row["score"], lambda text: verdicts.rating(text) or -1)}
-    else:
-        texts = {
-            "g1_judgment": (row["g1_winner"], lambda text: _winner(text, "model_1", "model_2")),
-            "g2_judgment": (row["g2_winner"], lambda text: _winner(text, "model_2", "model_1")),
-        }
-    return [(stored, read(row[field])) for field, (stored, read) in texts.items() if isinstance(row.get(field), str)]
-
-
-def _winner(text: str, first: str, second: str) -> str:
-    return {"A": first, "B": second, "C": "tie", None: "error"}[verdicts.pair_letter(text)]
+    pairs = []  # what the file says, what its text says to us
+    for row in [row for row in rows if "error" not in row]:
+        if isinstance(text := row.get("judgment"), str) and "score" in row:
+            pairs.append((row["score"], verdicts.rating(text) or -1))
+        for game, (a, b) in enumerate(_SHOWN, start=1):
+            if isinstance(text := row.get(f"g{game}_judgment"), str):
+                ours = {"A": a, "B": b, "C": "tie", None: "error"}[verdicts.pair_letter(text)]
+                pairs.append((row[f"g{game}_winner"], ours))
+    return {"judgments": len(pairs), "differ": sum(stored != ours for stored, ours in pairs)}
 
 
 # ---- answers
@@ -199,14 +181,13 @@ def _generated(cfg: Eval, questions: Sequence[Question], path: str, ctx: Context
     """A model's answers, the second turn's after its own first, and how many were cut at task.max_new_tokens."""
     from rpo.model.sampling import Sampling
 
-    samplings = [
-        Sampling(TEMPERATURES.get(question.category, OTHER), 1.0, 0, cfg.task.max_new_tokens) for question in questions
-    ]
+    temperatures = [TEMPERATURES.get(question.category, OTHER) for question in questions]
+    samplings = [Sampling(temperature, 1.0, 0, cfg.task.max_new_tokens) for temperature in temperatures]
     conversations = [[{"role": "user", "content": question.turns[0]}] for question in questions]
     first = ctx.answer(path, conversations, samplings)
     conversations = [
-        [*said, {"role": "assistant", "content": own.text}, {"role": "user", "content": question.turns[1]}]
-        for said, own, question in zip(conversations, first, questions, strict=True)
+        [*asked, {"role": "assistant", "content": own.text}, {"role": "user", "content": question.turns[1]}]
+        for asked, own, question in zip(conversations, first, questions, strict=True)
     ]
     second = ctx.answer(path, conversations, samplings)
     turns = {q.id: [a.text, b.text] for q, a, b in zip(questions, first, second, strict=True)}
@@ -221,15 +202,15 @@ def _references(cfg: Eval, questions: Sequence[Question]) -> dict[int, list[str]
     """The reference answers by question, where they are given and the category wants one; UserError where one is missing."""
     if cfg.task.references is None:
         return {}
-    found = mt_bench_files.answers(cfg.task.references).turns
+    known = mt_bench_files.answers(cfg.task.references).turns
     wanting = [question for question in questions if question.category in WITH_REFERENCE]
     for question in wanting:
-        if question.id not in found:
+        if question.id not in known:
             raise UserError(
                 f"task.references={cfg.task.references}: has no answer to question {question.id} ({question.category}); "
                 "add it, or give no references"
             )
-    return {question.id: found[question.id] for question in wanting}
+    return {question.id: known[question.id] for question in wanting}
 
 
 def _asked(
@@ -244,17 +225,17 @@ def _asked(
     rows, requests = [], []
     models = known if kind == "single" else known[:-1]
     for one, turn, question in product(models, range(1, mt_bench_files.TURNS + 1), questions):
-        said, own = question.turns[:turn], one.turns[question.id][:turn]
+        turns, own = question.turns[:turn], one.turns[question.id][:turn]
         refs = references[question.id][:turn] if question.id in references else None
         name = templates[kind, refs is not None, turn].name
         row = {"question_id": question.id, "turn": turn, "judge": [judge_name, name]}
         if kind == "single":
-            asked = [single(said, own, refs, templates=templates)]
+            asked = [single(turns, own, refs, templates=templates)]
             row |= {"model": one.model, "user_prompt": asked[0][1]["content"]}
         else:
             other = known[-1].turns[question.id][:turn]
             shown = ((own, other), (other, own))
-            asked = [pair_turns(said, a, b, refs, templates=templates) for a, b in shown]
+            asked = [pair_turns(turns, a, b, refs, templates=templates) for a, b in shown]
             row |= {"model_1": one.model, "model_2": known[-1].model}
             row |= {f"g{game}_user_prompt": asked[game - 1][1]["content"] for game in (1, 2)}
         rows.append(row)
@@ -262,36 +243,29 @@ def _asked(
     return rows, requests
 
 
-def _filled(kind: str, rows: Sequence[dict], replies: Sequence[Reply]) -> list[dict]:
-    """The rows with what the judge said."""
-    if kind == "single":
-        return [row | _rating_of(reply) for row, reply in zip(rows, replies, strict=True)]
-    return [
-        row | _games_of(*games) for row, games in zip(rows, zip(replies[::2], replies[1::2], strict=True), strict=True)
-    ]
-
-
 def _rating_of(reply: Reply) -> dict:
     """The fields of a single judgment that the reply fills."""
     score, why = verdicts.rating(reply.text), reply.error
     if reply.finish_reason == "length":  # a number so far may be one that the judge only quotes
         score, why = None, verdicts.CUT
-    if reply.error is not None or score is None:
-        said = reply.text if reply.error is None else mt_bench_files.FAILED
-        return {"judgment": said, "score": -1, "error": why or "no rating from 1 to 10 in the judge's reply"}
-    return {"judgment": reply.text, "score": score}
+    if reply.error is None and score is not None:
+        return {"judgment": reply.text, "score": score}
+    return {"judgment": _text(reply), "score": -1, "error": why or "no rating from 1 to 10 in the judge's reply"}
 
 
-def _games_of(first: Reply, second: Reply) -> dict:
+def _games_of(*replies: Reply) -> dict:
     """The fields of a pairwise judgment that the replies to both orders fill."""
     fields, reasons = {}, []
-    for game, (reply, names) in enumerate(((first, ("model_1", "model_2")), (second, ("model_2", "model_1"))), start=1):
+    for game, (reply, (a, b)) in enumerate(zip(replies, _SHOWN, strict=True), start=1):
         score, why = verdicts.first_score("text", vars(reply))
-        winner = {1.0: names[0], 0.0: names[1], 0.5: "tie", None: "error"}[score]
-        said = reply.text if reply.error is None else mt_bench_files.FAILED
-        fields |= {f"g{game}_winner": winner, f"g{game}_judgment": said}
+        winner = {1.0: a, 0.0: b, 0.5: "tie", None: "error"}[score]
+        fields |= {f"g{game}_winner": winner, f"g{game}_judgment": _text(reply)}
         reasons += [why] * (why is not None)
     return fields | ({"error": reasons[0]} if reasons else {})
+
+
+def _text(reply: Reply) -> str:
+    return reply.text if reply.error is None else mt_bench_files.FAILED
 
 
 # ---- statistics
@@ -305,7 +279,7 @@ def of_judgments(kind: str, rows: Sequence[dict], categories: Mapping[int, str])
     others, every pair has win_rate/against/OTHER on both sides, and that model has no rate over all: it would be as good as
     those it happened to meet.
     """
-    items, several = _told_apart([item for row in rows for item in _items(kind, row, categories)])
+    items, several = _apart([item for row in rows for item in _items(kind, row, categories)])
     models = list(dict.fromkeys(item.model for item in items))
     of_model = {model: [item for item in items if item.model == model] for model in models}
     cells = {model: _metrics(kind, own, model in several, bool(several)) for model, own in of_model.items()}
@@ -313,48 +287,29 @@ def of_judgments(kind: str, rows: Sequence[dict], categories: Mapping[int, str])
         f"{model}: met {several[model]} models, so it has a rate against each and none over all" for model in several
     ]
     if kind == "pair":
-        notes += position_notes(_of_orders(items), "order_consistency")
+        notes += position_notes(of_orders(items), "order_consistency")
     return Evaluation(cells, items, notes)
 
 
 def _metrics(kind: str, items: Sequence[Item], met_several: bool, by_opponent: bool) -> Cells:
     """The cells of the one model whose items these are."""
     name = "score" if kind == "single" else "win_rate"
-    values_N = np.array([item.scores.get(name, np.nan) for item in items])
-    clusters_N = np.array([item.cluster for item in items])
-    failed_N = np.isnan(values_N)
-    by_question_N = np.argsort([item.details["question"] for item in items], kind="stable")
+    in_order = sorted(items, key=lambda item: item.details["question"])
 
-    def by(labels: Sequence[object], label: str) -> Cells:
-        own_N, cells = np.array(list(map(str, labels))), {}
-        for part in dict.fromkeys(own_N[by_question_N]):
-            part_N = own_N == part
-            cells[f"{name}/{label}{part}"] = cell(values_N[part_N], clusters_N[part_N], failed_N[part_N])
-        return cells
+    def by(of: Callable[[Item], object], label: str) -> Cells:
+        parts = dict.fromkeys(map(of, in_order))
+        return {f"{name}/{label}{part}": mean_of([item for item in items if of(item) == part], name) for part in parts}
 
     metrics = {}
     if not met_several:
-        metrics = {name: cell(values_N, clusters_N, failed_N)} if kind == "single" else rates(values_N, clusters_N)
-    metrics |= _of_orders(items) if kind == "pair" else {}
+        metrics = {name: mean_of(items, name)}
+        if kind == "pair":
+            score_N = np.array([item.scores.get(name, np.nan) for item in items])
+            metrics = rates(score_N, [item.cluster for item in items])
+    metrics |= of_orders(items) if kind == "pair" else {}
     if not met_several:
-        metrics |= by([item.details["turn"] for item in items], "turn_")
-        metrics |= by([item.details["category"] for item in items], "")
-    return metrics | (by([item.opponent for item in items], "against/") if by_opponent else {})
-
-
-def _of_orders(items: Sequence[Item]) -> Cells:
-    agree_N = np.array([bool(item.details["orders_agree"]) for item in items])
-    first_N = np.array([_first_position(item) for item in items])
-    failed_N = np.array([item.error is not None for item in items])
-    return of_orders(agree_N, first_N, [item.cluster for item in items], failed_N)
-
-
-def _first_position(item: Item) -> float:
-    """The mean score of the answer shown first, over both orders; NaN where the judgment failed."""
-    if item.error is not None:
-        return np.nan
-    shown = [(game["shown_first"] == item.model, game["score"]) for game in item.details["judgments"]]
-    return sum(score if own else 1 - score for own, score in shown) / len(shown)
+        metrics |= by(lambda item: item.details["turn"], "turn_") | by(lambda item: item.details["category"], "")
+    return metrics | (by(lambda item: item.opponent, "against/") if by_opponent else {})
 
 
 def _items(kind: str, row: dict, categories: Mapping[int, str]) -> list[Item]:
@@ -375,32 +330,19 @@ def _items(kind: str, row: dict, categories: Mapping[int, str]) -> list[Item]:
                 details=about | {"judgment": row.get("judgment")},
             )
         ]
-    models = (row["model_1"], row["model_2"])
-    games = [_SCORES[row["g1_winner"]], _SCORES[row["g2_winner"]]]
-    both = verdicts.two_orders(*games)
     unanswered = mt_bench_files.FAILED in (row.get("g1_judgment"), row.get("g2_judgment"))
-    error = None if both else row.get("error") or (_UNANSWERED if unanswered else _UNPARSED)
-    items = []
-    for m, model in enumerate(models):
-        own = [score if score is None or m == 0 else 1 - score for score in (*games, both and both.score)]
-        judgments = [
-            {"shown_first": models[k], "score": own[k], "reply": row.get(f"g{k + 1}_judgment")} for k in (0, 1)
-        ]
-        items.append(
-            Item(
-                model=model,
-                id=id,
-                cluster=cluster,
-                scores={"win_rate": own[2]} if both else {},
-                error=error,
-                against={"model": models[1 - m], "response": None},
-                details=about | {"orders_agree": both and both.agree, "judgments": judgments},
-            )
-        )
-    return items
+    return both_sides(
+        (row["model_1"], row["model_2"]),
+        [_SCORES[row["g1_winner"]], _SCORES[row["g2_winner"]]],
+        replies=[row.get("g1_judgment"), row.get("g2_judgment")],
+        error=row.get("error") or (_UNANSWERED if unanswered else _UNPARSED),
+        details=about,
+        id=id,
+        cluster=cluster,
+    )
 
 
-def _told_apart(items: Sequence[Item]) -> tuple[list[Item], dict[str, int]]:
+def _apart(items: Sequence[Item]) -> tuple[list[Item], dict[str, int]]:
     """(the items, with the opponent in the ids of models that meet several; those models, with how many they meet)."""
     met: dict[str, set[str | None]] = {}
     for item in items:

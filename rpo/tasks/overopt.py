@@ -46,15 +46,15 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     from rpo.overopt import figures, measure
     from rpo.runs import catalog
 
-    found, left_out = dist.on_main(catalog.find, listed(cfg.runs))
-    study.check([{"run": str(run.folder), "settings": run.settings} for run in found])
-    unfinished = [f"{run.folder} ({run.state})" for run in found if run.state != "finished"]
+    runs, left_out = dist.on_main(catalog.find, listed(cfg.runs))
+    study.check([{"run": str(run.folder), "settings": run.settings} for run in runs])
+    unfinished = [f"{run.folder} ({run.state})" for run in runs if run.state != "finished"]
     for what, named in (("left out", left_out), ("not finished, and evaluated as far as it is", unfinished)):
         if named and dist.is_main():
             print(f"{what}: {'; '.join(map(redacted, named))}", flush=True)
-    asked = measure.ask(found, cfg, ctx.device)
+    asked = measure.ask(runs, cfg, ctx.device)
     ctx.begin()
-    measured, items = measure.measure_all(found, asked, ctx)
+    measured, items = measure.measure_all(runs, asked, ctx)
     of_runs, of_groups, groups = study.summarise(measured, cfg.seed)
     drawn = dist.on_main(figures.draw_study, groups, ctx.run_dir / "plots", study.mean_best_of_n(of_runs))
     models = {run["run"]: study.cells_of(run) for run in of_runs}

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from rpo.config import Field, Positive, group
 from rpo.errors import UserError
-from rpo.evals import preference, results
+from rpo.evals import preference
 from rpo.evals.context import Context
 from rpo.evals.results import Evaluation, Item
 from rpo.evals.settings import Eval, Limit, check_subjects
@@ -32,17 +32,15 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     """The metrics of `preference.statistics`, and an item per pair."""
     reference, data = ctx.reference_path, ctx.data
     betas = {path: _beta(cfg, run, path) for path, run in zip(ctx.paths, ctx.runs, strict=True)}
-    ctx.note_other_settings()
-    rows, report = ctx.pairs(cfg.task.limit)
-    ctx.write_report(report)
+    rows, digest = ctx.pairs(cfg.task.limit)
     budget = cfg.tokens_per_microbatch
-    of_reference = _scored(cfg, ctx, rows, report, reference, "reference")
+    of_reference = _scored(cfg, ctx, rows, digest, reference, "reference")
     models, items, floors = {}, [], {}
     for path in ctx.paths:
-        logps = _scored(cfg, ctx, rows, report, path, "model")
+        logps = _scored(cfg, ctx, rows, digest, path, "model")
         logps |= {f"ref_{side}": values for side, values in of_reference.items()}
         floors[path] = ctx.store("points").once(
-            _key(cfg, ctx, rows, report, path, "noise_floor"),
+            _key(cfg, ctx, rows, digest, path, "noise_floor"),
             lambda path=path: preference.noise_floor(
                 ctx.model(path), rows, ctx.device, positions=ctx.positions, tokens_per_microbatch=budget
             ),
@@ -53,9 +51,6 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     return Evaluation(models, items, details=details)
 
 
-table = results.table
-
-
 def _beta(cfg: Eval, run: dict | None, path: str) -> float:
     if cfg.task.beta != "auto":
         return cfg.task.beta
@@ -64,13 +59,13 @@ def _beta(cfg: Eval, run: dict | None, path: str) -> float:
     return run["loss"]["beta"]
 
 
-def _key(cfg: Eval, ctx: Context, rows: "Rows", report: dict, path: str, what: str) -> str:
-    return short_hash(what, ctx.identity(path), report["cache_key"], [len(rows), cfg.tokens_per_microbatch])
+def _key(cfg: Eval, ctx: Context, rows: "Rows", digest: str, path: str, what: str) -> str:
+    return short_hash(what, ctx.identity(path), digest, [len(rows), cfg.tokens_per_microbatch])
 
 
-def _scored(cfg: Eval, ctx: Context, rows: "Rows", report: dict, path: str, what: str) -> "dict[str, np.ndarray]":
+def _scored(cfg: Eval, ctx: Context, rows: "Rows", digest: str, path: str, what: str) -> "dict[str, np.ndarray]":
     """The log-probs of the rows by the model at `path`, which is loaded where some of them are not on disk yet."""
-    points, of = ctx.store("points"), _key(cfg, ctx, rows, report, path, what)
+    points, of = ctx.store("points"), _key(cfg, ctx, rows, digest, path, what)
     return preference.score(
         lambda: (ctx.reference if what == "reference" else ctx.model(path)).policy,
         rows,

@@ -44,8 +44,8 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     chosen = selection.choose(runs, limits, score=task.score, split=task.split)
     models = {}
     for run, choice in zip(runs, chosen, strict=True):
-        at = [point["metrics"] for point in run["curve"] if point["step"] == choice["chosen"]["step"]]
-        models[run["run"]] = at[0] if at else {}
+        metrics = {point["step"]: point["metrics"] for point in run["curve"]}
+        models[run["run"]] = metrics.get(choice["chosen"]["step"], {})
     limited = any(limit is not None for limit in vars(limits).values())
     return Evaluation(models, details={"score": task.score, "limited": limited, "runs": chosen})
 

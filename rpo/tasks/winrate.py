@@ -7,30 +7,29 @@ A tie is half a win, and so is a prompt on which the orders disagree (`verdicts.
 nobody is asked about. Letters: N prompts.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from rpo import dist
-from rpo.config import group
+from rpo.config import Field, group, read_row
 from rpo.data import answers as data_answers
 from rpo.data.answers import Output, Outputs
 from rpo.data.formats import Messages, RowError
 from rpo.data.sources import open_sources
 from rpo.errors import UserError, require
-from rpo.evals import results
 from rpo.evals.context import Context, sampling_of
+from rpo.evals.judged import both_sides, of_orders
 from rpo.evals.results import Evaluation, Item
 from rpo.evals.settings import Answers, Draws, Eval, check_judged, check_subjects, check_words, listed
 from rpo.files import to_lines, write_atomic
 from rpo.judging import verdicts
 from rpo.judging.length_control import length_controlled
 from rpo.judging.prompts import load
-from rpo.judging.verdicts import Shown, cell, of_orders, position_notes, rates
+from rpo.judging.verdicts import Shown, cell, position_notes, rates
 from rpo.stats import clustered_mean, sign_test, with_errors
 from rpo.text import redacted
 
@@ -56,14 +55,8 @@ def check(cfg: Eval) -> None:
             f"{key}={value}, baseline={cfg.baseline} with task=winrate: expected two models: {key}=[A,B]"
             + (", outputs=A baseline=B, or outputs=FILE with the answers of both" if key == "outputs" else ""),
         )
-    require(
-        cfg.outputs is not None or cfg.baseline is None,
-        f"baseline={cfg.baseline} with task=winrate: goes with outputs=FILE alone; leave it out, or give outputs",
-    )
-    require(
-        cfg.model.path is None or cfg.data.eval is not None,
-        "data.eval=null with task=winrate and model.path: give the prompts to be answered, data.eval=FILE",
-    )
+    require(cfg.outputs is not None or cfg.baseline is None, f"baseline={cfg.baseline}: goes with outputs=FILE alone")
+    require(cfg.model.path is None or cfg.data.eval is not None, "data.eval=null: give the prompts to be answered")
 
 
 def run(cfg: Eval, ctx: Context) -> Evaluation:
@@ -84,9 +77,6 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         dist.on_main(write, ctx.run_dir / "annotations.jsonl", judged)
     evaluation = summarise(judged, seed=cfg.seed, bootstrap=cfg.task.bootstrap)
     return replace(evaluation, details=details | evaluation.details)
-
-
-table = results.table
 
 
 @dataclass(frozen=True)
@@ -119,16 +109,12 @@ def _answers(cfg: Eval, ctx: Context) -> tuple[list[tuple[Output, Output]], tupl
     files = listed(cfg.outputs) + listed(cfg.baseline)
     both = data_answers.read_models(files[0]) if len(files) == 1 else [data_answers.read(file) for file in files]
     if len(both) != 2:
-        raise UserError(
-            f"outputs={cfg.outputs}: holds answers of {len(both)} models; expected two files, or one with the answers of two"
-        )
+        raise UserError(f"outputs={cfg.outputs}: holds answers of {len(both)} models; expected answers of two")
     names = (both[0].name, both[1].name)
     if names[0] == names[1]:  # two decodings of one model, or files that do not say whose they are
         names = (redacted(both[0].file), redacted(both[1].file))
     if names[0] == names[1]:
-        raise UserError(
-            f"outputs={cfg.outputs}, baseline={cfg.baseline}: one file twice; give the answers of two models"
-        )
+        raise UserError(f"outputs={cfg.outputs}, baseline={cfg.baseline}: one file twice; give answers of two models")
     return data_answers.aligned(*both, cfg.task.limit), names, {"outputs": [both[0].file, both[1].file]}
 
 
@@ -178,61 +164,58 @@ def read(spec: str | list[str]) -> list[Judged]:
     judged, places = [], {}
     for source in open_sources(spec, None):
         for number, row in source.rows():
-            where = f"{source.name}:{number}"
-            one = _parse(row, where)
+            place = f"{source.name}:{number}"
+            one = _parse(row, place)
             if judged and (one.models, one.verdict) != (judged[0].models, judged[0].verdict):
                 raise UserError(
-                    f"{where}: of {' and '.join(one.models)} by {one.verdict}, expected {' and '.join(judged[0].models)} by "
+                    f"{place}: of {' and '.join(one.models)} by {one.verdict}, expected {' and '.join(judged[0].models)} by "
                     f"{judged[0].verdict} as before it; give annotations of one pair of models"
                 )
             if one.id in places:
                 excerpt = data_answers.excerpt(data_answers.key_of(one.prompt))
-                raise UserError(f"{where}: the prompt {excerpt} is there already ({places[one.id]}); keep one of them")
-            places[one.id] = where
+                raise UserError(f"{place}: the prompt {excerpt} is there already ({places[one.id]}); keep one of them")
+            places[one.id] = place
             judged.append(one)
     if not judged:
-        raise UserError(
-            f"annotations={spec}: no annotations there; give annotations.jsonl of an evaluation by task=winrate"
-        )
+        raise UserError(f"annotations={spec}: no annotations there; give an annotations.jsonl of task=winrate")
     return judged
 
 
-def _parse(row: Any, where: str) -> Judged:
-    if isinstance(row, RowError):
-        raise UserError(f"{where}: {row}")
-    row = row if isinstance(row, dict) else {}
+@group
+class _Reply:
+    text: str
+    top_logprobs: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None
+    finish_reason: Any
+    error: str | None
+
+
+_Two = Annotated[list[str], Field(min_length=2, max_length=2, description="two texts")]
+
+
+@group
+class _Row:
+    models: _Two
+    answers: _Two
+    verdict: Literal["text", "logprobs"]
+    said: Annotated[list[dict], Field(min_length=2, max_length=2, description="two replies")] | None
+    judge: str | None
+
+
+def _parse(row: Any, place: str) -> Judged:
+    fields = row if isinstance(row, dict) else {}
     for field, task in {"g1_winner": "mt_bench", "score": "mt_bench", "preference": "alpaca_eval"}.items():
-        if field in row:
-            raise UserError(f"{where}: has {field}, as judgments for task={task} have; evaluate it by that task")
-    models, answers, said = row.get("models"), row.get("answers"), row.get("said")
-    well_formed = (
-        row.get("verdict") in ("text", "logprobs")
-        and all(_is_pair_of(str, value) for value in (models, answers))
-        and models[0] != models[1]
-        and isinstance(row.get("judge"), str | None)
-        and (answers[0] == answers[1] if said is None else _is_pair_of(dict, said) and all(map(_is_said, said)))
-    )
-    if not well_formed:
-        raise UserError(f"{where}: is no annotation of task=winrate; give annotations.jsonl of an evaluation by it")
+        if field in fields:
+            raise UserError(f"{place}: has {field}, as judgments for task={task} have; evaluate it by that task")
+    read = read_row(_Row, row, place)
+    replies = read.said and tuple(vars(read_row(_Reply, reply, f"{place}: said")) for reply in read.said)
+    whole = read.answers[0] == read.answers[1] if replies is None else all(set(_SAID) <= set(one) for one in read.said)
+    if read.models[0] == read.models[1] or not whole:
+        raise UserError(f"{place}: expected two models, and whole replies where their answers differ; fix the row")
     try:
         prompt = data_answers.prompt_of(row)
     except RowError as error:
-        raise UserError(f"{where}: {error}") from None
-    both = None if said is None else tuple(said)
-    return Judged(prompt, tuple(models), tuple(answers), row["verdict"], both, row.get("judge"))
-
-
-def _is_pair_of(kind: type, value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(one, kind) for one in value)
-
-
-def _is_said(one: dict) -> bool:
-    if not set(_SAID) <= one.keys() or not isinstance(one["text"], str) or not isinstance(one["error"], str | None):
-        return False
-    logprobs = one["top_logprobs"]
-    if not isinstance(logprobs, dict):
-        return logprobs is None
-    return all(type(value) in (int, float) and abs(value) <= sys.float_info.max for value in logprobs.values())
+        raise UserError(f"{place}: {error}") from None
+    return Judged(prompt, tuple(read.models), tuple(read.answers), read.verdict, replies, read.judge)
 
 
 # ---- statistics
@@ -248,16 +231,13 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
 
     A prompt whose judgment failed in either order has no score: it is in n_error, and in no mean but that of lengths.
     """
-    models, scored = judged[0].models, [_scored(one) for one in judged]
+    models, sides = judged[0].models, [_sides(one) for one in judged]
+    firsts = [first for first, _ in sides]
     ids_N = [one.id for one in judged]
     length_2N = np.array([[len(one.answers[m]) for one in judged] for m in (0, 1)])
-    score_N = np.array([both.score if both else np.nan for both, _, _ in scored])
+    score_N = np.array([item.scores.get("win_rate", np.nan) for item in firsts])
     failed_N = np.isnan(score_N)
-    asked_N = [i for i, one in enumerate(judged) if one.answers[0] != one.answers[1]]
-    of_asked = [scored[i] for i in asked_N]
-    agree_N = np.array([bool(both and both.agree) for both, _, _ in of_asked])
-    first_N = np.array([(scores[0] + 1 - scores[1]) / 2 if both else np.nan for both, scores, _ in of_asked])
-    orders = of_orders(agree_N, first_N, np.array(ids_N)[asked_N], failed_N[asked_N])
+    orders = of_orders(firsts)
     controlled, _ = length_controlled(score_N, length_2N[1] - length_2N[0], draws=bootstrap, seed=seed)
     controlled = with_errors(_share(controlled), int(failed_N.sum()))
     differ_N = np.flatnonzero(length_2N[0] != length_2N[1])
@@ -272,15 +252,13 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
         metrics[model]["longer_wins"] = cell(longer_N, np.array(ids_N)[differ_N], failed_N[differ_N])
         metrics[model]["length"] = with_errors(clustered_mean(length_2N[m], ids_N), 0)
     wins, losses = int((score_N > 0.5).sum()), int((score_N < 0.5).sum())
-    even, num_equal = int((score_N == 0.5).sum()), len(judged) - len(asked_N)
+    even, num_equal = int((score_N == 0.5).sum()), sum(one.answers[0] == one.answers[1] for one in judged)
     empty = {model: sum(not one.answers[m].strip() for one in judged) for m, model in enumerate(models)}
     p = sign_test(wins, losses)
     notes = [f"sign test: {models[0]} won {wins} and lost {losses} of {len(judged)} prompts, p {p:.2g}"]
     notes += position_notes(orders, "order_consistency") + data_answers.empty_notes(empty, len(judged))
     if num_equal:
-        notes.append(
-            f"{num_equal} of {len(judged)} pairs of answers are equal: ties that the judge was not asked about"
-        )
+        notes.append(f"{num_equal} of {len(judged)} pairs of answers are equal: ties that nobody was asked about")
     if "note" in controlled:
         notes.append(f"win_rate/length_controlled: {controlled['note']}")
     details = {
@@ -289,17 +267,26 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
         "empty_answers": empty,
         "equal_answers": num_equal,
     }
-    items = [_item(one, m, *each) for m in (0, 1) for one, each in zip(judged, scored, strict=True)]
-    return Evaluation(metrics, items, notes, details)
+    return Evaluation(metrics, [both[m] for m in (0, 1) for both in sides], notes, details)
 
 
-def _scored(one: Judged) -> tuple[verdicts.TwoOrders | None, tuple[float | None, float | None], str | None]:
-    """(the first model's score or None, its score in either order, why there is none). Equal answers are a tie, asked or not."""
-    if one.answers[0] == one.answers[1]:
-        return verdicts.TwoOrders(0.5, True), (0.5, 0.5), None
-    (first, why), (second, also) = (verdicts.first_score(one.verdict, said) for said in one.said)
-    scores = (first, None if second is None else 1 - second)
-    return verdicts.two_orders(*scores), scores, why or also
+def _sides(one: Judged) -> list[Item]:
+    """The prompt as either model's item. Equal answers are a tie, asked or not."""
+    scores, error, replies = (0.5, 0.5), None, ()
+    if one.answers[0] != one.answers[1]:
+        replies = one.said
+        (first, why), (second, also) = (verdicts.first_score(one.verdict, reply) for reply in replies)
+        scores, error = (first, None if second is None else 1 - second), why or also
+    return both_sides(
+        one.models,
+        scores,
+        replies=[reply["text"] for reply in replies],
+        error=error,
+        responses=one.answers,
+        id=one.id,
+        cluster=one.id,
+        prompt=one.prompt,
+    )
 
 
 def _share(percent: dict) -> dict:
@@ -312,31 +299,5 @@ def _opposite(cell: dict) -> dict:
     """The other model's cell of a rate."""
     if cell["value"] is None:
         return cell
-    return cell | {
-        "value": 1 - cell["value"],
-        "interval": cell["interval"] and [1 - bound for bound in reversed(cell["interval"])],
-    }
-
-
-def _item(
-    one: Judged, m: int, both: verdicts.TwoOrders | None, scores: tuple[float | None, float | None], error: str | None
-) -> Item:
-    """The prompt as model `m` sees it."""
-    own = [score if score is None or m == 0 else 1 - score for score in (*scores, both and both.score)]
-    return Item(
-        model=one.models[m],
-        id=one.id,
-        cluster=one.id,
-        prompt=one.prompt,
-        response=one.answers[m],
-        scores={} if both is None else {"win_rate": own[2]},
-        error=error,
-        against={"model": one.models[1 - m], "response": one.answers[1 - m]},
-        details={
-            "orders_agree": None if both is None or one.answers[0] == one.answers[1] else both.agree,
-            "judgments": [
-                {"shown_first": one.models[k], "score": own[k], "reply": said["text"]}
-                for k, said in enumerate(one.said or ())
-            ],
-        },
-    )
+    interval = cell["interval"] and [1 - bound for bound in reversed(cell["interval"])]
+    return cell | {"value": 1 - cell["value"], "interval": interval}

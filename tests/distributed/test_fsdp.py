@@ -26,11 +26,11 @@ from tests.helpers.step_gradient import (
     VOCABULARY,
     logp,
     moved_copy,
+    naive_split,
     reference_logps,
     rows,
     step_gradient,
 )
-from tests.training.test_gradients import naive_split
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 

@@ -19,10 +19,10 @@ from rpo.model import policy as model_policy
 from rpo.model import sampling as model_sampling
 from rpo.model.sampling import Sampling
 from rpo.synthetic import task as synthetic_task
+from tests.helpers.evaluations import evaluate, lines
 from tests.helpers.models import make_lm
 from tests.helpers.rows import make_tokenizer
 from tests.helpers.runs import ROOT, script_env, settings
-from tests.scripts.test_eval import evaluate, lines
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=6)
 WARM = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=4)
@@ -312,4 +312,4 @@ def test_settings_are_built_from_their_yaml():
         more = given.get(kind, ["model.path=M"]) + (["model.path=M"] if kind == "mbpp" else [])
         cfg = settings(f"task={kind}", *more, name="eval")
         assert type(cfg.task) is task.Settings and cfg.task.kind == kind
-        assert callable(task.check) and callable(task.run) and callable(task.table)
+        assert callable(task.check) and callable(task.run)

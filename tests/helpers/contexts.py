@@ -1,6 +1,9 @@
-"""A context whose answers and judge are plain functions, for tasks that ask for nothing else."""
+"""A context whose answers and judge are plain functions, for tasks that ask for little else."""
 
 import json
+
+from rpo.evals.context import identity_of
+from rpo.evals.store import Store
 
 
 class StubContext:
@@ -18,6 +21,12 @@ class StubContext:
 
     def ask(self, requests):
         return self._ask(requests)
+
+    def store(self, name):
+        return Store(self.run_dir / f"{name}.jsonl")
+
+    def identity(self, path):
+        return identity_of(path, None)
 
     def write_report(self, report):
         (self.run_dir / "data_report.json").write_text(json.dumps(report))

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,7 +24,7 @@ from rpo.data import schedule
 from rpo.data.batch import make_batch
 from rpo.model.policy import prepare, score
 from rpo.model.shard import PLAIN, mesh
-from rpo.training import gradients, optim
+from rpo.training import gradients, meter, optim
 from tests.helpers.models import float64_throughout, make_lm
 from tests.helpers.rows import make_rows
 
@@ -64,6 +65,31 @@ def reference_logps(lm):
     """float64 (rows, 2): what a cache would hold, by `logp`."""
     texts = [(prompt, side) for prompt, *sides in map(rows().row, range(len(LENGTHS))) for side in sides]
     return np.array([logp(lm, *text).item() for text in texts]).reshape(-1, 2)
+
+
+def naive_split(loss=LOSS):
+    """Both terms' gradient norms and their cosine by autograd on the whole model: a response at a time, full logits, the formulas written out; float64."""
+    lm = make_lm(vocab_size=VOCABULARY).double()
+    nll_scale = {"sum": lambda _: loss.beta / len(LENGTHS), "avg": lambda c: 1 / c / len(LENGTHS)}
+    nll_scale["token"] = lambda _: 1 / sum(c for _, c, _ in LENGTHS)
+    with float64_throughout():
+        ref_logps, preference, sft = reference_logps(moved_copy(lm)), 0, 0
+        for i in range(len(LENGTHS)):
+            prompt, chosen, rejected = rows().row(i)
+            chosen_logp = logp(lm, prompt, chosen)
+            margin = chosen_logp - logp(lm, prompt, rejected) - (ref_logps[i, 0] - ref_logps[i, 1])
+            preference = preference - F.logsigmoid(loss.beta * margin) / len(LENGTHS)
+            sft = sft - loss.eta * nll_scale[loss.sft](len(chosen)) * chosen_logp
+        params = list(lm.parameters())
+        both = [torch.autograd.grad(term, params, retain_graph=True) for term in (preference, sft)]
+    a, b = (torch.cat([grad.flatten() for grad in gradient]) for gradient in both)
+    return dict(
+        zip(
+            meter.GRADIENT_SPLIT,
+            (a.norm().item(), b.norm().item(), (a @ b / (a.norm() * b.norm())).item()),
+            strict=True,
+        )
+    )
 
 
 class Traffic(TorchDispatchMode):

@@ -57,9 +57,10 @@ def test_tables(tmp_path):
         "dpo": [run(seed, [1, 3 + seed, 2, 0], "loss=dpo", "loss.beta=0.02") for seed in (0, 1)],
         "rpo_sum": [run(seed, [1, 2, 2.5, 2.5], *rpo) for seed in (0, 1)],
     }
+    head = {"task": "overopt", "notes": []} | dict.fromkeys(("models", "config", "versions"), {})
     for arm, runs in arms.items():
         (tmp_path / "eval" / arm).mkdir(parents=True)
-        (tmp_path / "eval" / arm / "results.json").write_text(json.dumps({"details": {"runs": runs}}))
+        (tmp_path / "eval" / arm / "results.json").write_text(json.dumps(head | {"details": {"runs": runs}}))
     found = experiment.read(tmp_path, list(arms))
     dpo, rpo = experiment.table(found).splitlines()[2:]
     assert dpo == (  # gold at KL .5, in sqrt(KL) half the way to 2 from step 0's KL of 0: 1 + (3 or 4 - 1) / 2

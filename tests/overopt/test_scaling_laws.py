@@ -155,10 +155,7 @@ def test_one_prompt_has_no_interval():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda c: scaling.fit("gao", [1.0, 2.0, 3.0], [1.0, 2.0, 3.0]), "form=gao: expected one of bon, rl"),
         (lambda c: scaling.fit("rl", [1.0, 2.0, 3.0], [1.0, math.nan, 3.0]), "is not finite"),
-        (lambda c: scaling.fit_curves([c], "rl", over="seeds"), "over=seeds: expected runs, prompts or null"),
-        (lambda c: scaling.fit_curves([c], "rl", over="runs"), "over=runs: there is one run"),
         (lambda c: scaling.fit_curves([c], "rl", over="prompts"), "over=prompts: a checkpoint has no gold per prompt"),
     ],
 )

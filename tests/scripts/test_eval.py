@@ -9,29 +9,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import eval as evaluation
 import train
 from rpo import dist
 from rpo.errors import UserError
 from rpo.evals import preference
+from tests.helpers.evaluations import evaluate, lines
 from tests.helpers.models import make_lm
 from tests.helpers.rows import make_rows_json, make_tokenizer, write_jsonl
 from tests.helpers.runs import settings, tiny_args
 
 BETA = 0.3
-
-
-def evaluate(run_dir, *more):
-    """results.json of an evaluation made in this process."""
-    try:
-        assert evaluation.evaluate(settings(*more, f"run_dir={run_dir}", name="eval")) == "finished"
-    finally:
-        dist.shutdown()
-    return json.loads((run_dir / "results.json").read_text())
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

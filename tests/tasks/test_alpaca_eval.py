@@ -568,7 +568,7 @@ def test_what_is_missing_is_said_before_anything_is_paid_for(files):
         with pytest.raises(UserError, match=match) as error:
             evaluated(files, *overrides, ask=never)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="tells instructions by their place .* give baseline="):
+    with pytest.raises(UserError, match="is in the order of the baseline.s file; give baseline="):
         stored(files, annotations(), full(files)[1])
     with pytest.raises(UserError, match="by index alone; give baseline="):
         stored(files, [{"index": 0, "generator_2": "own", "output_2": "x", "preference": 1.5}])

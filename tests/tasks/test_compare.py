@@ -377,7 +377,7 @@ def test_what_results_write_leaves_is_compared(tmp_path):
     back = results.read(tmp_path / "out")
     assert back.models == made.models and back.items == made.items and back.task == "compare"
     assert back.details["pairs"] == [["one", "two"]] and back.config == config.to_dict(cfg)
-    with pytest.raises(UserError, match="is a comparison itself"):
+    with pytest.raises(UserError, match="is a comparison; give the evaluations"):
         compared(tmp_path / "out")
 
 
@@ -448,22 +448,19 @@ def broken(case, tmp_path):
         ("an id twice", "{}/one/samples.jsonl: A: id q1 is there twice"),
         ("no common ids", "no item has scores of both by win; their ids are like xq0 and q0"),
         ("no scores", "{}/one: samples.jsonl has no scores of A"),
-        ("no ids", "{}/one/samples.jsonl:1: expected an object with model, id, cluster, prompt"),
+        ("no ids", "{}/one/samples.jsonl:1: field id: expected a string, got None; fix the row"),
         ("no samples", "{}/one: samples.jsonl has no scores of A"),
         ("nan", "{}/one/samples.jsonl: A: id q1: win=nan: expected a finite number"),
-        ("null", "{}/one/samples.jsonl: A: id q0: win=None: expected a finite number"),
-        ("unusable", "{}/one: the results of A are unusable (12 of 160 items failed)"),
-        ("huge", "{}/one/samples.jsonl: A: id q0: win=1000"),
-        (
-            "scores",
-            "{}/one/samples.jsonl:1: expected text in model, id, cluster, response, error and against.model, and objects",
-        ),
-        ("cluster", "{}/one/samples.jsonl:1: expected text in model, id, cluster"),
-        ("against", "{}/one/samples.jsonl:1: expected text in model, id, cluster"),
+        ("null", "{}/one/samples.jsonl:1: field scores: expected a number, got {'win': None}"),
+        ("unusable", "{}/one: A is unusable (12 of 160 items failed)"),
+        ("huge", "{}/one/samples.jsonl:1: field scores: expected a number, got {'win': 1000"),
+        ("scores", "{}/one/samples.jsonl:1: field scores: expected a mapping, got [1]"),
+        ("cluster", "{}/one/samples.jsonl:1: field cluster: expected a string, got [1]"),
+        ("against", "{}/one/samples.jsonl:1: field against: expected a string, got {'model': 1}"),
         ("lines", "{}/one/samples.jsonl:1: expected an object with"),
         ("deep", "{}/one: no evaluation can be read there"),
         ("not utf-8", "{}/one: no evaluation can be read there"),
-        ("cells", "{}/one/results.json: holds no results by model"),
+        ("cells", "{}/one/results.json: field models: expected a mapping, got {'A': 3}"),
         ("clusters", "the items that belong together (cluster in samples.jsonl) are not the same ones"),
         ("nothing there", "{}/one: no evaluation can be read there"),
     ],

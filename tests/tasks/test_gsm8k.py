@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from rpo.evals import gsm8k
+from rpo.tasks.lm_eval import gsm8k_flexible, gsm8k_same, gsm8k_strict
 
 PUBLISHED = {"6b_finetuning": 21.68, "6b_verification": 39.04, "175b_finetuning": 34.72, "175b_verification": 56.25}
 
 
 @pytest.mark.skipif("RPO_TEST_DATA" not in os.environ, reason="RPO_TEST_DATA: no folder with gsm8k/ given")
 @pytest.mark.parametrize("model", PUBLISHED)
-@pytest.mark.parametrize("rule", [lambda text: gsm8k.strict(text, "\nA:"), gsm8k.flexible], ids=["strict", "flexible"])
+@pytest.mark.parametrize("rule", [lambda text: gsm8k_strict(text, "\nA:"), gsm8k_flexible], ids=["strict", "flexible"])
 def test_published_verdicts(model, rule):
     """Both rules give the accuracy of the four published sets of 1,319 solutions, each verdict as it was."""
     with gzip.open(Path(os.environ["RPO_TEST_DATA"]) / "gsm8k/example_model_solutions.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
-    right = [gsm8k.same(rule(row[model]["solution"]), rule(row["ground_truth"])) for row in rows]
+    right = [gsm8k_same(rule(row[model]["solution"]), rule(row["ground_truth"])) for row in rows]
     assert len(rows) == 1319 and right == [row[model]["is_correct"] for row in rows]
     assert abs(100 * sum(right) / len(rows) - PUBLISHED[model]) < 0.01
 
@@ -27,10 +27,10 @@ def test_published_verdicts(model, rule):
 def test_rules():
     """strict is what stands after the first ####, flexible the last number there is; neither is found where there is none."""
     text = "He had 12, then #### 1,200. and #### 7 or $3.50"
-    assert gsm8k.strict(text) == "1,200." and gsm8k.flexible(text) == "$3.50"
-    assert gsm8k.strict("A: 4") is None and gsm8k.strict("\nA: -4", "A:") == "-4"
-    assert gsm8k.flexible("none") is None and gsm8k.flexible("so -5 it is") == "-5"
-    assert gsm8k.strict("####18") is None  # as the harness: the space belongs to it
+    assert gsm8k_strict(text) == "1,200." and gsm8k_flexible(text) == "$3.50"
+    assert gsm8k_strict("A: 4") is None and gsm8k_strict("\nA: -4", "A:") == "-4"
+    assert gsm8k_flexible("none") is None and gsm8k_flexible("so -5 it is") == "-5"
+    assert gsm8k_strict("####18") is None  # as the harness: the space belongs to it
 
 
 @pytest.mark.parametrize(
@@ -39,4 +39,4 @@ def test_rules():
 )
 def test_same(answer, target, right):
     """Commas, $ and one dot at the end are no difference; anything else is, as the harness has it."""
-    assert gsm8k.same(answer, target) == right
+    assert gsm8k_same(answer, target) == right

@@ -287,11 +287,11 @@ def test_bad_annotations(cfg, tmp_path):
     good = asdict(made.items[0])
     for rows, message in (
         ([], "no judgments there"),
-        ([{"g1_winner": "x"}], "stored.jsonl:1: is no judgment of task=judge_check"),
-        ([good | {"details": good["details"] | {"score": 2}}], "is no judgment"),
-        ([good | {"details": good["details"] | {"score": None}}], "is no judgment"),
-        ([good | {"details": good["details"] | {"shown_first": "A"}}], "is no judgment"),
-        ([good | {"details": None}], "is no judgment"),
+        ([{"g1_winner": "x"}], "stored.jsonl:1: field model: expected a string"),
+        ([good | {"details": good["details"] | {"score": 2}}], "field score: expected a share, 0 to 1, got 2"),
+        ([good | {"details": good["details"] | {"score": None}}], "expected either a score or an error"),
+        ([good | {"details": good["details"] | {"shown_first": "A"}}], "field shown_first: expected chosen.rejected"),
+        ([good | {"details": None}], "field details: expected a mapping"),
         ([good, good], r"stored.jsonl:2: it's judgment .* is there already \(.*stored.jsonl:1\)"),
     ):
         stored = replace(cfg, annotations=str(write_jsonl(tmp_path / "stored.jsonl", rows)))

@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from rpo.errors import UserError
+from rpo.evals.context import identity_of
 from rpo.evals.results import Item
 from rpo.stats import clustered_mean
 from rpo.tasks import lm_eval as task
@@ -158,8 +159,9 @@ def test_goes_on(made, group, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(task, "_model", None)
         assert task.run(cfg, StubContext(run_dir, device=group)) == evaluation
-    gone = sorted((run_dir / "lm_eval").glob("arc*.json"))[0]
-    gone.unlink()
+    done = (run_dir / "lm_eval.jsonl").read_text().splitlines(keepends=True)
+    assert len(done) == 4
+    (run_dir / "lm_eval.jsonl").write_text("".join(line for line in done if line != done[0]))
     asked, measure = [], task._measured
     monkeypatch.setattr(
         task, "_measured", lambda model, name, *rest: (asked.append(name), measure(model, name, *rest))[1]
@@ -175,7 +177,7 @@ def test_other_weights_are_another_model(folder, tmp_path):
     for time in (1, 2):
         weights.touch()
         os.utime(weights, (time, time))
-        names.add(task._file(configured(folder), tmp_path, str(weights.parent), "gsm8k"))
+        names.add(identity_of(str(weights.parent), None))
     assert len(names) == 2
 
 
@@ -324,7 +326,7 @@ def test_refusals(folder, group, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         unsafe = SimpleNamespace(all_tasks=["x"], load=lambda s: {"tasks": {"x": SimpleNamespace(UNSAFE_CODE=True)}})
         patch.setattr(task, "_manager", lambda: unsafe)
-        refused("x runs what models write, unprotected; use task=mbpp", "task.tasks=[x]", "task.data=null")
+        refused("x runs what models write, unprotected; leave it out", "task.tasks=[x]", "task.data=null")
     with monkeypatch.context() as patch:
 
         def load(specs):

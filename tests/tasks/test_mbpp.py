@@ -170,7 +170,7 @@ def test_prompt_is_the_harness_s(data):
     asked = PROBLEMS[3]
     expected = "\n\n".join([*(text.render(doc) + target.render(doc) for doc in shown), text.render(asked)])
     rows = [{**doc, "test_setup_code": ""} for doc in shown]
-    problems = {row["task_id"]: mbpp._problem(row) for row in [*rows, asked]}
+    problems = {row["task_id"]: mbpp._problem(row, "") for row in [*rows, asked]}
     assert mbpp.prompt(problems, problems[11]) == expected
     assert task["generation_kwargs"]["until"] == [mbpp.END] and task["num_fewshot"] == len(mbpp.SHOWN)
 
@@ -179,7 +179,7 @@ def test_names_that_tests_know():
     """The program's functions, also one that has a built-in's name; Python's own built-ins; imports that a test uses."""
     row = problem(1, "sum", 1) | {"code": "import sys, math\nclass P: pass\ndef sum(x): return x"}
     row["test_list"] = ["assert sum(1) == int('1')", "assert sys.getsizeof(sum(P())) == g"]
-    read = mbpp._problem(row)
+    read = mbpp._problem(row, "")
     assert read.names == ("P", "g", "sum") and read.imports == ("import sys, math",)
 
 
@@ -189,11 +189,11 @@ def test_names_that_tests_know():
         (PROBLEMS[:2], r"lacks task_id \[4\], which every prompt shows; give all of mbpp.jsonl"),
         (PROBLEMS[:3], "has no task_id from 11 to 510, the test; give all"),
         ([*PROBLEMS, PROBLEMS[3]], ":7: task_id 11 is there twice"),
-        ([{"task_id": "11"}], ":1: field task_id: expected one of type int"),
+        ([{"task_id": "11"}], ":1: field task_id: expected an integer"),
         ([PROBLEMS[0] | {"test_list": []}], ":1: field test_list: expected statements"),
         ([PROBLEMS[0] | {"code": "def f("}], ":1: .*never closed"),
         ([PROBLEMS[0] | {"test_list": ["assert"]}], ":1: invalid syntax"),
-        (["text"], ":1: field task_id: expected"),
+        (["text"], ":1: expected an object with task_id"),
     ],
 )
 def test_bad_data(tmp_path, rows, said):
@@ -226,7 +226,7 @@ def test_bad_outputs(group, tmp_path, data, unsandboxed, rows, said):
     [
         (["task.allow_code_execution=false"], "allow_code_execution=false: task=mbpp runs programs"),
         (["task.data=null"], "task.data=null: give"),
-        (["task.k=[1,2]"], "pass@k needs k programs; set task.samples=2 or more"),
+        (["task.k=[1,2]"], r"task.k=\[1, 2\]: needs task.samples=2, not 1"),
         (["task.k=[]"], "expected numbers of programs"),
         (["task.k=[0]"], "expected numbers of programs"),
         (["task.samples=2"], "greedy programs are all the same; set task.temperature"),

@@ -16,6 +16,7 @@ from rpo.judging import mt_bench_files
 from rpo.judging.client import Reply
 from rpo.tasks import mt_bench
 from tests.helpers.contexts import StubContext
+from tests.helpers.evaluations import lines
 from tests.helpers.judge_server import JudgeServer
 from tests.helpers.rows import WORDS, write_jsonl
 from tests.helpers.runs import settings
@@ -76,10 +77,6 @@ def evaluate(files, ask, *more, answer=None):
 
 def values(cells):
     return {name: cell["value"] for name, cell in cells.items()}
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def single(**changed):
@@ -417,7 +414,7 @@ def test_bad_files(files, group, file, change, said):
         (("outputs=a",), "task.questions=null"),
         (("outputs=a", "task.questions=q", "task.mode=pairwise"), "mode pairwise compares with a baseline's answers"),
         (("outputs=a", "task.questions=q", "baseline=b"), "single reads none"),
-        (("outputs=a", "task.questions=q", "judge.verdict=logprobs"), "judges say ratings and verdicts in words"),
+        (("outputs=a", "task.questions=q", "judge.verdict=logprobs"), "MT-Bench's verdicts are words"),
         (("annotations=a", "judge.model=null", "task.references=r"), "task.references=r with annotations"),
         (("annotations=a", "judge.model=null", "baseline=b"), "baseline=b with annotations"),
     ],

@@ -16,9 +16,8 @@ from rpo.data import batch as data_batch
 from rpo.data import dataset
 from rpo.data.tokenizer import load_tokenizer
 from rpo.errors import UserError
-from rpo.evals import context
 from rpo.evals import results as evals_results
-from rpo.evals.context import Store
+from rpo.evals.store import Store
 from rpo.model import policy as model_policy
 from rpo.model.sampling import Sampling, sample
 from rpo.model.shard import PLAIN, mesh, reshard
@@ -26,12 +25,13 @@ from rpo.overopt import best_of_n, figures, measure, selection, study
 from rpo.overopt import curve as overopt
 from rpo.runs import catalog
 from rpo.runs import folder as run_folder
+from rpo.runs.state import weights_of
 from rpo.synthetic import task
+from tests.helpers.evaluations import evaluate, lines
 from tests.helpers.gold_runs import BETA, STEPS, trained
 from tests.helpers.models import make_lm
 from tests.helpers.rows import make_rows_json, write_jsonl
 from tests.helpers.runs import command, script_env, settings, tiny_args
-from tests.scripts.test_eval import evaluate
 
 SAMPLES = 4
 ASKED = (f"task.samples={SAMPLES}", f"task.written={SAMPLES}", "task.batch_size=8", "tokens_per_microbatch=600")
@@ -49,10 +49,6 @@ def refused(found, run_dir, *more):
         overopt_of(found, run_dir, *more)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def values(point):
@@ -202,7 +198,7 @@ def test_best_of_n(gold_sweep, results, group):
     ((found,), _) = catalog.find([str(run)])
     cfg = settings("task=overopt", f"runs={run}", *ASKED, name="eval")
     (asked,) = measure.ask([found], cfg, group).values()
-    reference = context.load(found.start, "model.path", group, dtype="auto", asked="auto", trust_remote_code=False)
+    reference = model_policy.load_policy(*found.start, device=group, dtype="auto")
     questions, said, _ = asked.repeated(4)
     how = {"device": group, "seed": [0, 1], "batch_size": 8, "reshard": True}
     drawn = sample(reference.policy, questions, task.SAMPLING, [3], **how)
@@ -229,7 +225,7 @@ def test_every_checkpoint_is_laid_over(gold_sweep, group):
     """In any order, and after the model was used, the weights are those of the checkpoint's file, bit for bit."""
     run = gold_sweep / "sweep" / "0"
     ((found,), _) = catalog.find([str(run)])
-    model = context.load(found.start, "model.path", group, dtype="auto", asked="auto", trust_remote_code=False)
+    model = model_policy.load_policy(*found.start, device=group, dtype="auto")
     facts = {"model.path": model.digest}
     rows = dataset.load(
         str(gold_sweep / "eval.jsonl"),
@@ -239,14 +235,14 @@ def test_every_checkpoint_is_laid_over(gold_sweep, group):
         cache_dir=gold_sweep,
     )
     for step in (3, 1, 2, 3):
-        context.lay_over(model, found.checkpoints[step], facts)
+        measure.lay_over(model.policy, found.checkpoints[step], facts)
         with torch.no_grad():
             model.policy(data_batch.padded_batch(rows[0], np.arange(4)))  # leaves the root gathered
         reshard(model.policy)
         stored = load_file(next(found.checkpoints[step].glob("*.safetensors")))
         assert all(
             torch.equal(tensor.full_tensor(), stored[name])
-            for name, tensor in model.weights.items()
+            for name, tensor in weights_of(model.policy).items()
             if name.startswith("weight/")
         )
     assert {name.split("/")[0] for name in stored} > {"weight", "exp_avg"}
@@ -400,7 +396,7 @@ def test_checkpoints_of_another_model(gold_sweep, tmp_path):
     vocab_size = AutoModelForCausalLM.from_pretrained(model).config.vocab_size
     make_lm(vocab_size=vocab_size, seed=9).save_pretrained(model)
     first = run / "checkpoints/step_00000001"
-    assert refused(run, tmp_path / "a").startswith(f"{first}: its run began with model.path of digest ")
+    assert refused(run, tmp_path / "a").startswith(f"{first}: its run started with model.path of ")
     ((found,), _) = catalog.find([str(run)])
     larger = make_lm(vocab_size=vocab_size, intermediate_size=64)
     deeper = make_lm(vocab_size=vocab_size, num_hidden_layers=1)
@@ -410,9 +406,9 @@ def test_checkpoints_of_another_model(gold_sweep, tmp_path):
     ):
         lm.save_pretrained(model)
         device = dist.init()
-        loaded = context.load(found.start, "model.path", device, dtype="auto", asked="auto", trust_remote_code=False)
+        loaded = model_policy.load_policy(*found.start, device=device, dtype="auto")
         with pytest.raises(UserError, match=f"^{first}: .*{message}"):
-            context.lay_over(loaded, first, {})
+            measure.lay_over(loaded.policy, first, {})
         dist.shutdown()
 
 
@@ -433,7 +429,7 @@ def test_checkpoints_of_another_model(gold_sweep, tmp_path):
         (["model.path=X"], "model.path=X with task=overopt: it reads none; leave it out"),
         (["reference.path=X"], "reference.path=X with task=overopt: it reads none; leave it out"),
         (["task.samples=0"], "task.samples=0: expected at least 1"),
-        (["runs=null"], "runs: missing; task=overopt evaluates what it names"),
+        (["runs=null"], "runs: missing; task=overopt evaluates it"),
         (["task.kind=overfit"], "task.kind=overfit: expected pairs, generate, gold, overopt, winrate"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -486,7 +482,7 @@ def test_a_killed_evaluation_resumes(gold_sweep, results, tmp_path, monkeypatch,
         whole = [line for line in (folder / name).read_text().splitlines() if line.endswith("}")]
         assert list(map(json.loads, whole)) == lines(gold_sweep / "results" / name), name
 
-    monkeypatch.setattr(measure, "load", lambda *a, **k: pytest.fail("a model was loaded though all was known"))
+    monkeypatch.setattr(measure, "load_policy", lambda *a, **k: pytest.fail("a model was loaded though all was known"))
     assert overopt_of(gold_sweep / "sweep", folder) == again
 
 
@@ -496,7 +492,7 @@ def test_settings_within_one_evaluation(gold_sweep, results, tmp_path):
     before = (folder / "points.jsonl").read_bytes()
     message = refused(gold_sweep / "sweep", folder, "seed=5")
     assert message.startswith(
-        f"run_dir={folder}: holds an evaluation with other settings (seed=0, here 5); give its settings"
+        f"run_dir={folder}: holds an evaluation with other settings (seed=0, here 5); use another"
     )
     assert (folder / "points.jsonl").read_bytes() == before
     assert "already contains a different kind of run" in refused(gold_sweep / "sweep/0", gold_sweep / "sweep/1")
@@ -610,14 +606,15 @@ def test_split_halves():
 
 def test_what_can_not_be_selected_from(gold_sweep, results, tmp_path):
     """No results, results of another task, a score that was not measured: one line each."""
+    head = {"task": "pairs"} | dict.fromkeys(("models", "details", "config", "versions"), {}) | {"notes": []}
     (tmp_path / "other").mkdir()
-    (tmp_path / "other/results.json").write_text('{"task": "pairs"}')
+    (tmp_path / "other/results.json").write_text(json.dumps(head))
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn/results.json").write_text('{"task": ')
     for more, message in {
-        (f"task.results={tmp_path}/none",): f"task.results={tmp_path}/none: has no results.json; give the run_dir",
-        (f"task.results={tmp_path}/other",): f"{tmp_path}/other/results.json: is not of task=overopt",
-        (f"task.results={tmp_path}/torn",): f"{tmp_path}/torn/results.json: is not JSON",
+        (f"task.results={tmp_path}/none",): f"{tmp_path}/none: no evaluation can be read there",
+        (f"task.results={tmp_path}/other",): f"task.results={tmp_path}/other: is of task=pairs",
+        (f"task.results={tmp_path}/torn",): f"{tmp_path}/torn: no evaluation can be read there",
         (): "task.results=null: give the folder of an evaluation by task=overopt",
         (f"task.results={gold_sweep}/results", "task.score=max:win_rate"): "task.score=max:win_rate: ",
         (
@@ -633,6 +630,8 @@ def test_what_can_not_be_selected_from(gold_sweep, results, tmp_path):
             f"task.results={gold_sweep}/results",
             "task.min_ended=2",
         ): "task.min_ended=2: expected null or a share, 0 to 1",
+        (f"task.results={gold_sweep}/results", "task.max_kl=-1"): "task.max_kl=-1: expected ",
+        (f"task.results={gold_sweep}/results", "task.entropy_falls=0"): "task.entropy_falls=0: expected ",
         (f"task.results={gold_sweep}/results", "runs=x"): "runs=x with task=select: it reads none; leave it out",
     }.items():
         with pytest.raises(UserError) as error:

@@ -301,7 +301,7 @@ def test_one_file_with_two_models(files, tmp_path, group):
     write_jsonl(both, rows[:-1])
     with pytest.raises(UserError, match=r"both.jsonl \(b\) lacks 1 of the 24 prompts"):
         winrate.run(settings(*JUDGED, f"outputs={both}", name="eval"), StubContext(tmp_path))
-    with pytest.raises(UserError, match="holds answers of 1 models; expected two files, or one with"):
+    with pytest.raises(UserError, match="holds answers of 1 models; expected answers of two"):
         winrate.run(settings(*JUDGED, f"outputs={files[0]}", name="eval"), StubContext(tmp_path))
 
 
@@ -440,17 +440,17 @@ def stored(**changed):
         ([], "no annotations there"),
         ([stored(), stored()], "the prompt 'p' is there already"),
         ([stored(), stored(prompt="q", models=["a", "c"])], "expected a and b by text as before it"),
-        ([stored(models=["a", "a"])], "is no annotation of task=winrate"),
-        ([stored(said=[])], "is no annotation of task=winrate"),
-        ([stored(said=[{"text": "x"}] * 2)], "is no annotation of task=winrate"),
-        ([stored(answers=["x"])], "is no annotation of task=winrate"),
-        ([stored(prompt=None)], "expected the prompt in one of messages"),
+        ([stored(models=["a", "a"])], "bad.jsonl:1: expected two models"),
+        ([stored(said=[])], "bad.jsonl:1: field said: expected two replies, got []"),
+        ([stored(said=[{"text": "x"}] * 2)], "whole replies where their answers differ"),
+        ([stored(answers=["x"])], "field answers: expected two texts, got ['x']"),
+        ([stored(prompt=None)], "expected what was asked"),
         ([{"question_id": 1, "g1_winner": "tie"}], "task=mt_bench"),
         ([{"instruction": "i", "preference": 1.5}], "task=alpaca_eval"),
-        (["text"], "is no annotation of task=winrate"),
+        (["text"], "expected an object with models, answers"),
         (
             [stored(verdict="logprobs", said=[dict(stored()["said"][0], top_logprobs={"A": 10**400})] * 2)],
-            "is no annotation of task=winrate",
+            "said: field top_logprobs: expected a number",
         ),
     ],
 )

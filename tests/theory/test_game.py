@@ -35,6 +35,7 @@ from rpo.theory.game import (
     stationarity,
     worst_case,
 )
+from tests.helpers.mutations import scaled
 from tests.helpers.runs import ROOT, settings
 
 
@@ -69,12 +70,6 @@ def test_equivalence_on_random_games():
 def test_gap_of_a_class_that_is_not_convex():
     """With two rewards the orders of play differ by eta beta log cosh(c / (2 beta)), found by brute force."""
     require(nonconvex())
-
-
-def scaled(name, factor):
-    """`losses.<name>` with every value (so every gradient) multiplied."""
-    right = getattr(losses, name)
-    return lambda *args, **kwargs: factor * right(*args, **kwargs)
 
 
 def sft_without_beta(loss, pairs, **counts):

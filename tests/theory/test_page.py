@@ -5,7 +5,7 @@ import pytest
 from rpo import losses
 from rpo.theory import __main__ as page
 from rpo.theory import checks
-from tests.theory.test_game import scaled
+from tests.helpers.mutations import scaled
 
 
 def test_slopes_at_three_sizes():

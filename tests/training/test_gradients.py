@@ -7,47 +7,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from rpo.data import schedule
 from rpo.data.batch import make_batch
 from rpo.model import policy as model_policy
 from rpo.model.policy import score
 from rpo.training import gradients, meter
-from tests.helpers.models import float64_throughout, make_lm, prepared
+from tests.helpers.models import make_lm, prepared
 from tests.helpers.runs import run, timeless, weights
 from tests.helpers.step_gradient import (
-    LENGTHS,
     LOSS,
     VOCABULARY,
-    logp,
-    moved_copy,
-    reference_logps,
+    naive_split,
     rows,
     step_and_facts,
 )
 
 NAMES = NORM, SFT_NORM, COSINE = meter.GRADIENT_SPLIT
 TOTAL = 8  # pairs of LENGTHS
-
-
-def naive_split(loss=LOSS):
-    """The same by autograd on the whole model: a response at a time, full logits, the formulas written out; float64."""
-    lm = make_lm(vocab_size=VOCABULARY).double()
-    nll_scale = {"sum": lambda _: loss.beta / TOTAL, "avg": lambda c: 1 / c / TOTAL}
-    nll_scale["token"] = lambda _: 1 / sum(c for _, c, _ in LENGTHS)
-    with float64_throughout():
-        ref_logps, preference, sft = reference_logps(moved_copy(lm)), 0, 0
-        for i in range(TOTAL):
-            prompt, chosen, rejected = rows().row(i)
-            chosen_logp = logp(lm, prompt, chosen)
-            margin = chosen_logp - logp(lm, prompt, rejected) - (ref_logps[i, 0] - ref_logps[i, 1])
-            preference = preference - F.logsigmoid(loss.beta * margin) / TOTAL
-            sft = sft - loss.eta * nll_scale[loss.sft](len(chosen)) * chosen_logp
-        params = list(lm.parameters())
-        both = [torch.autograd.grad(term, params, retain_graph=True) for term in (preference, sft)]
-    a, b = (torch.cat([grad.flatten() for grad in gradient]) for gradient in both)
-    return {NORM: a.norm().item(), SFT_NORM: b.norm().item(), COSINE: (a @ b / (a.norm() * b.norm())).item()}
 
 
 @pytest.mark.parametrize("sft", ["token", "sum", "avg"])
