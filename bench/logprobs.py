@@ -209,7 +209,7 @@ def measure(found: dict[str, Head], problem: Problem, rounds: int) -> tuple[dict
     for name, head in found.items():
         try:
             results[name] = examine(head, problem, truth)
-        except Exception as error:  # a peer that does not run on this device is out, the others go on
+        except Exception as error:  # a peer that does not run on this device is out, the others continue
             if name == "naive":
                 raise
             failed.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
@@ -223,8 +223,8 @@ def measure(found: dict[str, Head], problem: Problem, rounds: int) -> tuple[dict
             result.seconds.append(seconds)
             result.cpu_seconds.append(cpu_seconds)
             clear(problem)
-        told = (f"{name} {r.seconds[k]:#.3g} s" for name, r in results.items() if len(r.seconds) > k)
-        report.say(f"round {k + 1} of {rounds}: " + ", ".join(told))
+        shown = (f"{name} {r.seconds[k]:#.3g} s" for name, r in results.items() if len(r.seconds) > k)
+        report.say(f"round {k + 1} of {rounds}: " + ", ".join(shown))
     return results, failed
 
 

@@ -5,7 +5,7 @@
 
 All systems train the same random weights on the same frozen ids: AdamW with fp32 weights and moments, clip 1.0, no
 dropout, every response token scored. On a CPU they take turns step by step (A B C A B C ...); on CUDA, where not all
-fit, visit by visit, each built anew. A step's time spans batches, forward, backward, clip, optimizer and metrics, and
+fit, visit by visit, each rebuilt. A step's time spans batches, forward, backward, clip, optimizer and metrics, and
 TRL's is its own loop's. Loading, compiling, tokenising and the reference pass are not in it; the pass is shown apart.
 
 A speed counts only if its system passes the gates: log-probs of the first step's pairs against the library's model in
@@ -112,7 +112,7 @@ def late(losses: list[float], work: Work) -> float:
 
 @contextmanager
 def excused(name: str, result: Result) -> Iterator[None]:
-    """A system that raises is out, the others go on."""
+    """A system that raises is out, the others continue."""
     try:
         yield
     except Exception as error:
@@ -151,8 +151,8 @@ def visit(makers: dict[str, Callable], work: Work, results: dict[str, Result], g
             if not results[name].failed:
                 with excused(name, results[name]):
                     turn(name, k)
-        told = (f"{name} {results[name].seconds[-1]:.2f} s" for name in systems if not results[name].failed)
-        say(f"step {k + 1} of {work.steps}: " + ", ".join(told))
+        shown = (f"{name} {results[name].seconds[-1]:.2f} s" for name in systems if not results[name].failed)
+        say(f"step {k + 1} of {work.steps}: " + ", ".join(shown))
     for name, system in systems.items():
         if cuda:
             peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}

@@ -21,9 +21,10 @@ from bench import data
 from rpo import losses
 from rpo.config import Loss, Optim
 from rpo.data import schedule
-from rpo.data.batch import Batch, make_batch, response_sums
+from rpo.data.batch import Batch, make_batch
 from rpo.data.dataset import Rows
 from rpo.model import fingerprint, hf, shard
+from rpo.model.logprobs import response_sums
 from rpo.model.policy import layers_of, prepare, score
 from rpo.training import meter, optim, reference
 

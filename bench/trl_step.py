@@ -25,7 +25,7 @@ from bench import data
 from bench.systems import BETA, LOG_EVERY, MAX_GRAD_NORM, Inspect, Work, build, timed
 from rpo.synthetic.task import word_tokenizer
 
-# What TRL 1.16 does when told no more than the task: pairs a step, precision (it would take bf16), length, learning rate.
+# What TRL 1.16 does when given only the task: pairs a step, precision (it would take bf16), length, learning rate.
 DEFAULT = {"microbatch": 8, "precompute": False, "checkpointing": True, "grouped": False}
 # The written grid that its best is taken from. `grouped`: a step's pairs sorted by length before they are divided.
 GRID = [{"microbatch": m, "precompute": True, "checkpointing": False, "grouped": True} for m in (1, 2, 4, 8, 16, 32)]

@@ -103,7 +103,7 @@ class Model:
 
 
 @group
-class Gold:
+class SyntheticTask:
     pairs: Count
     eval_pairs: Count
     flip: Annotated[float, Field(ge=0, lt=0.5, description="0 <= share < 0.5")]
@@ -127,7 +127,7 @@ class EvalData:
 @group
 class Data(EvalData):
     train: Files
-    gold: Gold
+    gold: SyntheticTask
 
     @model_validator(mode="after")
     def _check(self) -> "Data":

@@ -218,12 +218,3 @@ def _batch(
         weight=weight,
         ref_S=ref_S,
     )
-
-
-def response_sums(logps_N: Tensor, length_S: Tensor) -> Tensor:
-    """Each response's summed log-prob, in the dtype of `logps_N` (fp32 or float64).
-
-    A segmented sum, not index_add: the order of additions is fixed, on CUDA too. In float64, because the sums of a
-    thousand tokens, under policy and reference, are subtracted from each other.
-    """
-    return torch.segment_reduce(logps_N.double(), "sum", lengths=length_S, unsafe=True).to(logps_N.dtype)

@@ -14,7 +14,7 @@ from functools import cached_property
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,14 +24,14 @@ from rpo.data.batch import longest
 from rpo.data.formats import Example, Messages, RowError, is_empty, parse, parse_prompt
 from rpo.data.sources import UNINFORMATIVE, WELL_FORMED, Source, Tally, check_file, open_sources, parse_rows
 from rpo.data.tokenizer import (
+    Encoded,
     Facts,
-    check_unicode,
-    close,
+    encode,
     facts_of,
     identity,
     load_tokenizer,
     prompt_ids,
-    render,
+    texts_of,
     tokenize,
     with_bos,
 )
@@ -88,59 +88,7 @@ ARRAYS = ("ids", "prompt", "chosen", "rejected", "file", "line")
 # ---- one row
 
 
-class _Encoded(NamedTuple):
-    prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
-
-
-def _texts(tokenizer: PreTrainedTokenizerBase, example: Example, template_date: str) -> list[str]:
-    """The texts to tokenise: the prompt, and prompt with response for each side (chat), or the parts apart (strings)."""
-    responses = [side for side in (example.chosen, example.rejected) if side is not None]
-    if isinstance(example.prompt, list):
-        texts = [render(tokenizer, example.prompt, template_date, prompt=True)]
-        texts += [render(tokenizer, example.prompt + side, template_date, prompt=False) for side in responses]
-    else:
-        texts = responses if example.prompt is None else [example.prompt, *responses]
-    for text in texts:
-        check_unicode(text)
-    return texts
-
-
-def _encode(tok: Facts, example: Example, texts: list[str], ids: list[list[int]]) -> _Encoded:
-    """Ids of a pair or a supervised row from the ids of its `_texts`. Raises RowError."""
-    prompt = with_bos(ids[0], tok)
-    if not prompt:
-        raise RowError("no_prompt", "field prompt: expected at least one token before the response; add text")
-    if isinstance(example.prompt, str):
-        return _Encoded(prompt, *[[*side, tok.eos] for side in ids[1:]], *[[]] * (3 - len(ids)))
-    responses = []
-    for field, text, side in zip(("chosen", "rejected"), texts[1:], ids[1:], strict=False):
-        full = with_bos(side, tok)
-        if full[: len(prompt)] != prompt:
-            why = _why_not_a_prefix(tok.tokenizer, field, prompt, full, text.startswith(texts[0]))
-            raise RowError("not_a_prefix", why)
-        responses.append(close(full[len(prompt) :], tok))
-    return _Encoded(prompt, *responses, *[[]] * (2 - len(responses)))
-
-
-def _why_not_a_prefix(
-    tokenizer: PreTrainedTokenizerBase, field: str, prompt: list[int], full: list[int], same_text: bool
-) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
-    shown = [repr(tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "the end" for ids in (prompt, full)]
-    reason = (
-        "a token spans the border; end the template's generation prompt, or begin the response, where a token ends"
-        if same_text
-        else "the template renders the prompt differently once an answer follows; use a template that does not"
-    )
-    return (
-        f"field {field}: expected the prompt's tokens at the beginning; token {at} is {shown[0]} in the "
-        f"prompt, {shown[1]} with the response: {reason}"
-    )
-
-
-def _truncate(row: _Encoded, bos: int | None, max_length: int, policy: str) -> _Encoded | None:
+def _truncate(row: Encoded, bos: int | None, max_length: int, policy: str) -> Encoded | None:
     """The row cut to P + max(C, R) <= max_length by `data.truncation`, or None if it must be dropped."""
     prompt, *responses = row
     longest = max(map(len, responses))
@@ -149,20 +97,20 @@ def _truncate(row: _Encoded, bos: int | None, max_length: int, policy: str) -> _
     if policy == "prompt_left":
         head = prompt[:1] if prompt[0] == bos else []  # Llama and Gemma without their BOS are other models
         kept = max_length - longest - len(head)
-        return _Encoded(head + prompt[-kept:], *responses) if kept >= 1 else None
+        return Encoded(head + prompt[-kept:], *responses) if kept >= 1 else None
     room = max_length - len(prompt)
-    return _Encoded(prompt, *[side[:room] for side in responses]) if policy == "response_right" and room >= 1 else None
+    return Encoded(prompt, *[side[:room] for side in responses]) if policy == "response_right" and room >= 1 else None
 
 
-def _blocks(ids: list[int], max_length: int) -> Iterator[_Encoded]:
+def _blocks(ids: list[int], max_length: int) -> Iterator[Encoded]:
     """A document cut into blocks of `max_length` tokens, every token but a block's first scored."""
     for start in range(0, len(ids) - 1, max_length):
-        yield _Encoded(ids[start : start + 1], ids[start + 1 : start + max_length], [])
+        yield Encoded(ids[start : start + 1], ids[start + 1 : start + max_length], [])
 
 
 def _settle(
     tok: Facts, cfg: Data | EvalData, example: Example, texts: list[str], ids: list[list[int]]
-) -> tuple[list[_Encoded], dict[str, int]]:
+) -> tuple[list[Encoded], dict[str, int]]:
     """(rows of an example, how often truncation changed it by kind). Raises RowError if nothing is kept."""
     if any(is_empty(side) for side in (example.chosen, example.rejected) if side is not None):
         raise RowError("empty_response", "a response has no text")
@@ -170,7 +118,7 @@ def _settle(
         document = [*with_bos(ids[0], tok), tok.eos]
         lonely_eos = len(document) % cfg.max_length == 1  # alone in its block, with nothing to predict it from
         return list(_blocks(document, cfg.max_length)), {"lost_end_of_turn": 1} if lonely_eos else {}
-    row = _encode(tok, example, texts, ids)
+    row = encode(tok, example, texts, ids)
     if row.chosen == row.rejected:
         raise RowError("identical_responses", "chosen and rejected are the same tokens")
     cut = _truncate(row, tok.bos, cfg.max_length, cfg.truncation)
@@ -197,7 +145,7 @@ def _batches(
         for line, raw in batch:
             try:
                 example = parse(raw, pairs)
-                parsed.append((line, example, _texts(tokenizer, example, template_date)))
+                parsed.append((line, example, texts_of(tokenizer, example, template_date)))
             except RowError as error:
                 parsed.append((line, error, []))
         ids = iter(tokenize(tokenizer, [text for _, _, texts in parsed for text in texts]))

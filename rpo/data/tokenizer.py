@@ -1,4 +1,4 @@
-"""Text to token ids: tokenizers, chat templates, BOS and end-of-turn.
+"""Text to token ids: tokenizers, chat templates, BOS and end-of-turn; where the prompt ends and a response begins.
 
 A response's tokens end with exactly one end-of-turn, which is scored; what a template renders after it is dropped.
 """
@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rpo.data.formats import Messages, RowError
+from rpo.data.formats import Example, Messages, RowError
 from rpo.errors import UserError
 from rpo.text import one_line
 
@@ -180,6 +180,63 @@ def close(ids: list[int], tok: Facts) -> list[int]:
         elif tok.tokenizer.decode([ids[i]]).strip():
             break
     return [*ids, tok.eos] if end is None else ids[: end + 1]
+
+
+# ---- where the prompt ends and a response begins
+
+
+class Encoded(NamedTuple):
+    """The token ids of a row; those of the responses are scored, those of the prompt are not."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase, example: Example, template_date: str) -> list[str]:
+    """The texts to tokenise: the prompt, and prompt with response for each side (chat), or the parts apart (strings)."""
+    responses = [side for side in (example.chosen, example.rejected) if side is not None]
+    if isinstance(example.prompt, list):
+        texts = [render(tokenizer, example.prompt, template_date, prompt=True)]
+        texts += [render(tokenizer, example.prompt + side, template_date, prompt=False) for side in responses]
+    else:
+        texts = responses if example.prompt is None else [example.prompt, *responses]
+    for text in texts:
+        check_unicode(text)
+    return texts
+
+
+def encode(tok: Facts, example: Example, texts: list[str], ids: list[list[int]]) -> Encoded:
+    """Ids of a pair or a supervised row from the ids of its `texts_of`. Raises RowError."""
+    prompt = with_bos(ids[0], tok)
+    if not prompt:
+        raise RowError("no_prompt", "field prompt: expected at least one token before the response; add text")
+    if isinstance(example.prompt, str):
+        return Encoded(prompt, *[[*side, tok.eos] for side in ids[1:]], *[[]] * (3 - len(ids)))
+    responses = []
+    for field, text, side in zip(("chosen", "rejected"), texts[1:], ids[1:], strict=False):
+        full = with_bos(side, tok)
+        if full[: len(prompt)] != prompt:
+            why = _why_not_a_prefix(tok.tokenizer, field, prompt, full, text.startswith(texts[0]))
+            raise RowError("not_a_prefix", why)
+        responses.append(close(full[len(prompt) :], tok))
+    return Encoded(prompt, *responses, *[[]] * (2 - len(responses)))
+
+
+def _why_not_a_prefix(
+    tokenizer: PreTrainedTokenizerBase, field: str, prompt: list[int], full: list[int], same_text: bool
+) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
+    shown = [repr(tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "the end" for ids in (prompt, full)]
+    reason = (
+        "a token spans the border; end the template's generation prompt, or begin the response, where a token ends"
+        if same_text
+        else "the template renders the prompt differently once an answer follows; use a template that does not"
+    )
+    return (
+        f"field {field}: expected the prompt's tokens at the beginning; token {at} is {shown[0]} in the "
+        f"prompt, {shown[1]} with the response: {reason}"
+    )
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> list:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from rpo import dist
 from rpo.data import schedule
-from rpo.data.batch import Batch, padded_batch, response_sums
+from rpo.data.batch import Batch, padded_batch
 from rpo.data.dataset import Rows
+from rpo.model.logprobs import response_sums
 from rpo.model.policy import Policy
 from rpo.model.sampling import Completion
 

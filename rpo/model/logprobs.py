@@ -1,6 +1,6 @@
-"""Log-probabilities of given tokens from hidden states and an output head, without an N x V matrix.
+"""Log-probabilities of given tokens from hidden states and an output head, without an N x V matrix; their sums.
 
-Shapes: N scored tokens, D model width, V vocabulary entries; inside the tiled code N and V also stand for the
+Shapes: N scored tokens, S responses, D model width, V vocabulary entries; inside the tiled code N and V also stand for the
 rows and columns of one tile. Half means bfloat16 or float16.
 """
 
@@ -18,6 +18,15 @@ KEPT = {"cuda": 2**29, "cpu": 2**27}
 # (tile_N, tile_V). CUDA: the fp32 accumulators cross memory once per tile, which from 4096 on is a few per cent of the
 # tile's GEMM. CPU: the fastest of eight at N=1024, D=512, V=32000, one thread.
 TILES = {"cuda": (4096, 8192), "cpu": (1024, 1024)}
+
+
+def response_sums(logps_N: Tensor, length_S: Tensor) -> Tensor:
+    """Each response's summed log-prob, in the dtype of `logps_N` (fp32 or float64).
+
+    A segmented sum, not index_add: the order of additions is fixed, on CUDA too. In float64, because the sums of a
+    thousand tokens, under policy and reference, are subtracted from each other.
+    """
+    return torch.segment_reduce(logps_N.double(), "sum", lengths=length_S, unsafe=True).to(logps_N.dtype)
 
 
 def full_logits(

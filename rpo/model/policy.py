@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from rpo.config import Fsdp
-from rpo.data.batch import Batch, response_sums
+from rpo.data.batch import Batch
 from rpo.errors import UserError
 from rpo.losses import PairLogps
 from rpo.model import shard
 from rpo.model.attention import PACKED, register
 from rpo.model.attention import choose as choose_attention
-from rpo.model.logprobs import full_logits, token_logps
+from rpo.model.logprobs import full_logits, response_sums, token_logps
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -58,7 +58,7 @@ def identity(spec: str, source: Gold | None) -> bytes:
     return file.read_bytes() if spec.rpartition(":")[0].endswith(".py") else spec.encode()
 
 
-def embedded(tokenizer: PreTrainedTokenizerBase, weights: config.Gold) -> Gold:
+def embedded(tokenizer: PreTrainedTokenizerBase, weights: config.SyntheticTask) -> Gold:
     """The exact reward of the embedded task, of answers in its tokenizer's words."""
 
     def score(prompts: Sequence[str | Messages], answers: Sequence[Completion], texts: Sequence[str]) -> np.ndarray:

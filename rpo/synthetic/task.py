@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from rpo import dist
-from rpo.config import Gold, Train
+from rpo.config import SyntheticTask, Train
 from rpo.data import tokenizer as data_tokenizer
 from rpo.errors import UserError
 from rpo.model import divergence
@@ -181,7 +181,7 @@ def make_model(folder: Path, settings: dict) -> None:
 
 def make_pairs(folder: Path, settings: dict) -> None:
     """Writes the pairs files into `folder`, sampled from its sft/model."""
-    gold = Gold(**settings["gold"], samples=1)
+    gold = SyntheticTask(**settings["gold"], samples=1)
     tokenizer = data_tokenizer.load_tokenizer(str(folder / "tokenizer"))
     device = dist.init()
     fsdp = replace(PLAIN, reshard_after_forward=False)
@@ -192,7 +192,7 @@ def make_pairs(folder: Path, settings: dict) -> None:
 
 
 def _label(
-    policy: Policy, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, gold: Gold, device: torch.device
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, count: int, seed: int, gold: SyntheticTask, device: torch.device
 ) -> list[dict]:
     """`count` pairs: two answers of the model to one prompt, ordered by Bradley-Terry on the gold reward, then flips."""
     rng = np.random.default_rng([seed, 7])
@@ -223,12 +223,12 @@ def _write(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def weights_of(train: str | list[str]) -> Gold | None:
+def weights_of(train: str | list[str]) -> SyntheticTask | None:
     """The reward's settings of the embedded task that the file `train` belongs to; None for other data."""
     file = Path(train).parent / "settings.json" if isinstance(train, str) else Path()
     if not file.is_file() or "gold" not in (settings := json.loads(file.read_text())):
         return None
-    return Gold(**settings["gold"], samples=1)
+    return SyntheticTask(**settings["gold"], samples=1)
 
 
 # ---- evaluating on it
@@ -239,13 +239,15 @@ def answer_words(tokenizer: PreTrainedTokenizerBase, answer: Completion) -> list
     return tokenizer.decode(answer.text_ids).split()
 
 
-def reward(prompt: str, words: list[str], answer: Completion, gold: Gold) -> float:
+def reward(prompt: str, words: list[str], answer: Completion, gold: SyntheticTask) -> float:
     """The exact gold reward of an answer to `prompt` (text that names the topic); see grammar.gold_reward."""
     topic, hidden, length = grammar.topic_of(prompt), gold.hidden_weight, gold.length_weight
     return grammar.gold_reward(topic, words, answer.ended, hidden_weight=hidden, length_weight=length)
 
 
-def rewards(tokenizer: PreTrainedTokenizerBase, asked: list[str], answers: list[Completion], gold: Gold) -> np.ndarray:
+def rewards(
+    tokenizer: PreTrainedTokenizerBase, asked: list[str], answers: list[Completion], gold: SyntheticTask
+) -> np.ndarray:
     """The exact gold reward of each answer to its text in `asked`. Raises UserError if that names no topic."""
     for text in asked:
         if not text.split() or grammar.topic_of(text) not in grammar.TOPICS:
@@ -263,7 +265,7 @@ def measure(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     answers: list[Completion],
-    gold: Gold,
+    gold: SyntheticTask,
     device: torch.device,
 ) -> dict[str, np.ndarray]:
     """Per answer: gold reward, KL to the reference in nats, tokens, and whether it ended (the same on every rank)."""
@@ -282,7 +284,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
     stop_ids: list[int],
-    gold: Gold,
+    gold: SyntheticTask,
     *,
     device: torch.device,
     seed: int,

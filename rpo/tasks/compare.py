@@ -86,7 +86,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     if many and len(every) > stats.ALPHA * (1 + cfg.task.draws):
         notes.append(
             f"of {len(every)} comparisons with task.draws={cfg.task.draws} none by more than {stats.ENUMERATED} clusters can "
-            f"be told from chance (Holm p at least {len(every) / (1 + cfg.task.draws):.2g}); raise task.draws, or give baseline"
+            f"be detected above chance (Holm p at least {len(every) / (1 + cfg.task.draws):.2g}); raise task.draws, or give baseline"
         )
     details = {
         "results": [str(each.folder) for each in evaluations],

@@ -13,7 +13,7 @@ from rpo.files import short_hash
 from rpo.stats import clustered_mean
 
 if TYPE_CHECKING:
-    from rpo.config import Gold
+    from rpo.config import SyntheticTask
 
 
 @group
@@ -53,7 +53,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     return Evaluation(models, items, details={"reference": reference, "data": data})
 
 
-def _weights(runs: list[dict | None]) -> "Gold":
+def _weights(runs: list[dict | None]) -> "SyntheticTask":
     from rpo.synthetic import task
 
     for run in runs:
@@ -63,7 +63,7 @@ def _weights(runs: list[dict | None]) -> "Gold":
 
 
 def _measured(
-    cfg: Eval, ctx: Context, path: str, prompts: list[list[int]], weights: "Gold"
+    cfg: Eval, ctx: Context, path: str, prompts: list[list[int]], weights: "SyntheticTask"
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """(columns of `gold.measure`, texts) of one answer per prompt; resumes where it was killed."""
     from rpo.model.sampling import Completion

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rpo.data import schedule
-from rpo.data.batch import check_budget, make_batch, packed_batch, padded_batch, response_sums
+from rpo.data.batch import check_budget, make_batch, packed_batch, padded_batch
 from rpo.errors import UserError
 from tests.helpers.rows import LENGTHS, make_rows
 
@@ -142,14 +142,3 @@ def test_the_budget_names_the_pair_that_needs_most(layout, supervised, worst, le
     plan = schedule.plan_step(rows, np.arange(3), layout=layout, budget=least)
     sizes = [make_batch(rows, members, layout).input_ids_BT.numel() for members, _ in plan.microbatches]
     assert max(sizes) <= least
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_response_sums_and_their_gradient(dtype):
-    """Segment sums equal a loop's, and each token's gradient is its own response's."""
-    lengths = torch.tensor([3, 1, 4])
-    logps_N = torch.randn(8, dtype=dtype, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    sums_S = response_sums(logps_N, lengths)
-    torch.testing.assert_close(sums_S, torch.stack([part.sum() for part in logps_N.split(lengths.tolist())]))
-    (grad_N,) = torch.autograd.grad(sums_S @ torch.tensor([1.0, -2.0, 3.0], dtype=dtype), logps_N)
-    assert grad_N.tolist() == [1, 1, 1, -2, 3, 3, 3, 3]

@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertCo
 
 from rpo.data import batch as data_batch
 from rpo.data import dataset, schedule
-from rpo.data.batch import make_batch, packed_batch, response_sums
+from rpo.data.batch import make_batch, packed_batch
 from rpo.errors import UserError
 from rpo.model import hf, logprobs
 from rpo.model import policy as model_policy
+from rpo.model.logprobs import response_sums
 from rpo.model.policy import Head, Policy
 from rpo.model.probe import probe, why_not_packed
 from tests.helpers.models import FAMILIES, VOCABULARY, float64_throughout, make_lm, own_logps, prepared, ragged

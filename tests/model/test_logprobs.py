@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from rpo.model.logprobs import token_logps, token_logps_naive
+from rpo.model.logprobs import response_sums, token_logps, token_logps_naive
 
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 HEADS = {
@@ -269,3 +269,14 @@ def test_cuda_half(compile):
     assert (fused["logps"] - exact["logps"]).abs().max() <= 1e-3
     for name in exact.keys() - {"logps"}:
         assert (fused[name] - exact[name]).norm() <= 2**-8 * exact[name].norm(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_response_sums_and_their_gradient(dtype):
+    """Segment sums equal a loop's, and each token's gradient is its own response's."""
+    lengths = torch.tensor([3, 1, 4])
+    logps_N = torch.randn(8, dtype=dtype, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    sums_S = response_sums(logps_N, lengths)
+    torch.testing.assert_close(sums_S, torch.stack([part.sum() for part in logps_N.split(lengths.tolist())]))
+    (grad_N,) = torch.autograd.grad(sums_S @ torch.tensor([1.0, -2.0, 3.0], dtype=dtype), logps_N)
+    assert grad_N.tolist() == [1, 1, 1, -2, 3, 3, 3, 3]

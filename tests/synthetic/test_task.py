@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from rpo.config import Gold
+from rpo.config import SyntheticTask
 from rpo.data.tokenizer import encode_prompt
 from rpo.model.sampling import Completion, sample
 from rpo.synthetic import demo, grammar, task
 from tests.helpers.models import make_lm, prepared
 
 CPU = torch.device("cpu")
-SETTINGS = Gold(pairs=1, eval_pairs=1, flip=0.25, hidden_weight=1.5, length_weight=0.05, samples=1, seed=0)
+SETTINGS = SyntheticTask(pairs=1, eval_pairs=1, flip=0.25, hidden_weight=1.5, length_weight=0.05, samples=1, seed=0)
 EVEN = {"hidden_weight": 1.5, "length_weight": 0.0}
 
 
@@ -90,7 +90,7 @@ def label(monkeypatch, tokenizer, corpus, flip):
         return [Completion([*row, tokenizer.eos_token_id], ended=True) for row in ids]
 
     monkeypatch.setattr(task, "sample", stub)
-    settings = Gold(**{**vars(SETTINGS), "flip": flip})
+    settings = SyntheticTask(**{**vars(SETTINGS), "flip": flip})
     return task._label(None, tokenizer, 1500, seed=3, gold=settings, device=CPU)
 
 

@@ -276,7 +276,7 @@ def test_too_few_draws_for_so_many_comparisons_are_said(tmp_path):
     folder = write_results(tmp_path / "all", models)
     made = compared(folder, task__draws=1000)
     assert made.notes == [
-        "of 55 comparisons with task.draws=1000 none by more than 15 clusters can be told from chance (Holm p at least "
+        "of 55 comparisons with task.draws=1000 none by more than 15 clusters can be detected above chance (Holm p at least "
         "0.055); raise task.draws, or give baseline"
     ]
     assert compared(folder).notes == compared(folder, task__draws=1000, baseline="m0").notes == []
