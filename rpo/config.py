@@ -326,7 +326,7 @@ def read_row(cls: Any, row: Any, place: str) -> Any:
         return cls(**{name: row.get(name) for name in names})
     except ValidationError as error:
         name = error.errors()[0]["loc"][0]
-        expected = _expected(cls, name, error)
+        expected = _described(typing.get_type_hints(cls, include_extras=True)[name]) or _expected(cls, name, error)
     raise UserError(f"{place}: field {name}: expected {expected}, got {row.get(name)!r:.40}; fix the row")
 
 

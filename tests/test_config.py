@@ -203,7 +203,7 @@ def test_every_key_has_a_comment(path):
         ({"name": "a", "share": True, "turns": []}, "f.jsonl:3: field share: expected a number, got True; fix the row"),
         (
             {"name": "a", "share": "nan", "turns": []},
-            "f.jsonl:3: field share: expected a finite number, got 'nan'; fix the row",
+            "f.jsonl:3: field share: expected a number, got 'nan'; fix the row",
         ),
         (
             {"name": "a", "share": "1e-3", "turns": ["a", 1]},

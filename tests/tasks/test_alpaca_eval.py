@@ -444,7 +444,7 @@ def _changed(rows, i, **fields):
             _changed(annotations(), 3, preference="good"),
             "annotations.json:4: field preference: expected null or 1 to 2.* got .good",
         ),
-        (_changed(annotations(), 3, annotator=["x"]), "annotations.json:4: field annotator: expected a string"),
+        (_changed(annotations(), 3, annotator=["x"]), "annotations.json:4: field annotator: expected null or a string"),
         (_changed(annotations(), 3, preference=True), "annotations.json:4: field preference: expected null or 1 to 2"),
         (_changed(annotations(), 3, output_2=None), "annotations.json:4: field output_2: expected a string"),
         (_changed(annotations(), 3, instruction="Other"), "annotations.json:4: .* has no answer to 'Other'"),

@@ -456,7 +456,7 @@ def broken(case, tmp_path):
         ("huge", "{}/one/samples.jsonl:1: field scores: expected a number, got {'win': 1000"),
         ("scores", "{}/one/samples.jsonl:1: field scores: expected a mapping, got [1]"),
         ("cluster", "{}/one/samples.jsonl:1: field cluster: expected a string, got [1]"),
-        ("against", "{}/one/samples.jsonl:1: field against: expected a string, got {'model': 1}"),
+        ("against", "{}/one/samples.jsonl:1: field against: expected null or a string, got {'model': 1}"),
         ("lines", "{}/one/samples.jsonl:1: expected an object with"),
         ("deep", "{}/one: no evaluation can be read there"),
         ("not utf-8", "{}/one: no evaluation can be read there"),

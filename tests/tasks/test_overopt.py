@@ -496,7 +496,7 @@ def test_settings_within_one_evaluation(gold_sweep, results, tmp_path):
     )
     assert (folder / "points.jsonl").read_bytes() == before
     assert "already contains a different kind of run" in refused(gold_sweep / "sweep/0", gold_sweep / "sweep/1")
-    assert "can not be written (" in refused(gold_sweep / "sweep/0", folder / "results.json")
+    assert "cannot be written (" in refused(gold_sweep / "sweep/0", folder / "results.json")
 
 
 def test_what_a_store_keeps(group, tmp_path):
