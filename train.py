@@ -44,8 +44,9 @@ def train(cfg: Train) -> str:
     device = dist.init(cfg.timeout + dist.GRACE)
     prepare.check_machine(cfg, device)
     embedded, has_reference = cfg.data.train == "gold", cfg.loss.preference != "none"
-    cfg = task.resolve(cfg) if embedded else cfg  # data=gold becomes files, made on first use
     run = RunFolder.open(cfg)
+    cfg = task.resolve(cfg) if embedded else cfg  # data=gold becomes files, made on first use
+    run.check_settings(cfg)
     configs = prepare.model_configs(cfg, embedded=embedded)
     data = prepare.load_splits(cfg.data, cfg.model, pairs=has_reference, cache_dir=cfg.cache_dir)
     configs = prepare.check_fit(cfg, configs, data)
@@ -65,10 +66,7 @@ def train(cfg: Train) -> str:
     ):
         # ---- 2. models: the reference is scored before the optimizer takes its memory --------------------------------
         policy = prepare.policy(prepare.Spec.of_policy(cfg, configs), data, device)
-        reference = prepare.Reference()
-        if has_reference:
-            kl = embedded and data.eval is not None  # on the embedded task, which needs more than log-probs of rows
-            reference = prepare.reference(cfg.reference, policy, data, device, resident=kl)
+        reference = prepare.reference(cfg, policy, data, device, embedded=embedded)
         data = data.with_reference(reference.logps)
         layout = "padded" if "padded" in (policy.layout, reference.layout) else "packed"
         prepare.check_budgets(data, layout, cfg.tokens_per_microbatch)  # again: layout=auto may have come to padded
@@ -95,6 +93,7 @@ def train(cfg: Train) -> str:
         first = status.step = state.step
         budget = cfg.tokens_per_microbatch
         loader = Loader(data.train, plan, layout=layout, budget=budget, device=device, start=first)
+        later.callback(loader.close)
         clock, vote = Throughput(policy.size, device), dist.Vote()
         interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file gets few lines
         bar = tqdm(total=plan.total_steps, initial=first, unit="step", mininterval=interval, disable=not dist.is_main())
@@ -127,8 +126,9 @@ def train(cfg: Train) -> str:
                     checkpoints.judge(step, scores)
                 elif checkpoints.is_due(step, last=last):
                     raise_if_bad()
-                    run.write_running(step)
-                    checkpoints.save(state, log.position(), scores)
+                    with clock.paused():
+                        run.write_running(step)
+                        checkpoints.save(state, log.position(), scores)
             if last:
                 break
 
@@ -172,7 +172,8 @@ def train(cfg: Train) -> str:
                 values = meter.read()  # with a checkpoint's, the loop's only wait for the device
                 raise_if_bad()
                 values |= {"grad_norm": float(grad_norm), "lr": lr} | split | clock.read()
-                log.metrics("train", step + 1, state.pairs, values)
+                with clock.paused():
+                    log.metrics("train", step + 1, state.pairs, values)
                 bar.set_postfix(loss=f"{values['loss']:.4f}", pairs_s=f"{values['perf/pairs_per_second']:.1f}")
             bar.update()
             if stopped:

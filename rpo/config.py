@@ -39,14 +39,16 @@ Number = Annotated[
 Every = Annotated[int, Field(ge=0, description="0 (never) or a number of steps")]
 
 
-def resolved(spec: Any) -> Any:
-    """Local paths made absolute, so that a run's config.yaml means the same from any folder; names stay as they are."""
+def resolved(spec: Any, *, follow: bool = False) -> Any:
+    """Local paths made absolute, so that a run's config.yaml means the same from any folder; names stay as they are.
+
+    Links are followed for models, which a run may have made; not for files, whose own name says what they are.
+    """
     if isinstance(spec, list):
-        return [resolved(item) for item in spec]
-    if not spec or spec == "gold":
+        return [resolved(item, follow=follow) for item in spec]
+    if not spec or spec == "gold" or not os.path.exists(path := os.path.expanduser(spec)):
         return spec
-    path = os.path.expanduser(spec)
-    return os.path.realpath(path) if os.path.exists(path) else spec
+    return os.path.realpath(path) if follow else os.path.abspath(path)
 
 
 def _is_date(value: str) -> str:
@@ -54,12 +56,9 @@ def _is_date(value: str) -> str:
     return value
 
 
-Source = Annotated[str, AfterValidator(resolved)]
-Files = Annotated[
-    str | list[str],
-    Field(min_length=1, description="a file, a list of files, or NAME:SPLIT"),
-    AfterValidator(resolved),
-]
+Source = Annotated[str, AfterValidator(lambda spec: resolved(spec, follow=True))]
+_FILES = Field(min_length=1, description="a file, a list of files, or NAME:SPLIT")
+Files = Annotated[str | list[str], _FILES, AfterValidator(resolved)]
 Date = Annotated[str, AfterValidator(_is_date), Field(description="a date as YYYY-MM-DD")]
 # A key that may differ between two starts of one run: its length, what it writes and where, what a device has to hold.
 MAY_CHANGE = Field(json_schema_extra={"may_change": True})

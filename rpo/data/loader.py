@@ -32,13 +32,16 @@ class Loader:
 
     def __next__(self) -> Share:
         if self.upcoming is None:
-            self.worker.shutdown()
             raise StopIteration
         share = self.upcoming.result()
         self.step += 1
         more = self.step < self.plan.total_steps
         self.upcoming = self.worker.submit(self._share, self.step) if more else None
         return share
+
+    def close(self) -> None:
+        """Ends the thread, once what it has begun is done."""
+        self.worker.shutdown()
 
     def _share(self, step: int) -> Share:
         plan = plan_step(

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -241,8 +242,17 @@ class Context:
     # ---- models
 
     def identity(self, path: str) -> str:
-        """A digest of what the model at `path` is known by on disk, and of the dtype that it computes in."""
-        return short_hash(dist.on_main(identity_of, path, self.cfg.model.revision), str(self.cfg.model.dtype))
+        """A digest of what the model at `path` is known by on disk, and of what computes with it: dtype, device, versions."""
+        from rpo.model.shard import compute_dtype
+
+        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        computes = [
+            str(compute_dtype(self.cfg.model.dtype, self.device)),
+            kind,
+            version("torch"),
+            version("transformers"),
+        ]
+        return short_hash(dist.on_main(identity_of, path, self.cfg.model.revision), computes)
 
     def model(self, path: str) -> "Loaded":
         """The model at `path`, of model.path; the one before it is let go."""

@@ -71,7 +71,7 @@ def build(cfg: Any, tasks: Mapping[str, ModuleType]) -> Eval:
     """
     node = config.plain(cfg)
     kind = node["task"].get("kind") if isinstance(node.get("task"), dict) else None
-    if kind not in tasks:
+    if not isinstance(kind, str) or kind not in tasks:
         raise UserError(f"task.kind={kind}: expected {', '.join(tasks)}")
     task = config.build(tasks[kind].Settings, node["task"], "task")
     typed = config.build(Eval, node, task=task)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from rpo.data.batch import Segments, segments_of
 from rpo.errors import UserError
 
 PACKED = "rpo_packed"  # under which transformers knows `attend`
+VARLEN_OPTIONS: set[str] = set()  # what this torch's varlen_attn takes; filled by `register`
 UNMASKED = "rpo_unmasked"  # the library's sdpa, under a name that it makes no mask for
 
 
@@ -37,6 +38,9 @@ def register() -> None:
 
     AttentionInterface.register(PACKED, attend)
     AttentionInterface.register(UNMASKED, ALL_ATTENTION_FUNCTIONS["sdpa"])
+    from torch.nn.attention import varlen
+
+    VARLEN_OPTIONS.update(inspect.signature(varlen.varlen_attn).parameters)
     BACKENDS["sdpa"] = torch.compiler.disable(sdpa)  # it is a loop over the pairs: a graph of it would fit one row only
 
 
@@ -88,27 +92,19 @@ def flash(
     from torch.nn.attention import varlen
 
     assert softcap is None, softcap
-    known = _varlen_options()
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query, key, value))
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "scale" in known:  # torch 2.10 to 2.12 lack some of these
+    options = {"window_size": (-1, 0)} if "window_size" in VARLEN_OPTIONS else {"is_causal": True}
+    if "scale" in VARLEN_OPTIONS:  # torch 2.10 to 2.12 lack some of these
         options["scale"] = scale
     else:
         query_THD = query_THD * (scale * query.shape[-1] ** 0.5)
-    if "enable_gqa" in known:
+    if "enable_gqa" in VARLEN_OPTIONS:
         options["enable_gqa"] = True
     else:
         key_THD, value_THD = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key_THD, value_THD))
     key_KHD, value_KHD = (x.index_select(0, segments.key_K) for x in (key_THD, value_THD))
     starts = (segments.query_starts_S, segments.key_starts_S, segments.most_queries, segments.reach)
     return varlen.varlen_attn(query_THD, key_KHD, value_KHD, *starts, **options).transpose(0, 1)[None]
-
-
-@functools.cache
-def _varlen_options() -> Collection[str]:
-    from torch.nn.attention import varlen
-
-    return inspect.signature(varlen.varlen_attn).parameters
 
 
 def flex(
@@ -170,6 +166,8 @@ def choose(
     `heads` are the model's: of queries, of keys, and the width of each.
     Raises UserError where `wanted` cannot run here, or differs from `sdpa` on a ragged example.
     """
+    if device.type == "cuda":
+        register()  # which backends are tried here
     if wanted != "auto":
         if reason := _refusal(wanted, device, dtype, softcap, heads):
             raise UserError(f"layout.attention={wanted}: {reason}; use layout.attention=auto")

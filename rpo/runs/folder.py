@@ -78,17 +78,18 @@ class RunFolder:
     def open(cls, cfg: Train) -> "RunFolder":
         """The folder that `cfg` names, the same on every rank and not yet made.
 
-        Raises UserError: another run's folder, settings that one run may not change, a resume=PATH that names no whole
-        checkpoint.
+        Raises UserError: another run's folder, a resume=PATH that names no whole checkpoint.
         """
         continues = None if cfg.resume == "never" else "config.yaml"
         path = choose(cfg.run_dir, f"{cfg.loss.preference}_{cfg.loss.sft}", continues=continues)
         seen = stamp(path)
-        resume = checkpoint.find(path, cfg.resume)
-        check_settings(path, cfg)
-        if resume is not None:
-            check_settings(resume.run_dir, cfg, fork=resume.run_dir != path)
-        return cls(path, resume, seen)
+        return cls(path, checkpoint.find(path, cfg.resume), seen)
+
+    def check_settings(self, cfg: Train) -> None:
+        """Raises UserError where the run, or the one that it is a fork of, has settings that one run may not change."""
+        check_settings(self.path, cfg)
+        if self.resume is not None:
+            check_settings(self.resume.run_dir, cfg, fork=self.resume.run_dir != self.path)
 
     def is_finished(self, total_steps: int) -> bool:
         """Whether the run has made its `total_steps` and left its model; says so on rank 0.

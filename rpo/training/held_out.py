@@ -43,7 +43,7 @@ class HeldOut:
         self.meter = Meter(cfg.loss, policy.noise_floor, device)
         self.gold = cfg.data.gold if embedded and reference.frozen is not None else None
         self.stop_ids = stop_ids(self.tokenizer, cfg.data.template_date)
-        num_prompts = min(len(self.rows or []), cfg.data.gold.samples if self.gold else NUM_SAMPLES)
+        num_prompts = min(len(self.rows or []), cfg.data.gold.samples if embedded else NUM_SAMPLES)
         self.prompts = [self.rows.row(i)[0].tolist() for i in range(num_prompts)]
         self.context = policy.spec.positions
         self.last: dict[str, float] = {}  # the newest evaluation

@@ -6,6 +6,7 @@ A builder marked `shared` is called once per sweep where its arguments are equal
 from __future__ import annotations
 
 import gc
+import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -182,7 +183,13 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
     return Prepared(spec, model, size, layout, noise_floor, identity, beginning)
 
 
-_shared_policy, _shared_frozen = shared(load), shared(load)
+_shared_policy = shared(load)
+
+
+@shared
+def _frozen(spec: Spec | None, data: Splits, device: torch.device) -> Prepared | None:
+    """The resident reference of `spec`; None lets go of that of an earlier cell."""
+    return None if spec is None else load(spec, data, device)
 
 
 def policy(spec: Spec, data: Splits, device: torch.device) -> Prepared:
@@ -215,23 +222,26 @@ class Reference:
     weights: str | None = None  # their digest
 
 
-def reference(
-    cfg: config.Reference, policy: Prepared, data: Splits, device: torch.device, *, resident: bool
-) -> Reference:
-    """The reference of a preference run, `policy` being at its starting weights.
+def reference(cfg: Train, policy: Prepared, data: Splits, device: torch.device, *, embedded: bool) -> Reference:
+    """The reference of a preference run, `policy` being at its starting weights; an empty one for any other run.
 
-    `resident`: a model is needed even where its log-probs are cached. Raises UserError: what `load` and
-    `reference.score_rows` refuse, and where policy and live reference are the same weights but disagree.
+    Raises UserError: what `load` and `reference.score_rows` refuse, and where policy and live reference are the same
+    weights but disagree.
     """
+    preference, cfg = cfg.loss.preference != "none", cfg.reference
+    kl = embedded and data.eval is not None  # on the embedded task, which needs more than log-probs of rows
+    resident = preference and (kl or cfg.kind == "live")
     spec = policy.spec.of_reference(cfg.path)
-    frozen = _shared_frozen(spec, data, device) if resident or cfg.kind == "live" else None
+    frozen = _frozen(spec if resident else None, data, device)
+    if not preference:
+        return Reference()
     if cfg.kind == "live":
         weights = frozen.identity["weights"]
         if starts_as_reference(policy.spec, cfg):  # with a cache, reading it has shown the same
             layout = "padded" if "padded" in (policy.layout, frozen.layout) else "packed"
             _check_step_0(policy, frozen.model, data.train, device, layout=layout)
         return Reference({}, {"train": {"weights": weights}}, frozen.model, frozen.model, frozen.layout, weights)
-    looked_up = _look_up(cfg, spec, policy, data, device)
+    looked_up = _look_up(cfg, spec, _Borrowed(policy.spec, weakref.ref(policy)), data, device)
     logps = {name: sums for name, (sums, _) in looked_up.items()}
     reports = {name: report for name, (_, report) in looked_up.items()}
     model = frozen.model if frozen else None
@@ -244,11 +254,20 @@ def starts_as_reference(policy: Spec, cfg: config.Reference) -> bool:
     return (spec.path, spec.revision) == (policy.path, policy.revision)
 
 
+@dataclass(frozen=True)
+class _Borrowed:
+    """A model at the weights that its spec names: equal where the spec is, and not kept alive by being a key."""
+
+    spec: Spec
+    prepared: weakref.ref[Prepared] = field(compare=False)
+
+
 @shared
 def _look_up(
-    cfg: config.Reference, spec: Spec, policy: Prepared, data: Splits, device: torch.device
+    cfg: config.Reference, spec: Spec, borrowed: _Borrowed, data: Splits, device: torch.device
 ) -> dict[str, tuple[np.ndarray, dict]]:
     """By split: the rows' log-probs, from the cache or scored into it, and where they came from."""
+    policy = borrowed.prepared()
     model = policy if starts_as_reference(policy.spec, cfg) else load(spec, data, device)
     looked_up = {}
     for name, rows in data.by_name.items():

@@ -106,7 +106,7 @@ def slow_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=No
 def test_flash_gathers_the_right_keys(row, heads, options, monkeypatch):
     """`flash` around a slow varlen_attn equals `sdpa`, values and gradients: its starts, keys and sizes are right."""
     monkeypatch.setattr(varlen, "varlen_attn", slow_varlen)
-    monkeypatch.setattr(attention, "_varlen_options", lambda: options)
+    monkeypatch.setattr(attention, "VARLEN_OPTIONS", set(options))
     inputs, where = make_inputs(ROWS[row], HEADS[heads]), segments_of(ROWS[row])
     ours, twin = (values_and_gradients(f, inputs, where, None) for f in (attention.flash, attention.sdpa))
     assert_close(ours, twin, 1e-12)

@@ -135,9 +135,7 @@ def test_torn_and_odd_samples(tmp_path):
     """Half a line and lines that hold no item are skipped, counted in a note; scores and cells that are no numbers are dropped."""
     folder = leave_evaluation(tmp_path / "e", {"m": [1.0]})
     with (folder / "samples.jsonl").open("a") as file:
-        file.write(
-            '{"model": "m"}\n[1]\n' + json.dumps(sample("m", "x", {"a": float("nan"), "c": 2})) + "\n"
-        )
+        file.write('{"model": "m"}\n[1]\n' + json.dumps(sample("m", "x", {"a": float("nan"), "c": 2})) + "\n")
         file.write(json.dumps(sample("m", 7, {})) + '\n{"model": "m", "id"')
     content = json.loads((folder / "results.json").read_text())
     content["models"]["m"]["accuracy"] |= {"value": float("inf"), "se": "x", "interval": [0, None]}

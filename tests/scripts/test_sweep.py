@@ -1,14 +1,18 @@
 """A multirun: cells checked first, one folder, a table of all cells, failures as rows; in one process and under torchrun."""
 
 import csv
+import gc
 import json
 import subprocess
 
 import pytest
 
+from rpo.model import hf
+from rpo.model.policy import Policy
 from rpo.runs import log
+from rpo.training import prepare
 from rpo.training import sweep as sweep_module
-from tests.helpers.runs import command, script_env, tiny_args
+from tests.helpers.runs import command, run, script_env, tiny_args
 
 GRID = ("loss=rpo_sum", "sample_every=2", "data.max_length=512")
 SHORT = ("batch_size=8", "max_steps=3", "log_every=1", "eval_every=0")
@@ -158,3 +162,24 @@ def test_a_sweep_under_torchrun(tiny, tmp_path):
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
     assert len(log.read_jsonl(run / "metrics.jsonl")) == 2 + 3
     assert (tmp_path / "sweep/sweep.png").exists()
+
+
+def test_cells_leave_no_model_that_the_next_does_not_need(tiny, tmp_path, monkeypatch):
+    """Before a cell loads weights none of an earlier one is alive, be it policy, live reference or in a key of what is kept."""
+    for module in (sweep_module, prepare):
+        monkeypatch.setattr(module, "in_sweep", lambda: True)
+    alive, load = [], hf.load
+
+    def counted(*args, **more):
+        gc.collect()
+        alive.append(sum(issubclass(type(each), Policy) for each in gc.get_objects()))
+        return load(*args, **more)
+
+    monkeypatch.setattr(hf, "load", counted)
+    cells = [("reference=live", "seed=0"), ("seed=0",), ("seed=1",), ("loss=sft", "seed=2"), ("seed=3",)]
+    try:
+        for i, cell in enumerate(cells):
+            run(tiny, tmp_path / str(i), "max_steps=1", "checkpoint.every=0", *cell)
+    finally:
+        sweep_module._KEPT.clear()
+    assert alive == [0, 1, 0, 0, 0]  # the second is the live reference, beside its policy

@@ -19,6 +19,7 @@ from rpo.errors import UserError
 from rpo.model import hf
 from rpo.model import policy as model_policy
 from rpo.runs import log
+from rpo.runs.checkpoint import Checkpoints
 from rpo.training import meter, optim
 from tests.helpers.models import make_lm
 from tests.helpers.rows import make_rows_json, make_tokenizer, write_jsonl
@@ -393,3 +394,27 @@ def test_a_revision_is_the_references_too(tiny, tmp_path, monkeypatch):
     read.clear()
     run(tiny, tmp_path / "own", "loss=dpo", f"reference.path={tiny / 'model'}", "model.revision=v1")
     assert read == [("model.path", "v1"), ("reference.path", None)]
+
+
+def test_rates_are_of_updates_alone(tiny, tmp_path, monkeypatch):
+    """Saves of half a second each make no step look slow."""
+    save = Checkpoints.save
+
+    def slow(self, *args, **more):
+        time.sleep(0.5)
+        return save(self, *args, **more)
+
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    events = run(tiny, tmp_path / "run", "checkpoint.every=1")
+    seconds = [8 / event["perf/pairs_per_second"] for event in split(events, "train")]
+    assert len(seconds) == 4 and sorted(seconds)[1] < 0.4, seconds
+
+
+def test_a_refused_folder_costs_nothing(tmp_path):
+    """Where run_dir holds another run the embedded task is not made for it first."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("loss: {beta: 7}\n")
+    (tmp_path / "run/sweep.json").write_text("[]")
+    with pytest.raises(UserError, match="already holds a run"):
+        train.train(settings(f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}", "wandb.mode=disabled"))
+    assert not (tmp_path / "cache").exists()
