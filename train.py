@@ -47,7 +47,7 @@ def train(cfg: Train) -> str:
     run = RunFolder.open(cfg)
     cfg = task.resolve(cfg) if embedded else cfg  # data=gold becomes files, made on first use
     run.check_settings(cfg)
-    configs = prepare.model_configs(cfg, embedded=embedded)
+    configs = prepare.model_configs(cfg)
     data = prepare.load_splits(cfg.data, cfg.model, pairs=has_reference, cache_dir=cfg.cache_dir)
     configs = prepare.check_fit(cfg, configs, data)
     plan = Plan(len(data.train), cfg.batch_size, cfg.seed, cfg.epochs, cfg.max_steps)

@@ -407,7 +407,8 @@ def differences(there: dict, here: dict, apart_from: Collection[str] = (), prefi
         if key in apart_from or a == b:
             continue
         both = isinstance(a, dict) and isinstance(b, dict)
-        found += differences(a, b, apart_from, f"{key}.") if both else [f"{key}={a}, here {b}"]
+        shown = ["null" if value is None else value for value in (a, b)]
+        found += differences(a, b, apart_from, f"{key}.") if both else [f"{key}={shown[0]}, here {shown[1]}"]
     return found
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from rpo import config, files
@@ -133,7 +134,7 @@ def find(specs: list[str]) -> tuple[list[Run], list[str]]:
     runs, left_out = [], list(catalog.unreadable)
     for record in catalog.runs:
         if record.state == "failed":
-            left_out.append(f"{record.folder} (failed: {record.reason[:120]})")
+            left_out.append(f"{record.folder} (failed: {shorten(record.reason, 120, placeholder=' ...')})")
         elif record.settings is not None and not record.checkpoints:
             left_out.append(f"{record.folder} (no checkpoints; checkpoint.every=N keeps them)")
         elif record.settings is not None:

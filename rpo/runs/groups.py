@@ -97,7 +97,7 @@ def name(loss: dict) -> str:
     read = objective(loss)
     smoothing = read.get("label_smoothing", 0)
     preference = {"sigmoid": "cDPO" if smoothing else "DPO", "ipo": "IPO", "hinge": "SLiC", "none": "SFT"}
-    words = [preference[read["preference"]]]
+    words = [preference.get(read["preference"], read["preference"])]  # one that a user added has its own name
     if read["sft"] != "none":
         if read["preference"] == "none":
             words = ["SFT"] if read["sft"] == "token" else ["SFT", read["sft"]]
@@ -154,7 +154,8 @@ def group(runs: Sequence[dict]) -> list[Group]:
 
     def place(g: Group) -> tuple:
         loss = g.loss
-        form = (kinds.index(loss["preference"]), loss["sft"] != "none", loss["sft"], loss.get("label_smoothing", 0))
+        kind = kinds.index(loss["preference"]) if loss["preference"] in kinds else len(kinds)
+        form = (kind, loss["sft"] != "none", loss["sft"], loss.get("label_smoothing", 0))
         return *form, loss.get("beta", 0), loss["eta"], g.label
 
     return sorted(groups, key=place)

@@ -92,10 +92,10 @@ def _panels(table: list[dict], values: tuple[str, ...]) -> tuple[list[str], plt.
 
 
 def _mean(rows: list[dict], value: str) -> tuple[float, str]:
-    """The rows' mean (NaN without one), and what to write there."""
-    found = [row[value] for row in rows if row.get(value) is not None]
-    if found:
-        return sum(found) / len(found), f"{sum(found) / len(found):.3g}"
+    """The rows' mean (NaN without one), and what to write there; a failed cell's last evaluation is no result."""
+    values = [row[value] for row in rows if row.get(value) is not None and row["state"] != "failed"]
+    if values:
+        return sum(values) / len(values), f"{sum(values) / len(values):.3g}"
     return float("nan"), "failed" if any(row["state"] == "failed" for row in rows) else ""
 
 

@@ -46,6 +46,8 @@ load_splits = shared(dataset.load_splits)
 def check_machine(cfg: Train, device: torch.device) -> None:
     """Raises UserError for what these processes, this device or this environment cannot do."""
     log.wandb_mode(cfg.wandb)
+    preference, embedded = cfg.loss.preference != "none", cfg.data.train == "gold"
+    meter.check_best(cfg.checkpoint.best, preference=preference, embedded=embedded)
     if cfg.batch_size < dist.world_size():
         raise UserError(f"batch_size={cfg.batch_size}: fewer pairs than the {dist.world_size()} ranks; raise it")
     shard.mesh(device, cfg.fsdp)  # its degrees must fit the world size
@@ -57,16 +59,13 @@ def check_machine(cfg: Train, device: torch.device) -> None:
         attention.choose(cfg.layout.attention, device, shard.compute_dtype(cfg.model.dtype, device))
 
 
-def model_configs(cfg: Train, *, embedded: bool) -> dict[str, PreTrainedConfig]:
+def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
     """The configs of the models that `cfg` names, by key; no weight is loaded.
 
-    Raises UserError: no causal LM there, a preference run's own model as its silent reference, a checkpoint.best that
-    data.eval will not have.
+    Raises UserError: no causal LM there, a preference run's own model as its silent reference.
     """
-    preference = cfg.loss.preference != "none"
-    meter.check_best(cfg.checkpoint.best, preference=preference, embedded=embedded)
     configs = hf.check_paths(cfg.model, cfg.reference)
-    if preference and cfg.reference.path is None:
+    if cfg.loss.preference != "none" and cfg.reference.path is None:
         run_folder.check_starting_model(cfg.model.path)
     return configs
 

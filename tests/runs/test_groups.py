@@ -45,6 +45,7 @@ def make_run(seed=0, data_seed=0, loss=None, summary=None, **keys):
         ({"preference": "ipo", "beta": 0.1, "normalize": False}, "IPO beta 0.1 of sums"),
         ({"preference": "ipo", "sft": "sum", "eta": 0.1}, "IPO + SFT sum beta 0.02 eta 0.1"),
         ({"preference": "hinge", "beta": 1.0}, "SLiC beta 1"),
+        ({"preference": "square", "sft": "sum", "eta": 0.1}, "square + SFT sum beta 0.02 eta 0.1"),  # a user's own
         ({"preference": "none", "sft": "token", "eta": 1.0}, "SFT"),
         ({"preference": "none", "sft": "sum", "eta": 0.5}, "SFT sum beta 0.02 eta 0.5"),
     ],

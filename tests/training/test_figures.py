@@ -43,7 +43,7 @@ def test_one_swept_key_is_a_line(drawn, tmp_path, monkeypatch):
     """Cells that differ in one key, and in seeds, become a line of means over it, with a gap where a cell failed."""
     table = [row("0.02", "1", 4.0, cell=0, seed="0"), row("0.02", "1", 2.0, cell=1, seed="1")]
     table += [
-        row("10", "1", cell=2, state="failed"),
+        row("10", "1", 9.0, cell=2, state="failed"),  # at step 0, before it failed
         row("0.1", "1", 1.0, cell=3),
         row("1", "1", cell=4, state="running"),
     ]
