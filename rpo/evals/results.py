@@ -33,7 +33,7 @@ Cells = dict[str, dict[str, Any]]  # by metric
 class Item:
     """What one model did on one item of the data.
 
-    id         the same item has the same one in every evaluation
+    id         the same in every evaluation by one task; of pairs FILE:LINE
     cluster    items with one are not independent: of one prompt, question or pair
     scores     what the model's cells are means of; {} where it failed
     error      why there is no score
