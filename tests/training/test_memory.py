@@ -200,6 +200,7 @@ def test_peak_of_a_rank_of_four(four_ranks, family, lengths, cuts, overrides):
 @pytest.mark.parametrize("family", list(SHAPES))
 def test_compiled_activations(group, family):
     """What torch's partitioner keeps of compiled layers: the estimate is from 5% below to 15% above."""
+    torch._dynamo.reset()  # what other tests of this process compiled counts towards its limit of recompilations
     run = Run(family, group, LONG, "layout=padded", "compile=true", cuts=ONE)
     lm = tiny_lm(family)
     policy = Policy(lm, compile_tiles=False)
