@@ -80,7 +80,7 @@ def test_runs_with_one_setting_and_seed_stand_apart(base, tmp_path):
 
 def test_malformed_settings(base, tmp_path):
     """A run whose config.yaml has something else where groups and labels are read stands by itself; nothing is raised."""
-    odd = [("preference", "foo"), ("beta", "x"), ("beta", None), ("beta", float("nan")), ("eta", "x")]
+    odd = [("preference", 7), ("beta", "x"), ("beta", None), ("beta", float("nan")), ("eta", "x")]
     odd += [("label_smoothing", "x"), ("seed", "x"), ("seed", [1]), ("seed", float("nan"))]
     for i, (key, value) in enumerate(odd):
         file = leave_run(tmp_path / "runs" / str(i), base) / "config.yaml"
