@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torch.distributed.run import get_args_parser
 
 import eval as evaluation
+import train
 from rpo import dist
 from tests.helpers.runs import ROOT, script_env, settings
 
@@ -238,14 +239,14 @@ SAMPLED = [
 SHORT = {  # of eval.py's tasks
     "pairs": ["run_dir=EVAL_A"],
     "generate": ["task.max_new_tokens=4"],
-    "overopt": ["runs=SWEEP/3", *SAMPLED, "task.gold=gold.py:words", "run_dir=EVAL"],
+    "overopt": ["runs=SWEEP/1", *SAMPLED, "task.gold=gold.py:words", "run_dir=EVAL"],
     "select": ["task.min_ended=null"],
     "compare": [],
     "report": [],
 }
 
 
-def run_of(script, multirun=False):
+def first_of(script, multirun=False):
     """README's first command of a script, a sweep's or a single run's."""
     named = [words for words in commands(ROOT / "README.md") if script in words and ("-m" in words) == multirun]
     return named[0]
@@ -255,6 +256,13 @@ def with_settings(words, *more):
     """The command with settings replaced by, or followed by, `more`."""
     replaced = {word.partition("=")[0] for word in more}
     return [*[word for word in words if word.partition("=")[0] not in replaced], *more]
+
+
+def in_this_process(script, overrides, name):
+    try:
+        assert script(settings(*overrides, name=name)) == "finished"
+    finally:
+        dist.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -269,12 +277,14 @@ def folder(tiny, tmp_path_factory):
         unpacked = subprocess.run(["zcat", tiny / f"{source}.jsonl.gz"], capture_output=True, check=True).stdout
         (folder / f"{name}.jsonl").write_bytes(unpacked)
     (folder / "gold.py").write_text("def words(prompt, response):\n    return float(len(response.split()))\n")
+    words = with_settings(first_of("train.py"), *TINY, "run_dir=RUN")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        in_this_process(train.train, words[words.index("train.py") + 1 :], "train")
     env = script_env(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    run = with_settings(run_of("train.py"), *TINY, "run_dir=RUN")
-    sweep = with_settings(run_of("train.py", multirun=True), *TINY, *PAIRS, "run_dir=SWEEP")
-    for words in (run, sweep):
-        done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr[-2000:]}"
+    sweep = with_settings(first_of("train.py", multirun=True), *TINY, *PAIRS, "loss.beta=0.1", "run_dir=SWEEP")
+    done = subprocess.run(sweep, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, f"{shlex.join(sweep)}: {done.stderr[-2000:]}"
     (folder / "RUN2").symlink_to(folder / "SWEEP" / "0")
     return folder
 
@@ -282,7 +292,7 @@ def folder(tiny, tmp_path_factory):
 def test_train_and_sweep_commands_run(folder):
     """README's first train and sweep command leave models, checkpoints and the sweep's table."""
     assert (folder / "RUN/model/model.safetensors").is_file() and (folder / "RUN/checkpoints/step_00000002").is_dir()
-    assert (folder / "SWEEP/sweep.png").is_file() and (folder / "SWEEP/3/model/model.safetensors").is_file()
+    assert (folder / "SWEEP/sweep.png").is_file() and (folder / "SWEEP/1/model/model.safetensors").is_file()
 
 
 def test_evaluation_commands_run(folder, monkeypatch):
@@ -293,10 +303,7 @@ def test_evaluation_commands_run(folder, monkeypatch):
     assert {*tasks} - {*SHORT} == {"winrate", "mt_bench", "alpaca_eval", "lm_eval", "mbpp"} and {*SHORT} <= {*tasks}
 
     def run(*overrides):
-        try:
-            assert evaluation.evaluate(settings(*overrides, name="eval")) == "finished"
-        finally:
-            dist.shutdown()
+        in_this_process(evaluation.evaluate, overrides, "eval")
 
     held_out = (
         f"data.eval={folder}/HELD_OUT.jsonl"  # as RUN's config has it: an item's id is its file's path and a line

@@ -58,8 +58,8 @@ def shared(build: Callable[..., T]) -> Callable[..., T]:
             return build(*args, **kwargs)
         key = args, kwargs
         if call not in _KEPT or _KEPT[call][0] != key:
-            _KEPT.pop(call, None)
-            gc.collect()  # before the next is built: a sharded model is full of cycles
+            if _KEPT.pop(call, None) is not None:
+                gc.collect()  # before the next is built: a sharded model is full of cycles
             _KEPT[call] = key, build(*args, **kwargs)
         return _KEPT[call][1]
 

@@ -41,20 +41,20 @@ def rows(folder):
 
 @pytest.fixture(scope="module")
 def grid(tiny, tmp_path_factory):
-    """A 3 x 4 sweep over beta and eta from an empty cache: its folder's parent, and the finished process."""
+    """A 2 x 3 sweep over beta and eta from an empty cache: its folder's parent, and the finished process."""
     base = tmp_path_factory.mktemp("grid")
-    return base, sweep(tiny, base, *GRID, "loss.beta=0.02,0.1,0.5", "loss.eta=0,0.02,0.1,0.5", cache=base / "cache")
+    return base, sweep(tiny, base, *GRID, "loss.beta=0.02,0.5", "loss.eta=0,0.02,0.5", cache=base / "cache")
 
 
 def test_a_grid_becomes_a_table(grid):
-    """beta x eta makes twelve numbered runs, a row each with its overrides and last evaluation, and a heat map."""
+    """beta x eta makes six numbered runs, a row each with its overrides and last evaluation, and a heat map."""
     base, done = grid
     assert done.returncode == 0, done.stderr[-2000:]
     folder = base / "sweep"
     table = rows(folder)
     cells = [(row["cell"], row["loss"], row["loss.beta"], row["loss.eta"], row["state"], row["step"]) for row in table]
-    expected = [(beta, eta) for beta in ("0.02", "0.1", "0.5") for eta in ("0", "0.02", "0.1", "0.5")]
-    assert cells == [(i, "rpo_sum", *expected[i], "finished", 3) for i in range(12)]
+    expected = [(beta, eta) for beta in ("0.02", "0.5") for eta in ("0", "0.02", "0.5")]
+    assert cells == [(i, "rpo_sum", *expected[i], "finished", 3) for i in range(6)]
     for row in table:
         run = folder / str(row["cell"])
         last = log.read_jsonl(run / "metrics.jsonl")[-1]
@@ -62,12 +62,12 @@ def test_a_grid_becomes_a_table(grid):
         assert row["eval/shift/chosen"] == last["shift/chosen"]
         assert (run / "model/model.safetensors").exists()
         assert f"beta: {row['loss.beta']}" in (run / "config.yaml").read_text()
-    assert len({row["eval/loss"] for row in table}) == 12
+    assert len({row["eval/loss"] for row in table}) == 6
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_cells_share_one_reference_pass_and_nothing_else(tiny, grid, tmp_path):
-    """Twelve cells score the reference once; the last logs, samples and saves, bit for bit, what a process of its own does."""
+    """Six cells score the reference once; the last logs, samples and saves, bit for bit, what a process of its own does."""
     base, done = grid
     assert [line for line in done.stdout.splitlines() if line.startswith("reference:")] == [
         "reference: scored 40 of 40 train pairs, 0 from the cache",
@@ -78,7 +78,7 @@ def test_cells_share_one_reference_pass_and_nothing_else(tiny, grid, tmp_path):
     done = subprocess.run(command("train.py", *alone), env=env, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "reference: all 40 train pairs from the cache" in done.stdout
-    folders = base / "sweep/11", tmp_path / "alone"
+    folders = base / "sweep/5", tmp_path / "alone"
     cell, fresh = ([facts(event) for event in log.read_jsonl(folder / "metrics.jsonl")] for folder in folders)
     assert cell == fresh and len(cell) == 5
     for name in ("samples.jsonl", "model/model.safetensors"):
@@ -176,10 +176,10 @@ def test_cells_leave_no_model_that_the_next_does_not_need(tiny, tmp_path, monkey
         return load(*args, **more)
 
     monkeypatch.setattr(hf, "load", counted)
-    cells = [("reference=live", "seed=0"), ("seed=0",), ("seed=1",), ("loss=sft", "seed=2"), ("seed=3",)]
+    cells = [("reference=live",), (), ("seed=1",), ("loss=sft", "seed=2")]
     try:
         for i, cell in enumerate(cells):
             run(tiny, tmp_path / str(i), "max_steps=1", "checkpoint.every=0", *cell)
     finally:
         sweep_module._KEPT.clear()
-    assert alive == [0, 1, 0, 0, 0]  # the second is the live reference, beside its policy
+    assert alive == [0, 1, 0, 0]  # the second is the live reference, beside its policy
