@@ -118,6 +118,7 @@ class EvalData:
     revision: str | None
     chat_template: str | None
     template_date: Date
+    chat_template_kwargs: dict[str, Any] | None
     max_length: Annotated[int, Field(ge=2, description="at least 2 tokens")]
     truncation: Literal["drop", "prompt_left", "response_right"]
     on_bad_row: Literal["error", "drop"]

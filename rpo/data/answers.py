@@ -136,8 +136,8 @@ def prompts(spec: str | list[str], revision: str | None, on_bad_row: str) -> tup
     """
     rows, read, dropped = parse_rows(open_sources(spec, revision), parse_prompt, on_bad_row)
     distinct: dict[str, str | Messages] = {}
-    for _, prompt in rows:
-        distinct.setdefault(key_of(prompt), prompt)
+    for _, example in rows:
+        distinct.setdefault(key_of(example.prompt), example.prompt)
     if not distinct:
         raise UserError(f"data.eval={spec}: none of {read} rows has a prompt; give a file of prompts")
     report = {"read": read, "repeated": len(rows) - len(distinct), "dropped": dropped.count()}

@@ -10,7 +10,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -24,16 +24,21 @@ from rpo.data.batch import longest
 from rpo.data.formats import Example, Messages, RowError, is_empty, parse, parse_prompt
 from rpo.data.sources import UNINFORMATIVE, WELL_FORMED, Source, Tally, check_file, open_sources, parse_rows
 from rpo.data.tokenizer import (
+    Chat,
     Encoded,
     Facts,
+    alike,
+    closing,
     encode,
     facts_of,
     identity,
+    left_out,
     load_tokenizer,
     prompt_ids,
     texts_of,
     tokenize,
     with_bos,
+    with_eos,
 )
 from rpo.errors import UserError
 from rpo.files import digest, read_arrays, write_arrays
@@ -41,7 +46,7 @@ from rpo.files import digest, read_arrays, write_arrays
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 2  # raise it when the tokens of the same rows change: it is part of the cache's key
+CODE_VERSION = 3  # raise it when the tokens of the same rows change: it is part of the cache's key
 BATCH = 1024  # rows tokenised in one call
 
 
@@ -88,14 +93,15 @@ ARRAYS = ("ids", "prompt", "chosen", "rejected", "file", "line")
 # ---- one row
 
 
-def _truncate(row: Encoded, bos: int | None, max_length: int, policy: str) -> Encoded | None:
+def _truncate(row: Encoded, tok: Facts, max_length: int, policy: str) -> Encoded | None:
     """The row cut to P + max(C, R) <= max_length by `data.truncation`, or None if it must be dropped."""
     prompt, *responses = row
     longest = max(map(len, responses))
     if len(prompt) + longest <= max_length:
         return row
     if policy == "prompt_left":
-        head = prompt[:1] if prompt[0] == bos else []  # Llama and Gemma without their BOS are other models
+        own = tok.prefix or [tok.bos]  # Llama and Gemma without their BOS are other models
+        head = own if prompt[: len(own)] == own else []
         kept = max_length - longest - len(head)
         return Encoded(head + prompt[-kept:], *responses) if kept >= 1 else None
     room = max_length - len(prompt)
@@ -109,19 +115,22 @@ def _blocks(ids: list[int], max_length: int) -> Iterator[Encoded]:
 
 
 def _settle(
-    tok: Facts, cfg: Data | EvalData, example: Example, texts: list[str], ids: list[list[int]]
+    tok: Facts, cfg: Data | EvalData, example: Example, texts: list[str], ids: list[list[int]], plain: str | None
 ) -> tuple[list[Encoded], dict[str, int]]:
-    """(rows of an example, how often truncation changed it by kind). Raises RowError if nothing is kept."""
+    """(rows of an example, how often they are not what it says, by kind). Raises RowError if nothing is kept.
+
+    `plain` is the `closing` of plain exchanges.
+    """
     if any(is_empty(side) for side in (example.chosen, example.rejected) if side is not None):
         raise RowError("empty_response", "a response has no text")
     if example.prompt is None:
-        document = [*with_bos(ids[0], tok), tok.eos]
+        document = with_eos(with_bos(ids[0], tok), tok)
         lonely_eos = len(document) % cfg.max_length == 1  # alone in its block, with nothing to predict it from
         return list(_blocks(document, cfg.max_length)), {"lost_end_of_turn": 1} if lonely_eos else {}
-    row = encode(tok, example, texts, ids)
+    row = encode(tok, example, texts, ids, Chat.of(cfg), plain)
     if row.chosen == row.rejected:
         raise RowError("identical_responses", "chosen and rejected are the same tokens")
-    cut = _truncate(row, tok.bos, cfg.max_length, cfg.truncation)
+    cut = _truncate(row, tok, cfg.max_length, cfg.truncation)
     lengths = f"P={len(row.prompt)} C={len(row.chosen)} R={len(row.rejected)}, data.max_length={cfg.max_length}"
     if cut is None:
         raise RowError("too_long", lengths)
@@ -129,6 +138,8 @@ def _settle(
         raise RowError("identical_after_truncation", lengths)
     lost = (cut.chosen != row.chosen) + (cut.rejected != row.rejected)
     changes = {"truncated_prompt": cut.prompt != row.prompt, "truncated_response": lost > 0, "lost_end_of_turn": lost}
+    if isinstance(example.prompt, list):  # as templates do with the reasoning of earlier turns
+        changes["left_out_of_prompt"] = left_out(example.prompt, texts[0]) is not None
     return [cut], {kind: int(count) for kind, count in changes.items() if count}
 
 
@@ -136,7 +147,7 @@ def _settle(
 
 
 def _batches(
-    source: Source, tokenizer: PreTrainedTokenizerBase, template_date: str, pairs: bool
+    source: Source, tokenizer: PreTrainedTokenizerBase, chat: Chat, pairs: bool
 ) -> Iterator[tuple[int, Example | RowError, list[str], list[list[int]]]]:
     """Line number, example (or its RowError), its texts and their ids, row by row, tokenised in batches."""
     rows = iter(source.rows())
@@ -144,8 +155,8 @@ def _batches(
         parsed: list[tuple[int, Example | RowError, list[str]]] = []
         for line, raw in batch:
             try:
-                example = parse(raw, pairs)
-                parsed.append((line, example, texts_of(tokenizer, example, template_date)))
+                example = parse(raw, pairs, partial(alike, tokenizer, chat))
+                parsed.append((line, example, texts_of(tokenizer, example, chat)))
             except RowError as error:
                 parsed.append((line, error, []))
         ids = iter(tokenize(tokenizer, [text for _, _, texts in parsed for text in texts]))
@@ -157,7 +168,8 @@ def _build(
     sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool
 ) -> tuple[dict[str, np.ndarray], dict]:
     """The arrays of `Rows` and the report, from the files. Raises UserError as `load`."""
-    tok = facts_of(tokenizer)
+    tok, chat, unread = facts_of(tokenizer), Chat.of(cfg), set()
+    plain = None if tokenizer.chat_template is None else closing(tokenizer, chat)
     pieces: list[np.ndarray] = []  # the ids of each row kept
     lengths: list[tuple[int, int, int]] = []
     places: list[tuple[int, int]] = []
@@ -165,19 +177,21 @@ def _build(
     read_per_file, documents, blocks = [], 0, 0
     for file, source in enumerate(sources):
         read, uninformative = 0, dropped.count(*UNINFORMATIVE)
-        for line, example, texts, ids in _batches(source, tokenizer, cfg.template_date, pairs):
+        for line, example, texts, ids in _batches(source, tokenizer, chat, pairs):
             read += 1
             try:
                 if isinstance(example, RowError):
                     raise example
-                rows, changes = _settle(tok, cfg, example, texts, ids)
+                unread |= example.unread
+                rows, changes = _settle(tok, cfg, example, texts, ids, plain)
             except RowError as error:
                 if cfg.on_bad_row == "error" and error.kind not in WELL_FORMED:
                     raise UserError(f"{source.name}:{line}: {error} (or data.on_bad_row=drop)") from None
                 dropped.add(error.kind, (file, line), str(error))
                 continue
             for kind, count in changes.items():
-                changed.add(kind, (file, line), f"data.max_length={cfg.max_length}", count)
+                why = "a message's part" if kind == "left_out_of_prompt" else f"data.max_length={cfg.max_length}"
+                changed.add(kind, (file, line), why, count)
             if example.prompt is None:
                 documents, blocks = documents + 1, blocks + len(rows)
             pieces += [np.array(sum(row, start=[]), np.int32) for row in rows]
@@ -198,6 +212,7 @@ def _build(
         "kept": sum(read_per_file) - dropped.count(),
         "dropped": dropped.kinds,
         "changed": changed.kinds,
+        "unread_columns": sorted(unread),
         "text": {"documents": documents, "blocks": blocks},
         "rows": len(pieces),  # kept, with every block of a document a row
         "tokens": len(arrays["ids"]),
@@ -254,8 +269,8 @@ def load_prompts(
     """
 
     def encode(row: Any) -> tuple[list[int], str | Messages]:
-        prompt = parse_prompt(row)
-        ids = prompt_ids(tokenizer, prompt, cfg.template_date)
+        example = parse_prompt(row)
+        ids, prompt = prompt_ids(tokenizer, example, Chat.of(cfg)), example.prompt
         if not 1 <= len(ids) <= cfg.max_length:
             raise RowError("too_long", f"the prompt has {len(ids)} tokens, expected 1 to data.max_length")
         return ids, prompt
@@ -346,5 +361,5 @@ def _named(kinds: dict[str, dict], names: Sequence[str]) -> dict[str, dict]:
 
 def _cache_key(sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> str:
     parts = [CODE_VERSION, version("transformers"), version("tokenizers"), *identity(tokenizer)]
-    parts += [cfg.template_date, cfg.max_length, cfg.truncation, cfg.on_bad_row, pairs, *(s.digest for s in sources)]
+    parts += [Chat.of(cfg), cfg.max_length, cfg.truncation, cfg.on_bad_row, pairs, *(s.digest for s in sources)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -1,9 +1,12 @@
 """Raw rows of preference and supervised data, in any supported form, as one `Example` each (`parse`).
 
 The form is detected row by row from the fields. What is wrong with a row is a `RowError` that names the field.
+A null says that a field is absent, at every depth: parquet and Arrow write one wherever another row has a value.
 """
 
+import json
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 Messages = list[dict[str, Any]]
@@ -20,13 +23,17 @@ class RowError(Exception):
 class Example(NamedTuple):
     """One row, independent of its form.
 
-    Chat: `prompt` and the responses are message lists. Plain: all are strings. A document to be cut into blocks:
-    `prompt` is None and `chosen` its text. `rejected` is None for supervised rows.
+    Chat: `prompt` and the responses are message lists, and the template is given `tools` and `template_kwargs`. Plain:
+    all are strings. A document to be cut into blocks: `prompt` is None and `chosen` its text. `rejected` is None for
+    supervised rows. `unread` are the row's other columns.
     """
 
     prompt: str | Messages | None
     chosen: str | Messages
     rejected: str | Messages | None
+    tools: list | None = None
+    template_kwargs: dict[str, Any] | None = None
+    unread: frozenset[str] = frozenset()
 
 
 # ---- forms
@@ -42,6 +49,30 @@ def bad_row(where: str, expected: str, got: str = "", kind: str = "wrong_type") 
     return RowError(kind, f"{where}expected {expected}{got and f', got {got}'}; fix the row")
 
 
+class _Fields(dict[str, Any]):
+    """A row's fields that are not null, and the names of those that were `read`."""
+
+    def __init__(self, row: dict):
+        try:
+            super().__init__(_without_nulls(row))
+        except RecursionError:
+            raise bad_row("", "fields", "one that is nested too deeply") from None
+        self.read: set[str] = set()
+
+    def __getitem__(self, field: str) -> Any:
+        self.read.add(field)
+        return super().__getitem__(field)
+
+    def get(self, field: str, default: Any = None) -> Any:
+        return self[field] if field in self else default
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
 def _string(row: dict, field: str) -> str:
     value = row.get(field)
     if not isinstance(value, str):
@@ -49,26 +80,55 @@ def _string(row: dict, field: str) -> str:
     return value
 
 
+def _json(row: dict, field: str, kind: type) -> Any:
+    """A list or an object, or the JSON of one; None where it is absent or empty."""
+    value = row.get(field)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = _without_nulls(json.loads(value))
+        except (ValueError, RecursionError) as error:
+            raise bad_row(f"field {field}: ", type_name(kind()), f"text that is no JSON ({error})") from None
+    if value and not isinstance(value, kind):
+        raise bad_row(f"field {field}: ", type_name(kind()), type_name(value))
+    return value or None
+
+
 def _messages(row: dict, field: str) -> Messages:
     value, name = row[field], f"field {field}: "
     expected = "a non-empty list of {role, content} messages with text content"
     if not isinstance(value, list) or not value:
         raise bad_row(name, expected, "an empty list" if value == [] else type_name(value))
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise bad_row(name, expected, f"message {number} without a role")
-        content, calls = message.get("content"), message.get("tool_calls")
-        if not isinstance(content, str) and not (content is None and calls):
-            raise bad_row(name, expected, f"{type_name(content)} in message {number}")
-        if calls and not isinstance(calls, list):
-            raise bad_row(name, "tool_calls as a list", f"{type_name(calls)} in message {number}")
-    return value
+    return [_message(message, name, f"message {number}", expected) for number, message in enumerate(value, start=1)]
+
+
+_SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
+
+
+def _message(message: Any, name: str, which: str, expected: str) -> dict[str, Any]:
+    """A message with a role and, as text, its content: parts of text joined, ShareGPT's names replaced."""
+    if isinstance(message, dict) and {"from", "value"} <= set(message) and "role" not in message:
+        own = {key: part for key, part in message.items() if key not in ("from", "value")}
+        message = own | {"role": _SHAREGPT.get(message["from"], message["from"]), "content": message["value"]}
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        raise bad_row(name, expected, f"{which} without a role")
+    content, calls = message.get("content"), message.get("tool_calls")
+    if isinstance(content, list):
+        if other := [part for part in content if not isinstance(part, dict) or not isinstance(part.get("text"), str)]:
+            what = other[0].get("type") if isinstance(other[0], dict) else type_name(other[0])
+            raise bad_row(name, expected, f"{which} with a part that is no text ({what})", kind="not_text")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str) and not (content is None and calls):
+        raise bad_row(name, expected, f"{type_name(content)} in {which}")
+    if calls and not isinstance(calls, list):
+        raise bad_row(name, "tool_calls as a list", f"{type_name(calls)} in {which}")
+    return message | {"content": content}
 
 
 def _response(row: dict, field: str) -> Messages:
-    if isinstance(row[field], str):
-        return [{"role": "assistant", "content": row[field]}]
-    return _check_response(_messages(row, field), field)
+    value = row[field]
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    return _check_response(_messages({field: [value] if isinstance(value, dict) else value}, field), field)
 
 
 def _check_response(messages: Messages, field: str) -> Messages:
@@ -109,13 +169,14 @@ def _split_last(messages: Messages, field: str) -> Example:
     return Example(_check_prompt(messages[:-1], field), answer, None)
 
 
-def _split_shared(chosen: Messages, rejected: Messages) -> Example:
+def _split_shared(chosen: Messages, rejected: Messages, alike: Callable[[Messages, Messages], bool]) -> Example:
     names, shared = "fields chosen, rejected: ", 0
-    try:
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-            shared += 1
-    except RecursionError:
-        raise bad_row(names, "messages", "one that is nested too deeply") from None
+    for one, other in zip(chosen[:-1], rejected[:-1], strict=False):
+        # What differs in a message may be nothing that is printed: an id, a weight.
+        both = chosen[: shared + 1], rejected[: shared + 1]
+        if one != other and not (one["role"] == other["role"] and alike(*both)):
+            break
+        shared += 1
     if not shared:
         raise bad_row(names, "message lists that share the prompt at their beginning", kind="no_prompt")
     sides = [_check_response(side[shared:], name) for name, side in (("chosen", chosen), ("rejected", rejected))]
@@ -133,15 +194,24 @@ def _transcripts(row: dict, pairs: bool) -> Example:
     return Example(_check_prompt(chosen[:-1], "chosen"), chosen[-1:], rejected[-1:])
 
 
+_ASKED = ("instruction", "question", "input")
+
+
+def _asked(row: dict) -> Messages:
+    """The user's turn in instruction or question, with what input adds to it."""
+    fields = dict.fromkeys([next(field for field in _ASKED if field in row), "input"])
+    parts = [_string(row, field) for field in fields if field in row]
+    return [{"role": "user", "content": "\n\n".join(part for part in parts if part)}]
+
+
 def _supervised(row: dict) -> Example:
-    if "messages" in row:
-        return _split_last(_messages(row, "messages"), "messages")
+    for field in ("messages", "conversations"):
+        if field in row:
+            return _split_last(_messages(row, field), field)
     if "instruction" in row or "output" in row:
-        content = _string(row, "instruction")
-        if "input" in row and (extra := _string(row, "input")):
-            content += "\n\n" + extra
-        answer = [{"role": "assistant", "content": _string(row, "output")}]
-        return Example([{"role": "user", "content": content}], answer, None)
+        if "instruction" not in row:
+            _string(row, "instruction")
+        return Example(_asked(row), [{"role": "assistant", "content": _string(row, "output")}], None)
     if "text" in row:
         return Example(None, _string(row, "text"), None)
     raise bad_row(
@@ -149,18 +219,48 @@ def _supervised(row: dict) -> Example:
     )
 
 
-def parse(row: Any, pairs: bool) -> Example:
-    """The row as an `Example`; a field that holds null counts as absent.
+_NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
 
-    With `pairs` a row has `chosen` and `rejected`; without, `rejected` is ignored, and the supervised forms
-    ({prompt, chosen}, {messages}, {instruction, input, output}, {text}) are read too. Raises RowError, `row` itself
-    where it is one.
-    """
+
+def _fields(row: Any) -> _Fields:
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, dict):
         raise bad_row("", "a JSON object with named fields", type_name(row))
-    row = {field: value for field, value in row.items() if value is not None}
+    fields = _Fields(row)
+    if seen := next((field for field in _NOT_TEXT if fields.get(field)), None):
+        raise bad_row(f"field {seen}: ", "a row of text alone", kind="not_text")
+    return fields
+
+
+def _with_columns(row: _Fields, example: Example) -> Example:
+    """The example with what the row's system, tools and chat_template_kwargs say of it."""
+    system = _string(row, "system") if "system" in row else ""
+    tools, kwargs = _json(row, "tools", list), _json(row, "chat_template_kwargs", dict)
+    prompt = example.prompt
+    if not isinstance(prompt, list):
+        given = {"system": system, "tools": tools, "chat_template_kwargs": kwargs}
+        if name := next((name for name, value in given.items() if value), None):
+            raise bad_row(f"field {name}: ", "a prompt of messages, which a chat template renders", type_name(prompt))
+    elif system and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": system}, *prompt]
+    elif system and prompt[0]["content"] != system:
+        raise bad_row("field system: ", "the text of the prompt's own system message", "another; keep one")
+    return example._replace(prompt=prompt, tools=tools, template_kwargs=kwargs, unread=frozenset(set(row) - row.read))
+
+
+def parse(row: Any, pairs: bool, alike: Callable[[Messages, Messages], bool] = lambda *_: False) -> Example:
+    """The row as an `Example`.
+
+    With `pairs` a row has `chosen` and `rejected`; without, `rejected` is ignored, and the supervised forms
+    ({prompt, chosen}, {messages}, {conversations}, {instruction, input, output}, {text}) are read too. `alike`: whether two
+    beginnings of a conversation that are not equal are rendered alike. Raises RowError, `row` itself where it is one.
+    """
+    fields = _fields(row)
+    return _with_columns(fields, _of_form(fields, pairs, alike))
+
+
+def _of_form(row: _Fields, pairs: bool, alike: Callable[[Messages, Messages], bool]) -> Example:
     if "chosen" not in row and not pairs:
         return _supervised(row)
     fields = ("chosen", "rejected") if pairs else ("chosen",)
@@ -169,34 +269,47 @@ def parse(row: Any, pairs: bool) -> Example:
             why = "expected in every pair, got none; add it, or use loss=sft for data without pairs"
             raise RowError("missing_field", f"field {field}: {why}")
     prompt = row.get("prompt")
-    if isinstance(prompt, list):
-        _check_prompt(_messages(row, "prompt"), "prompt")
-        return Example(prompt, _response(row, "chosen"), _response(row, "rejected") if pairs else None)
+    if isinstance(prompt, list) or (prompt is None and "conversations" in row):
+        field = "conversations" if prompt is None else "prompt"
+        asked = _check_prompt(_messages(row, field), field)
+        return Example(asked, _response(row, "chosen"), _response(row, "rejected") if pairs else None)
     if any(isinstance(row[field], list) for field in fields):  # UltraFeedback repeats its prompt as a string
         chosen = _messages(row, "chosen")
-        return _split_shared(chosen, _messages(row, "rejected")) if pairs else _split_last(chosen, "chosen")
+        return _split_shared(chosen, _messages(row, "rejected"), alike) if pairs else _split_last(chosen, "chosen")
     if prompt is None and _is_transcript(row["chosen"]):
         return _transcripts(row, pairs)
+    if prompt is None and any(field in row for field in _ASKED):
+        return Example(_asked(row), _response(row, "chosen"), _response(row, "rejected") if pairs else None)
     if prompt is None:
         raise bad_row("field prompt: ", "a string or a list of messages", "none", kind="missing_field")
     return Example(_string(row, "prompt"), _string(row, "chosen"), _string(row, "rejected") if pairs else None)
 
 
-def parse_prompt(row: Any) -> str | Messages:
-    """The prompt of a row of any form that `parse` reads, or of one without an answer. Raises RowError as `parse`."""
-    if isinstance(row, dict) and row.get("chosen") is None:
-        if isinstance(row.get("prompt"), list):
-            return _check_prompt(_messages(row, "prompt"), "prompt")
-        if row.get("prompt") is not None:
-            return _string(row, "prompt")
-        if row.get("messages") is not None:
-            messages = _messages(row, "messages")
-            return _check_prompt(messages[:-1] if messages[-1]["role"] == "assistant" else messages, "messages")
-        row = row | {"output": "-"} if row.get("instruction") is not None else row
-    prompt = parse(row, pairs=False).prompt
-    if prompt is None:
+def parse_prompt(row: Any) -> Example:
+    """The prompt of a row of any form that `parse` reads, or of one without an answer; responses mean nothing.
+
+    Raises RowError as `parse`.
+    """
+    fields = _fields(row)
+    example = _of_prompt(fields)
+    if example.prompt is None:
         raise bad_row("field prompt: ", "a prompt", "a text to be continued", kind="missing_field")
-    return prompt
+    return _with_columns(fields, example)
+
+
+def _of_prompt(row: _Fields) -> Example:
+    if "chosen" in row:
+        return _of_form(row, pairs=False, alike=lambda *_: False)
+    if isinstance(row.get("prompt"), list):
+        return Example(_check_prompt(_messages(row, "prompt"), "prompt"), "", None)
+    if "prompt" in row:
+        return Example(_string(row, "prompt"), "", None)
+    for field in ("messages", "conversations"):
+        if field in row:
+            messages = _messages(row, field)
+            asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+            return Example(_check_prompt(asked, field), "", None)
+    return Example(_asked(row), "", None) if any(field in row for field in _ASKED) else _supervised(row)
 
 
 def is_empty(response: str | Messages) -> bool:

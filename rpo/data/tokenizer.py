@@ -1,17 +1,20 @@
 """Text to token ids: tokenizers, chat templates, BOS and end-of-turn; where the prompt ends and a response begins.
 
-A response's tokens end with exactly one end-of-turn, which is scored; what a template renders after it is dropped.
+A response's tokens end with exactly one end-of-turn, which is scored; what a template renders after it is dropped. What is in
+a response's messages and not in its text is an error.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
+from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rpo.data.formats import Example, Messages, RowError
 from rpo.errors import UserError
@@ -19,6 +22,8 @@ from rpo.text import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from rpo.config import EvalData
 
 
 def load_tokenizer(
@@ -63,23 +68,38 @@ def _template_text(chat_template: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
+class Chat(NamedTuple):
+    """What a chat template is given beside the messages and the tools: the date that it may print, and arguments by name."""
+
+    date: str
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, cfg: EvalData) -> Chat:
+        return cls(cfg.template_date, cfg.chat_template_kwargs or {})
+
+
 class Facts(NamedTuple):
     """A tokenizer and its special tokens, looked up once for all rows."""
 
     tokenizer: PreTrainedTokenizerBase
     bos: int | None
-    adds_bos: bool  # whether the tokenizer itself begins a text with it
+    prefix: list[int]  # what the tokenizer itself begins a text with
     eos: int
     special: frozenset[int]  # without the unknown token, which may stand for a response's last word
+    added: frozenset[int]  # these, and tokens that were added to the vocabulary without being called special
 
 
 def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
     bos = tokenizer.bos_token_id
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    adds_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
+    own, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    border = next((i for i in range(len(own)) if own[i : i + len(bare)] == bare), 0)
     eos = tokenizer.eos_token_id
     special = (special | set(tokenizer.all_special_ids)) - ({tokenizer.unk_token_id} - {eos})  # GPT-2: one token
-    return Facts(tokenizer, bos, adds_bos, eos, frozenset(special))
+    return Facts(
+        tokenizer, bos, own[:border], eos, frozenset(special), frozenset(special | {*tokenizer.added_tokens_decoder})
+    )
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -89,7 +109,16 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
 
 
 def with_bos(ids: list[int], tok: Facts) -> list[int]:
-    return [tok.bos, *ids] if tok.adds_bos and ids[:1] != [tok.bos] else ids
+    """The ids behind what the tokenizer begins a text with, BOS or more, unless they have it."""
+    num = len(tok.prefix)
+    if ids[:num] == tok.prefix:
+        return ids
+    return tok.prefix + (ids[1:] if ids[:1] == tok.prefix[:1] == [tok.bos] else ids)
+
+
+def with_eos(ids: list[int], tok: Facts) -> list[int]:
+    """The ids with one EOS at their end."""
+    return ids if ids[-1:] == [tok.eos] else [*ids, tok.eos]
 
 
 @lru_cache
@@ -106,35 +135,74 @@ def _fix_date(template: str, template_date: str) -> str:
     return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n" + template
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, template_date: str, *, prompt: bool) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    chat: Chat,
+    *,
+    prompt: bool,
+    tools: list | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The text of the messages by the chat template, with the generation prompt if they are a `prompt`.
+
+    `kwargs` are the row's own and win over `chat`'s. Raises RowError where the template refuses, UserError without one.
+    """
     if tokenizer.chat_template is None:
         why = "the data has messages, the tokenizer no chat template"
         raise UserError(f"data.chat_template=null: {why}; give jinja text or a file")
-    template = _fix_date(tokenizer.get_chat_template(), template_date)
+    try:
+        template = tokenizer.get_chat_template(tools=tools)
+    except Exception as error:  # templates by name of which none is the default
+        why = f"the tokenizer's chat templates have no default ({one_line(error)})"
+        raise UserError(f"data.chat_template=null: {why}; give jinja text or a file") from None
+    given = {**chat.kwargs, **(kwargs or {})}
+    if own := sorted(set(given) & _LIBRARY_ARGUMENTS):
+        raise RowError("wrong_type", f"chat_template_kwargs: {own[0]} is not the template's to read; remove it")
     try:
         return tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=prompt, tokenize=False
+            messages,
+            tools=tools,
+            chat_template=_fix_date(template, chat.date),
+            add_generation_prompt=prompt,
+            tokenize=False,
+            **given,
         )
     except Exception as error:  # the template is a program of the user's and may raise anything
         text = f"the chat template refuses the messages ({one_line(error)}); fix them or data.chat_template"
         raise RowError("template_error", text) from None
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, template_date: str) -> list[int]:
+# Names that apply_chat_template keeps to itself.
+_LIBRARY_ARGUMENTS = frozenset(
+    "conversation messages tools chat_template add_generation_prompt continue_final_message tokenize padding truncation "
+    "max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
+)
+
+
+def alike(tokenizer: PreTrainedTokenizerBase, chat: Chat, one: Messages, other: Messages) -> bool:
+    """Whether the chat template renders two beginnings of a conversation as one text."""
+    try:
+        a, b = (render(tokenizer, messages, chat, prompt=False) for messages in (one, other))
+    except RowError:
+        return False
+    return a == b
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: Chat) -> list[int]:
     """The ids that training uses for `prompt`, before truncation: messages with the generation prompt, a string as it is.
 
     Raises UserError if the template refuses the messages or there is none.
     """
     try:
-        return prompt_ids(tokenizer, prompt, template_date)
+        return prompt_ids(tokenizer, Example(prompt, "", None), chat)
     except RowError as error:
         raise UserError(str(error)) from None
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, template_date: str) -> list[int]:
-    """As `encode_prompt`, but raises RowError if the template refuses the messages."""
-    text = prompt if isinstance(prompt, str) else render(tokenizer, prompt, template_date, prompt=True)
-    check_unicode(text)
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example, chat: Chat) -> list[int]:
+    """The ids of an example's prompt, before truncation. Raises RowError if the template refuses the messages."""
+    text = texts_of(tokenizer, example._replace(chosen="", rejected=None), chat)[0]
     return with_bos(tokenize(tokenizer, [text])[0], facts_of(tokenizer))
 
 
@@ -147,17 +215,18 @@ def check_unicode(text: str) -> None:
         raise RowError("invalid_utf8", reason) from None
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, template_date: str) -> list[int]:
+def stop_ids(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
     """The ids that end a response: EOS, then the chat template's end-of-turn where that is another token."""
     tok = facts_of(tokenizer)
-    if tokenizer.chat_template is None:
-        return [tok.eos]
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    try:
-        text = render(tokenizer, messages, template_date, prompt=False)
-    except RowError as error:
-        raise UserError(str(error)) from None
-    return list(dict.fromkeys([tok.eos, close(tokenize(tokenizer, [text])[0], tok)[-1]]))
+    ids = [tok.eos]
+    if tokenizer.chat_template is not None:
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            text = render(tokenizer, messages, chat, prompt=False)
+        except RowError as error:
+            raise UserError(str(error)) from None
+        ids.append(close(tokenize(tokenizer, [text])[0], tok, closing(tokenizer, chat))[-1])
+    return list(dict.fromkeys(ids))
 
 
 def unknown_share(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) -> float:
@@ -168,18 +237,105 @@ def unknown_share(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) 
     return sum(ids.count(unknown) for ids in prompts) / sum(map(len, prompts))
 
 
-def close(ids: list[int], tok: Facts) -> list[int]:
-    """The response up to its end-of-turn: the first special token of the trailing run of special and blank ones.
+# ---- where a response ends
 
-    First, because Phi-3 renders <|end|> newline <|endoftext|>. Where the run has none, EOS is appended.
+
+def closing(tokenizer: PreTrainedTokenizerBase, chat: Chat, example: Example | None = None) -> str | None:
+    """What the chat template renders after a response's text: the common end of two renderings that differ in that text.
+
+    Of `example`'s chosen response, else of a plain exchange. None where the text is not rendered, or refused.
     """
+    example = example or Example([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}], None)
+    messages, both = [*example.prompt, *example.chosen], []
+    try:
+        for text in ("x", "y"):
+            last = messages[-1] | {"content": text}
+            more = {"tools": example.tools, "kwargs": example.template_kwargs}
+            both.append(render(tokenizer, [*messages[:-1], last], chat, prompt=False, **more))
+    except RowError:
+        return None
+    return os.path.commonprefix([text[::-1] for text in both])[::-1] if both[0] != both[1] else None
+
+
+def close(ids: list[int], tok: Facts, closing: str | None) -> list[int]:
+    """The response up to its end-of-turn, which is there once: the last of the first added tokens in the template's `closing`.
+
+    Of the first, which follow each other: Phi-3 closes with <|end|> newline <|endoftext|>. EOS is appended where the closing
+    has none. Where `ids` do not end with it, the first special token of their trailing run of special and blank ones counts.
+    """
+    tail = [] if closing is None else tokenize(tok.tokenizer, [closing])[0]
+    first = next((i for i, id in enumerate(tail) if id in tok.added), None)
+    if closing is not None and first is None:
+        end = len(ids)
+        while end and ids[end - 1] != tok.eos and _is_blank(ids[end - 1], tok):
+            end -= 1
+        return ids[:end] if ids[:end][-1:] == [tok.eos] else [*ids, tok.eos]
+    if first is not None and ids[first - len(tail) :] == tail[first:]:
+        run = next((i for i, id in enumerate(tail[first:]) if id not in tok.added), len(tail) - first)
+        end = len(ids) - len(tail) + first + run
+    else:
+        end = _first_of_run(ids, tok)
+        if end is None:
+            return [*ids, tok.eos]
+    once = end
+    for i in range(end - 2, -1, -1):  # a text that brings the end-of-turn along
+        if ids[i] == ids[end - 1]:
+            once = i + 1
+        elif not _is_blank(ids[i], tok):
+            break
+    return ids[:once]
+
+
+def _is_blank(id: int, tok: Facts) -> bool:
+    return not tok.tokenizer.decode([id]).strip()
+
+
+def _first_of_run(ids: list[int], tok: Facts) -> int | None:
+    """One past the first special token of the trailing run of special and blank ones, if there is one."""
     end = None
     for i in range(len(ids) - 1, -1, -1):
         if ids[i] in tok.special:
-            end = i
-        elif tok.tokenizer.decode([ids[i]]).strip():
+            end = i + 1
+        elif not _is_blank(ids[i], tok):
             break
-    return [*ids, tok.eos] if end is None else ids[: end + 1]
+    return end
+
+
+# ---- what is rendered of a message
+
+
+def left_out(messages: Messages, text: str) -> str | None:
+    """A part of the messages that is not in their rendered `text`, white space aside; None if all is there."""
+    fields = ("content", "reasoning_content", "reasoning", "thinking")
+    for message in messages:
+        for part in (message[field] for field in fields if isinstance(message.get(field), str)):
+            if not _is_in(part, text):
+                return part
+        for call in message.get("tool_calls") or ():
+            call = call.get("function", call) if isinstance(call, dict) else call
+            said = [call.get("name"), call.get("arguments")] if isinstance(call, dict) else call
+            if (part := _lost_of(said, text)) is not None:
+                return part
+    return None
+
+
+def _is_in(part: str, text: str) -> bool:
+    if part in text:
+        return True
+    spellings = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
+    return any("".join(spelling.split()) in "".join(text.split()) for spelling in spellings)
+
+
+def _lost_of(value: Any, text: str) -> str | None:
+    """A name, key or text of a call that is not in `text`; arguments given as JSON may be printed anew."""
+    if isinstance(value, str) and not _is_in(value, text):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return _lost_of(value, text) if isinstance(value, dict | list) else str(value)
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((lost for part in parts if (lost := _lost_of(part, text)) is not None), None)
 
 
 # ---- where the prompt ends and a response begins
@@ -193,33 +349,52 @@ class Encoded(NamedTuple):
     rejected: list[int]
 
 
-def texts_of(tokenizer: PreTrainedTokenizerBase, example: Example, template_date: str) -> list[str]:
-    """The texts to tokenise: the prompt, and prompt with response for each side (chat), or the parts apart (strings)."""
-    responses = [side for side in (example.chosen, example.rejected) if side is not None]
+def texts_of(tokenizer: PreTrainedTokenizerBase, example: Example, chat: Chat) -> list[str]:
+    """The texts to tokenise: the prompt, and prompt with response for each side (chat), or the parts apart (strings).
+
+    Raises RowError where the template refuses the messages, or leaves out a part of a response.
+    """
+    sides = {"chosen": example.chosen, "rejected": example.rejected}
+    responses = {field: side for field, side in sides.items() if side not in (None, "")}
     if isinstance(example.prompt, list):
-        texts = [render(tokenizer, example.prompt, template_date, prompt=True)]
-        texts += [render(tokenizer, example.prompt + side, template_date, prompt=False) for side in responses]
+        more = {"tools": example.tools, "kwargs": example.template_kwargs}
+        texts = [render(tokenizer, example.prompt, chat, prompt=True, **more)]
+        for field, side in responses.items():
+            text = render(tokenizer, example.prompt + side, chat, prompt=False, **more)
+            if part := left_out(side, text.removeprefix(texts[0])):
+                why = f"the chat template leaves out a part of the response ({part[:60]!r})"
+                raise RowError("not_rendered", f"field {field}: {why}; give a data.chat_template that prints it")
+            texts.append(text)
     else:
-        texts = responses if example.prompt is None else [example.prompt, *responses]
+        texts = [*([] if example.prompt is None else [example.prompt]), *responses.values()]
     for text in texts:
         check_unicode(text)
     return texts
 
 
-def encode(tok: Facts, example: Example, texts: list[str], ids: list[list[int]]) -> Encoded:
-    """Ids of a pair or a supervised row from the ids of its `texts_of`. Raises RowError."""
+def encode(
+    tok: Facts, example: Example, texts: list[str], ids: list[list[int]], chat: Chat, plain: str | None
+) -> Encoded:
+    """Ids of a pair or a supervised row from the ids of its `texts_of`; `plain` is the `closing` of plain exchanges.
+
+    Raises RowError.
+    """
     prompt = with_bos(ids[0], tok)
     if not prompt:
         raise RowError("no_prompt", "field prompt: expected at least one token before the response; add text")
     if isinstance(example.prompt, str):
-        return Encoded(prompt, *[[*side, tok.eos] for side in ids[1:]], *[[]] * (3 - len(ids)))
+        return Encoded(prompt, *[with_eos(side, tok) for side in ids[1:]], *[[]] * (3 - len(ids)))
     responses = []
-    for field, text, side in zip(("chosen", "rejected"), texts[1:], ids[1:], strict=False):
+    sides = (("chosen", example.chosen), ("rejected", example.rejected))
+    for (field, messages), text, side in zip(sides, texts[1:], ids[1:], strict=False):
         full = with_bos(side, tok)
         if full[: len(prompt)] != prompt:
             why = _why_not_a_prefix(tok.tokenizer, field, prompt, full, text.startswith(texts[0]))
             raise RowError("not_a_prefix", why)
-        responses.append(close(full[len(prompt) :], tok))
+        closes = plain
+        if plain is None or not text.endswith(plain):
+            closes = closing(tok.tokenizer, chat, example._replace(chosen=messages))
+        responses.append(close(full[len(prompt) :], tok, closes))
     return Encoded(prompt, *responses, *[[]] * (2 - len(responses)))
 
 
@@ -257,6 +432,6 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> list:
         sorted(added.items()),
         sorted(names.items()),
         tokenizer.chat_template,
-        facts_of(tokenizer).adds_bos,
+        facts_of(tokenizer).prefix,
         *([] if module.startswith("transformers.") else [module]),
     ]

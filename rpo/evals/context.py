@@ -229,7 +229,14 @@ class Context:
     def _report(self, report: dict) -> None:
         """Writes it, and says where rows are read otherwise than in a model's own run: numbers may differ from its own."""
         for path, run in zip(self.paths, self.runs, strict=True):
-            for name in ("max_length", "truncation", "template_date", "chat_template", "on_bad_row"):
+            for name in (
+                "max_length",
+                "truncation",
+                "template_date",
+                "chat_template",
+                "chat_template_kwargs",
+                "on_bad_row",
+            ):
                 if run is not None and (ours := getattr(self.cfg.data, name)) != run["data"][name]:
                     print_main(f"note: data.{name}={ours}, but the run of {path} had {run['data'][name]}")
         self.write_report(report)
@@ -304,11 +311,11 @@ class Context:
         model, a template that refuses the messages, no room for the answer. Samples depend on cfg.seed, the conversations
         and the batch size, and neither on ranks nor on where an earlier start was killed.
         """
-        from rpo.data.tokenizer import encode_prompt
+        from rpo.data.tokenizer import Chat, encode_prompt
         from rpo.model.sampling import Sampling
 
         tokenizer, positions = self._open(path)
-        prompts = [encode_prompt(tokenizer, text, self.cfg.data.template_date) for text in conversations]
+        prompts = [encode_prompt(tokenizer, text, Chat.of(self.cfg.data)) for text in conversations]
         _note_unknown(path, tokenizer, prompts)
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         for prompt, own in zip(prompts, each, strict=True):  # of all, before the first is answered
@@ -344,10 +351,10 @@ class Context:
         first: int = 0,
     ) -> list[Answer]:
         """The answers to `prompts`: those on disk where all of them are, else sampled now and written."""
-        from rpo.data.tokenizer import stop_ids
+        from rpo.data.tokenizer import Chat, stop_ids
         from rpo.model.sampling import sample
 
-        size, stops = self.cfg.task.batch_size, stop_ids(tokenizer, self.cfg.data.template_date)
+        size, stops = self.cfg.task.batch_size, stop_ids(tokenizer, Chat.of(self.cfg.data))
         key = short_hash(self.identity(path), str(sampling), [seed, first, size, *prompts])
 
         def compute() -> list[Answer]:

@@ -51,6 +51,8 @@ class Policy(nn.Module):
         self.compile_tiles = compile_tiles
         self.attention = attention  # of packed rows; all else goes the model's own way
         self._own_attention = lm.config._attn_implementation
+        self.compute_dtype = lm.dtype
+        self.neighbours: str | None = None  # what `sampling` has measured of its batches
         self.eval()  # for good: train mode would only switch dropout on, and a reference has none
 
     def _hidden(self, batch: Batch) -> Tensor:
@@ -132,6 +134,7 @@ def prepare(
     softcap = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
     backend = choose_attention(attention, torch.device(mesh.device_type), compute_dtype, softcap, attention_heads(lm))
     policy = Policy(lm, compile_tiles=compile, attention=backend)
+    policy.compute_dtype = compute_dtype
     shard.shard(policy, layers_of(lm), mesh, fsdp, compute_dtype=compute_dtype, compile=compile)
     for method in (
         "hidden",

@@ -112,7 +112,7 @@ def questions(run: Run, cfg: Eval, source: rewards.Gold | None) -> Questions:
         rows=rows,
         gold=rewards.embedded(tokenizer, weights) if weights and task.gold == "auto" else source,
         sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=max_new_tokens),
-        stop_ids=data_tokenizer.stop_ids(tokenizer, run.data.template_date),
+        stop_ids=data_tokenizer.stop_ids(tokenizer, data_tokenizer.Chat.of(run.data)),
         positions=positions,
         digest=files.digest(*parts, *([rows.ids, rows.prompt, rows.chosen] if rows else [])),
     )

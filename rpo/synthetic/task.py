@@ -68,6 +68,7 @@ SFT = {  # settings of the supervised model; 99.4% of its word pairs are legal
     "tokens_per_microbatch": 16_384,
     "seed": 0,
 }
+CHAT = data_tokenizer.Chat("2024-01-01", {})
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=48)
 BATCH_SIZE = 512  # prompts sampled at once
 TOKENS = 4096  # rows x longest of one forward pass over answers
@@ -199,9 +200,9 @@ def _label(
     texts = grammar.prompts()
     asked = [texts[i] for i in rng.integers(len(texts), size=count + count // 5 + 20)]  # some pairs come out identical
     messages = [[{"role": "user", "content": text}] for text in asked]
-    prompts = [data_tokenizer.encode_prompt(tokenizer, m, "2024-01-01") for m in messages]
+    prompts = [data_tokenizer.encode_prompt(tokenizer, m, CHAT) for m in messages]
     assert not any(tokenizer.unk_token_id in prompt for prompt in prompts), "a prompt has an unknown word"
-    stop_ids = data_tokenizer.stop_ids(tokenizer, "2024-01-01")
+    stop_ids = data_tokenizer.stop_ids(tokenizer, CHAT)
     draw = partial(sample, policy, prompts, SAMPLING, stop_ids, device=device, batch_size=BATCH_SIZE, reshard=False)
     sides = [draw(seed=[seed, side]) for side in range(2)]
     rows = []

@@ -8,7 +8,7 @@ from rpo.config import Train
 from rpo.data import schedule
 from rpo.data.batch import make_batch
 from rpo.data.dataset import Splits
-from rpo.data.tokenizer import stop_ids
+from rpo.data.tokenizer import Chat, stop_ids
 from rpo.model.policy import Policy, score
 from rpo.model.sampling import Sampling, sample
 from rpo.synthetic import task
@@ -42,7 +42,7 @@ class HeldOut:
         self.layout, self.device = layout, device
         self.meter = Meter(cfg.loss, policy.noise_floor, device)
         self.gold = cfg.data.gold if embedded and reference.frozen is not None else None
-        self.stop_ids = stop_ids(self.tokenizer, cfg.data.template_date)
+        self.stop_ids = stop_ids(self.tokenizer, Chat.of(cfg.data))
         num_prompts = min(len(self.rows or []), cfg.data.gold.samples if embedded else NUM_SAMPLES)
         self.prompts = [self.rows.row(i)[0].tolist() for i in range(num_prompts)]
         self.context = policy.spec.positions

@@ -20,7 +20,7 @@ from transformers import ByT5Tokenizer
 from rpo.data import dataset, formats, schedule
 from rpo.data.tokenizer import close, encode_prompt, facts_of, load_tokenizer, stop_ids
 from rpo.errors import UserError
-from tests.helpers.rows import CFG, DATE, WORDS, make_tokenizer
+from tests.helpers.rows import CFG, CHAT, WORDS, make_tokenizer
 from tests.helpers.templates import CHATML, FORMATS, LLAMA3, PLAIN, tokenizer_for
 
 USER = [{"role": "user", "content": "Hi there"}]
@@ -92,11 +92,11 @@ def test_templates(name: str, add_bos: bool, turns: int, tmp_path: Path) -> None
     assert tokenizer.decode(rejected) == "Go\naway" + newlines + form.end_of_turn
 
     end = tokenizer.convert_tokens_to_ids(form.end_of_turn)
-    stops = stop_ids(tokenizer, DATE)
+    stops = stop_ids(tokenizer, CHAT)
     assert stops == list(dict.fromkeys([tokenizer.eos_token_id, end]))
     for response in (chosen, rejected):
         assert response[-1] == end and not set(response[:-1]) & set(stops)
-    assert encode_prompt(tokenizer, prompt, DATE) == prompt_ids
+    assert encode_prompt(tokenizer, prompt, CHAT) == prompt_ids
     assert report["kept"] == 1
 
 
@@ -106,8 +106,8 @@ def test_a_word_that_is_not_known_ends_nothing(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": WORDS[0]}, {"role": "assistant", "content": f"{WORDS[1]} unheard-of"}]
     ids = known.apply_chat_template(messages, return_dict=False)
     facts = facts_of(known)
-    assert close(ids, facts)[-2:] == [known.unk_token_id, known.eos_token_id]
-    assert stop_ids(known, DATE) == [known.eos_token_id]
+    assert close(ids, facts, None)[-2:] == [known.unk_token_id, known.eos_token_id]
+    assert stop_ids(known, CHAT) == [known.eos_token_id]
     known.unk_token = known.eos_token
     assert known.eos_token_id in facts_of(known).special
 
@@ -119,7 +119,7 @@ def test_template_date(tmp_path: Path) -> None:
         "{{ head() }}{% for m in messages %}<{{ m.content }}>{% endfor %}"
     )
     tokenizer = tokenizer_for(FORMATS["plain"]._replace(template=template))
-    ids = encode_prompt(tokenizer, USER, DATE)
+    ids = encode_prompt(tokenizer, USER, CHAT)
     assert tokenizer.decode(ids) == "04 Mar 2021|2021-03-04|4 March|Thursday|00:00<Hi there>"
 
 
@@ -184,7 +184,7 @@ def test_chat_forms(row: dict, tmp_path: Path, chatml) -> None:
     """Every way to write a chat pair gives the same three token lists."""
     rows, _ = load_rows(tmp_path, chatml, row)
     assert texts(rows, chatml) == [CHATML_PROMPT, "yes<|im_end|>", "no<|im_end|>"]
-    assert encode_prompt(chatml, USER, DATE) == rows.row(0)[0].tolist()
+    assert encode_prompt(chatml, USER, CHAT) == rows.row(0)[0].tolist()
 
 
 def test_shared_prefix_and_transcripts(tmp_path: Path, chatml) -> None:
@@ -201,7 +201,7 @@ def test_shared_prefix_and_transcripts(tmp_path: Path, chatml) -> None:
         "c<|im_end|>",
     ]
     messages = [{"role": "user", "content": "Hi"}, assistant("Hello"), {"role": "user", "content": "More"}]
-    assert rows.row(1)[0].tolist() == encode_prompt(chatml, messages, DATE)
+    assert rows.row(1)[0].tolist() == encode_prompt(chatml, messages, CHAT)
     assert texts(rows, chatml, 1)[1:] == ["yes\n\nindeed<|im_end|>", "no<|im_end|>"]
     with pytest.warns(UserWarning, match="1 identical_responses"):
         load_rows(tmp_path, chatml, *[GOOD] * 30, {"chosen": chosen, "rejected": chosen})
@@ -213,7 +213,7 @@ def test_string_rows(tmp_path: Path) -> None:
         tokenizer = tokenizer_for(FORMATS["mistral"], add_bos=add_bos)
         rows, _ = load_rows(tmp_path, tokenizer, GOOD | {"prompt": prompt})
         assert texts(rows, tokenizer) == [expected, "good</s>", "bad</s>"]
-        assert encode_prompt(tokenizer, prompt, DATE) == rows.row(0)[0].tolist()
+        assert encode_prompt(tokenizer, prompt, CHAT) == rows.row(0)[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_supervised_forms(row: dict, tmp_path: Path, chatml) -> None:
 def test_alpaca_input_and_plain_supervised(tmp_path: Path, chatml, plain) -> None:
     """An instruction's input follows after a blank line; {prompt, chosen} strings take no template."""
     rows, _ = load_rows(tmp_path, chatml, {"instruction": "Add", "input": "1 2", "output": "3"}, pairs=False)
-    assert rows.row(0)[0].tolist() == encode_prompt(chatml, [{"role": "user", "content": "Add\n\n1 2"}], DATE)
+    assert rows.row(0)[0].tolist() == encode_prompt(chatml, [{"role": "user", "content": "Add\n\n1 2"}], CHAT)
     rows, _ = load_rows(tmp_path, plain, {"prompt": "ask", "chosen": "good"}, pairs=False)
     assert texts(rows, plain) == ["ask", "good<|endoftext|>", ""]
 
@@ -454,7 +454,7 @@ def test_template_errors(tmp_path: Path, plain) -> None:
     with pytest.raises(UserError, match="rows.jsonl:1: the chat template refuses .*System role not supported"):
         load_rows(tmp_path, tokenizer, row)
     with pytest.raises(UserError, match="System role not supported"):
-        encode_prompt(tokenizer, row["prompt"], DATE)
+        encode_prompt(tokenizer, row["prompt"], CHAT)
     for policy in ("error", "drop"):
         with pytest.raises(UserError, match="^data.chat_template=null"):
             load_rows(tmp_path, plain, {"prompt": USER, "chosen": "a", "rejected": "b"}, on_bad_row=policy)
@@ -731,4 +731,4 @@ def test_real_instructions(tmp_path: Path, chatml) -> None:
 
 def test_parse_ignores_rejected_of_supervised_rows() -> None:
     """Without pairs a bad or missing rejected response changes nothing."""
-    assert formats.parse({"prompt": "a", "chosen": "b", "rejected": 3}, pairs=False) == ("a", "b", None)
+    assert formats.parse({"prompt": "a", "chosen": "b", "rejected": 3}, pairs=False)[:3] == ("a", "b", None)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eval as evaluation
-from rpo.data.tokenizer import encode_prompt, stop_ids
+from rpo.data.tokenizer import Chat, encode_prompt, stop_ids
 from rpo.errors import UserError
 from rpo.evals import context, preference
 from rpo.evals.context import Context
@@ -75,8 +75,8 @@ def answerer(group, tmp_path):
 def greedy_by_hand(path, conversation):
     """The likeliest token, one at a time, by the model's own logits."""
     lm, tokenizer = make_lm(), make_tokenizer()
-    ids = encode_prompt(tokenizer, conversation, "2024-07-26")
-    made, stop = [], set(stop_ids(tokenizer, "2024-07-26"))
+    ids = encode_prompt(tokenizer, conversation, Chat("2024-07-26", {}))
+    made, stop = [], set(stop_ids(tokenizer, Chat("2024-07-26", {})))
     while len(made) < GREEDY.max_new_tokens and not stop & set(made):
         made.append(int(lm(torch.tensor([ids + made])).logits[0, -1].argmax()))
     return tokenizer.decode([id for id in made if id not in stop])

@@ -8,6 +8,7 @@ import torch
 
 from rpo.config import EvalData
 from rpo.data.dataset import Rows
+from rpo.data.tokenizer import Chat
 from rpo.synthetic import task
 
 WORDS = tuple(f"{first}{second}" for first in "bcdfg" for second in ("a", "e", "i", "o", "u", "an", "en", "in"))
@@ -44,11 +45,13 @@ def write_jsonl(path, rows):
 
 
 DATE = "2021-03-04"
+CHAT = Chat(DATE, {})
 CFG = EvalData(
     eval=None,
     revision=None,
     chat_template=None,
     template_date=DATE,
+    chat_template_kwargs=None,
     max_length=512,
     truncation="drop",
     on_bad_row="error",

@@ -100,14 +100,30 @@ def test_batches_do_not_see_each_other(group):
 
 @pytest.mark.parametrize("sampling", [GREEDY, PLAIN])
 def test_the_checkpoints_generation_config_is_ignored(group, sampling):
-    """Temperature, penalties, limits and stop tokens of the model's own config change nothing, and it is put back."""
+    """Temperature, penalties and limits of the model's own config change nothing, and it is put back."""
     lm = make_lm(scale=0.5)
     policy = prepared(lm, group)
     expected = ask(policy, PROMPTS, sampling)
     own = lm.generation_config
-    own.update(
-        do_sample=True, temperature=0.01, top_k=2, top_p=0.1, repetition_penalty=5.0, eos_token_id=list(range(40))
-    )
+    own.update(do_sample=True, temperature=0.01, top_k=2, top_p=0.1, repetition_penalty=5.0)
     own.update(max_new_tokens=2, suppress_tokens=[5, 6], min_length=9, no_repeat_ngram_size=1)
     assert ask(policy, PROMPTS, sampling) == expected
     assert lm.generation_config is own and own.repetition_penalty == 5.0
+
+
+def test_the_stop_tokens_that_a_model_lists_are_stops(group):
+    """Answers end at those of its generation config too, as transformers' own do."""
+    lm = make_lm()
+    free = argmax_loop(lm, PROMPTS[0], [], 10)[0]
+    policy = prepared(lm, group)
+    lm.generation_config.eos_token_id = [48, free[3]]
+    assert ask(policy, PROMPTS[:1], GREEDY)[0].ids == free[: free.index(free[3]) + 1]
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "any"), ("mamba", "any"), ("rwkv", "none")])
+def test_neighbours_in_a_batch_change_no_answer(group, family, kind):
+    """Greedy answers are those of each prompt by itself, also of classes that read padding, or a batch, as text."""
+    policy = prepared(make_lm(family, scale=0.5), group)
+    together = ask(policy, PROMPTS, GREEDY, batch_size=len(PROMPTS))
+    assert together == [ask(policy, [prompt], GREEDY)[0] for prompt in PROMPTS]
+    assert policy.neighbours == kind

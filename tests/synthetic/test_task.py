@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rpo.config import SyntheticTask
-from rpo.data.tokenizer import encode_prompt
+from rpo.data.tokenizer import Chat, encode_prompt
 from rpo.model.sampling import Completion, sample
 from rpo.synthetic import demo, grammar, task
 from tests.helpers.models import make_lm, prepared
@@ -118,7 +118,7 @@ def test_labels_are_bradley_terry_with_flips(monkeypatch, word_tokenizer, corpus
 def test_evaluate(group, word_tokenizer):
     """The means of gold, KL, length and ended share are those of the very answers that the policy's seed gives."""
     texts = grammar.prompts()[:6]
-    prompts = [encode_prompt(word_tokenizer, [{"role": "user", "content": t}], "2024-01-01") for t in texts]
+    prompts = [encode_prompt(word_tokenizer, [{"role": "user", "content": t}], Chat("2024-01-01", {})) for t in texts]
     policy, reference = (prepared(make_lm(vocab_size=len(word_tokenizer), seed=s), group) for s in (0, 1))
     placement = {"device": group, "reshard": False}
     stop_ids = [word_tokenizer.eos_token_id]

@@ -14,7 +14,7 @@ import wandb
 
 from rpo import config
 from rpo.config import Loss, SyntheticTask, Wandb
-from rpo.data.tokenizer import encode_prompt
+from rpo.data.tokenizer import Chat, encode_prompt
 from rpo.errors import UserError
 from rpo.evals import preference
 from rpo.evals.context import Answer
@@ -282,7 +282,7 @@ def test_gold_names(group):
     """What an evaluation of the embedded task measures is the list that the code and the page have."""
     tokenizer = task.word_tokenizer(["<user>", "<assistant>", *grammar.vocabulary()], task.TEMPLATE)
     policy = prepared(make_lm(vocab_size=len(tokenizer)), group)
-    prompt = encode_prompt(tokenizer, [{"role": "user", "content": grammar.prompts()[0]}], "2024-01-01")
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": grammar.prompts()[0]}], Chat("2024-01-01", {}))
     weights = SyntheticTask(pairs=1, eval_pairs=1, flip=0.0, hidden_weight=1.0, length_weight=0.0, samples=1, seed=0)
     where = {"device": group, "seed": 0, "reshard": False}
     values = task.evaluate(policy, policy, tokenizer, [prompt], [tokenizer.eos_token_id], weights, **where)

@@ -1,0 +1,283 @@
+"""What a row says is what its tokens say: where responses end, what templates leave out, columns, storage formats, ends of text."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from rpo.data import dataset
+from rpo.data.tokenizer import Chat, encode_prompt, stop_ids
+from rpo.errors import UserError
+from tests.helpers.rows import CFG
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TOOLS = (
+    "{% if thinking is defined %}{{ '[' + thinking + ']' }}{% endif %}"
+    "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}{% for c in m.tool_calls or [] %}"
+    "{{ '<tool_call>' + c.function.name + ' ' + (c.function.arguments | tojson) + '</tool_call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+IM = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def make(template=None, special=IM, eos="<|im_end|>", bos=None, plain=(), prefix=()):
+    """A tokenizer with one token a byte beside its special tokens; `plain` are added ones that are not special."""
+    own = Tokenizer(models.BPE())
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    own.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=0, special_tokens=[*special], initial_alphabet=alphabet)
+    own.train_from_iterator([], trainer)
+    if first := [*prefix] or ([bos] if bos else []):
+        ids = [(token, own.token_to_id(token)) for token in first]
+        own.post_processor = processors.TemplateProcessing(single=" ".join([*first, "$A"]), special_tokens=ids)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, bos_token=bos, eos_token=eos)
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def load(folder: Path, tokenizer, *table, name="rows.jsonl", pairs=True, **settings):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in table))
+    return of_file(folder / name, tokenizer, pairs=pairs, **settings)
+
+
+def of_file(file, tokenizer, pairs=True, **settings):
+    """(texts of prompt, chosen, rejected) of each row, and the report."""
+    cfg = replace(CFG, **settings)
+    rows, report = dataset.load(str(file), cfg, tokenizer, pairs=pairs, cache_dir=Path(file).parent / "cache")
+    return [[tokenizer.decode(part) for part in rows.row(i)] for i in range(len(rows))], report
+
+
+def user(text, **more):
+    return {"role": "user", "content": text, **more}
+
+
+def said(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(name, **arguments):
+    return said(None, tool_calls=[{"type": "function", "function": {"name": name, "arguments": arguments}}])
+
+
+# ---- where a response ends
+
+
+@pytest.mark.parametrize(
+    ("closing", "special", "text", "ids"),
+    [
+        ("<|im_end|>\n", (*IM, "</answer>"), "4</answer>", ["4", "</answer>", "<|im_end|>"]),
+        ("<|im_end|>\n", (*IM, "</answer>"), "4</answer>\n", ["4", "</answer>", "\n", "<|im_end|>"]),
+        ("<|im_end|>\n", IM, "4<|endoftext|>", ["4", "<|endoftext|>", "<|im_end|>"]),
+        ("<|im_end|>\n", IM, "4<|im_end|>", ["4", "<|im_end|>"]),
+        ("<|im_end|>\n", IM, "4<|im_end|>\n<|im_end|>", ["4", "<|im_end|>"]),
+        ("<|end|>\n<|endoftext|>", (*IM, "<|end|>"), "4", ["4", "<|end|>"]),
+        ("<|end|>\n<|endoftext|>", (*IM, "<|end|>", "</a>"), "4</a>", ["4", "</a>", "<|end|>"]),
+        (" <|im_end|>", (*IM, "</a>"), "4</a>", ["4", "</a>", " ", "<|im_end|>"]),
+        ("</a><|im_end|>\n", (*IM, "</a>"), "4", ["4", "</a>", "<|im_end|>"]),
+        ("\n\n", (*IM, "</a>"), "4</a>", ["4", "</a>", "\n", "\n", "<|im_end|>"]),
+        ("", (*IM, "</a>"), "4</a>", ["4", "</a>", "<|im_end|>"]),
+        ("", IM, "4<|im_end|>", ["4", "<|im_end|>"]),
+        ("<end>\n", IM, "4", ["4", "<end>"]),  # an added token that is not called special
+    ],
+)
+def test_a_response_ends_where_the_template_ends_it(closing, special, text, ids, tmp_path):
+    """Special tokens of a response are part of it; the end-of-turn is what the template closes with, and is there once."""
+    tokenizer = make(CHATML.replace("<|im_end|>\n", closing), special, plain=["<end>"])
+    asked = {"prompt": [user("2+2?")], "chosen": text, "rejected": "no"}
+    ((_, chosen, _),), _ = load(tmp_path, tokenizer, asked)
+    assert chosen == "".join(ids)
+    rows, _ = dataset.load(str(tmp_path / "rows.jsonl"), CFG, tokenizer, pairs=True, cache_dir=tmp_path / "cache")
+    assert rows.row(0)[1].tolist() == [tokenizer(part, add_special_tokens=False).input_ids[0] for part in ids]
+    assert rows.row(0)[1][-1] in stop_ids(tokenizer, Chat("2024-01-01", {}))
+
+
+def test_a_closing_that_depends_on_the_message_is_its_own(tmp_path):
+    """A template that ends calls otherwise than answers (Llama 3.1) is followed in both."""
+    template = TOOLS.replace("{{ '<|im_end|>\n' }}", "{{ '<|eom|>' if m.tool_calls else '<|im_end|>\n' }}")
+    tokenizer = make(template, (*IM, "<|eom|>"))
+    row = {"prompt": [user("weather?")], "chosen": [call("weather", city="Oslo")], "rejected": "no"}
+    ((_, chosen, rejected),), _ = load(tmp_path, tokenizer, row)
+    assert chosen.endswith("</tool_call><|eom|>") and rejected == "no<|im_end|>"
+
+
+@pytest.mark.parametrize("end", ["</s>", ""])
+def test_a_plain_row_has_one_eos_and_what_the_tokenizer_begins_with(end, tmp_path):
+    """EOS that a text brings along is not doubled; all that the tokenizer puts first is there once, of several tokens too."""
+    tokenizer = make(special=("<s>", "</s>", "<g>"), eos="</s>", bos="<s>", prefix=("<g>", "<s>"))
+    row = {"prompt": "Q:", "chosen": f" 4{end}", "rejected": f" 5{end}"}
+    given = row | {"prompt": "<g><s>Q:"}
+    own, _ = load(tmp_path, tokenizer, row, given)
+    assert own == [["<g><s>Q:", " 4</s>", " 5</s>"]] * 2
+    (document,), _ = load(tmp_path, tokenizer, {"text": f"abc{end}"}, pairs=False)
+    assert document[0] + document[1] == "<g><s>abc</s>"
+
+
+# ---- what the template leaves out
+
+
+@pytest.mark.parametrize(
+    ("chosen", "part"),
+    [
+        ([call("weather", city="Oslo")], "weather"),
+        ([said("", tool_calls=call("weather", city="Oslo")["tool_calls"])], "weather"),
+        ([said("4", reasoning_content="two and two")], "two and two"),
+        ([said("4", thinking="two and two")], "two and two"),
+        ([said("one"), user("go on", reasoning="hm"), said("two")], "hm"),
+    ],
+)
+def test_a_response_that_is_not_rendered_whole_is_refused(chosen, part, tmp_path):
+    """Calls and reasoning that a template does not print are a bad row by name, never a response of its end-of-turn."""
+    row = {"prompt": [user("2+2?")], "chosen": chosen, "rejected": "no"}
+    template = CHATML.replace("m.content +", "(m.content or '') +")
+    with pytest.raises(UserError, match=rf"rows.jsonl:1: field chosen: .* leaves out a part of the response \('{part}"):
+        load(tmp_path, make(template), row)
+    good = {"prompt": [user("2+2?")], "chosen": "4", "rejected": "no"}
+    kept, report = load(tmp_path, make(template), row, good, on_bad_row="drop")
+    assert len(kept) == 1 and report["dropped"]["not_rendered"]["count"] == 1
+
+
+def test_content_that_a_template_cuts_is_refused(tmp_path):
+    """R1's template drops what stands before </think>: a response trained without it would not be the row's."""
+    cutting = CHATML.replace("m.content +", "m.content.split('</think>')[-1] +")
+    row = {"prompt": [user("2+2?")], "chosen": "<think>two and two</think>4", "rejected": "5"}
+    with pytest.raises(UserError, match="field chosen: .* leaves out"):
+        load(tmp_path, make(cutting), row)
+
+
+def test_white_space_and_escapes_are_no_part(tmp_path):
+    """A template may trim a text, and print arguments as JSON of any spelling."""
+    tokenizer = make(TOOLS.replace("(m.content or '')", "(m.content or '') | trim"))
+    argued = [said(None, tool_calls=[{"function": {"name": "say", "arguments": '{"text": "é\\n\\"a\\"", "n": 1}'}}])]
+    row = {"prompt": [user("2+2?")], "chosen": " 4\n", "rejected": [call("say", text='é\n"a"', n=1)]}
+    ((_, chosen, rejected),), _ = load(tmp_path, tokenizer, row)
+    assert chosen == "4<|im_end|>" and "é" in rejected
+    load(tmp_path, tokenizer, row | {"rejected": argued})
+
+
+def test_what_a_prompt_loses_is_counted(tmp_path):
+    """Templates drop the reasoning of earlier turns on purpose: a count with its place, no error."""
+    history = [user("2+2?"), said("4", reasoning_content="two and two"), user("and 3?")]
+    _, report = load(tmp_path, make(CHATML), {"prompt": history, "chosen": "7", "rejected": "8"})
+    assert report["changed"]["left_out_of_prompt"]["count"] == 1
+
+
+# ---- columns
+
+
+def test_the_border_is_where_the_text_differs(tmp_path):
+    """Keys that the template does not print do not move it; those that it prints do."""
+
+    def conversation(answer, **more):
+        return [user("q one"), said("a one", **more), user("q two"), said(answer)]
+
+    def border(template, one, other):
+        row = {"chosen": conversation("good", **one), "rejected": conversation("bad", **other)}
+        ((prompt, chosen, _),), _ = load(tmp_path, make(template), row)
+        return prompt.endswith("q two<|im_end|>\n<|im_start|>assistant\n") and chosen == "good<|im_end|>"
+
+    for one, other in (({"id": 1}, {"id": 2}), ({"weight": 0}, {}), ({"name": "a"}, {"name": "b"})):
+        assert border(CHATML, one, other)
+    with pytest.raises(UserError, match="field chosen: expected the prompt's tokens"):  # of the first turn alone
+        border(CHATML.replace("m.role +", "m.role + (m.name or '') +"), {"name": "a"}, {"name": "b"})
+
+
+def test_columns_that_change_the_prompt_are_read(tmp_path):
+    """tools (also as JSON text), system and chat_template_kwargs reach the template; other columns are named in the report."""
+    weather = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    row = {"prompt": [user("weather?")], "chosen": "yes", "rejected": "no", "score": 3, "system": "Be brief."}
+    row |= {"tools": [weather], "chat_template_kwargs": {"thinking": "off"}}
+    tokenizer = make(TOOLS)
+    for tools in ([weather], json.dumps([weather])):
+        ((prompt, *_),), report = load(tmp_path, tokenizer, row | {"tools": tools})
+        assert json.dumps(weather) in prompt and "system\nBe brief.<|im_end|>" in prompt and prompt.startswith("[off]")
+        assert report["unread_columns"] == ["score"]
+    ((prompt, *_),), _ = load(
+        tmp_path,
+        tokenizer,
+        {"prompt": [user("a")], "chosen": "b", "rejected": "c"},
+        chat_template_kwargs={"thinking": "off"},
+    )
+    assert prompt.startswith("[off]")
+    assert encode_prompt(tokenizer, [user("a")], Chat("2024-01-01", {"thinking": "off"})) == tokenizer(prompt).input_ids
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"images": ["a.png"]}, "field images: expected a row of text alone"),
+        ({"tools": "{"}, "field tools: expected a list, got text that is no JSON"),
+        ({"tools": {"a": 1}}, "field tools: expected a list, got an object"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs: tokenize is not the template's"),
+        ({"prompt": [{"role": "system", "content": "Other."}, user("a")], "system": "Be brief."}, "field system:"),
+        ({"prompt": "plain", "system": "Be brief."}, "field system: expected a prompt of messages"),
+        ({"chosen": [said([{"type": "image", "url": "a"}])]}, r"message 1 with a part that is no text \(image\)"),
+    ],
+)
+def test_columns_that_cannot_be_obeyed_are_refused(more, words, tmp_path):
+    """Pictures, malformed tools and arguments, two system messages, and a system message for a prompt without roles."""
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, make(TOOLS), {"prompt": [user("a")], "chosen": "b", "rejected": "c"} | more)
+
+
+def test_a_storage_format_changes_no_token(tmp_path):
+    """.jsonl, .json, .parquet and a data set of the library give one text, though Arrow adds the nulls of other rows."""
+    table = [
+        {"prompt": [user("weather?")], "chosen": [call("weather", city="Oslo")], "rejected": [said("no")]},
+        {"prompt": [user("sum?")], "chosen": [call("add", a=1, b=2)], "rejected": [said("no", name="x")]},
+    ]
+    tokenizer = make(TOOLS)
+    expected, _ = load(tmp_path, tokenizer, *table)
+    (tmp_path / "rows.json").write_text(json.dumps(table))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "rows.parquet")
+    assert of_file(tmp_path / "rows.json", tokenizer)[0] == of_file(tmp_path / "rows.parquet", tokenizer)[0] == expected
+    folder = tmp_path / "set"
+    folder.mkdir()
+    datasets.Dataset.from_list(table).to_parquet(folder / "train.parquet")
+    assert of_file(f"{folder}:train", tokenizer)[0] == expected
+    assert '{"city": "Oslo"}' in expected[0][1] and "null" not in str(expected)
+
+
+# ---- forms
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [{"role": "system", "content": "S"}, user("Q\n\nI")], "chosen": "A", "rejected": "B"},
+        {"system": "S", "question": "Q", "input": "I", "chosen": "A", "rejected": "B"},
+        {"system": "S", "instruction": "Q\n\nI", "input": "", "chosen": "A", "rejected": "B"},
+        {"system": "S", "input": "Q\n\nI", "chosen": "A", "rejected": "B"},
+        {
+            "system": "S",
+            "conversations": [{"from": "human", "value": "Q\n\nI"}],
+            "chosen": {"from": "gpt", "value": "A"},
+            "rejected": {"from": "gpt", "value": "B"},
+        },
+        {
+            "chosen": [
+                {"role": "system", "content": "S"},
+                user([{"type": "text", "text": "Q\n"}, {"text": "\nI"}]),
+                said("A"),
+            ],
+            "rejected": [{"role": "system", "content": "S"}, user("Q\n\nI"), said([{"type": "text", "text": "B"}])],
+        },
+    ],
+)
+def test_forms_of_one_pair(row, tmp_path):
+    """Orca's and Alpaca's columns, ShareGPT's conversations and texts in parts are the chat that they say."""
+    ((prompt, chosen, rejected),), report = load(tmp_path, make(CHATML), row)
+    assert prompt == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ\n\nI<|im_end|>\n<|im_start|>assistant\n"
+    assert (chosen, rejected, report["unread_columns"]) == ("A<|im_end|>", "B<|im_end|>", [])
