@@ -4,11 +4,10 @@ The rules are in report.html.j2, as the page states them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rpo.evals import pairing
 from rpo.reporting import side_by_side
-from rpo.reporting.collect import Group, Member, Report, Results, compared
+from rpo.reporting.collect import Group, Report, Results, compared
 from rpo.runs import groups
 from rpo.stats import ALPHA, finite
 from rpo.text import counted, decimals, fixed
@@ -85,8 +84,9 @@ def _preferred(results: Results, model: str, other: str, cells: dict[str, dict])
     if cell["value"] is None:
         return []
     p = test["p"] if isinstance(test, dict) and finite(test.get("p")) else None
-    sure = cell["interval"] is not None and not cell["interval"][0] <= full / 2 <= cell["interval"][1]
-    sure |= cell["interval"] is None and cell["se"] == 0 and p is not None and p <= ALPHA
+    sure = _side(cell, full / 2)
+    if sure is None:
+        sure = cell["se"] == 0 and p is not None and p <= ALPHA
     mirrored = sure and cell["value"] < full / 2
     rate, bounds = _share(cell, full, mirrored)
     facts = [bounds] + ([] if p is None else [f"sign test p {p:.2g}"])
@@ -116,11 +116,16 @@ def _interval(cell: dict) -> str:
 
 
 def _above(model: str, baseline: str, metric: str, cell: dict) -> str:
-    value, interval = cell["value"], cell["interval"]
-    size = f"{_signed(value)} ({_interval(cell)}; {cell['n']} items)"
-    if interval is None or interval[0] <= 0 <= interval[1]:
+    size = f"{_signed(cell['value'])} ({_interval(cell)}; {cell['n']} items)"
+    if not _side(cell):
         return f"{metric}: no difference seen between {model} and {baseline}: {size}."
-    return f"{metric}: {model} is {'above' if value > 0 else 'below'} {baseline}: {size}."
+    return f"{metric}: {model} is {'above' if cell['value'] > 0 else 'below'} {baseline}: {size}."
+
+
+def _side(cell: dict, zero: float = 0.0) -> int | None:
+    """1 where the interval is above `zero`, -1 below, 0 around it; None without one."""
+    interval = cell["interval"]
+    return interval and (interval[0] > zero) - (interval[1] < zero)
 
 
 def _signed(value: float) -> str:
@@ -178,33 +183,35 @@ def over_seeds(arms: Sequence[Group]) -> list[str]:
     the mean difference at the last evaluation by `groups.interval`, with as many comparisons as differences listed.
     """
     ends = {group.short: _ends(group) for group in arms if len(group.members) > 1}
-    if len(ends) < 2:
-        return []
-    base = next((label for label in ends if label.startswith("DPO")), next(iter(ends)))
-    differences = [
-        (f"{label} minus {base}: {name}", step, values)
-        for label in ends
-        if label != base
-        for name, step, values in _by_seed(ends[label], ends[base])
-    ]
+    base = next((label for label in ends if label.startswith("DPO")), next(iter(ends), None))
+    differences = []
+    for label in ends:
+        shared = [key for key in ends[label] if key in ends[base]]
+        if label == base or len(shared) < 2 or len({key[1:] for key in shared}) > 1:
+            continue
+        pairs = [(ends[label][key], ends[base][key]) for key in shared]
+        names = ("gold", "rewards/accuracies", "shift/chosen")
+        known = [name for name in names if all(name in end for pair in pairs for end in pair)]
+        for name in ["gold"] if "gold" in known else known:
+            values = [end[name] - base_end[name] for end, base_end in pairs]
+            differences.append((f"{label} minus {base}: {name}", shared[0][1], values))
     sentences = []
     for what, step, values in differences:
-        value, interval = _mean_and_interval(values, len(differences))
-        over = f"over {len(values)} shared seeds, step {step}"
-        if interval is None:
-            sentences.append(f"{what} {_signed(value)}, the same for every seed, so there is no interval ({over}).")
+        cell = _mean(values, len(differences))
+        over, size = f"over {len(values)} shared seeds, step {step}", _signed(cell["value"])
+        if cell["interval"] is None:
+            sentences.append(f"{what} {size}, the same for every seed, so there is no interval ({over}).")
             continue
-        side = "above" if interval[0] > 0 else "below" if interval[1] < 0 else "no difference seen"
-        bounds = _interval({"interval": interval})
-        sentences.append(f"{what} {_signed(value)} ({bounds}, {over}): {side}.")
+        side = {1: "above", -1: "below", 0: "no difference seen"}[_side(cell)]
+        sentences.append(f"{what} {size} ({_interval(cell)}, {over}): {side}.")
     return sentences
 
 
-def _mean_and_interval(values: Sequence[float], comparisons: int) -> tuple[float, list[float] | None]:
-    """None: one value, or all equal, which is no measure of noise."""
+def _mean(values: Sequence[float], comparisons: int) -> dict:
+    """{"value", "interval"} over seeds; no interval of one value, or of equal ones, which are no measure of noise."""
     over = groups.interval(values, comparisons)
     varied = over["sd"] is not None and over["sd"] > 1e-12 * max(map(abs, values))
-    return over["mean"], over["ci"] if varied else None
+    return {"value": over["mean"], "interval": over["ci"] if varied else None}
 
 
 def _ends(group: Group) -> dict[tuple, dict]:
@@ -213,80 +220,58 @@ def _ends(group: Group) -> dict[tuple, dict]:
     return {(groups.identity(m.settings)[1], m.curve[-1]["step"], m.measured is not None): m.curve[-1] for m in done}
 
 
-def _by_seed(a: dict[tuple, dict], b: dict[tuple, dict]) -> list[tuple[str, int, list[float]]]:
-    """(metric, step, difference by seed) of what all seeds that both have measured; [] for fewer than two."""
-    shared = [key for key in a if key in b]
-    if len(shared) < 2 or len({key[1:] for key in shared}) > 1:
-        return []
-    names = ("gold", "rewards/accuracies", "shift/chosen")
-    known = [name for name in names if all(name in x[k] for x in (a, b) for k in shared)]
-    known = ["gold"] if "gold" in known else known
-    return [(name, shared[0][1], [a[key][name] - b[key][name] for key in shared]) for name in known]
-
-
 # ---- the sentence at the top
 
 
-@dataclass(frozen=True)
-class Gain:
-    """Gold at the end minus at the start, a mean over seeds, and its interval; None: not known."""
-
-    value: float
-    interval: tuple[float, float] | None
-
-    @property
-    def side(self) -> int | None:
-        """1 better, -1 worse, 0 within noise; None where noise is not known."""
-        return None if self.interval is None else (self.interval[0] > 0) - (self.interval[1] < 0)
-
-    def __str__(self) -> str:
-        low, high = sorted(map(abs, self.interval))
-        places = decimals([(high - low) / 2])
-        return f"{fixed(abs(self.value), places)} gold (95% {fixed(low, places)} to {fixed(high, places)})"
-
-
-def gains(arms: Sequence[Group]) -> dict[str, Gain]:
-    """Arm -> Gain, where gold was measured at the start and the end.
+def gains(arms: Sequence[Group]) -> dict[str, dict]:
+    """Arm -> {"value", "interval"} of gold at the end minus at the start, where it was measured at both: a mean over seeds.
 
     Over seeds by `groups.interval` with as many comparisons as arms, because the best of them is quoted; of one seed by the
-    error and noise of task=overopt.
+    error and noise of task=overopt. No interval where noise is not known.
     """
     changes = []
     for arm in arms:
         curves = [[point["gold"] for point in member.curve if "gold" in point] for member in arm.judged]
         own = [curve[-1] - curve[0] for curve in curves if len(curve) > 1]
         changes += [(arm, own)] if own else []
-    by_arm = {}
+    cells = {}
     for arm, values in changes:
-        value, interval = _mean_and_interval(values, len(changes))
-        half = _paired_half(arm.judged[0]) if len(arm.judged) == 1 else None
-        by_arm[arm.short] = Gain(value, interval if half is None else (value - half, value + half))
-    return by_arm
+        cell = cells[arm.short] = _mean(values, len(changes))
+        summary = arm.judged[0].measured["summary"] if len(arm.judged) == 1 and arm.judged[0].measured else {}
+        if summary.get("gold/final_gain_se") is not None:
+            half = summary["gold/noise"] * summary["gold/final_gain_se"]
+            cell["interval"] = [cell["value"] - half, cell["value"] + half]
+    return cells
 
 
-def _paired_half(member: Member) -> float | None:
-    summary = member.measured["summary"] if member.measured else {}
-    error = summary.get("gold/final_gain_se")
-    return None if error is None else summary["gold/noise"] * error
+def _gold(cell: dict) -> str:
+    low, high = sorted(map(abs, cell["interval"]))
+    places = decimals([(high - low) / 2])
+    return f"{fixed(abs(cell['value']), places)} gold (95% {fixed(low, places)} to {fixed(high, places)})"
 
 
 def headline(report: Report) -> str:
     """Did it get better? One sentence: by gold, else by the first conclusive evaluation, else by signs."""
     gained = gains(report.groups)
+    sides = {name: _side(cell) for name, cell in gained.items()}
     kinds = {arm.short: arm.verdict.kind for arm in report.groups}
-    better = [name for name, g in gained.items() if g.side == 1]
-    if better:
-        best = max(better, key=lambda name: gained[name].value)
+    if better := [name for name in gained if sides[name] == 1]:
+        best = max(better, key=lambda name: gained[name]["value"])
+        rest, bad = "", sum(kind.startswith("overoptimised") for kind in kinds.values())
+        if bad:
+            rest = f"; {bad} of {counted(len(kinds), 'arm')} {'are' if bad > 1 else 'is'} overoptimised"
+        elif len(gained) > 1:
+            rest = f"; {len(better)} of {counted(len(gained), 'arm')} improved"
         kept = {"no overoptimisation seen": " and kept it", "overoptimised": ", though it had been higher before"}
-        return f"Better: {best} gained {gained[best]}{kept.get(kinds[best], '')}{_rest(gained, kinds)}."
-    if worse := [name for name, g in gained.items() if g.side == -1]:
-        most = min(worse, key=lambda name: gained[name].value)
+        return f"Better: {best} gained {_gold(gained[best])}{kept.get(kinds[best], '')}{rest}."
+    if worse := [name for name in gained if sides[name] == -1]:
+        most = min(worse, key=lambda name: gained[name]["value"])
         of = f"; no arm of {len(gained)} improved" if len(gained) > 1 else ""
-        return f"Worse: {most} lost {gained[most]}{of}."
+        return f"Worse: {most} lost {_gold(gained[most])}{of}."
     lines = [line for each in report.evaluations for line in of_evaluation(each)]
     if conclusive := [line for line in lines if _says_better(line)]:
         return conclusive[0]
-    if any(g.side == 0 for g in gained.values()):
+    if 0 in sides.values():
         return f"Inconclusive: gold changed beyond noise in none of {counted(len(gained), 'arm')}."
     if gained:
         return "Inconclusive: gold has one seed and no error bars; use task=overopt or more seeds."
@@ -308,15 +293,6 @@ def _says_better(sentence: str) -> bool:
     metric = sentence.partition(": ")[0]
     by_metric = is_quality(metric) and not side_by_side.is_lower_better(metric)
     return " is preferred to " in sentence or (by_metric and (" is above " in sentence or " is below " in sentence))
-
-
-def _rest(gained: dict[str, Gain], kinds: dict[str, str]) -> str:
-    """How the arms beside the best one did."""
-    bad = sum(kind.startswith("overoptimised") for kind in kinds.values())
-    if bad:
-        return f"; {bad} of {counted(len(kinds), 'arm')} {'are' if bad > 1 else 'is'} overoptimised"
-    better = sum(g.side == 1 for g in gained.values())
-    return f"; {better} of {counted(len(gained), 'arm')} improved" if len(gained) > 1 else ""
 
 
 def asides(report: Report) -> list[str]:

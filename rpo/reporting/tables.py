@@ -16,8 +16,7 @@ from rpo.text import MINUS, decimals, fixed
 
 NOT_OF_MODELS = ("compare", "overopt", "select")  # tasks whose results.json has something else as models
 _SETTINGS = 6  # columns of swept settings in the table of runs
-_ACROSS = 4  # models side by side in an evaluation's table
-_PRINTED = 6  # rows of an evaluation's table on paper
+_PRINTED = 12  # rows of an evaluation's table on paper
 
 Value = tuple[float, float | None]  # with its standard error
 
@@ -193,42 +192,27 @@ def _end(member: Member, metric: str) -> Value | None:
 
 
 def evaluation(results: Results) -> Table | None:
-    """Metrics of quality first. Up to four models stand side by side, more below one another; a comparison has its p."""
+    """A row per metric, those of quality first, and model; of a comparison with its p."""
     names = sorted(results.metrics, key=lambda name: not eval_verdicts.is_quality(name))
     if not names or results.task == "overopt":
         return None
-    across = results.task != "compare" and 1 < len(results.models) <= _ACROSS
-    head, rows, note = _across(results, names) if across else _down(results, names)
-    right = frozenset(range(1 if across else 2, len(head)))
-    return Table(f"{results.folder}, value \u00b1 standard error", head, rows, right, note, printed=_PRINTED)
-
-
-def _across(results: Results, names: Sequence[str]) -> tuple[list[str], list[list[Cell]], str]:
-    rows = []
-    for name in names:
-        cells = [of.get(name) for of in results.models.values()]
-        ns = dict.fromkeys(_text(c["n"]) + (f" ({c['n_error']} failed)" if c["n_error"] else "") for c in cells if c)
-        rows.append([Cell(name), *_value_cells(cells), Cell(" / ".join(ns))])
-    return ["Metric", *map(results.name, results.models), "n"], rows, ""
-
-
-def _down(results: Results, names: Sequence[str]) -> tuple[list[str], list[list[Cell]], str]:
-    extra, labels, note = {}, list(map(results.name, results.models)), ""
+    of, extra, labels, note = "Model", {}, list(map(results.name, results.models)), ""
     if results.task == "compare":
-        labels = differences(results)
+        of, labels = f"first {MINUS} second", differences(results)
         extra = {"p": "p", "p_holm": "Holm p", "detectable": "detectable"}
         note = "detectable: the smallest true difference that is seen in 80% of such comparisons."
+    head = ["Metric", of, "Value", "95% interval", *extra.values(), "n", "errors"]
     rows = []
     for name in names:
-        cells = [of.get(name) for of in results.models.values()]
+        cells = [cells.get(name) for cells in results.models.values()]
         for label, cell, value in zip(labels, cells, _value_cells(cells, exact=True), strict=True):
             if cell is not None:
                 bounds = [fixed(bound, decimals([cell["se"]])) for bound in cell["interval"] or ()]
                 ps = [f"{cell[key]:.2g}" if finite(cell.get(key)) else "-" for key in extra]
                 texts = [" to ".join(bounds) or "-", *ps, _text(cell["n"]), _text(cell["n_error"])]
                 rows.append([Cell(name), Cell(label), value, *map(Cell, texts)])
-    of = f"first {MINUS} second" if extra else "Model"
-    return ["Metric", of, "Value", "95% interval", *extra.values(), "n", "errors"], rows, note
+    caption = f"{results.folder}, value \u00b1 standard error"
+    return Table(caption, head, rows, frozenset(range(2, len(head))), note, printed=_PRINTED)
 
 
 def differences(results: Results) -> list[str]:
