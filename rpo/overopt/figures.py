@@ -19,8 +19,9 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from rpo.overopt.curve import column, distance, value
 from rpo.runs.groups import Group
 
-# Distinct with any colour vision (Okabe and Ito), and dark enough for a thin line on white.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+# Distinct with any colour vision (Okabe and Ito), and dark enough for a thin line on white. Black is not #000000, which
+# matplotlib leaves out of the fills of an SVG, where reports set colours of their own.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#010101", "#8C6D31")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _STYLES = ("-", "--", ":", "-.")  # after eight groups the colours begin again with another line and marker
 _REFERENCE = {"color": "black", "lw": 0.8, "ls": ":"}

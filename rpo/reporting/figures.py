@@ -33,9 +33,9 @@ SHOWN = {
     "loss/preference": ("Held-out preference loss", "nats"),
     "displacement_rate": ("Displaced pairs", "share"),
 }
-_INK, _QUIET, _RULE, _BLACK = "#1c1c1a", "#5f5f58", "#d9d8d2", "#010101"  # matplotlib leaves #000000 out of fills
+_INK, _QUIET, _RULE = "#1c1c1a", "#5f5f58", "#d9d8d2"
 _VARIABLES = {color.lower(): f"var(--c{i})" for i, color in enumerate(COLORS)}
-_VARIABLES |= {_INK: "var(--ink)", _QUIET: "var(--quiet)", _RULE: "var(--rule)", _BLACK: _VARIABLES["#000000"]}
+_VARIABLES |= {_INK: "var(--ink)", _QUIET: "var(--quiet)", _RULE: "var(--rule)"}
 _RC = {"svg.fonttype": "none", "svg.hashsalt": "rpo", "text.parse_math": False, "font.size": 8.5, "axes.linewidth": 0.7}
 _RC |= {f"axes.spines.{side}": False for side in ("left", "right", "top")}
 _RC |= {name: _QUIET for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")}
@@ -47,10 +47,10 @@ _HREF = "{http://www.w3.org/1999/xlink}href"
 
 @dataclass(frozen=True)
 class Line:
-    """`points`: (x, y, standard error or None) in the order of x; a faint line is one seed of several."""
+    """`points`: (x, y, standard error or None) in the order of x; a faint line is one seed, or (style None) joins arms."""
 
     label: str
-    style: int
+    style: int | None
     points: Sequence[tuple[float, float, float | None]]
     faint: bool = False
 
@@ -121,33 +121,28 @@ def _lines(arm: Group, name: str, x: Callable[[dict], float | None]) -> list[Lin
 
 def against_swept(arms: Sequence[Group], key: str) -> list[Chart]:
     """The last evaluation against a swept key, its values evenly spaced; arms that differ in it alone are joined."""
-    settings = {arm.label: arm.members[0].settings for arm in arms}
-    swept = {label: groups.flat(own).get(key) for label, own in settings.items()}
+    swept = {arm.label: groups.flat(arm.members[0].settings).get(key) for arm in arms}
     values = sorted({value for value in swept.values() if finite(value)})
-    if len(values) < 2:
-        return []
     charts = []
-    for name in ("gold", "shift/chosen", "rewards/accuracies"):
-        series: list[list[Group]] = []
+    for name in ("gold", "shift/chosen", "rewards/accuracies") if len(values) > 1 else ():
+        joined: list[list[Group]] = []
         for arm in (arm for arm in arms if arm.end(name) and swept[arm.label] in values):
-            own = next((s for s in series if _differ_in(key, settings[s[0].label], settings[arm.label])), [])
-            series += [] if own else [own]
-            own.append(arm)
-        joined = [
-            [Line(arm.short, arm.style, [(float(values.index(swept[arm.label])), *arm.end(name))]) for arm in own]
-            for own in series
-            if len(own) > 1
-        ]
-        lines = [Line("", -1, sorted((*line.points[0][:2], None) for line in own)) for own in joined]
-        lines += [line for own in joined for line in own]
+            for own in joined:
+                pair = [own[0].members[0].settings, arm.members[0].settings]
+                if set(groups.swept(pair)) <= {key, *groups.SEEDS}:
+                    own.append(arm)
+                    break
+            else:
+                joined.append([arm])
+        lines = []
+        for own in (own for own in joined if len(own) > 1):
+            points = [(float(values.index(swept[arm.label])), *arm.end(name)) for arm in own]
+            lines.append(Line("", None, sorted((x, y, None) for x, y, _ in points), faint=True))
+            lines += [Line(arm.short, arm.style, [point]) for arm, point in zip(own, points, strict=True)]
         if lines:
             places = sorted({x for line in lines for x, *_ in line.points})
             charts.append(Chart(*SHOWN[name], key, lines, ticks=[(x, f"{values[int(x)]:g}") for x in places]))
     return charts
-
-
-def _differ_in(key: str, a: dict, b: dict) -> bool:
-    return set(groups.swept([a, b])) <= {key, *groups.SEEDS}
 
 
 # ---- drawing
@@ -164,7 +159,7 @@ def describe(chart: Chart | Forest) -> str:
 
 
 def thick(chart: Chart) -> list[Line]:
-    return [line for line in chart.lines if not line.faint and line.style >= 0]
+    return [line for line in chart.lines if not line.faint]
 
 
 def svg(chart: Chart | Forest, *, wide: bool = False) -> str:
@@ -185,24 +180,17 @@ def swatch(number: int) -> str:
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(0.34, 0.17))
         axes = figure.add_axes((0, 0, 1, 1))
-        axes.plot([0, 1, 2], [0, 0, 0], lw=1.6, ms=5, markevery=[1], clip_on=False, **_style(number))
+        axes.plot([0, 1, 2], [0, 0, 0], lw=1.6, ms=5, markevery=[1], clip_on=False, **style(number))
         axes.set(xlim=(0, 2), ylim=(-1, 1))
         axes.axis("off")
         return _for_page(figure, "swatch", None)
 
 
-def _style(number: int) -> dict[str, str]:
-    if number < 0:
-        return {"color": _QUIET, "marker": "", "ls": "-"}
-    of = style(number)
-    return of | {"color": _BLACK} if of["color"] == "#000000" else of
-
-
 def _draw_lines(axes, chart: Chart) -> None:
     for line in chart.lines:
         x, y, errors = zip(*line.points, strict=True)
-        own = _style(line.style)
-        if line.faint or line.style < 0:
+        own = {"color": _QUIET, "marker": "", "ls": "-"} if line.style is None else style(line.style)
+        if line.faint:
             lone = own | {"marker": own["marker"] if len(x) == 1 else ""}
             axes.plot(x, y, lw=0.9, alpha=0.4, ms=3, **lone)
         else:

@@ -1,4 +1,4 @@
-"""A Page as one HTML file that needs no network and no script, by report.html.j2.
+"""A page of `sections` as one HTML file that needs no network and no script, by report.html.j2.
 
 Text comes from models, files and people: every value that the template prints is cleaned (`text.clean`) and escaped, save
 SVG, which `figures` builds from text that it cleans itself.
@@ -7,12 +7,12 @@ SVG, which `figures` builds from text that it cleans itself.
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 from rpo import text
 from rpo.overopt import curve
 from rpo.overopt.figures import COLORS
 from rpo.reporting import figures, run_verdicts
-from rpo.reporting.sections import Page
 from rpo.text import clean
 
 # Name: (light, dark). Tones are those of run_verdicts; c0, c1, ... the arms' colours.
@@ -37,7 +37,7 @@ _MARKS = {
 }  # beside the colour
 
 
-def html(page: Page) -> str:
+def html(page: dict[str, Any]) -> str:
     """The whole file."""
     import jinja2
     from markupsafe import Markup

@@ -1,55 +1,25 @@
-"""A Report as a Page: what report.html.j2 lays out. Text is plain here; it is escaped when the page is rendered."""
+"""A Report as the dict that report.html.j2 lays out. Text is plain here; it is escaped when the page is rendered."""
 
 import datetime
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from rpo.evals import pairing
 from rpo.reporting import eval_verdicts, figures, side_by_side, tables
-from rpo.reporting.collect import Group, Report, Results
+from rpo.reporting.collect import Report, Results
 from rpo.reporting.figures import Chart, Forest
 from rpo.reporting.side_by_side import Comparison
-from rpo.reporting.tables import Table
 from rpo.runs import groups
 from rpo.text import counted, typeset
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    title: str
-    lines: Sequence[str]
-    table: Table | None
-
-
-@dataclass(frozen=True)
-class Page:
-    """`figure` is the first screen's, `charts` are along training; `swept`: (key, charts of the end against it)."""
-
-    title: str
-    facts: Sequence[str]
-    headline: str
-    asides: Sequence[str]
-    arms: Table | None
-    figure: Chart | Forest | None
-    groups: Sequence[Group]
-    over_seeds: Sequence[str]
-    charts: Sequence[Chart]
-    swept: Sequence[tuple[str, Sequence[Chart]]]
-    runs: Table | None
-    states: str
-    evaluations: Sequence[Evaluated]
-    comparisons: Sequence[Comparison]
-    notes: Sequence[str]
-    sources: Table | None
-    commands: Sequence[str]
-
-
-def layout(report: Report, title: str, sources: Sequence[str], most: int, environment: dict) -> Page:
+def layout(report: Report, title: str, sources: Sequence[str], most: int, environment: dict) -> dict[str, Any]:
     """The page of a report on the folders `sources`, with `most` answers side by side per comparison.
 
-    `environment` is that of the report itself.
+    `environment` is that of the report itself. In the page `figure` is the first screen's, `charts` are along training,
+    `swept` has (key, charts of the end against it).
     """
     counts = [counted(len(report.members), "run"), counted(len(report.evaluations), "evaluation")]
     facts = [", ".join(count for count in counts if not count.startswith("0 ")), ", ".join(sources)]
@@ -58,7 +28,7 @@ def layout(report: Report, title: str, sources: Sequence[str], most: int, enviro
     swept = [(key, figures.against_swept(report.groups, key)) for key in keys]
     commands = [each["command"] for each in tables.environments(report) if isinstance(each.get("command"), list)]
     states = Counter(member.record.state for member in report.members)
-    return Page(
+    return dict(
         title=title,
         facts=facts,
         headline=typeset(eval_verdicts.headline(report)),
@@ -101,7 +71,7 @@ def _forest(results: Results) -> Forest | None:
     return Forest(f"{results.task}: {metric}", unit, rows[:24], 0.0 if compare else half) if rows else None
 
 
-def _evaluated(results: Results) -> Evaluated:
+def _evaluated(results: Results) -> dict[str, Any]:
     lines = [*eval_verdicts.of_evaluation(results), *eval_verdicts.context(results)]
     if results.curves:
         curves = [run["curve"] for run in results.curves]
@@ -109,7 +79,7 @@ def _evaluated(results: Results) -> Evaluated:
         lines.append(f"Measured {what}: the curves and verdicts of these runs are by them.")
     name = results.folder.name
     title = results.task if name == results.task else f"{results.task}: {name}"
-    return Evaluated(title, list(map(typeset, lines)), tables.evaluation(results))
+    return {"title": title, "lines": list(map(typeset, lines)), "table": tables.evaluation(results)}
 
 
 def _of_models(report: Report, most: int) -> Iterator[Comparison | None]:

@@ -66,11 +66,11 @@ def start_and_end(items: Sequence[Item], runs: Sequence[str]) -> tuple[dict[str,
 
 def comparable(a: Mapping[str, Item], b: Mapping[str, Item], opponents: tuple[str, str] | None) -> dict[str, Item]:
     """The items of b comparable with a's: judged against one model, or against each other, the two `opponents`."""
-
-    def fits(left: str | None, right: str | None) -> bool:
-        return left == right or (opponents is not None and (right, left) == opponents)
-
-    return {key: item for key, item in b.items() if key in a and fits(a[key].opponent, item.opponent)}
+    return {
+        key: item
+        for key, item in b.items()
+        if key in a and (a[key].opponent == item.opponent or (item.opponent, a[key].opponent) == opponents)
+    }
 
 
 def prompt_of(item: Item) -> str:

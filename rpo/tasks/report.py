@@ -57,7 +57,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         | {"verdict": arm.verdict.kind, "says": arm.verdict.says, "notes": arm.verdict.notes}
         for arm in report.groups
     ]
-    details = {"of": [*runs, *results], "title": title, "headline": page.headline, "asides": page.asides}
+    details = {"of": [*runs, *results], "title": title, "headline": page["headline"], "asides": page["asides"]}
     details |= {"groups": arms, "file": str(file)}
     return Evaluation(tables.metrics(report), notes=report.notes, details=details)
 

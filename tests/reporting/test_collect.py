@@ -2,7 +2,6 @@
 
 import json
 import random
-from dataclasses import replace
 
 from rpo.errors import UserError
 from rpo.reporting import collect, render, sections
@@ -172,6 +171,6 @@ def test_damaged_results_are_one_line_or_a_page(base, tmp_path):
             refused += 1
         else:
             page = sections.layout(report, "t", ["x"], 5, {})
-            html = render.html(replace(page, figure=None, charts=[], swept=[]))  # drawing takes longest
+            html = render.html(page | {"figure": None, "charts": [], "swept": []})  # drawing takes longest
             assert "<h2>Verdicts in words" in html
     assert 3 < refused < 22

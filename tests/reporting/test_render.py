@@ -9,7 +9,6 @@ from rpo.reporting import figures, render, side_by_side
 from rpo.reporting.collect import Group
 from rpo.reporting.figures import Chart, Forest, Line
 from rpo.reporting.run_verdicts import Verdict
-from rpo.reporting.sections import Evaluated, Page
 from rpo.reporting.side_by_side import Answer, Comparison, Duel
 from rpo.reporting.tables import Cell, Table
 from rpo.text import clean, decimals, fixed, number, typeset
@@ -28,7 +27,7 @@ def page(text, table=None, comparisons=None):
     rows = [[Cell(text, style=1)], [Cell(text), Cell(text, text, "bad")]]
     table = table or Table(text, [text, text], rows, frozenset({1}), text, 1)
     duel = Duel(text, Answer(text, text, text, text, 5), Answer(text, text, text, "", 0))
-    return Page(
+    return dict(
         title=text,
         facts=[text],
         headline=text,
@@ -41,7 +40,7 @@ def page(text, table=None, comparisons=None):
         swept=[(text, [Forest(text, text, [(text, 1.0, -1.0, 2.0)])])],
         runs=table,
         states=text,
-        evaluations=[Evaluated(text, [text], table)],
+        evaluations=[{"title": text, "lines": [text], "table": table}],
         comparisons=[Comparison(text, [duel, duel])] if comparisons is None else comparisons,
         notes=[text],
         sources=table,
