@@ -153,10 +153,6 @@ def summarise(curve: Sequence[dict], levels: Sequence[float] = LEVELS) -> dict[s
 # ---- in words
 
 
-def _with_error(x: float, error: float) -> str:
-    return f"{significant(x)} +- {significant(error, 2)}"
-
-
 def kind(summary: dict) -> str:
     """overoptimised | none | under-optimised | unclear, of one run. All of the conditions, in this order:
 
@@ -225,7 +221,8 @@ def verdict(summary: dict) -> str:
     if summary["gold/drop_se"] is None or summary["gold/gain_se"] is None:
         return "Inconclusive: gold has no standard error; sample more prompts."
     drop, gain, end = (
-        _with_error(abs(summary[f"gold/{name}"]), summary[f"gold/{name}_se"]) for name in ("drop", "gain", "final_gain")
+        f"{significant(abs(summary[f'gold/{name}']))} +- {significant(summary[f'gold/{name}_se'], 2)}"
+        for name in ("drop", "gain", "final_gain")
     )
     bound = summary["gold/drop"] + summary["gold/noise"] * summary["gold/drop_se"]
     match what:

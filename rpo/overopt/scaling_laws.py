@@ -21,11 +21,6 @@ FORMS = ("bon", "rl")
 MIN_POINTS = 3  # two make any law of two parameters fit
 
 
-def predict(form: str, alpha: float, beta: float, d: ArrayLike) -> np.ndarray:
-    """R(d) of the law; 0 at d = 0."""
-    return _design(form, np.asarray(d, dtype=np.float64)) @ np.array([alpha, beta])
-
-
 def peak(form: str, alpha: float, beta: float) -> tuple[float | None, float | None]:
     """(d*, R(d*)): where the law is highest, and how high; (None, None) where it rises for ever (beta <= 0).
 
@@ -79,10 +74,11 @@ def fit(form: str, d: ArrayLike, gain: ArrayLike) -> dict:
     result = {"form": form, "points": len(d)} | dict.fromkeys(("alpha", "beta", "r2", "d_peak", "gain_peak", "reason"))
     if len(d) < MIN_POINTS:
         return result | {"reason": f"{len(d)} checkpoints away from the reference; the fit needs {MIN_POINTS}"}
-    alpha, beta = _solve(_design(form, d), gain, np.ones_like(d))
+    design = _design(form, d)
+    alpha, beta = _solve(design, gain, np.ones_like(d))
     if not np.isfinite([alpha, beta]).all():
         return result | {"reason": "all checkpoints are at one distance; the fit needs several"}
-    spread, left = ((gain - gain.mean()) ** 2).sum(), ((gain - predict(form, alpha, beta, d)) ** 2).sum()
+    spread, left = ((gain - gain.mean()) ** 2).sum(), ((gain - design @ [alpha, beta]) ** 2).sum()
     result |= {"alpha": float(alpha), "beta": float(beta), "r2": float(1 - left / spread) if spread else None}
     return result | dict(zip(("d_peak", "gain_peak"), peak(form, alpha, beta), strict=True))
 

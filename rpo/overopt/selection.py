@@ -74,11 +74,12 @@ def select(curve: Sequence[dict], limits: Limits, *, score: str | None = None, d
         fixes += ["lower task.min_ended"] * any(f.startswith("samples/ended ") for f in failed[1])
         reasons = ", ".join(failed[1])
         raise UserError(f"no checkpoint is feasible: step {curve[1]['step']} has {reasons}; {', '.join(fixes)}")
+    chosen = {"step": None, "reason": "", "over_reference": None, "over_reference_se": None, "checkpoints": rows}
     if score is None:
         why = "the last checkpoint: none fails"
         if first < len(curve):
             why = f"the last checkpoint before the first that fails: step {curve[first]['step']} has {', '.join(failed[first])}"
-        return _chosen(curve, feasible[-1], rows, why)
+        return chosen | {"step": curve[feasible[-1]]["step"], "reason": why}
 
     sign = 1 if direction == "max" else -1
     best = max(feasible, key=lambda i: sign * scores[i])
@@ -86,14 +87,19 @@ def select(curve: Sequence[dict], limits: Limits, *, score: str | None = None, d
         gap = _gap(curve[best], curve[i], score)
         if sign * gap["value"] <= gap["se"]:
             break
-    near = f"the best feasible {score}, {scores[best]:.4g}"
+    why = f"the best feasible {score}, {scores[best]:.4g}"
     if i != best:
-        near = f"the earliest within one standard error ({gap['se']:.2g}) of {near}, at step {curve[best]['step']}"
+        why = f"the earliest within one standard error ({gap['se']:.2g}) of {why}, at step {curve[best]['step']}"
     gain = _gap(curve[i], curve[0], score)
     over = sign * gain["value"]
     if over <= gain["se"]:
-        near += f"; no better than the reference ({over:.3g} +- {gain['se']:.2g})"
-    return _chosen(curve, i, rows, near) | {"over_reference": over, "over_reference_se": gain["se"]}
+        why += f"; no better than the reference ({over:.3g} +- {gain['se']:.2g})"
+    return chosen | {
+        "step": curve[i]["step"],
+        "reason": why,
+        "over_reference": over,
+        "over_reference_se": gain["se"],
+    }
 
 
 def _gap(a: dict, b: dict, score: str) -> dict:
@@ -102,11 +108,6 @@ def _gap(a: dict, b: dict, score: str) -> dict:
         steps = f"steps {a['step']} and {b['step']}"
         raise UserError(f"score={score}: {steps} differ by no known standard error; use more prompts")
     return gap
-
-
-def _chosen(curve: Sequence[dict], i: int, rows: list[dict], reason: str) -> dict:
-    facts = {"over_reference": None, "over_reference_se": None, "checkpoints": rows}
-    return {"step": curve[i]["step"], "reason": reason} | facts
 
 
 # ---- of runs

@@ -8,7 +8,8 @@ from rpo import text
 from rpo.evals.results import Cells
 from rpo.overopt import curve as of_run
 from rpo.overopt import scaling_laws
-from rpo.runs.groups import Group, group, table
+from rpo.runs.groups import Group, group
+from rpo.runs.groups import summary as summary_of
 
 # Columns of the printed table: heading, entry of the summaries, format.
 _SHOWN = (
@@ -23,20 +24,19 @@ _SHOWN = (
 )
 
 
-def check(runs: Sequence[dict]) -> None:
-    """Raises UserError where two runs are one: the same settings and seeds. `runs` need only their settings."""
-    group(runs)
-
-
 def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], list[Group]]:
     """(runs with their summary, verdict and fits; a record per group of runs that differ in seeds alone; the groups).
 
     `runs` are {"run", "settings", "max_new_tokens", "curve", ...}. A group's fits pool its curves, with intervals over resampled runs
     (prompts, where there is one run); a run's have none.
     """
-    runs = [run | {"summary": of_run.summarise(run["curve"]), "fits": _fits([run])} for run in runs]
-    groups = group(runs)
-    labels, intervals = {run["run"]: g.label for g in groups for run in g.runs}, table(groups)
+    judged = []
+    for run in runs:
+        summary = of_run.summarise(run["curve"])
+        words = {"kind": of_run.kind(summary), "verdict": of_run.verdict(summary)}
+        judged.append(run | {"summary": summary, "fits": _fits([run])} | words)
+    groups = group(judged)
+    labels = {run["run"]: g.label for g in groups for run in g.runs}
     records = [
         {
             "label": g.label,
@@ -45,16 +45,12 @@ def summarise(runs: Sequence[dict], seed: int) -> tuple[list[dict], list[dict], 
             "seeds": [list(seeds) for seeds in g.seeds],
             "verdict": of_run.group_verdict([run["summary"] for run in g.runs]),
             "cut": of_run.cut([run["curve"] for run in g.runs], max(run["max_new_tokens"] for run in g.runs)),
-            "summary": intervals[g.label],
+            "summary": summary_of(g),
             "fits": _fits(g.runs, over="runs" if len(g.runs) > 1 else "prompts", seed=seed),
         }
         for g in groups
     ]
-    of_runs = []
-    for run in runs:
-        words = {"kind": of_run.kind(run["summary"]), "verdict": of_run.verdict(run["summary"])}
-        of_runs.append(run | words | {"label": labels[run["run"]]})
-    return of_runs, records, groups
+    return [run | {"label": labels[run["run"]]} for run in judged], records, groups
 
 
 def _fits(runs: Sequence[dict], *, over: str | None = None, seed: int = 0) -> list[dict]:
@@ -112,9 +108,6 @@ def lines(records: Sequence[dict]) -> str:
             row.append("-" if over_seeds["mean"] is None else f"{over_seeds['mean']:{form}}{spread}")
         rows.append([*row, str(len(record["runs"]))])
     sentences = [
-        f"{record['label']}: {sentence}"
-        for record in records
-        for sentence in (record["verdict"], record["cut"])
-        if sentence
+        f"{record['label']}: {record[name]}" for record in records for name in ("verdict", "cut") if record[name]
     ]
     return "\n".join([text.table(rows, align=">"), *sentences])

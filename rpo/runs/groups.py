@@ -17,19 +17,22 @@ from rpo.errors import UserError
 
 SEEDS = ("seed", "data.gold.seed")
 # What does not change what is learnt, or only its rounding; a key stands for everything below it.
-IGNORED = SEEDS + ("run_dir", "cache_dir", "reference.kind", "reference.cache_dir", "wandb", "checkpoint", "resume")
-IGNORED += (
-    "eval_every",
-    "log",
-    "log_every",
-    "sample_every",
-    "timeout",
-    "tokens_per_microbatch",
-    "fsdp",
-    "layout",
-    "compile",
+IGNORED = (
+    *SEEDS,
+    *("run_dir", "cache_dir", "reference.kind", "reference.cache_dir", "wandb", "checkpoint", "resume"),
+    *(
+        "eval_every",
+        "log",
+        "log_every",
+        "sample_every",
+        "timeout",
+        "tokens_per_microbatch",
+        "fsdp",
+        "layout",
+        "compile",
+    ),
+    *("data.gold.samples", "optim.state_dtype"),
 )
-IGNORED += ("data.gold.samples", "optim.state_dtype")
 _EMBEDDED = re.compile(r"(^|/)gold/[0-9a-f]{16}/")  # where the embedded task's files lie
 LEVEL = 0.95  # of the intervals
 
@@ -62,8 +65,11 @@ def differing(settings: Sequence[dict]) -> list[str]:
 
 def swept(settings: Sequence[dict]) -> list[str]:
     """Those that differ and change what is learnt; seeds among them."""
-    ignored = [key for key in IGNORED if key not in SEEDS]
-    return [key for key in differing(settings) if not any(key == no or key.startswith(f"{no}.") for no in ignored)]
+    return [key for key in differing(settings) if key in SEEDS or not _is_ignored(key)]
+
+
+def _is_ignored(key: str) -> bool:
+    return any(key == ignored or key.startswith(f"{ignored}.") for ignored in IGNORED)
 
 
 def _nameless(value: Any) -> Any:
@@ -88,8 +94,8 @@ def objective(loss: dict) -> dict:
 def identity(settings: dict) -> tuple[dict[str, Any], tuple]:
     """(what makes two runs one group: every key but those ignored; the seeds of this one)."""
     known = flat(settings | {"loss": objective(settings["loss"])})
-    kept = {k: v for k, v in known.items() if not any(k == key or k.startswith(f"{key}.") for key in IGNORED)}
-    return {k: _nameless(v) for k, v in kept.items()}, tuple(known.get(seed) for seed in SEEDS)
+    kept = {key: _nameless(value) for key, value in known.items() if not _is_ignored(key)}
+    return kept, tuple(known.get(seed) for seed in SEEDS)
 
 
 def name(loss: dict) -> str:
@@ -128,37 +134,39 @@ def group(runs: Sequence[dict]) -> list[Group]:
 
     A label is `name` of the loss and key=value for every other key that differs between the groups.
     """
-    members: dict[str, list[dict]] = {}
     identities: dict[str, dict] = {}
+    members: dict[str, list[tuple[tuple, dict]]] = {}
     for run in runs:
-        own, _ = identity(run["settings"])
+        own, seeds = identity(run["settings"])
         key = repr(sorted(own.items()))
         identities[key] = own
-        members.setdefault(key, []).append(run)
-    keys = dict.fromkeys(k for own in identities.values() for k in own if not k.startswith("loss."))
-    differing_keys = sorted(k for k in keys if len({repr(own.get(k)) for own in identities.values()}) > 1)
+        members.setdefault(key, []).append((seeds, run))
+    shown = sorted(key for key in differing(list(identities.values())) if not key.startswith("loss."))
+    kinds = ("none", "sigmoid", "ipo", "hinge")
     groups = []
     for key, own in identities.items():
-        seeds = [identity(run["settings"])[1] for run in members[key]]
-        loss = objective(members[key][0]["settings"]["loss"])
-        label = " ".join([name(loss), *(f"{k}={own.get(k)}" for k in differing_keys)])
-        if len(set(seeds)) < len(seeds):
-            twice = next(seed for seed in seeds if seeds.count(seed) > 1)
-            both = " and ".join(
-                run.get("run", "a run") for run, seed in zip(members[key], seeds, strict=True) if seed == twice
-            )
-            raise UserError(f"{label}: {both} both have seed={twice[0]} data.gold.seed={twice[1]}; give one of them")
-        order = sorted(range(len(seeds)), key=lambda i: tuple(math.inf if s is None else s for s in seeds[i]))
-        groups.append(Group(label, loss, [seeds[i] for i in order], [members[key][i] for i in order]))
-    kinds = ("none", "sigmoid", "ipo", "hinge")
-
-    def place(g: Group) -> tuple:
-        loss = g.loss
+        loss = objective(members[key][0][1]["settings"]["loss"])
+        label = " ".join([name(loss), *(f"{k}={own.get(k)}" for k in shown)])
+        by_seeds: dict[tuple, dict] = {}
+        for seeds, run in members[key]:
+            if seeds in by_seeds:
+                both = " and ".join(each.get("run", "a run") for each in (by_seeds[seeds], run))
+                raise UserError(
+                    f"{label}: {both} both have seed={seeds[0]} data.gold.seed={seeds[1]}; give one of them"
+                )
+            by_seeds[seeds] = run
+        order = sorted(by_seeds, key=lambda seeds: tuple(math.inf if seed is None else seed for seed in seeds))
         kind = kinds.index(loss["preference"]) if loss["preference"] in kinds else len(kinds)
-        form = (kind, loss["sft"] != "none", loss["sft"], loss.get("label_smoothing", 0))
-        return *form, loss.get("beta", 0), loss["eta"], g.label
-
-    return sorted(groups, key=place)
+        place = (
+            kind,
+            loss["sft"] != "none",
+            loss["sft"],
+            loss.get("label_smoothing", 0),
+            loss.get("beta", 0),
+            loss["eta"],
+        )
+        groups.append((place, label, Group(label, loss, order, [by_seeds[seeds] for seeds in order])))
+    return [group for *_, group in sorted(groups, key=lambda each: each[:2])]
 
 
 def interval(values: Sequence[float], comparisons: int = 1) -> dict[str, Any]:
@@ -169,34 +177,22 @@ def interval(values: Sequence[float], comparisons: int = 1) -> dict[str, Any]:
     sd and ci are None of one value, all three of none. Runs evaluated together share prompts and the random stream of
     their samples, so the ci is over training runs and not over prompts.
     """
-    values = np.asarray(values, dtype=np.float64)
-    result = {"mean": None, "sd": None, "ci": None, "n": len(values)}
-    if len(values):
-        result["mean"] = float(values.mean())
-    if len(values) > 1:
-        result["sd"] = float(values.std(ddof=1))
-        half = (
-            stats.t_quantile(1 - (1 - LEVEL) / (2 * comparisons), len(values) - 1)
-            * result["sd"]
-            / math.sqrt(len(values))
-        )
-        result["ci"] = [result["mean"] - half, result["mean"] + half]
-    return result
+    n, values = len(values), np.asarray(values, dtype=np.float64)
+    mean, sd, ci = float(values.mean()) if n else None, None, None
+    if n > 1:
+        sd = float(values.std(ddof=1))
+        half = stats.t_quantile(1 - (1 - LEVEL) / (2 * comparisons), n - 1) * sd / math.sqrt(n)
+        ci = [mean - half, mean + half]
+    return {"mean": mean, "sd": sd, "ci": ci, "n": n}
 
 
-def table(groups: Sequence[Group]) -> dict[str, dict[str, dict]]:
-    """label -> entry of the summary -> `interval` over the seeds that have it: n tells where some have not.
+def summary(group: Group) -> dict[str, dict]:
+    """Entry of the runs' summaries -> `interval` over the seeds that have it: n tells where some have not.
 
     An entry that a seed lacks (a KL never reached) is a mean over the others, which are not like it.
     """
-    rows = {}
-    for g in groups:
-        summaries = [run["summary"] for run in g.runs]
-        rows[g.label] = {
-            entry: interval([summary[entry] for summary in summaries if summary[entry] is not None])
-            for entry in summaries[0]
-        }
-    return rows
+    known = {entry: [run["summary"][entry] for run in group.runs] for entry in group.runs[0]["summary"]}
+    return {entry: interval([value for value in values if value is not None]) for entry, values in known.items()}
 
 
 def paired_difference(a: Group, b: Group, entry: str) -> dict[str, Any]:
@@ -205,11 +201,8 @@ def paired_difference(a: Group, b: Group, entry: str) -> dict[str, Any]:
     UserError where no seed, or none with the entry, is common.
     """
     of_b = dict(zip(b.seeds, b.runs, strict=True))
-    pairs = [
-        (run["summary"][entry], of_b[seed]["summary"][entry])
-        for seed, run in zip(a.seeds, a.runs, strict=True)
-        if seed in of_b
-    ]
+    shared = [(run, of_b[seeds]) for seeds, run in zip(a.seeds, a.runs, strict=True) if seeds in of_b]
+    pairs = [(run["summary"][entry], other["summary"][entry]) for run, other in shared]
     known = [x - y for x, y in pairs if x is not None and y is not None]
     if not known:
         raise UserError(f"{a.label} and {b.label}: no seed with {entry} is common to both; run both on the same seeds")

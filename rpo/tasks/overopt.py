@@ -44,10 +44,12 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     `details` has the curves, the groups of runs that differ in seeds alone, what was left out, and the figures' paths.
     """
     from rpo.overopt import figures, measure
-    from rpo.runs import catalog
+    from rpo.runs import catalog, groups
 
     runs, left_out = dist.on_main(catalog.find, listed(cfg.runs))
-    study.check([{"run": str(run.folder), "settings": run.settings} for run in runs])
+    groups.group(
+        [{"run": str(run.folder), "settings": run.settings} for run in runs]
+    )  # refuses a run that is there twice
     unfinished = [f"{run.folder} ({run.state})" for run in runs if run.state != "finished"]
     for what, named in (("left out", left_out), ("not finished, and evaluated as far as it is", unfinished)):
         if named and dist.is_main():
@@ -55,8 +57,8 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     asked = measure.ask(runs, cfg, ctx.device)
     ctx.begin()
     measured, items = measure.measure_all(runs, asked, ctx)
-    of_runs, of_groups, groups = study.summarise(measured, cfg.seed)
-    drawn = dist.on_main(figures.draw_study, groups, ctx.run_dir / "plots", study.mean_best_of_n(of_runs))
+    of_runs, of_groups, grouped = study.summarise(measured, cfg.seed)
+    drawn = dist.on_main(figures.draw_study, grouped, ctx.run_dir / "plots", study.mean_best_of_n(of_runs))
     models = {run["run"]: study.cells_of(run) for run in of_runs}
     details = {"left_out": left_out, "groups": of_groups, "runs": of_runs, "figures": list(map(str, drawn))}
     return Evaluation(models, items, details=details)

@@ -36,7 +36,6 @@ def test_planted_law_is_recovered(form, alpha, beta):
     found = scaling.fit(form, d, gain)
     np.testing.assert_allclose([found["alpha"], found["beta"], found["r2"]], [alpha, beta, 1], rtol=1e-9)
     assert found["points"] == 6 and found["reason"] is None
-    np.testing.assert_allclose(scaling.predict(form, alpha, beta, d), gain, atol=1e-12)
     other = "rl" if form == "bon" else "bon"
     assert scaling.fit(other, d, gain)["r2"] < 0.999
 

@@ -138,7 +138,7 @@ def test_interval_covers():
     assert 0.93 < np.mean([low <= 1 <= high for low, high in found]) < 0.97
 
 
-def test_table_and_paired_difference():
+def test_summary_and_paired_difference():
     """Means over the seeds that have an entry; differences over the seeds that both groups have."""
     first = [
         make_run(seed, summary={"gold/final": 10.0 * seed, "gold/at_8": None if seed else 1.0}) for seed in (0, 1, 2)
@@ -148,10 +148,9 @@ def test_table_and_paired_difference():
         for seed, gain in ((2, 3.0), (1, 1.0), (5, 99.0))
     ]
     a, b = groups.group(first + second)
-    table = groups.table([a, b])
-    assert table["DPO beta 0.02"]["gold/final"] == groups.interval([0.0, 10.0, 20.0])
-    assert table["DPO beta 0.02"]["gold/at_8"] == {"mean": 1.0, "sd": None, "ci": None, "n": 1}
-    assert table["DPO beta 0.1"]["gold/at_8"]["n"] == 0
+    assert groups.summary(a)["gold/final"] == groups.interval([0.0, 10.0, 20.0])
+    assert groups.summary(a)["gold/at_8"] == {"mean": 1.0, "sd": None, "ci": None, "n": 1}
+    assert groups.summary(b)["gold/at_8"]["n"] == 0
     assert groups.paired_difference(b, a, "gold/final") == groups.interval([1.0, 3.0])
     with pytest.raises(UserError, match="no seed with gold/at_8 is common to both"):
         groups.paired_difference(a, b, "gold/at_8")
