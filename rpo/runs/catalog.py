@@ -94,34 +94,27 @@ def walk(specs: Sequence[str]) -> Catalog:
     A folder is a run's where its config.yaml has a loss, an evaluation's where it has a task. Raises UserError on a
     folder that is not there.
     """
-    runs: dict[Path, RunRecord] = {}
-    evaluations: dict[Path, None] = {}
-    notes: dict[str, None] = {}
-    unreadable: dict[str, None] = {}
+    folders: dict[Path, None] = {}
     for spec in specs:
         top = Path(spec).expanduser().resolve()
         if not top.is_dir():
             raise UserError(f"runs={spec}: no such folder; give a run's, or a sweep's with runs in it")
-        folders = []
+        below = []
         for folder, inner, names in os.walk(top):
             inner[:] = [name for name in inner if name not in _PASSED_BY and not name.startswith(".")]
-            folders += [Path(folder)] if {"config.yaml", "status.json", "sweep.json"} & set(names) else []
-        for folder in sorted(folders, key=_natural):
-            try:
-                entry = _look(folder)
-            except UserError as error:
-                unreadable[str(error)] = None
-                continue
-            if isinstance(entry, RunRecord):
-                runs.setdefault(folder, entry)
-            elif isinstance(entry, Path):
-                evaluations[entry] = None
-            elif entry is not None:
-                notes[entry] = None
-            absent = [str(i) for i in range(len(_sweep(folder))) if not (folder / str(i)).is_dir()]
-            if absent:
-                notes[f"{folder}: cells of the sweep that were not started: {', '.join(absent)}"] = None
-    return Catalog(list(runs.values()), list(evaluations), list(unreadable), list(notes))
+            below += [Path(folder)] if {"config.yaml", "status.json", "sweep.json"} & set(names) else []
+        folders |= dict.fromkeys(sorted(below, key=_natural))
+    catalog = Catalog([], [], [], [])
+    for folder in folders:
+        try:
+            _look(folder, catalog)
+        except UserError as error:
+            catalog.unreadable.append(str(error))
+            continue
+        absent = [str(i) for i in range(len(_sweep(folder))) if not (folder / str(i)).is_dir()]
+        if absent:
+            catalog.notes.append(f"{folder}: cells of the sweep that were not started: {', '.join(absent)}")
+    return catalog
 
 
 def find(specs: list[str]) -> tuple[list[Run], list[str]]:
@@ -137,12 +130,10 @@ def find(specs: list[str]) -> tuple[list[Run], list[str]]:
             left_out.append(f"{record.folder} (failed: {shorten(record.reason, 120, placeholder=' ...')})")
         elif record.settings is not None and not record.checkpoints:
             left_out.append(f"{record.folder} (no checkpoints; checkpoint.every=N keeps them)")
+        elif record.settings is not None and (run := _typed(record)).model.path:
+            runs.append(run)
         elif record.settings is not None:
-            run = run_of(record.folder, record.settings, record.checkpoints, record.state)
-            if run.model.path:
-                runs.append(run)
-            else:
-                left_out.append(f"{run.folder} (began with random weights, so there is no reference)")
+            left_out.append(f"{record.folder} (began with random weights, so there is no reference)")
     if not runs:
         reason = f": {'; '.join(left_out[:3])}" if left_out else "; a run's folder has a config.yaml and checkpoints/"
         raise UserError(f"runs={', '.join(specs)}: no run with checkpoints there{reason}")
@@ -153,21 +144,22 @@ def _natural(folder: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", str(folder))]
 
 
-def _look(folder: Path) -> RunRecord | Path | str | None:
-    """The run in `folder`, the folder itself where it holds an evaluation, or a note on what it should hold and does not."""
+def _look(folder: Path, catalog: Catalog) -> None:
+    """Adds to the catalog the run or the evaluation in `folder`, or a note on what it should hold and does not."""
     settings = config.read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else None
     status = run_folder.read_status(folder)
-    if settings is None:
-        return None if status["state"] == "absent" else _record(folder, None, status)
-    if isinstance(settings, dict) and isinstance(settings.get("loss"), dict):
-        return _record(folder, settings, status)
-    if not (isinstance(settings, dict) and isinstance(settings.get("task"), dict)):
-        return f"{folder}: skipped, its config.yaml is not that of a run or an evaluation"
-    kind = settings["task"].get("kind")
-    if kind == "report" or (folder / "results.json").is_file():
-        return None if kind == "report" else folder
-    why = f"{status['state']}: {status['reason']}".rstrip(": ")
-    return f"{folder}: an evaluation by task={kind} without results ({why})"
+    known = settings if isinstance(settings, dict) else {}
+    if isinstance(known.get("loss"), dict) or (settings is None and status["state"] != "absent"):
+        catalog.runs.append(_record(folder, settings, status))
+    elif isinstance(known.get("task"), dict):
+        kind = known["task"].get("kind")
+        if kind != "report" and (folder / "results.json").is_file():
+            catalog.evaluations.append(folder)
+        elif kind != "report":
+            why = f"{status['state']}: {status['reason']}".rstrip(": ")
+            catalog.notes.append(f"{folder}: an evaluation by task={kind} without results ({why})")
+    elif settings is not None:
+        catalog.notes.append(f"{folder}: skipped, its config.yaml is not that of a run or an evaluation")
 
 
 def _record(folder: Path, settings: dict | None, status: dict) -> RunRecord:
@@ -183,15 +175,15 @@ def _record(folder: Path, settings: dict | None, status: dict) -> RunRecord:
             flaws += [f"{', '.join(lost)} at step {event['step']} not finite, skipped."] if lost else []
             # Of two evaluations of one step, one of them before an interruption, the later counts.
             curve[event["step"]] = {name: value for name, value in event.items() if finite(value)}
-    row = _sweep(folder.parent)[int(folder.name) :][:1] if folder.name.isdecimal() else []
+    cells = _sweep(folder.parent)[int(folder.name) :] if folder.name.isdecimal() else []
+    own = cells[0] if cells else {}
     not_set = ("cell", "run_dir", "state", "reason")
-    overrides = {k: v for cell in row for k, v in cell.items() if isinstance(v, str) and "/" not in k}
     data_report = _object(folder / "data_report.json").get("eval")
     pairs = data_report.get("kept") if isinstance(data_report, dict) else None
     return RunRecord(
         folder=folder,
         settings=settings,
-        overrides={k: v for k, v in overrides.items() if k not in not_set},
+        overrides={k: v for k, v in own.items() if isinstance(v, str) and "/" not in k and k not in not_set},
         state=str(status["state"]),
         reason=" ".join(str(status["reason"]).split()),
         step=status["step"] if finite(status["step"]) else None,
@@ -225,30 +217,34 @@ def _read(path: Path) -> Any:
         return None
 
 
-def run_of(folder: Path, settings: dict[str, Any], checkpoints: dict[int, Path], state: str) -> Run:
+def _typed(record: RunRecord) -> Run:
     """Raises UserError where the settings are not those of a run of this version."""
+    file = record.folder / "config.yaml"
 
     def part(cls: type, name: str, **more: Any) -> Any:
-        node = settings.get(name)
+        node = record.settings.get(name)
         if not isinstance(node, dict):
-            raise UserError(f"{folder}/config.yaml: {name}={node}: expected a group of keys")
-        names = {field for field in cls.__dataclass_fields__}
+            raise UserError(f"{file}: {name}={node}: expected a group of keys")
         try:
-            return config.build(cls, {key: value for key, value in node.items() if key in names} | more, name)
+            return config.build(cls, {k: v for k, v in node.items() if k in cls.__dataclass_fields__} | more, name)
         except UserError as error:
-            raise UserError(f"{folder}/config.yaml: {error}") from None
+            raise UserError(f"{file}: {error}") from None
 
     model = part(Start, "model", trust_remote_code=False)  # what a run allowed is no permission of this user's
     given = part(Reference, "reference").path
-    source = (given, None) if given is not None else (model.path, model.revision)
-    return Run(folder, settings, part(Loss, "loss"), model, part(EvalData, "data"), source, checkpoints, state)
+    source = (model.path, model.revision) if given is None else (given, None)
+    loss, data = part(Loss, "loss"), part(EvalData, "data")
+    return Run(record.folder, record.settings, loss, model, data, source, record.checkpoints, record.state)
 
 
 def tokenizer_of(run: Run, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """The run's tokenizer, with its chat template."""
-    path, template = run.model.tokenizer or run.model.path, run.data.chat_template
-    how = {"revision": run.model.revision, "trust_remote_code": trust_remote_code}
-    return load_tokenizer(path, chat_template=template, **how)
+    return load_tokenizer(
+        run.model.tokenizer or run.model.path,
+        chat_template=run.data.chat_template,
+        revision=run.model.revision,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def identity_of(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -17,21 +17,9 @@ from rpo.errors import UserError
 
 SEEDS = ("seed", "data.gold.seed")
 # What does not change what is learnt, or only its rounding; a key stands for everything below it.
-IGNORED = (
-    *SEEDS,
-    *("run_dir", "cache_dir", "reference.kind", "reference.cache_dir", "wandb", "checkpoint", "resume"),
-    *(
-        "eval_every",
-        "log",
-        "log_every",
-        "sample_every",
-        "timeout",
-        "tokens_per_microbatch",
-        "fsdp",
-        "layout",
-        "compile",
-    ),
-    *("data.gold.samples", "optim.state_dtype"),
+IGNORED = SEEDS + tuple(
+    "run_dir cache_dir reference.kind reference.cache_dir wandb checkpoint resume eval_every log log_every sample_every "
+    "timeout tokens_per_microbatch fsdp layout compile data.gold.samples optim.state_dtype".split()
 )
 _EMBEDDED = re.compile(r"(^|/)gold/[0-9a-f]{16}/")  # where the embedded task's files lie
 LEVEL = 0.95  # of the intervals
@@ -157,16 +145,10 @@ def group(runs: Sequence[dict]) -> list[Group]:
             by_seeds[seeds] = run
         order = sorted(by_seeds, key=lambda seeds: tuple(math.inf if seed is None else seed for seed in seeds))
         kind = kinds.index(loss["preference"]) if loss["preference"] in kinds else len(kinds)
-        place = (
-            kind,
-            loss["sft"] != "none",
-            loss["sft"],
-            loss.get("label_smoothing", 0),
-            loss.get("beta", 0),
-            loss["eta"],
-        )
-        groups.append((place, label, Group(label, loss, order, [by_seeds[seeds] for seeds in order])))
-    return [group for *_, group in sorted(groups, key=lambda each: each[:2])]
+        place = (kind, loss["sft"] != "none", loss["sft"], loss.get("label_smoothing", 0))
+        place += (loss.get("beta", 0), loss["eta"], label)
+        groups.append((place, Group(label, loss, order, [by_seeds[seeds] for seeds in order])))
+    return [group for _, group in sorted(groups, key=lambda each: each[0])]
 
 
 def interval(values: Sequence[float], comparisons: int = 1) -> dict[str, Any]:
