@@ -83,8 +83,6 @@ def gold_at(curve: Sequence[dict], level: float) -> float | None:
 
     None where it never gets there. KL may fall along a run: the first passage in the order of steps is taken.
     """
-    if not level > 0:
-        raise UserError(f"KL level {level}: expected a positive number of nats")
     d, gold, target = distance(curve), column(curve, "gold"), math.sqrt(level)
     for i in range(len(d) - 1):
         if min(d[i], d[i + 1]) <= target <= max(d[i], d[i + 1]):
@@ -129,6 +127,10 @@ def summarise(curve: Sequence[dict], levels: Sequence[float] = LEVELS) -> dict[s
         summary |= {f"gold/{name}": gap["value"], f"gold/{name}_se": gap["se"]}
     noise = t_quantile(1 - ALPHA / (len(curve) - 1), gap["df"])
     below = [difference(reference, point, "gold") for point in curve]
+
+    def surely(gap: dict) -> bool:
+        return gap["se"] is not None and gap["value"] > noise * gap["se"]
+
     summary |= {
         "gold/reference": float(gold[0]),
         "gold/peak": float(gold.max()),
@@ -138,14 +140,7 @@ def summarise(curve: Sequence[dict], levels: Sequence[float] = LEVELS) -> dict[s
         "step/peak": peak["step"],
         "kl/peak": value(peak, "kl"),
         "accuracy/peak": value(peak, "rewards/accuracies"),
-        "step/below_reference": next(
-            (
-                s
-                for s, gap in zip(steps, below, strict=True)
-                if gap["se"] is not None and gap["value"] > noise * gap["se"]
-            ),
-            None,
-        ),
+        "step/below_reference": next((step for step, gap in zip(steps, below, strict=True) if surely(gap)), None),
     }
     return summary | ({f"gold/at_{level:g}": gold_at(curve, level) for level in levels} if has_kl else {})
 

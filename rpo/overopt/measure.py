@@ -40,7 +40,7 @@ from rpo.runs.catalog import Run
 from rpo.runs.state import weights_of as tensors_of
 from rpo.stats import clustered_mean
 from rpo.synthetic.task import SAMPLING, weights_of
-from rpo.text import redacted
+from rpo.text import counted, redacted
 
 MAX_NEW_TOKENS = 256  # where task.max_new_tokens=auto and the data is not the embedded task's
 
@@ -147,24 +147,25 @@ def measure(
 ) -> Measured:
     """`task.samples` answers per prompt with their columns, and the pairs' log-probs unless `logps` has them."""
     budget = cfg.tokens_per_microbatch
-    prompts, conversations, _ = asked.repeated(cfg.task.samples)
-    answers, texts = _answer(policy, prompts, asked, cfg, [cfg.seed], device)
-    table = divergence.measure(policy, reference, prompts, answers, device, budget=budget)
-    if asked.gold is not None:
-        table["gold"] = asked.gold(conversations, answers, texts)
-    table["tokens"] = np.array([len(answer.ids) for answer in answers], dtype=np.float64)
-    table["ended"] = np.array([answer.ended for answer in answers], dtype=np.float64)
+    prompts, drawn = _sampled(policy, asked, cfg, cfg.task.samples, [cfg.seed], device)
+    table = drawn.table | divergence.measure(policy, reference, prompts, drawn.answers, device, budget=budget)
+    table["tokens"] = np.array([len(answer.ids) for answer in drawn.answers], dtype=np.float64)
+    table["ended"] = np.array([answer.ended for answer in drawn.answers], dtype=np.float64)
     if asked.rows is not None and logps is None:
         logps = preference.score(lambda: policy, asked.rows, device, tokens_per_microbatch=budget)
-    return Measured(answers, texts, table, logps)
+    return replace(drawn, table=table, logps=logps)
 
 
-def _answer(
-    policy: Policy, prompts: list[list[int]], asked: Questions, cfg: Eval, seed: list[int], device: torch.device
-) -> tuple[list[Completion], list[str]]:
+def _sampled(
+    policy: Policy, asked: Questions, cfg: Eval, count: int, seed: list[int], device: torch.device
+) -> tuple[list[list[int]], Measured]:
+    """(prompts, each `count` times; an answer to each, with gold)."""
+    prompts, conversations, _ = asked.repeated(count)
     size, stop_ids = cfg.task.batch_size, asked.stop_ids
     answers = sample(policy, prompts, asked.sampling, stop_ids, device=device, seed=seed, batch_size=size, reshard=True)
-    return answers, asked.tokenizer.batch_decode([answer.text_ids for answer in answers])
+    texts = asked.tokenizer.batch_decode([answer.text_ids for answer in answers])
+    table = {} if asked.gold is None else {"gold": asked.gold(conversations, answers, texts)}
+    return prompts, Measured(answers, texts, table, logps=None)
 
 
 def point_of(
@@ -248,10 +249,9 @@ def baseline(policy: Loaded, reference: Loaded, asked: Questions, cfg: Eval, dev
     first = measure(policy.policy, reference.policy, asked, cfg, device, logps if policy is reference else None)
     drawn = None
     if cfg.task.bon and asked.gold is not None:
-        prompts, conversations, _ = asked.repeated(cfg.task.bon_samples or max(cfg.task.bon))
-        answers, texts = _answer(reference.policy, prompts, asked, cfg, [cfg.seed, 1], device)
-        table = {"ref_logp": divergence.logps(reference.policy, prompts, answers, device, budget=budget)}
-        drawn = Measured(answers, texts, table | {"gold": asked.gold(conversations, answers, texts)}, None)
+        count = cfg.task.bon_samples or max(cfg.task.bon)
+        prompts, drawn = _sampled(reference.policy, asked, cfg, count, [cfg.seed, 1], device)
+        drawn.table["ref_logp"] = divergence.logps(reference.policy, prompts, drawn.answers, device, budget=budget)
     return Baseline(asked, logps, floor, first, drawn)
 
 
@@ -334,19 +334,13 @@ def measure_all(runs: Sequence[Run], asked: dict[str, Questions], ctx: Context) 
     results, items = [], []
     for run in runs:
         own, questions = values[run.folder], asked[data_key(run)]
-        curve = [{name: value[name] for name in ("step", "metrics", "clusters")} for value in own if "step" in value]
-        results.append(
-            {
-                "run": str(run.folder),
-                "settings": run.settings,
-                "prompts": [files.digest(json.dumps(prompt).encode()) for prompt in questions.prompts],
-                "max_new_tokens": questions.sampling.max_new_tokens,
-                "curve": curve,
-                "bon": next((value["best_of_n"] for value in own if "best_of_n" in value), None),
-            }
-        )
-        stored = [item for value in own for item in value.get("items", [])]
-        items += [Item(**item | {"model": str(run.folder)}) for item in stored]
+        about = {"run": str(run.folder), "settings": run.settings}
+        about["prompts"] = [files.digest(json.dumps(prompt).encode()) for prompt in questions.prompts]
+        about["max_new_tokens"] = questions.sampling.max_new_tokens
+        about["curve"] = [{k: value[k] for k in ("step", "metrics", "clusters")} for value in own if "step" in value]
+        about["bon"] = next((value["best_of_n"] for value in own if "best_of_n" in value), None)
+        results.append(about)
+        items += [Item(**item | {"model": about["run"]}) for value in own for item in value.get("items", [])]
     return results, items
 
 
@@ -431,8 +425,7 @@ def _plan(runs: Sequence[Run], asked: dict[str, Questions], cfg: Eval, done: int
         f"{len(of.prompts)} prompts x {cfg.task.samples} answers and {len(of.rows) if of.rows else 0} pairs"
         for of in asked.values()
     )
-    plural = "s" * (len(runs) > 1)
-    return f"{len(runs)} run{plural}, at each checkpoint {' or '.join(sizes)}; {done} of {every} points are done"
+    return f"{counted(len(runs), 'run')}, at each checkpoint {' or '.join(sizes)}; {done} of {every} points are done"
 
 
 def _line(run: Run, values: Sequence[dict], seconds: float) -> str:

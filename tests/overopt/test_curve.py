@@ -308,10 +308,3 @@ def test_what_is_no_curve(curve, message):
     with pytest.raises(UserError) as error:
         overopt.summarise(curve)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_levels_are_positive():
-    """A KL of nothing is no level to compare runs at."""
-    for level in (0, -1, math.nan):
-        with pytest.raises(UserError, match="expected a positive number of nats"):
-            overopt.summarise(make_curve([1.0, 2.0]), levels=[level])
