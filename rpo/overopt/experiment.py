@@ -112,21 +112,17 @@ def read(folder: Path, arms: Sequence[str]) -> list[Group]:
     return groups.group([run for arm in arms for run in selection.read(str(folder / "eval" / arm))])
 
 
-def stopped(group: Group, limits: Limits | None) -> dict[str, list[float]]:
-    """Step and gold of each seed at the last checkpoint before the first that violates `limits`, which may be step 0.
+def stopped(run: dict, limits: Limits | None) -> tuple[float, float]:
+    """(step, gold) of a run at the last checkpoint before the first that violates `limits`, which may be step 0.
 
     None: where gold peaks, as an oracle would; such a maximum of noisy numbers is flattered by the choice.
     """
-    chosen: dict[str, list[float]] = {"step": [], "gold": []}
-    for run in group.runs:
-        step = run["summary"]["step/peak"]
-        if limits:
-            failed = selection.violations(run["curve"], limits)
-            first = next((i for i, reasons in enumerate(failed) if reasons), len(failed))
-            step = run["curve"][max(first - 1, 0)]["step"]
-        chosen["step"].append(step)
-        chosen["gold"] += [value(point, "gold") for point in run["curve"] if point["step"] == step]
-    return chosen
+    if limits is None:
+        return run["summary"]["step/peak"], run["summary"]["gold/peak"]
+    failed = selection.violations(run["curve"], limits)
+    first = next((i for i, reasons in enumerate(failed) if reasons), len(failed))
+    point = run["curve"][max(first - 1, 0)]
+    return point["step"], value(point, "gold")
 
 
 def _cell(values: Sequence[float | None], digits: int = 2, spread: bool = False) -> str:
@@ -166,8 +162,8 @@ def stopping(shown: Sequence[Group]) -> str:
     for group in shown:
         cells = [_cell([run["summary"]["gold/final"] for run in group.runs], spread=True)]
         for limits in rules.values():
-            chosen = stopped(group, limits)
-            cells += [_cell(chosen["gold"], spread=True), _cell(chosen["step"], 0)]
+            steps, golds = zip(*(stopped(run, limits) for run in group.runs), strict=True)
+            cells += [_cell(golds, spread=True), _cell(steps, 0)]
         lines.append([group.label, *cells])
     return _markdown(["gold", "at the end", *(cell for rule in rules for cell in (rule, "step"))], lines)
 

@@ -14,7 +14,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from rpo.overopt.curve import column, distance, value
 from rpo.runs.groups import Group
@@ -52,8 +51,7 @@ def draw_study(groups: Sequence[Group], folder: Path, best_of_n: Sequence[dict] 
     }
     paths = []
     for name, draw in figures.items():
-        figure = draw()
-        if figure is not None:
+        if (figure := draw()) is not None:
             paths.append(folder / f"{name}.png")
             figure.savefig(paths[-1], dpi=130)
             plt.close(figure)
@@ -83,9 +81,8 @@ def _measured(groups: Sequence[Group], *names: str) -> list[Group]:
 
 def _panels(number: int, columns: int, height: float = 3.6) -> tuple[Figure, list[Axes]]:
     rows, columns = -(-number // columns), min(number, columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(5.2 * columns, height * rows), layout="constrained", squeeze=False
-    )
+    size = (5.2 * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for empty in axes.flat[number:]:
         empty.remove()
     return figure, list(axes.flat[:number])
@@ -93,10 +90,9 @@ def _panels(number: int, columns: int, height: float = 3.6) -> tuple[Figure, lis
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """One legend of all panels, below them: it hides no point, however many groups there are."""
-    entries = {}
-    for axes in panels:
-        handles, labels = axes.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
+    entries = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     entries = dict(sorted(entries.items(), key=lambda entry: entry[0] == "reference"))  # last; the rest in their order
     widest = max(map(len, entries), default=1)
     columns = max(1, min(len(entries), int(figure.get_figwidth() * 13 / (widest + 7))))
@@ -112,11 +108,8 @@ def _line(axes: Axes, group: Group, style: dict, x: Callable, name: str) -> None
     """The group's metric `name` against `x` of a curve: its seeds thin, their mean with one standard error."""
     curves = [run["curve"] for run in group.runs]
     common = set.intersection(*({point["step"] for point in curve} for curve in curves))
-    kept = [[i for i, point in enumerate(curve) if point["step"] in common] for curve in curves]
-    x_SC, y_SC = (
-        np.array([of(curve)[rows] for curve, rows in zip(curves, kept, strict=True)])
-        for of in (x, lambda curve: column(curve, name))
-    )
+    kept = [[point for point in curve if point["step"] in common] for curve in curves]
+    x_SC, y_SC = np.array([x(curve) for curve in kept]), np.array([column(curve, name) for curve in kept])
     if len(curves) > 1:
         for curve in curves:
             axes.plot(x(curve), column(curve, name), color=style["color"], ls=style["ls"], alpha=0.3, lw=0.8)
@@ -128,8 +121,9 @@ def _line(axes: Axes, group: Group, style: dict, x: Callable, name: str) -> None
     )
 
 
-def _steps(curve: Sequence[dict]) -> np.ndarray:
-    return np.array([point["step"] for point in curve])
+def _reference(axes: Axes, groups: Sequence[Group]) -> None:
+    start = np.mean([value(run["curve"][0], "gold") for group in groups for run in group.runs])
+    axes.axhline(start, **_REFERENCE, label="reference")
 
 
 def _distance_figure(groups: Sequence[Group], styles: dict, best_of_n: Sequence[dict]) -> Figure | None:
@@ -145,8 +139,7 @@ def _distance_figure(groups: Sequence[Group], styles: dict, best_of_n: Sequence[
         axes.set(xlabel=_DISTANCE, ylabel={"gold": "gold reward", "proxy": "implicit reward (beta x nats)"}[name])
         axes.set_title({"gold": "Gold reward", "proxy": "Proxy: the implicit reward"}[name])
     if "gold" in names:
-        start = np.mean([column(run["curve"], "gold")[0] for group in shown["gold"] for run in group.runs])
-        panels[0].axhline(start, **_REFERENCE, label="reference")
+        _reference(panels[0], shown["gold"])
         if best_of_n:
             d = [point["kl"] ** 0.5 for point in best_of_n]
             gold, error = ([point["gold"][key] or 0 for point in best_of_n] for key in ("value", "se"))
@@ -164,11 +157,11 @@ def _beta_figure(groups: Sequence[Group]) -> Figure | None:
             # The label without its beta: groups that differ in anything else stay apart.
             beta = f" beta {group.loss['beta']:g}"
             lines.setdefault(group.label.replace(beta, "", 1), []).append(group)
-    betas = sorted({group.loss["beta"] for line in lines.values() for group in line})
+    drawn = [group for line in lines.values() for group in line]
+    betas = sorted({group.loss["beta"] for group in drawn})
     if len(betas) < 2:
         return None
     figure, (axes,) = _panels(1, 1, height=4.2)
-    styles = _styles([Group(label, {}, [], []) for label in lines])
     for i, (label, line) in enumerate(lines.items()):
         line = sorted(line, key=lambda group: group.loss["beta"])
         finals = [[column(run["curve"], "gold")[-1] for run in group.runs] for group in line]
@@ -176,13 +169,11 @@ def _beta_figure(groups: Sequence[Group]) -> Figure | None:
         spread = np.array([np.std(final, ddof=1) if len(final) > 1 else 0 for final in finals])
         # Beside one another, so that bars do not hide each other.
         x = np.array([group.loss["beta"] for group in line]) * 1.03 ** (i - (len(lines) - 1) / 2)
-        axes.errorbar(x, mean, spread, label=label, lw=1.8, ms=5, elinewidth=1, capsize=3, **styles[label])
-    start = np.mean([column(r["curve"], "gold")[0] for line in lines.values() for g in line for r in g.runs])
-    axes.axhline(start, **_REFERENCE, label="reference")
+        axes.errorbar(x, mean, spread, label=label, lw=1.8, ms=5, elinewidth=1, capsize=3, **style(i))
+    _reference(axes, drawn)
     axes.set(xscale="log", xlabel="beta", ylabel="gold reward at the end (bars: sd over seeds)")
-    axes.xaxis.set_major_locator(FixedLocator(betas))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([f"{beta:g}" for beta in betas])
+    axes.set_xticks(betas, [f"{beta:g}" for beta in betas])
+    axes.minorticks_off()
     _legend(figure, [axes])
     return figure
 
@@ -197,7 +188,7 @@ def _step_figure(
     figure, panels = _panels(len(shown), columns)
     for axes, (name, label, having) in zip(panels, shown, strict=True):
         for group in having:
-            _line(axes, group, styles[group.label], _steps, name)
+            _line(axes, group, styles[group.label], lambda curve: [point["step"] for point in curve], name)
         if name == "shift/chosen":
             axes.axhline(0, **_REFERENCE)
         axes.set(xlabel="optimizer step", ylabel=label)

@@ -64,11 +64,9 @@ def fit(form: str, d: ArrayLike, gain: ArrayLike) -> dict:
 
     `gain` is R. Points with d = 0 are left out: they are the reference. r2 = 1 - sum of squared residuals / sum of
     squared deviations from the mean, negative where a constant does better. With fewer than three points or a single d
-    every number is None and `reason` says why; else `reason` is None. UserError where a number is not finite.
+    every number is None and `reason` says why; else `reason` is None.
     """
     d, gain = np.asarray(d, dtype=np.float64), np.asarray(gain, dtype=np.float64)
-    if not (np.isfinite(d).all() and np.isfinite(gain).all()):
-        raise UserError(f"form={form}: a distance or a reward is not finite; expected numbers")
     kept = d > 0
     d, gain = d[kept], gain[kept]
     result = {"form": form, "points": len(d)} | dict.fromkeys(("alpha", "beta", "r2", "d_peak", "gain_peak", "reason"))
@@ -93,7 +91,7 @@ def fit_curves(
     a bound on a peak is None where it is at infinity, and there are none of one prompt. Percentiles of few units are
     too narrow: of fewer than about ten runs or twenty prompts they are an indication. Draws that do not determine the
     law are left out. Where step 0 is further than STAYED from the reference nothing is fitted: the laws start
-    there. UserError as `fit`, and where there are no prompts to draw.
+    there. UserError where a number is not finite (`curve.value`), and where there are no prompts to draw.
     """
     d = np.concatenate([distance(curve) for curve in curves])
     gains = [difference(point, curve[0], "gold") for curve in curves for point in curve]

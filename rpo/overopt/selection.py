@@ -94,12 +94,8 @@ def select(curve: Sequence[dict], limits: Limits, *, score: str | None = None, d
     over = sign * gain["value"]
     if over <= gain["se"]:
         why += f"; no better than the reference ({over:.3g} +- {gain['se']:.2g})"
-    return chosen | {
-        "step": curve[i]["step"],
-        "reason": why,
-        "over_reference": over,
-        "over_reference_se": gain["se"],
-    }
+    chosen |= {"step": curve[i]["step"], "reason": why}
+    return chosen | {"over_reference": over, "over_reference_se": gain["se"]}
 
 
 def _gap(a: dict, b: dict, score: str) -> dict:

@@ -154,7 +154,10 @@ def test_one_prompt_has_no_interval():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda c: scaling.fit("rl", [1.0, 2.0, 3.0], [1.0, math.nan, 3.0]), "is not finite"),
+        (
+            lambda c: scaling.fit_curves([make_curve([0, 1, 2, 3], [0, 1, math.nan, 2])], "rl"),
+            "gold=nan; expected a finite",
+        ),
         (lambda c: scaling.fit_curves([c], "rl", over="prompts"), "over=prompts: a checkpoint has no gold per prompt"),
     ],
 )
