@@ -44,6 +44,10 @@ class Member:
     def done(self) -> bool:
         return self.record.state in ("finished", "evaluated")
 
+    def made(self, model: str) -> bool:
+        """Whether the path of a model is in the run's folder."""
+        return f"{model}/".startswith(f"{self.record.folder}/")
+
     def error(self, step: int, metric: str) -> float | None:
         """The standard error of a metric at a step, where task=overopt measured it."""
         points = self.measured["curve"] if self.measured else []
@@ -198,11 +202,10 @@ def _names(read: Results, arms: Sequence[Group]) -> dict[str, str]:
     models = [model for pair in compared(read) for model in pair] if read.task == "compare" else read.models
     models = list(dict.fromkeys(models))
     names = dict(zip(models, groups.short(models), strict=True))
-    for model in models:
-        for arm in arms:
-            for member in arm.members:
-                if f"{model}/".startswith(f"{member.record.folder}/"):
-                    names[model] = f"{arm.short} (run {member.name})" if len(arm.members) > 1 else arm.short
+    for arm in arms:
+        for member in arm.members:
+            own = f"{arm.short} (run {member.name})" if len(arm.members) > 1 else arm.short
+            names |= {model: own for model in models if member.made(model)}
     return names
 
 
@@ -213,12 +216,10 @@ def _not_comparable(evaluations: Sequence[Results]) -> list[str]:
     for each in evaluations:
         ids = {item.id for item in each.items}
         other, theirs = first.setdefault(each.task, (each, ids))
-        if other is each or each.task == "compare":
-            continue
         reasons = ["have no item in common"] if ids and theirs and not ids & theirs else []
         judges = pairing.judged_apart(other.judged_by, each.judged_by)
         reasons += [f"had different judges ({judges})"] if judges else []
-        if reasons:
+        if reasons and each.task != "compare":
             both = f"{other.folder} and {each.folder}, of task={each.task},"
             notes.append(f"{both} {' and '.join(reasons)}: do not compare their numbers")
     return notes
@@ -257,20 +258,17 @@ def _groups(runs: Sequence[RunRecord], measured: dict[str, dict], notes: list[st
         overrides = [f"{key}={value}" for key, value in records[folder].overrides.items()]
         labelled.append((" ".join(overrides) or names[folder], [members[folder]]))
     short, _ = shortened([label for label, _ in labelled])
-    return [
-        Group(label, name, i, own, _verdict(own))
-        for i, (name, (label, own)) in enumerate(zip(short, labelled, strict=True))
-    ]
+    return [Group(label, short[i], i, own, _verdict(own)) for i, (label, own) in enumerate(labelled)]
 
 
-def shortened(labels: Sequence[str]) -> tuple[list[str], list[str]]:
+def shortened(labels: list[str]) -> tuple[list[str], list[str]]:
     """(labels without the settings that all of them have, these settings): of "DPO beta 0.1" and the like."""
     settings = [re.findall(r" ((?:beta|eta|smoothing) \S+|\S+=\S+)", label) for label in labels]
     common = [part for part in settings[0] if all(part in own for own in settings)] if len(labels) > 1 else []
-    short = list(labels)
+    short = labels
     for part in common:
         short = [label.replace(f" {part}", "", 1) for label in short]
-    return (short, common) if len(set(short)) == len(labels) else (list(labels), [])
+    return (short, common) if len(set(short)) == len(labels) else (labels, [])
 
 
 def _is_whole(settings: dict) -> bool:

@@ -178,11 +178,10 @@ def _unjudged_gold(curves: Sequence[Sequence[dict]]) -> str:
 
 
 def _missing(last: dict[str, float], studied: bool) -> list[str]:
-    absent = []
-    if not studied and "gold" not in last:
-        absent.append("the quality of answers (gold, a judge, a benchmark)")
-    if "kl" not in last:
-        absent.append("KL to the reference")
-    if "shift/chosen" not in last:
-        absent.append("held-out pairs")
+    named = {
+        "the quality of answers (gold, a judge, a benchmark)": studied or "gold" in last,
+        "KL to the reference": "kl" in last,
+        "held-out pairs": "shift/chosen" in last,
+    }
+    absent = [name for name, measured in named.items() if not measured]
     return [f"Not measured: {'; '.join(absent)}."] if absent else []

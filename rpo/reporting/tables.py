@@ -100,11 +100,11 @@ def arms(report: Report) -> Table | None:
 
 def _drop(arm: Group) -> Value | None:
     """How far gold fell from its peak: by task=overopt, else by the logs of several seeds."""
-    summaries = [member.measured["summary"] for member in arm.judged if member.measured]
-    summaries = [summary for summary in summaries if summary["gold/drop"] is not None]
-    if len(summaries) > 1:
-        return mean_and_error([summary["gold/drop"] for summary in summaries])
-    of = summaries[0] if summaries else run_verdicts.over_seeds([member.curve for member in arm.judged])
+    measured = [member.measured["summary"] for member in arm.judged if member.measured]
+    known = [summary for summary in measured if summary["gold/drop"] is not None]
+    if len(known) > 1:
+        return mean_and_error([summary["gold/drop"] for summary in known])
+    of = known[0] if known else run_verdicts.over_seeds([member.curve for member in arm.judged])
     return of and (of["gold/drop"], of["gold/drop_se"])
 
 
@@ -112,25 +112,23 @@ def _win_rate(arm: Group, report: Report) -> Value | None:
     """In percent, where an evaluation judged the model of one of the arm's runs."""
     for each in report.evaluations:
         for model, cells in each.models.items():
-            of_arm = any(f"{model}/".startswith(f"{m.record.folder}/") for m in arm.members)
-            if of_arm and "win_rate" in cells and cells["win_rate"]["value"] is not None:
+            cell = cells.get("win_rate", {"value": None})
+            if cell["value"] is not None and any(member.made(model) for member in arm.members):
                 percent = 1 if each.task == "alpaca_eval" else 100
-                value, error = cells["win_rate"]["value"], cells["win_rate"]["se"]
-                return percent * value, error and percent * error
+                return percent * cell["value"], cell["se"] and percent * cell["se"]
     return None
 
 
 def _models(report: Report) -> Table | None:
     """A row per model, a column per evaluation by its first metric of quality."""
-    scored = [
-        (each, metric) for each in report.evaluations if (metric := quality(each)) and each.task not in NOT_OF_MODELS
+    scored = [(each, quality(each)) for each in report.evaluations if each.task not in NOT_OF_MODELS and quality(each)][
+        :4
     ]
-    scored = scored[:4]
     names = {model: each.name(model) for each, _ in reversed(scored) for model in each.models}
     if not names:
         return None
     columns = [_value_cells([each.models.get(m, {}).get(metric) for m in names]) for each, metric in scored]
-    rows = [[Cell(name), *(cells[i] for cells in columns)] for i, name in enumerate(names.values())]
+    rows = [list(row) for row in zip(map(Cell, names.values()), *columns, strict=True)]
     head = ["Model", *(f"{each.task} {metric}" for each, metric in scored)]
     return Table("Models", head, rows, frozenset(range(1, len(head))), "Value \u00b1 standard error.")
 
@@ -142,12 +140,14 @@ def quality(results: Results) -> str | None:
 
 def metrics(report: Report) -> dict[str, dict[str, dict]]:
     """The first screen's numbers as cells of results.json: arm -> metric -> cell, an interval over seeds where there are several."""
-    return {arm.label: {name: _seeds(arm, name) for name in figures.SHOWN if arm.ends(name)} for arm in report.groups}
-
-
-def _seeds(arm: Group, metric: str) -> dict:
-    values, (value, se) = [end[metric] for end in arm.ends(metric)], arm.end(metric)
-    return {"value": value, "se": se, "interval": groups.interval(values)["ci"], "n": len(values), "n_error": 0}
+    arms: dict[str, dict[str, dict]] = {}
+    for arm in report.groups:
+        cells = arms[arm.label] = {}
+        for name in figures.SHOWN:
+            if values := [end[name] for end in arm.ends(name)]:
+                (value, se), interval = arm.end(name), groups.interval(values)["ci"]
+                cells[name] = {"value": value, "se": se, "interval": interval, "n": len(values), "n_error": 0}
+    return arms
 
 
 # ---- runs
@@ -235,15 +235,16 @@ def sources(report: Report) -> Table | None:
     for each in environments(report):
         versions = each["versions"] if isinstance(each.get("versions"), dict) else {}
         ran.append({"code": revision(each), "device": each.get("device"), "python": each.get("python")} | versions)
-    rows = []
+    rows = {}
     for what in dict.fromkeys(key for each in ran for key in each):
         counts = Counter(str(each.get(what)) for each in ran)
-        values = [v if len(counts) == 1 else f"{v} ({count} of {len(ran)})" for v, count in counts.items()]
-        rows += [(what, "; ".join(values))] if set(counts) - {"None"} else []
+        if set(counts) - {"None"}:
+            rows[what] = [v if len(counts) == 1 else f"{v} ({count} of {len(ran)})" for v, count in counts.items()]
     flats = [groups.flat(member.settings) for member in report.members if member.settings]
     for key in ("data.train", "data.eval", "model.path") if flats else ():
-        rows.append((key, "; ".join(dict.fromkeys(_text(flat.get(key)) for flat in flats))))
-    return Table("Versions and sources", ["What", "Value"], [list(map(Cell, row)) for row in rows]) if rows else None
+        rows[key] = dict.fromkeys(_text(flat.get(key)) for flat in flats)
+    cells = [[Cell(what), Cell("; ".join(values))] for what, values in rows.items()]
+    return Table("Versions and sources", ["What", "Value"], cells) if cells else None
 
 
 def revision(environment: dict) -> str:
