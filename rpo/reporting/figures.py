@@ -1,4 +1,4 @@
-"""Figures as SVG text for inside a page: metrics along training, gold against distance, the end against what was swept.
+"""Figures as SVG text for inside a page: metrics along training, gold against distance, intervals of evaluations.
 
 matplotlib draws, with the styles of a study's own figures; colours become the page's variables (--ink, --c0, ...), so that
 one figure is legible on white and on black. Thin lines are seeds, thick ones their mean at the steps that all seeds have;
@@ -20,8 +20,6 @@ from matplotlib.figure import Figure
 
 from rpo.overopt.figures import COLORS, style
 from rpo.reporting.collect import Group
-from rpo.runs import groups
-from rpo.stats import finite
 from rpo.text import clean, number
 
 # Metric: title, unit.
@@ -47,23 +45,22 @@ _HREF = "{http://www.w3.org/1999/xlink}href"
 
 @dataclass(frozen=True)
 class Line:
-    """`points`: (x, y, standard error or None) in the order of x; a faint line is one seed, or (style None) joins arms."""
+    """`points`: (x, y, standard error or None) in the order of x; a faint line is one seed of several."""
 
     label: str
-    style: int | None
+    style: int
     points: Sequence[tuple[float, float, float | None]]
     faint: bool = False
 
 
 @dataclass(frozen=True)
 class Chart:
-    """`ticks`: words at positions of x; `level`: a dotted line at a y, and its name."""
+    """`level`: a dotted line at a y, and its name."""
 
     title: str
     unit: str
     x: str
     lines: Sequence[Line]
-    ticks: Sequence[tuple[float, str]] | None = None
     level: tuple[float, str] | None = None
 
 
@@ -119,32 +116,6 @@ def _lines(arm: Group, name: str, x: Callable[[dict], float | None]) -> list[Lin
     return [*(Line(arm.short, arm.style, [(x(p), p[name], None) for p in c], faint=True) for c in curves), *thick]
 
 
-def against_swept(arms: Sequence[Group], key: str) -> list[Chart]:
-    """The last evaluation against a swept key, its values evenly spaced; arms that differ in it alone are joined."""
-    swept = {arm.label: groups.flat(arm.members[0].settings).get(key) for arm in arms}
-    values = sorted({value for value in swept.values() if finite(value)})
-    charts = []
-    for name in ("gold", "shift/chosen", "rewards/accuracies") if len(values) > 1 else ():
-        joined: list[list[Group]] = []
-        for arm in (arm for arm in arms if arm.end(name) and swept[arm.label] in values):
-            for own in joined:
-                pair = [own[0].members[0].settings, arm.members[0].settings]
-                if set(groups.swept(pair)) <= {key, *groups.SEEDS}:
-                    own.append(arm)
-                    break
-            else:
-                joined.append([arm])
-        lines = []
-        for own in (own for own in joined if len(own) > 1):
-            points = [(float(values.index(swept[arm.label])), *arm.end(name)) for arm in own]
-            lines.append(Line("", None, sorted((x, y, None) for x, y, _ in points), faint=True))
-            lines += [Line(arm.short, arm.style, [point]) for arm, point in zip(own, points, strict=True)]
-        if lines:
-            places = sorted({x for line in lines for x, *_ in line.points})
-            charts.append(Chart(*SHOWN[name], key, lines, ticks=[(x, f"{values[int(x)]:g}") for x in places]))
-    return charts
-
-
 # ---- drawing
 
 
@@ -189,7 +160,7 @@ def swatch(number: int) -> str:
 def _draw_lines(axes, chart: Chart) -> None:
     for line in chart.lines:
         x, y, errors = zip(*line.points, strict=True)
-        own = {"color": _QUIET, "marker": "", "ls": "-"} if line.style is None else style(line.style)
+        own = style(line.style)
         if line.faint:
             lone = own | {"marker": own["marker"] if len(x) == 1 else ""}
             axes.plot(x, y, lw=0.9, alpha=0.4, ms=3, **lone)
@@ -201,9 +172,6 @@ def _draw_lines(axes, chart: Chart) -> None:
         axes.axhline(chart.level[0], color=_INK, lw=0.8, ls=":", zorder=2)
         at = {"xy": (1, chart.level[0]), "xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
         axes.annotate(clean(chart.level[1]), **at, xytext=(0, 1), textcoords="offset points", fontsize=7.5)
-    if chart.ticks:
-        axes.set_xticks([x for x, _ in chart.ticks], [clean(word) for _, word in chart.ticks])
-        axes.set_xlim(-0.4, max(x for x, _ in chart.ticks) + 0.4)
     axes.set_xlabel(clean(chart.x))
 
 

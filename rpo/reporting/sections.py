@@ -11,21 +11,17 @@ from rpo.reporting import eval_verdicts, figures, side_by_side, tables
 from rpo.reporting.collect import Report, Results
 from rpo.reporting.figures import Chart, Forest
 from rpo.reporting.side_by_side import Comparison
-from rpo.runs import groups
 from rpo.text import counted, typeset
 
 
 def layout(report: Report, title: str, sources: Sequence[str], most: int, environment: dict) -> dict[str, Any]:
     """The page of a report on the folders `sources`, with `most` answers side by side per comparison.
 
-    `environment` is that of the report itself. In the page `figure` is the first screen's, `charts` are along training,
-    `swept` has (key, charts of the end against it).
+    `environment` is that of the report itself. In the page `figure` is the first screen's, `charts` are along training.
     """
     counts = [counted(len(report.members), "run"), counted(len(report.evaluations), "evaluation")]
     facts = [", ".join(count for count in counts if not count.startswith("0 ")), ", ".join(sources)]
     facts += [f"{datetime.datetime.now():%Y-%m-%d %H:%M}", f"code {tables.revision(environment)}"]
-    keys = [key for key in tables.swept(report.members) if key not in groups.SEEDS][:2]
-    swept = [(key, figures.against_swept(report.groups, key)) for key in keys]
     commands = [each["command"] for each in tables.environments(report) if isinstance(each.get("command"), list)]
     states = Counter(member.record.state for member in report.members)
     return dict(
@@ -38,7 +34,6 @@ def layout(report: Report, title: str, sources: Sequence[str], most: int, enviro
         groups=report.groups,
         over_seeds=list(map(typeset, eval_verdicts.over_seeds(report.groups))),
         charts=figures.along(report.groups),
-        swept=[(key, charts) for key, charts in swept if charts],
         runs=tables.runs(report) if report.groups else None,
         states=", ".join(f"{count} {state}" for state, count in states.items()),
         evaluations=list(map(_evaluated, report.evaluations)),

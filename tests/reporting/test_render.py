@@ -16,10 +16,10 @@ from tests.helpers.left_behind import items
 from tests.helpers.page_reader import NASTY, Reader
 
 
-def chart(label="DPO", level=None, ticks=None):
+def chart(label="DPO", level=None):
     points = [(0, 2.5, None), (50, 3.5, 0.2), (100, -1.0, 0.4)]
     lines = [Line(label, 0, points), Line(label, 0, points, faint=True)]
-    return Chart(label, label, label, lines, level=level, ticks=ticks)
+    return Chart(label, label, label, lines, level=level)
 
 
 def page(text, table=None, comparisons=None):
@@ -33,11 +33,10 @@ def page(text, table=None, comparisons=None):
         headline=text,
         asides=[text],
         arms=table,
-        figure=chart(text),
+        figure=Forest(text, text, [(text, 1.0, -1.0, 2.0)]),
         groups=[Group(text, text, 0, [], Verdict("overoptimised", text, [text]))],
         over_seeds=[text],
-        charts=[chart(text, (2.5, text), [(0, text), (50, text)])],
-        swept=[(text, [Forest(text, text, [(text, 1.0, -1.0, 2.0)])])],
+        charts=[chart(text, (2.5, text))],
         runs=table,
         states=text,
         evaluations=[{"title": text, "lines": [text], "table": table}],

@@ -52,7 +52,7 @@ def test_a_sweep_of_runs(base, tmp_path, capsys):
     order = [tag for tag, attrs in read.seen if tag in ("table", "figure", "details")]
     assert order[:3] == ["table", "figure", "details"]
     charts = [svg["aria-label"] for svg in read.tags("svg") if svg.get("role") == "img"]
-    assert "against \u221aKL" in charts[0] and any("against loss.eta" in chart for chart in charts)
+    assert "against \u221aKL" in charts[0] and any("against optimizer step" in chart for chart in charts)
     assert "train.py seed=0" in read.text and "abc123" in read.text and "on 500 pairs" in read.text
     printed = capsys.readouterr().out
     assert details["headline"] in printed and "DPO beta 0.01: overoptimised." in printed and "report.html" in printed
