@@ -30,6 +30,7 @@ LARGE = 0.5  # of the gain: where noise leaves room for such a drop, nothing is 
 STAYED = 0.1  # nats: a policy that never was further than this has not left the reference
 SOME = "overoptimised in some seeds"
 ENDED = 0.9  # share of answers: where fewer end of themselves, gold is of cut ones
+_GAPS = [f"gold/{name}{part}" for name in ("drop", "gain", "final_gain") for part in ("", "_se")]
 
 
 def value(point: dict, name: str) -> float | None:
@@ -110,14 +111,12 @@ def summarise(curve: Sequence[dict], levels: Sequence[float] = LEVELS) -> dict[s
     has_kl = value(curve[-1], "kl") is not None
     summary = dict.fromkeys(
         ["gold/reference", "gold/peak", "gold/final", "gold/noise", "gold/drop_z", "step/peak", "step/below_reference"]
-        + [f"gold/{name}{part}" for name in ("drop", "gain", "final_gain") for part in ("", "_se")]
-        + [f"gold/at_{level:g}" for level in levels]
-        + ["kl/peak", "accuracy/peak"]
+        + [*_GAPS, *(f"gold/at_{level:g}" for level in levels), "kl/peak", "accuracy/peak"]
     )
-    summary |= {"checkpoints": len(curve) - 1, "step/final": steps[-1]}
-    summary |= {"kl/final": value(curve[-1], "kl"), "kl/max": float(column(curve, "kl").max()) if has_kl else None}
-    summary |= {"accuracy/final": value(curve[-1], "rewards/accuracies")}
-    summary |= {"shift/chosen": value(curve[-1], "shift/chosen")}
+    summary |= {"checkpoints": len(curve) - 1, "step/final": steps[-1], "kl/final": value(curve[-1], "kl")}
+    summary["kl/max"] = float(column(curve, "kl").max()) if has_kl else None
+    summary["accuracy/final"] = value(curve[-1], "rewards/accuracies")
+    summary["shift/chosen"] = value(curve[-1], "shift/chosen")
     if all(value(point, "gold") is None for point in curve):
         return summary
     gold = column(curve, "gold")
@@ -204,8 +203,7 @@ def _drop(summary: dict, drop: str, end: str) -> str:
 
 def _constant(summary: dict) -> bool:
     """Whether gold did not move at all, on any prompt: noise of training or sampling would have shown."""
-    parts = [f"gold/{name}{part}" for name in ("drop", "gain", "final_gain") for part in ("", "_se")]
-    return summary["step/below_reference"] is None and all(summary[part] == 0 for part in parts)
+    return summary["step/below_reference"] is None and all(summary[entry] == 0 for entry in _GAPS)
 
 
 def verdict(summary: dict) -> str:
@@ -224,12 +222,9 @@ def verdict(summary: dict) -> str:
         case "overoptimised":
             return f"Overoptimised: {_drop(summary, drop, end)}{_beside(summary)}."
         case "none":
-            last = summary["step/peak"] == summary["step/final"]
-            fell = (
-                "is at its highest at the end"
-                if last
-                else f"fell {drop} from its peak; over {significant(bound)} is ruled out"
-            )
+            fell = "is at its highest at the end"
+            if summary["step/peak"] != summary["step/final"]:
+                fell = f"fell {drop} from its peak; over {significant(bound)} is ruled out"
             return f"No overoptimisation seen: gold ended {end} above the reference and {fell}{_beside(summary)}."
         case "under-optimised":
             return f"Under-optimised: the policy never left the reference (KL at most {significant(kl)} nats), nor did gold."
@@ -272,13 +267,14 @@ def group_verdict(summaries: Sequence[dict]) -> str:
     means = dict.fromkeys(summaries[0]) | {key: mean(summary[key] for summary in summaries) for key in shared}
     if means["gold/drop"] is None:
         return f"{head}: not every seed has a gold reward."
-    drop = (
-        f"{significant(means['gold/drop'])} (sd {significant(stdev(summary['gold/drop'] for summary in summaries), 2)})"
-    )
-    over = means["gold/final_gain"]
+
+    def over_seeds(entry: str) -> str:
+        sd = stdev(summary[entry] for summary in summaries)
+        return f"{significant(abs(means[entry]))} (sd {significant(sd, 2)})"
+
+    drop, over = over_seeds("gold/drop"), means["gold/final_gain"]
     if agreed == "overoptimised":
-        end = f"{significant(abs(over))} (sd {significant(stdev(summary['gold/final_gain'] for summary in summaries), 2)})"
-        what = _drop(means, drop, end).replace("at step", "near step")
+        what = _drop(means, drop, over_seeds("gold/final_gain")).replace("at step", "near step")
     elif all(map(_constant, summaries)):
         what = "gold is the same for every answer to a prompt"
     else:

@@ -54,8 +54,8 @@ def identity(spec: str, source: Gold | None) -> bytes:
     (of what it imports nothing), else the name. `source` is what `spec` was read as, None where nothing was."""
     if isinstance(source, RewardModel):
         return source.identity
-    file = Path(spec.rpartition(":")[0]).expanduser()
-    return file.read_bytes() if spec.rpartition(":")[0].endswith(".py") else spec.encode()
+    file, _, _ = spec.rpartition(":")
+    return Path(file).expanduser().read_bytes() if file.endswith(".py") else spec.encode()
 
 
 def embedded(tokenizer: PreTrainedTokenizerBase, weights: config.SyntheticTask) -> Gold:
@@ -154,13 +154,8 @@ class RewardModel:
             raise UserError(f"{self.key}: the checkpoint lacks {sorted(info['missing_keys'])[0]}; it is incomplete")
         self.tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         settings = fingerprint.computed(json.loads(hf_config.to_json_string(use_diff=False)))
-        facts = [
-            fingerprint.weights_digest(model),
-            type(model).__module__,
-            settings,
-            catalog.identity_of(self.tokenizer),
-        ]
-        self.identity = json.dumps([path, *facts], sort_keys=True).encode()
+        weights, reader = fingerprint.weights_digest(model), catalog.identity_of(self.tokenizer)
+        self.identity = json.dumps([path, weights, type(model).__module__, settings, reader], sort_keys=True).encode()
         self.model = model.eval().requires_grad_(False).to(device)
         self.pad = hf_config.get_text_config().pad_token_id  # None: a decoder would not know where a short text ends
         self.positions = getattr(hf_config.get_text_config(), "max_position_embeddings", None) or math.inf

@@ -178,7 +178,7 @@ def _record(folder: Path, settings: dict | None, status: dict) -> RunRecord:
     cells = _sweep(folder.parent)[int(folder.name) :] if folder.name.isdecimal() else []
     own = cells[0] if cells else {}
     not_set = ("cell", "run_dir", "state", "reason")
-    data_report = _object(folder / "data_report.json").get("eval")
+    data_report = _read(folder / "data_report.json", dict).get("eval")
     pairs = data_report.get("kept") if isinstance(data_report, dict) else None
     return RunRecord(
         folder=folder,
@@ -196,25 +196,21 @@ def _record(folder: Path, settings: dict | None, status: dict) -> RunRecord:
 
 def _sweep(folder: Path) -> list[dict]:
     """The rows of the sweep in `folder`; [] where it is none."""
-    table = _read(folder / "sweep.json")
-    return [row for row in table if isinstance(row, dict)] if isinstance(table, list) else []
+    return [row for row in _read(folder / "sweep.json", list) if isinstance(row, dict)]
 
 
 def environment(folder: Path) -> dict[str, Any]:
     """What a run or an evaluation ran with; {} where it left nothing readable."""
-    return _object(folder / "environment.json")
+    return _read(folder / "environment.json", dict)
 
 
-def _object(path: Path) -> dict[str, Any]:
-    value = _read(path)
-    return value if isinstance(value, dict) else {}
-
-
-def _read(path: Path) -> Any:
+def _read(path: Path, kind: type) -> Any:
+    """The JSON value of a file; an empty `kind` where there is none, or one of another kind."""
     try:
-        return run_folder.read_json(path)
+        value = run_folder.read_json(path)
     except (OSError, ValueError, RecursionError):
-        return None
+        value = None
+    return value if isinstance(value, kind) else kind()
 
 
 def _typed(record: RunRecord) -> Run:
