@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rpo import dist
 from rpo.data.formats import Example, Messages, RowError
 from rpo.errors import UserError
 from rpo.text import one_line
@@ -51,12 +52,77 @@ def load_tokenizer(
         raise UserError(f"tokenizer {path}: cannot be loaded ({one_line(error)}); give a folder or Hub name") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {path}: has no EOS token to end a response; set eos_token in tokenizer_config.json")
+    tokenizer = _as_its_file_says(tokenizer, str(path), revision)
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if outside := [name for name in named if name != Path(name).name]:  # saved, each becomes a file of its name
         raise UserError(f"tokenizer {path}: has a chat template called {outside[0]!r}: expected a name without slashes")
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
     return tokenizer
+
+
+# Digits, spaces, contractions, scripts, code and line ends: where pre-tokenizers differ.
+_PROBES = (
+    "in 2024 and 1,234.5",
+    "I'll  don't\tDON'T",
+    "naïve Übung 東京 हिन्दी 🙂",
+    "x_1 = [0]; // a\n\n  b\r\n",
+    " a",
+    "",
+)
+
+
+def _as_its_file_says(tokenizer: PreTrainedTokenizerBase, path: str, revision: str | None) -> PreTrainedTokenizerBase:
+    """`tokenizer`, or its tokenizer.json read as it is where transformers' class for the model gives other ids; it says so."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import cached_file
+
+    if not tokenizer.is_fast or type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(path, "tokenizer.json", revision=revision or "main", **quiet)
+    texts = list(_PROBES)
+    if file is None or tokenize(tokenizer, texts) == [
+        encoding.ids for encoding in Tokenizer.from_file(file).encode_batch(texts, add_special_tokens=False)
+    ]:
+        return tokenizer
+    plain = PreTrainedTokenizerFast.from_pretrained(
+        path, revision=revision or "main"
+    )  # obeys tokenizer_config.json too
+    differing = [text for text in texts if tokenize(tokenizer, [text]) != tokenize(plain, [text])]
+    if not differing:
+        return tokenizer
+    if dist.is_main():
+        name = type(tokenizer).__name__
+        print(
+            f"tokenizer {path}: transformers' {name} gives {differing[0]!r} other ids than tokenizer.json, which is obeyed"
+        )
+    return plain
+
+
+def why_other_ids(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
+    """The first token or id that means something else in the other vocabulary; None where neither contradicts the other."""
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    names = {id: token for token, id in theirs.items()}
+    for token, id in sorted(ours.items(), key=lambda entry: entry[1]):
+        if theirs.get(token, id) != id:
+            return f"{token!r} is {id} in one, {theirs[token]} in the other"
+        if names.get(id, token) != token:
+            return f"{id} is {token!r} in one, {names[id]!r} in the other"
+    return None
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, path: str, revision: str | None, *, key: str, trust: bool
+) -> None:
+    """Raises UserError where the model at `path` comes with a tokenizer that contradicts `tokenizer`: equal size is not enough."""
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in files):
+        return
+    other = load_tokenizer(path, revision=revision, trust_remote_code=trust)
+    if why := why_other_ids(tokenizer, other):
+        raise UserError(f"{key}={path}: its tokenizer maps tokens to other ids ({why}); give a model of one vocabulary")
 
 
 def _template_text(chat_template: str) -> str:

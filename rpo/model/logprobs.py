@@ -21,12 +21,13 @@ TILES = {"cuda": (4096, 8192), "cpu": (1024, 1024)}
 
 
 def response_sums(logps_N: Tensor, length_S: Tensor) -> Tensor:
-    """Each response's summed log-prob, in the dtype of `logps_N` (fp32 or float64).
+    """Each response's summed log-prob, in float64.
 
-    A segmented sum, not index_add: the order of additions is fixed, on CUDA too. In float64, because the sums of a
-    thousand tokens, under policy and reference, are subtracted from each other.
+    A segmented sum, not index_add: the order of additions is fixed, on CUDA too. In float64 up to the margin, because the
+    sums of a thousand tokens, under policy and reference, are subtracted from each other: rounded to fp32 before, margins
+    of an update's size have the wrong sign in a quarter of real pairs.
     """
-    return torch.segment_reduce(logps_N.double(), "sum", lengths=length_S, unsafe=True).to(logps_N.dtype)
+    return torch.segment_reduce(logps_N.double(), "sum", lengths=length_S, unsafe=True)
 
 
 def full_logits(
