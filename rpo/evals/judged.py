@@ -1,12 +1,12 @@
-"""Two models' answers that a judge saw in both orders: an item of either model, and the judge's own cells."""
+"""Two models' answers that a judge saw in both orders: an item of either model, its rates, and the judge's own cells."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from rpo.evals.results import Cells, Item
+from rpo.evals.results import Cells, Item, mean_of
 from rpo.judging import verdicts
+
+LOW = 0.5  # agreement of the two orders below which order decides most items
 
 
 def both_sides(
@@ -47,18 +47,41 @@ def both_sides(
     return sides
 
 
+def rates(items: Sequence[Item]) -> Cells:
+    """The cells of one model by name, in shares.
+
+    win_rate             mean score; for verdicts in words (wins + ties / 2) / all
+    wins, ties, losses   shares of scores above, at and below half; half if the orders disagree
+    """
+    parts = {"wins": lambda score: score > 0.5, "ties": lambda score: score == 0.5, "losses": lambda score: score < 0.5}
+    cells = {
+        name: mean_of(items, lambda item, is_in=is_in: is_in(item.scores["win_rate"])) for name, is_in in parts.items()
+    }
+    return {"win_rate": mean_of(items, "win_rate")} | cells
+
+
 def of_orders(items: Sequence[Item]) -> Cells:
-    """`verdicts.of_orders` of the items of `both_sides` that the judge was asked about."""
+    """The judge's cells by name, in shares, over the items of `both_sides` that it was asked about.
+
+    order_consistency    share of items on which both orders agree
+    first_position       mean score of the answer shown first: .5 without position bias
+    """
     asked = [item for item in items if item.details["judgments"]]
-    agree_N = np.array([bool(item.details["orders_agree"]) for item in asked])
-    first_N = np.array([_first_position(item) for item in asked])
-    failed_N = np.array([item.error is not None for item in asked], dtype=bool)
-    return verdicts.of_orders(agree_N, first_N, [item.cluster for item in asked], failed_N)
+    agree = mean_of(asked, lambda item: item.details["orders_agree"])
+    return {"order_consistency": agree, "first_position": mean_of(asked, _first_position)}
 
 
 def _first_position(item: Item) -> float:
-    """The mean score of the answer shown first, over both orders; NaN where the judgment failed."""
-    if item.error is not None:
-        return np.nan
+    """The mean score of the answer shown first, over both orders."""
     score = {game["shown_first"] == item.model: game["score"] for game in item.details["judgments"]}
     return (score[True] + 1 - score[False]) / 2
+
+
+def position_notes(cells: Cells, name: str) -> list[str]:
+    """A note on a judge whose two orders agree (cell `name`) on fewer than half of the items."""
+    share = cells[name]["value"]
+    if share is None or share >= LOW:
+        return []
+    return [
+        f"{name} is {share:.0%}: this judge's verdict on most items depends on their order; these rates mean little"
+    ]

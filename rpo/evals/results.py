@@ -56,10 +56,14 @@ class Item:
         return self.against and self.against["model"]
 
 
-def mean_of(items: Sequence[Item], metric: str) -> dict[str, Any]:
-    """The cell of one score: its clustered mean over the items that have it, and how many of all failed."""
-    scored = [item for item in items if metric in item.scores]
-    cell = clustered_mean([item.scores[metric] for item in scored], [item.cluster for item in scored])
+def mean_of(items: Sequence[Item], score: str | Callable[[Item], float]) -> dict[str, Any]:
+    """The cell of one score, or of what a function says of each item without an error: its clustered mean, and how many
+    of all failed."""
+    if isinstance(score, str):
+        scored = [(item.scores[score], item.cluster) for item in items if score in item.scores]
+    else:
+        scored = [(score(item), item.cluster) for item in items if item.error is None]
+    cell = clustered_mean([value for value, _ in scored], [cluster for _, cluster in scored])
     return with_errors(cell, sum(item.error is not None for item in items))
 
 

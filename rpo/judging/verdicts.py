@@ -1,7 +1,4 @@
-"""Scores and rates from a judge's replies: letters and ratings, both orders of a pair, rates over many pairs.
-
-Letters: N judged items; a score is NaN if the judgment failed.
-"""
+"""Scores from a judge's replies: letters and ratings, and both orders of a pair."""
 
 import math
 import random
@@ -16,14 +13,12 @@ from rpo.judging import prompts
 from rpo.judging.client import Reply, Request
 from rpo.judging.judge import facts
 from rpo.judging.settings import Judge
-from rpo.stats import clustered_mean, with_errors
 
 _LETTER = re.compile(r"\[\[([ABC])\]\]")
 _RATINGS = (re.compile(r"\[\[([0-9]+\.?[0-9]*)\]\]"), re.compile(r"\[([0-9]+\.?[0-9]*)\]"))
 LOWEST, HIGHEST = 1.0, 10.0  # of MT-Bench's scale
 CUT = "the judge's reply was cut at judge.max_tokens"
 TOP = 5  # log-probs to ask for: the most that the vendor gives to everyone
-LOW = 0.5  # agreement of the two orders below which order decides most items
 
 
 # ---- one reply
@@ -153,44 +148,3 @@ def judged(
     # The trial comes last: of equal requests facts counts the last, and the trial was paid for, not cached.
     about = facts([*requests, *trial], [*replies, *trial_replies], cfg)
     return form, replies, about | {"prompt": "rpo-letter" if form == "logprobs" else templates["pair", False, 1].name}
-
-
-# ---- rates
-
-
-def cell(values_N: np.ndarray, clusters_N: Sequence[str], failed_N: np.ndarray) -> dict:
-    """The clustered mean of the items that did not fail, with the number of those that did."""
-    ok_N = ~failed_N
-    return with_errors(clustered_mean(values_N[ok_N], np.asarray(clusters_N)[ok_N]), int(failed_N.sum()))
-
-
-def rates(score_N: np.ndarray, clusters_N: Sequence[str]) -> dict[str, dict]:
-    """The cells of one model by name, in shares.
-
-    win_rate             mean score; for verdicts in words (wins + ties / 2) / all
-    wins, ties, losses   shares of scores above, at and below half; half if the orders disagree
-    """
-    columns = {"win_rate": score_N, "wins": score_N > 0.5, "ties": score_N == 0.5, "losses": score_N < 0.5}
-    return {name: cell(values_N, clusters_N, np.isnan(score_N)) for name, values_N in columns.items()}
-
-
-def of_orders(
-    agree_N: np.ndarray, first_N: np.ndarray, clusters_N: Sequence[str], failed_N: np.ndarray
-) -> dict[str, dict]:
-    """The judge's cells by name, in shares, over items judged in both orders.
-
-    order_consistency    share of items on which both orders agree
-    first_position       mean score of the answer shown first: .5 without position bias
-    """
-    columns = {"order_consistency": agree_N, "first_position": first_N}
-    return {name: cell(values_N, clusters_N, failed_N) for name, values_N in columns.items()}
-
-
-def position_notes(cells: dict[str, dict], name: str) -> list[str]:
-    """A note on a judge whose two orders agree (cell `name`) on fewer than half of the items."""
-    share = cells[name]["value"]
-    if share is None or share >= LOW:
-        return []
-    return [
-        f"{name} is {share:.0%}: this judge's verdict on most items depends on their order; these rates mean little"
-    ]

@@ -1,6 +1,6 @@
 """Can a judge be trusted? Pairs whose better answer is known, judged in both orders, several times.
 
-RUN/samples.jsonl holds all that it takes, an object per judgment; annotations= reads it again. Letters: N judgments,
+RUN/samples.jsonl holds all that it takes, an object per judgment; annotations= reads it again. Letters:
 M = (pair, repeat) with both orders, K = (pair, order) with all repeats.
 """
 
@@ -20,12 +20,14 @@ from rpo.data.formats import Messages, RowError, is_empty, parse
 from rpo.data.sources import Tally, check_file, open_sources
 from rpo.errors import UserError, require
 from rpo.evals.context import Context
-from rpo.evals.results import Evaluation, Item
+from rpo.evals.judged import position_notes
+from rpo.evals.results import Evaluation, Item, mean_of
 from rpo.evals.settings import Eval, Limit, check_judged, check_subjects, check_words
 from rpo.judging import verdicts
 from rpo.judging.client import Reply, Request
 from rpo.judging.prompts import transcript
-from rpo.judging.verdicts import Shown, cell, position_notes
+from rpo.judging.verdicts import Shown
+from rpo.stats import clustered_mean, with_errors
 
 SIDES = ("chosen", "rejected")
 
@@ -235,44 +237,53 @@ def statistics(judgments: Sequence[Item]) -> dict[str, dict]:
     longer_chosen            share of pairs of unequal lengths whose chosen answer is the longer: what the one above is for a
                              judge that is right. One that is blind to length lies between it and half
     """
-    ids_N, looks = np.array([one.cluster for one in judgments]), [one.details for one in judgments]
-    score_N = np.array([np.nan if look["score"] is None else look["score"] for look in looks])
-    failed_N = np.isnan(score_N)
-    verdict_N = np.where(failed_N, np.nan, _verdict(score_N))
-    longer_N = np.sign([len(look["chosen"]) - len(look["rejected"]) for look in looks])
-    first_N = np.where([look["shown_first"] == "chosen" for look in looks], score_N, 1 - score_N)
 
-    def over(values_N: np.ndarray, some_N: np.ndarray) -> dict:
-        return cell(values_N[some_N], ids_N[some_N], failed_N[some_N])
+    def over(some: Callable[[Item], bool], value: str | Callable[[Item], float] = "accuracy") -> dict:
+        return mean_of([one for one in judgments if some(one)], value)
 
-    def grouped(key: Callable[[Item], tuple], value: Callable[[list[int]], float]) -> dict:
+    def grouped(key: Callable[[Item], tuple], value: Callable[[list[Item]], float]) -> dict:
         """The cell of `value` over groups of judgments with the same key; one failure fails its group."""
         members = defaultdict(list)
-        for i, one in enumerate(judgments):
-            members[key(one)].append(i)
+        for one in judgments:
+            members[key(one)].append(one)
         groups = [group for group in members.values() if len(group) > 1]
-        failed = np.array([bool(failed_N[group].any()) for group in groups], dtype=bool)
-        values = np.array([np.nan if bad else value(group) for group, bad in zip(groups, failed, strict=True)])
-        return cell(values, [ids_N[group[0]] for group in groups], failed)
+        whole = [group for group in groups if not any(one.error for one in group)]
+        cell = clustered_mean([value(group) for group in whole], [group[0].cluster for group in whole])
+        return with_errors(cell, len(groups) - len(whole))
 
-    def same(group: list[int]) -> float:
-        return float(np.mean([verdict_N[i] == verdict_N[j] for i, j in combinations(group, 2)]))
+    def same(group: list[Item]) -> float:
+        return float(np.mean([a.scores == b.scores for a, b in combinations(group, 2)]))
 
     def both_orders(one: Item) -> tuple:
         return _pair_of(one), one.details["repeat"]
 
     cells = {
-        "accuracy": cell(verdict_N, ids_N, failed_N),
-        "accuracy/chosen_longer": over(verdict_N, longer_N > 0),
-        "accuracy/chosen_shorter": over(verdict_N, longer_N < 0),
+        "accuracy": mean_of(judgments, "accuracy"),
+        "accuracy/chosen_longer": over(lambda one: _longer(one) > 0),
+        "accuracy/chosen_shorter": over(lambda one: _longer(one) < 0),
         "swap_agreement": grouped(both_orders, same),
     }
-    if len({look["repeat"] for look in looks}) > 1:
+    if len({one.details["repeat"] for one in judgments}) > 1:
         cells["stability"] = grouped(lambda one: (_pair_of(one), one.details["shown_first"]), same)
-    cells["first_position"] = grouped(both_orders, lambda group: float(first_N[group].mean()))
-    of_longer_N = np.where(longer_N > 0, verdict_N, 1 - verdict_N)
-    cells["longer_preferred"] = over(of_longer_N, (longer_N != 0) & (verdict_N != 0.5))
-    first_of_pair = {_pair_of(one): i for i, one in reversed(list(enumerate(judgments)))}
-    unequal = [i for i in sorted(first_of_pair.values()) if longer_N[i] != 0]
-    cells["longer_chosen"] = cell(longer_N[unequal] > 0, ids_N[unequal], np.zeros(len(unequal), dtype=bool))
-    return cells
+    cells["first_position"] = grouped(both_orders, lambda group: float(np.mean(list(map(_of_first, group)))))
+    cells["longer_preferred"] = over(
+        lambda one: _longer(one) != 0 and one.scores.get("accuracy") != 0.5,
+        lambda one: one.scores["accuracy"] if _longer(one) > 0 else 1 - one.scores["accuracy"],
+    )
+    pairs: dict[str, Item] = {}
+    for one in judgments:
+        pairs.setdefault(_pair_of(one), one)
+    unequal = [one for one in pairs.values() if _longer(one)]
+    chosen = clustered_mean([_longer(one) > 0 for one in unequal], [one.cluster for one in unequal])
+    return cells | {"longer_chosen": with_errors(chosen, 0)}
+
+
+def _longer(one: Item) -> int:
+    """By how many characters the chosen answer is the longer one."""
+    return len(one.details["chosen"]) - len(one.details["rejected"])
+
+
+def _of_first(one: Item) -> float:
+    """The score of the answer shown first."""
+    score = one.details["score"]
+    return score if one.details["shown_first"] == "chosen" else 1 - score

@@ -10,21 +10,18 @@ from dataclasses import replace
 from itertools import product
 from typing import Literal
 
-import numpy as np
-
 from rpo import dist
 from rpo.config import Count, group
 from rpo.data import answers
 from rpo.errors import UserError, require
 from rpo.evals.context import Context
-from rpo.evals.judged import both_sides, of_orders
+from rpo.evals.judged import both_sides, of_orders, position_notes, rates
 from rpo.evals.results import Cells, Evaluation, Item, mean_of
 from rpo.evals.settings import Eval, Limit, check_judged, check_subjects, listed
 from rpo.judging import judge, mt_bench_files, verdicts
 from rpo.judging.client import Reply, Request
 from rpo.judging.mt_bench_files import ModelAnswers, Question
 from rpo.judging.prompts import OURS, Kind, Template, load, pair_turns, single
-from rpo.judging.verdicts import position_notes, rates
 from rpo.text import redacted
 
 # Of the answers, as in FastChat's gen_model_answer; of other categories OTHER.
@@ -302,10 +299,7 @@ def _metrics(kind: str, items: Sequence[Item], met_several: bool, by_opponent: b
 
     metrics = {}
     if not met_several:
-        metrics = {name: mean_of(items, name)}
-        if kind == "pair":
-            score_N = np.array([item.scores.get(name, np.nan) for item in items])
-            metrics = rates(score_N, [item.cluster for item in items])
+        metrics = rates(items) if kind == "pair" else {name: mean_of(items, name)}
     metrics |= of_orders(items) if kind == "pair" else {}
     if not met_several:
         metrics |= by(lambda item: item.details["turn"], "turn_") | by(lambda item: item.details["category"], "")

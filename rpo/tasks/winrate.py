@@ -22,14 +22,14 @@ from rpo.data.formats import Messages, RowError
 from rpo.data.sources import open_sources
 from rpo.errors import UserError, require
 from rpo.evals.context import Context, sampling_of
-from rpo.evals.judged import both_sides, of_orders
-from rpo.evals.results import Evaluation, Item
+from rpo.evals.judged import both_sides, of_orders, position_notes, rates
+from rpo.evals.results import Evaluation, Item, mean_of
 from rpo.evals.settings import Answers, Draws, Eval, check_judged, check_subjects, check_words, listed
 from rpo.files import to_lines, write_atomic
 from rpo.judging import verdicts
 from rpo.judging.length_control import length_controlled
 from rpo.judging.prompts import load
-from rpo.judging.verdicts import Shown, cell, position_notes, rates
+from rpo.judging.verdicts import Shown
 from rpo.stats import clustered_mean, sign_test, with_errors
 from rpo.text import redacted
 
@@ -232,28 +232,25 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
     A prompt whose judgment failed in either order has no score: it is in n_error, and in no mean but that of lengths.
     """
     models, sides = judged[0].models, [_sides(one) for one in judged]
-    firsts = [first for first, _ in sides]
-    ids_N = [one.id for one in judged]
-    length_2N = np.array([[len(one.answers[m]) for one in judged] for m in (0, 1)])
+    items = {model: [both[m] for both in sides] for m, model in enumerate(models)}
+    firsts = items[models[0]]
     score_N = np.array([item.scores.get("win_rate", np.nan) for item in firsts])
-    failed_N = np.isnan(score_N)
+    gap_N = np.array([_gap(item) for item in firsts])
     orders = of_orders(firsts)
-    controlled, _ = length_controlled(score_N, length_2N[1] - length_2N[0], draws=bootstrap, seed=seed)
-    controlled = with_errors(_share(controlled), int(failed_N.sum()))
-    differ_N = np.flatnonzero(length_2N[0] != length_2N[1])
-    longer_N = np.where(length_2N[0] > length_2N[1], score_N, 1 - score_N)[differ_N]
-
-    metrics = {}
-    for m, model in enumerate(models):
-        own = rates(score_N if m == 0 else 1 - score_N, ids_N)
-        metrics[model] = {"win_rate": own.pop("win_rate")}
-        metrics[model]["win_rate/length_controlled"] = controlled if m == 0 else _opposite(controlled)
-        metrics[model] |= own | orders
-        metrics[model]["longer_wins"] = cell(longer_N, np.array(ids_N)[differ_N], failed_N[differ_N])
-        metrics[model]["length"] = with_errors(clustered_mean(length_2N[m], ids_N), 0)
+    controlled, _ = length_controlled(score_N, -gap_N, draws=bootstrap, seed=seed)
+    controlled = with_errors(_share(controlled), int(np.isnan(score_N).sum()))
+    metrics, empty = {}, {}
+    for model, own in items.items():
+        own_rates = rates(own)
+        metrics[model] = {"win_rate": own_rates.pop("win_rate")}
+        metrics[model]["win_rate/length_controlled"] = controlled if own is firsts else _opposite(controlled)
+        metrics[model] |= own_rates | orders
+        metrics[model]["longer_wins"] = mean_of([item for item in firsts if _gap(item)], _longer_wins)
+        lengths = clustered_mean([len(item.response) for item in own], [item.cluster for item in own])
+        metrics[model]["length"] = with_errors(lengths, 0)
+        empty[model] = sum(not item.response.strip() for item in own)
     wins, losses = int((score_N > 0.5).sum()), int((score_N < 0.5).sum())
     even, num_equal = int((score_N == 0.5).sum()), sum(one.answers[0] == one.answers[1] for one in judged)
-    empty = {model: sum(not one.answers[m].strip() for one in judged) for m, model in enumerate(models)}
     p = sign_test(wins, losses)
     notes = [f"sign test: {models[0]} won {wins} and lost {losses} of {len(judged)} prompts, p {p:.2g}"]
     notes += position_notes(orders, "order_consistency") + data_answers.empty_notes(empty, len(judged))
@@ -267,7 +264,16 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
         "empty_answers": empty,
         "equal_answers": num_equal,
     }
-    return Evaluation(metrics, [both[m] for m in (0, 1) for both in sides], notes, details)
+    return Evaluation(metrics, [item for own in items.values() for item in own], notes, details)
+
+
+def _gap(item: Item) -> int:
+    """By how many characters the item's answer is the longer one."""
+    return len(item.response) - len(item.against["response"])
+
+
+def _longer_wins(item: Item) -> float:
+    return item.scores["win_rate"] if _gap(item) > 0 else 1 - item.scores["win_rate"]
 
 
 def _sides(one: Judged) -> list[Item]:
