@@ -59,10 +59,6 @@ class Question:
     category: str
     turns: _Turns
 
-    @property
-    def id(self) -> int:
-        return self.question_id
-
 
 @group
 class _Answer:
@@ -112,7 +108,7 @@ def questions(path: str) -> list[Question]:
     asked, places = [], {}
     for place, row in _rows(path, "question.jsonl"):
         asked.append(read_row(Question, row, place))
-        check_new(places, asked[-1].id, place, f"question {asked[-1].id}")
+        check_new(places, asked[-1].question_id, place, f"question {asked[-1].question_id}")
     return asked
 
 

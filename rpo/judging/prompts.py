@@ -7,7 +7,6 @@ better, "single" for a rating. Texts are inserted in one pass over the template:
 import re
 from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import NamedTuple
 
 from rpo.config import group, read_row
 from rpo.data.formats import Messages
@@ -15,15 +14,16 @@ from rpo.data.sources import check_new, rows_of
 from rpo.errors import UserError
 
 Kind = tuple[str, bool, int]
-MODES, TURNS = ("pair", "single"), (1, 2)
+TURNS = (1, 2)
 
 
-class Template(NamedTuple):
-    """One prompt of a judge; `text` has {fields}."""
+@group
+class Template:
+    """One prompt of a judge; `prompt_template` has {fields}."""
 
     name: str
-    system: str
-    text: str
+    system_prompt: str
+    prompt_template: str
 
 
 # ---- our own wording
@@ -78,7 +78,7 @@ def _ours(mode: str, reference: bool, turns: int) -> Template:
     return Template(name, system + (_VERDICT if mode == "pair" else _RATING), "\n\n".join(parts))
 
 
-OURS: dict[Kind, Template] = {kind: _ours(*kind) for kind in product(MODES, (False, True), TURNS)}
+OURS = {kind: _ours(*kind) for kind in product(("pair", "single"), (False, True), TURNS)}
 
 
 # ---- templates of a file
@@ -93,13 +93,6 @@ _FASTCHAT = {
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w+)\}")  # doubled braces stand for themselves, as in str.format
 
 
-@group
-class _Row:
-    name: str
-    system_prompt: str
-    prompt_template: str
-
-
 def load(path: str, mode: str) -> dict[Kind, Template]:
     """The four templates of a mode, by FastChat's names, from a file with {name, system_prompt, prompt_template} a row.
 
@@ -107,15 +100,15 @@ def load(path: str, mode: str) -> dict[Kind, Template]:
     """
     templates, places = {}, {}
     for place, row in rows_of(path):
-        read = read_row(_Row, row, place)
-        check_new(places, read.name, place, f"template {read.name}")
-        templates[read.name] = Template(read.name, read.system_prompt, read.prompt_template)
+        template = read_row(Template, row, place)
+        check_new(places, template.name, place, f"template {template.name}")
+        templates[template.name] = template
     kinds = product([mode], (False, True), TURNS)
     names = {kind: _FASTCHAT[kind[:2]] + "-multi-turn" * (kind[2] == 2) for kind in kinds}
     for kind, name in names.items():
         if name not in templates:
             raise UserError(f"{path}: has no template {name}; expected {', '.join(names.values())}")
-        present, expected = set(filter(None, _FIELD.findall(templates[name].text))), _fields(kind)
+        present, expected = _fields(templates[name]), _fields(OURS[kind])
         if present != expected:
             faults = [f"lacks {{{field}}}" for field in sorted(expected - present)]
             faults += [f"has unknown {{{field}}}" for field in sorted(present - expected)]
@@ -123,52 +116,40 @@ def load(path: str, mode: str) -> dict[Kind, Template]:
     return {kind: templates[name] for kind, name in names.items()}
 
 
-def _fields(kind: Kind) -> set[str]:
-    mode, reference, turns = kind
-    answers = ("answer_a", "answer_b") if mode == "pair" else ("answer",)
-    fields = {f"{name}_{i}" if turns == 2 else name for name in ("question", *answers) for i in range(1, turns + 1)}
-    return fields | {f"ref_answer_{i}" for i in range(1, turns + 1) if reference}
+def _fields(template: Template) -> set[str]:
+    return set(filter(None, _FIELD.findall(template.prompt_template)))
 
 
 # ---- messages
+
+
+def filled(
+    template: Template,
+    questions: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    references: Sequence[str] | None = None,
+) -> Messages:
+    """The messages about one conversation to rate, or two to compare, of one or two turns each; the last turn is judged."""
+    names = ("answer",) if len(answers) == 1 else ("answer_a", "answer_b")
+    values = {f"ref_answer_{i}": text for i, text in enumerate(references or [], start=1)}
+    for name, column in zip(("question", *names), (questions, *answers), strict=True):
+        turns = enumerate(column, start=1)
+        values |= {name: column[0]} if len(questions) == 1 else {f"{name}_{i}": text for i, text in turns}
+    text = _FIELD.sub(lambda field: values[field[1]] if field[1] else field[0][0], template.prompt_template)
+    return [{"role": "system", "content": template.system_prompt}, {"role": "user", "content": text}]
 
 
 def pair(
     prompt: str | Messages, answer_a: str, answer_b: str, *, templates: Mapping[Kind, Template] = OURS
 ) -> Messages:
     """The messages that ask for [[A]], [[B]] or [[C]] about two answers to one prompt, of any number of turns."""
-    return pair_turns([transcript(prompt)], [answer_a], [answer_b], templates=templates)
+    return filled(templates["pair", False, 1], [transcript(prompt)], [[answer_a], [answer_b]])
 
 
 def letter(prompt: str | Messages, answer_a: str, answer_b: str) -> Messages:
     """As `pair`, but for a single letter, A or B, to be read from the log-probs of the reply's first token."""
     system, user = pair(prompt, answer_a, answer_b)
     return [system | {"content": system["content"].removesuffix(_VERDICT) + _LETTER}, user]
-
-
-def pair_turns(
-    questions: Sequence[str],
-    answers_a: Sequence[str],
-    answers_b: Sequence[str],
-    references: Sequence[str] | None = None,
-    *,
-    templates: Mapping[Kind, Template] = OURS,
-) -> Messages:
-    """The messages about two conversations of one or two turns, each with its own answers; the last is judged."""
-    template = templates["pair", references is not None, len(questions)]
-    return _messages(template, questions, {"answer_a": answers_a, "answer_b": answers_b}, references)
-
-
-def single(
-    questions: Sequence[str],
-    answers: Sequence[str],
-    references: Sequence[str] | None = None,
-    *,
-    templates: Mapping[Kind, Template] = OURS,
-) -> Messages:
-    """The messages that ask for a rating from 1 to 10 of the last answer of one or two turns."""
-    template = templates["single", references is not None, len(questions)]
-    return _messages(template, questions, {"answer": answers}, references)
 
 
 def transcript(prompt: str | Messages) -> str:
@@ -178,16 +159,3 @@ def transcript(prompt: str | Messages) -> str:
     if len(prompt) == 1 and prompt[0]["role"] == "user":
         return prompt[0]["content"]
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in prompt)
-
-
-def _messages(
-    template: Template, questions: Sequence[str], answers: Mapping[str, Sequence[str]], references: Sequence[str] | None
-) -> Messages:
-    columns = {"question": questions} | answers
-    assert all(len(column) == len(questions) for column in columns.values()), columns
-    values = {f"{name}_{i}": text for name, column in columns.items() for i, text in enumerate(column, start=1)}
-    if len(questions) == 1:
-        values = {name: column[0] for name, column in columns.items()}
-    values |= {f"ref_answer_{i}": text for i, text in enumerate(references or [], start=1)}
-    text = _FIELD.sub(lambda field: values[field[1]] if field[1] else field[0][0], template.text)
-    return [{"role": "system", "content": template.system}, {"role": "user", "content": text}]

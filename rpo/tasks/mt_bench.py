@@ -21,7 +21,7 @@ from rpo.evals.settings import Eval, Limit, check_judged, check_subjects, listed
 from rpo.judging import judge, mt_bench_files, verdicts
 from rpo.judging.client import Reply, Request
 from rpo.judging.mt_bench_files import ModelAnswers, Question
-from rpo.judging.prompts import OURS, Kind, Template, load, pair_turns, single
+from rpo.judging.prompts import OURS, Kind, Template, filled, load
 from rpo.text import redacted
 
 # Of the answers, as in FastChat's gen_model_answer; of other categories OTHER.
@@ -81,7 +81,7 @@ def _of_stored(cfg: Eval, asked: Sequence[Question] | None) -> Evaluation:
 
 def _of_answers(cfg: Eval, asked: Sequence[Question], ctx: Context) -> Evaluation:
     kind = "pair" if cfg.task.mode == "pairwise" else "single"
-    questions = {question.id: question for question in asked[: cfg.task.limit]}
+    questions = {question.question_id: question for question in asked[: cfg.task.limit]}
     prompts = cfg.task.prompts
     templates = OURS if prompts is None else load(prompts, kind)
     references = _references(cfg, list(questions.values()))
@@ -108,7 +108,7 @@ def _categories(asked: Sequence[Question] | None, rows: Sequence[dict], cfg: Eva
     numbers = list(dict.fromkeys(row["question_id"] for row in rows))
     known = {number: mt_bench_files.category_of(number) for number in numbers}
     if asked is not None:
-        known = {question.id: question.category for question in asked}
+        known = {question.question_id: question.category for question in asked}
     if unknown := [number for number in numbers if known.get(number) is None]:
         reason = "it is not MT-Bench's (81 to 160)" if asked is None else f"it is not in {cfg.task.questions}"
         raise UserError(
@@ -160,7 +160,7 @@ def _answers(cfg: Eval, asked: Sequence[Question], ctx: Context) -> tuple[list[M
 
 def _check_covers(one: ModelAnswers, asked: Sequence[Question], cfg: Eval) -> None:
     """Raises UserError where the answers are to other questions, or not to all."""
-    numbers = [question.id for question in asked]
+    numbers = [question.question_id for question in asked]
     if unknown := [number for number in one.turns if number not in numbers]:
         raise UserError(
             f"{one.file}: {len(unknown)} of {len(one.turns)} answers are to questions that {cfg.task.questions} does "
@@ -187,7 +187,7 @@ def _generated(cfg: Eval, questions: Sequence[Question], path: str, ctx: Context
         for asked, own, question in zip(conversations, first, questions, strict=True)
     ]
     second = ctx.answer(path, conversations, samplings)
-    turns = {q.id: [a.text, b.text] for q, a, b in zip(questions, first, second, strict=True)}
+    turns = {q.question_id: [a.text, b.text] for q, a, b in zip(questions, first, second, strict=True)}
     file = dist.on_main(mt_bench_files.write_answers, ctx.run_dir / "model_answer", redacted(path), turns)
     return ModelAnswers(redacted(path), str(file), turns), sum(not own.ended for own in (*first, *second))
 
@@ -202,12 +202,12 @@ def _references(cfg: Eval, questions: Sequence[Question]) -> dict[int, list[str]
     known = mt_bench_files.answers(cfg.task.references).turns
     wanting = [question for question in questions if question.category in WITH_REFERENCE]
     for question in wanting:
-        if question.id not in known:
+        if question.question_id not in known:
             raise UserError(
-                f"task.references={cfg.task.references}: has no answer to question {question.id} ({question.category}); "
+                f"task.references={cfg.task.references}: has no answer to question {question.question_id} ({question.category}); "
                 "add it, or give no references"
             )
-    return {question.id: known[question.id] for question in wanting}
+    return {question.question_id: known[question.question_id] for question in wanting}
 
 
 def _asked(
@@ -222,17 +222,16 @@ def _asked(
     rows, requests = [], []
     models = known if kind == "single" else known[:-1]
     for one, turn, question in product(models, range(1, mt_bench_files.TURNS + 1), questions):
-        turns, own = question.turns[:turn], one.turns[question.id][:turn]
-        refs = references[question.id][:turn] if question.id in references else None
-        name = templates[kind, refs is not None, turn].name
-        row = {"question_id": question.id, "turn": turn, "judge": [judge_name, name]}
+        turns, own = question.turns[:turn], one.turns[question.question_id][:turn]
+        refs = references[question.question_id][:turn] if question.question_id in references else None
+        template = templates[kind, refs is not None, turn]
+        row = {"question_id": question.question_id, "turn": turn, "judge": [judge_name, template.name]}
         if kind == "single":
-            asked = [single(turns, own, refs, templates=templates)]
+            asked = [filled(template, turns, [own], refs)]
             row |= {"model": one.model, "user_prompt": asked[0][1]["content"]}
         else:
-            other = known[-1].turns[question.id][:turn]
-            shown = ((own, other), (other, own))
-            asked = [pair_turns(turns, a, b, refs, templates=templates) for a, b in shown]
+            other = known[-1].turns[question.question_id][:turn]
+            asked = [filled(template, turns, both, refs) for both in ((own, other), (other, own))]
             row |= {"model_1": one.model, "model_2": known[-1].model}
             row |= {f"g{game}_user_prompt": asked[game - 1][1]["content"] for game in (1, 2)}
         rows.append(row)

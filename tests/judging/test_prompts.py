@@ -25,7 +25,12 @@ def file_of(path, mode, **changed):
     rows = []
     for kind, name in zip(product([mode], (False, True), (1, 2)), NAMES[mode], strict=True):
         rows.append(
-            {"name": name, "type": mode, "system_prompt": f"system of {name}", "prompt_template": OURS[kind].text}
+            {
+                "name": name,
+                "type": mode,
+                "system_prompt": f"system of {name}",
+                "prompt_template": OURS[kind].prompt_template,
+            }
         )
     rows = [row | changed.get(row["name"].replace("-", "_"), {}) for row in rows]
     write_jsonl(path, rows)
@@ -36,14 +41,15 @@ def file_of(path, mode, **changed):
 def test_texts_are_in_place(reference, turns):
     """Questions, answers and references are all shown, each answer after its own title; nothing is shown that is not asked for."""
     ask, ref = [f"<ask{i}>" for i in range(turns)], [f"<ref{i}>" for i in range(turns)]
+    shown_ref = ref if reference else None
     a, b = [f"<a{i}>" for i in range(turns)], [f"<b{i}>" for i in range(turns)]
-    shown = prompts.pair_turns(ask, a, b, ref if reference else None)
+    shown = prompts.filled(OURS["pair", reference, turns], ask, [a, b], shown_ref)
     text = shown[1]["content"]
     assert [message["role"] for message in shown] == ["system", "user"]
     assert all(part in text for part in [*ask, *a, *b])
     assert all((part in text) == reference for part in ref)
     assert max(map(text.index, a)) < min(map(text.index, b))
-    single = prompts.single(ask, a, ref if reference else None)[1]["content"]
+    single = prompts.filled(OURS["single", reference, turns], ask, [a], shown_ref)[1]["content"]
     assert all(part in single for part in [*ask, *a]) and not any(part in single for part in b)
     assert all((part in single) == reference for part in ref)
 
@@ -51,9 +57,10 @@ def test_texts_are_in_place(reference, turns):
 def test_text_is_put_in_as_it_is():
     """Braces, backslashes, fields' names and verdicts in a text stay in it; swapping the answers swaps them alone."""
     a, b, reference = ([NASTY + number] for number in "123")
-    text = prompts.pair_turns([NASTY], a, b, reference)[1]["content"]
+    template = OURS["pair", True, 1]
+    text = prompts.filled(template, [NASTY], [a, b], reference)[1]["content"]
     assert text.count(NASTY) == 4
-    other = prompts.pair_turns([NASTY], b, a, reference)[1]["content"]
+    other = prompts.filled(template, [NASTY], [b, a], reference)[1]["content"]
     assert len(other) == len(text) and other != text
     assert prompts.pair(NASTY, "", "")[1]["content"].count(NASTY) == 1
 
@@ -128,7 +135,7 @@ def test_prompts_that_gpt4_was_shown():
     """
     folder = Path(os.environ["RPO_TEST_DATA"], "mt_bench")
     templates = prompts.load(str(folder / "judge_prompts.jsonl"), "pair")
-    asked = {question.id: question for question in mt_bench_files.questions(str(folder / "question.jsonl"))}
+    asked = {question.question_id: question for question in mt_bench_files.questions(str(folder / "question.jsonl"))}
     references = mt_bench_files.answers(str(folder / "reference_answer_gpt-4.jsonl")).turns
     count = 0
     for file in sorted((folder / "rpo_repo_model_judgment").glob("gpt-4_pair_*.jsonl.gz")):
@@ -137,10 +144,11 @@ def test_prompts_that_gpt4_was_shown():
             number, turn = row["question_id"], row["turn"]
             questions = asked[number].turns[:turn]
             refs = references[number][:turn] if asked[number].category in ("math", "reasoning", "coding") else None
-            assert row["judge"][1] == templates["pair", refs is not None, turn].name
+            template = templates["pair", refs is not None, turn]
+            assert row["judge"][1] == template.name
             for game in ("g1_user_prompt", "g2_user_prompt"):
-                a, b = (_answers(row[game], who, questions) for who in "AB")
-                messages = prompts.pair_turns(questions, a, b, refs, templates=templates)
+                both = [_answers(row[game], who, questions) for who in "AB"]
+                messages = prompts.filled(template, questions, both, refs)
                 assert messages[1]["content"] == row[game], (number, turn, game)
                 count += 1
     assert count == 640

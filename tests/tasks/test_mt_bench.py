@@ -454,7 +454,9 @@ def real(name):
 def test_categories_by_number_are_the_questions_own():
     """The categories that numbers stand for are those of MT-Bench's question.jsonl, all 80."""
     found = mt_bench_files.questions(str(real("question.jsonl")))
-    assert len(found) == 80 and all(question.category == mt_bench_files.category_of(question.id) for question in found)
+    assert len(found) == 80 and all(
+        question.category == mt_bench_files.category_of(question.question_id) for question in found
+    )
 
 
 @DATA
