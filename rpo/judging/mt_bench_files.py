@@ -130,8 +130,8 @@ def write_answers(folder: Path, model: str, turns: dict[int, list[str]]) -> Path
     rows = []
     for number, texts in turns.items():
         row = {"question_id": number, "answer_id": short_hash([model, number, texts]), "model_id": model}
-        rows.append(row | {"choices": [{"index": 0, "turns": texts}], "tstamp": time.time()})
-    return _write(folder / f"{file_name(model)}.jsonl", rows)
+        rows.append(row | {"choices": [{"index": 0, "turns": texts}]})
+    return write(folder / f"{file_name(model)}.jsonl", rows)
 
 
 def file_name(model: str) -> str:
@@ -167,26 +167,16 @@ def judgments(spec: str | list[str]) -> tuple[str, list[dict]]:
         key = (tuple(names), read.question_id, read.turn)
         check_new(places, key, place, f"question {read.question_id}, turn {read.turn} of {' and '.join(names)}")
         rows.append(row)
-    _check_complete(places, spec)
-    return kind, rows
-
-
-def _check_complete(places: dict[tuple[tuple, int, int], str], spec: str | list[str]) -> None:
-    """Raises UserError if turns were judged only for some models or questions."""
-    models, numbers, turns = (sorted(set(column)) for column in zip(*places, strict=True))
-    expected = list(product(models, numbers, turns))
+    expected = list(product(*(sorted(set(column)) for column in zip(*places, strict=True))))
     if missing := [key for key in expected if key not in places]:
         names, number, turn = missing[0]
         first, share = f"{' and '.join(names)}, question {number}, turn {turn}", f"{len(missing)} of {len(expected)}"
         raise UserError(f"annotations={spec}: {share} judgments are missing, the first of {first}; judge them too")
+    return kind, rows
 
 
-def write_judgments(file: Path, rows: Sequence[dict]) -> Path:
-    """The file of judgments, which `judgments` reads back."""
-    return _write(file, [row | {"tstamp": time.time()} for row in rows])
-
-
-def _write(file: Path, rows: Sequence[dict]) -> Path:
+def write(file: Path, rows: Sequence[dict]) -> Path:
+    """The file of the rows, answers or judgments, each with the time."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, to_lines(rows))
+    write_atomic(file, to_lines(row | {"tstamp": time.time()} for row in rows))
     return file

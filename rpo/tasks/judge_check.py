@@ -17,7 +17,7 @@ import numpy as np
 from rpo.config import Count, EvalData, Share, group, read_row
 from rpo.data import answers
 from rpo.data.formats import Messages, RowError, is_empty, parse
-from rpo.data.sources import Tally, check_file, open_sources
+from rpo.data.sources import Tally, check_file, check_new, open_sources, rows_of
 from rpo.errors import UserError, require
 from rpo.evals.context import Context
 from rpo.evals.judged import position_notes
@@ -187,18 +187,13 @@ def read(spec: str | list[str], limit: int | None) -> list[Item]:
 
     Raises UserError: none, a line of another form, a judgment twice.
     """
-    known: dict[tuple[str, str], tuple[Item, str]] = {}
-    for source in open_sources(spec, None):
-        for number, row in source.rows():
-            place = f"{source.name}:{number}"
-            one = _parse(row, place)
-            if (one.model, one.id) in known:
-                first = known[one.model, one.id][1]
-                raise UserError(f"{place}: {one.model}'s judgment {one.id} is there already ({first}); keep one")
-            known[one.model, one.id] = one, place
-    if not known:
+    judgments, places = [], {}
+    for place, row in rows_of(spec):
+        one = _parse(row, place)
+        check_new(places, (one.model, one.id), place, f"{one.model}'s judgment {one.id}")
+        judgments.append(one)
+    if not judgments:
         raise UserError(f"annotations={spec}: no judgments there; give samples.jsonl of an evaluation by this task")
-    judgments = [one for one, _ in known.values()]
     kept = set(list(dict.fromkeys(map(_pair_of, judgments)))[:limit])
     return [one for one in judgments if _pair_of(one) in kept]
 

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from rpo import dist
 from rpo.config import Count, Field, group, read_row
-from rpo.data import sources
+from rpo.data.sources import check_new, open_sources, rows_of
 from rpo.errors import UserError, require
 from rpo.evals.context import Context, sampling_of
 from rpo.evals.pairing import with_differences
@@ -114,13 +114,11 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 def read(data: str) -> tuple[dict[int, Problem], str]:
     """(problems by task id, digest of the file). Raises UserError where the file is none of MBPP's."""
-    (source,) = sources.open_sources(data, None)
-    problems = {}
+    (source,) = open_sources(data, None)
+    problems, places = {}, {}
     for line, row in source.rows():
-        place = f"task.data={data}:{line}"
-        problem = _problem(row, place)
-        if problem.task_id in problems:
-            raise UserError(f"{place}: task_id {problem.task_id} is there twice; give the data set's mbpp.jsonl")
+        problem = _problem(row, place := f"task.data={data}:{line}")
+        check_new(places, problem.task_id, place, f"task_id {problem.task_id}")
         problems[problem.task_id] = problem
     if missing := [i for i in SHOWN if i not in problems]:
         raise UserError(f"task.data={data}: lacks task_id {missing}, which every prompt shows; give all of mbpp.jsonl")
@@ -181,11 +179,10 @@ def stored(file: str, asked: Sequence[Problem], least: int) -> list[list[str]]:
     Raises UserError: a row that has them not, or a problem with fewer than `least`.
     """
     by_task: dict[int, list[str]] = {problem.task_id: [] for problem in asked}
-    (source,) = sources.open_sources(file, None)
-    for line, row in source.rows():
+    for place, row in rows_of(file):
         texts = [row[name] for name in _PROGRAM if isinstance(row.get(name), str)] if isinstance(row, dict) else []
         if not texts or not isinstance(row.get("task_id"), int):
-            raise UserError(f"outputs={file}:{line}: expected an object with task_id (a number) and {_PROGRAM[0]}")
+            raise UserError(f"outputs={place}: expected an object with task_id (a number) and {_PROGRAM[0]}")
         if row["task_id"] in by_task:  # of the whole data set only the test is asked for
             by_task[row["task_id"]].append(texts[0])
     if few := [i for i, programs in by_task.items() if len(programs) < least]:

@@ -92,7 +92,7 @@ def _of_answers(cfg: Eval, asked: Sequence[Question], ctx: Context) -> Evaluatio
     rows = [row | fill(*own) for row, *own in zip(rows, *(replies[i::games] for i in range(games)), strict=True)]
     name = f"{mt_bench_files.file_name(cfg.judge.model)}_{kind}.jsonl"
     ctx.begin()
-    dist.on_main(mt_bench_files.write_judgments, ctx.run_dir / "model_judgment" / name, rows)
+    dist.on_main(mt_bench_files.write, ctx.run_dir / "model_judgment" / name, rows)
     evaluation = of_judgments(kind, rows, {number: question.category for number, question in questions.items()})
     empty = {one.model: sum(not turn.strip() for number in questions for turn in one.turns[number]) for one in known}
     details |= {"kind": kind, "judge": judge.facts(requests, replies, cfg.judge), "empty_answers": empty}

@@ -8,7 +8,7 @@ nobody is asked about. Letters: N prompts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,8 +18,8 @@ from rpo import dist
 from rpo.config import Field, group, read_row
 from rpo.data import answers as data_answers
 from rpo.data.answers import Output, Outputs
-from rpo.data.formats import Messages, RowError
-from rpo.data.sources import open_sources
+from rpo.data.formats import RowError
+from rpo.data.sources import check_new, rows_of
 from rpo.errors import UserError, require
 from rpo.evals.context import Context, sampling_of
 from rpo.evals.judged import both_sides, of_orders, position_notes, rates
@@ -79,19 +79,22 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     return replace(evaluation, details=details | evaluation.details)
 
 
-@dataclass(frozen=True)
+_Two = Annotated[list[str], Field(min_length=2, max_length=2, description="two texts")]
+
+
+@group
 class Judged:
     """One prompt: both models' answers, and what the judge said with the first model's shown first, then second.
 
-    `verdict` is text or logprobs, `said` two objects with text, top_logprobs, finish_reason and error; None: equal answers.
-    `judge` is the name that was asked.
+    `said` are two objects with text, top_logprobs, finish_reason and error; None: equal answers. `judge` is the name that
+    was asked.
     """
 
-    prompt: str | Messages
-    models: tuple[str, str]
-    answers: tuple[str, str]
-    verdict: str
-    said: tuple[dict, dict] | None
+    prompt: Any  # text or messages
+    models: _Two
+    answers: _Two
+    verdict: Literal["text", "logprobs"]
+    said: Annotated[list[dict], Field(min_length=2, max_length=2, description="two replies")] | None
     judge: str | None
 
     @property
@@ -146,8 +149,8 @@ def _judged(
     said = iter([{field: getattr(reply, field) for field in _SAID} for reply in replies])
     judged = []
     for a, b in pairs:
-        both = None if a.text == b.text else (next(said), next(said))
-        judged.append(Judged(a.prompt, names, (a.text, b.text), verdict, both, cfg.judge.model))
+        both = None if a.text == b.text else [next(said), next(said)]
+        judged.append(Judged(a.prompt, list(names), [a.text, b.text], verdict, both, cfg.judge.model))
     return judged, details
 
 
@@ -162,20 +165,15 @@ def write(file: Path, judged: Sequence[Judged]) -> None:
 def read(spec: str | list[str]) -> list[Judged]:
     """The annotations of one or more files. Raises UserError: none, of another kind, of other models, a prompt twice."""
     judged, places = [], {}
-    for source in open_sources(spec, None):
-        for number, row in source.rows():
-            place = f"{source.name}:{number}"
-            one = _parse(row, place)
-            if judged and (one.models, one.verdict) != (judged[0].models, judged[0].verdict):
-                raise UserError(
-                    f"{place}: of {' and '.join(one.models)} by {one.verdict}, expected {' and '.join(judged[0].models)} by "
-                    f"{judged[0].verdict} as before it; give annotations of one pair of models"
-                )
-            if one.id in places:
-                excerpt = data_answers.excerpt(data_answers.key_of(one.prompt))
-                raise UserError(f"{place}: the prompt {excerpt} is there already ({places[one.id]}); keep one of them")
-            places[one.id] = place
-            judged.append(one)
+    for place, row in rows_of(spec):
+        one = _parse(row, place)
+        if judged and (one.models, one.verdict) != (judged[0].models, judged[0].verdict):
+            raise UserError(
+                f"{place}: of {' and '.join(one.models)} by {one.verdict}, expected {' and '.join(judged[0].models)} by "
+                f"{judged[0].verdict} as before it; give annotations of one pair of models"
+            )
+        check_new(places, one.id, place, f"the prompt {data_answers.excerpt(data_answers.key_of(one.prompt))}")
+        judged.append(one)
     if not judged:
         raise UserError(f"annotations={spec}: no annotations there; give an annotations.jsonl of task=winrate")
     return judged
@@ -189,33 +187,20 @@ class _Reply:
     error: str | None
 
 
-_Two = Annotated[list[str], Field(min_length=2, max_length=2, description="two texts")]
-
-
-@group
-class _Row:
-    models: _Two
-    answers: _Two
-    verdict: Literal["text", "logprobs"]
-    said: Annotated[list[dict], Field(min_length=2, max_length=2, description="two replies")] | None
-    judge: str | None
-
-
 def _parse(row: Any, place: str) -> Judged:
     fields = row if isinstance(row, dict) else {}
     for field, task in {"g1_winner": "mt_bench", "score": "mt_bench", "preference": "alpaca_eval"}.items():
         if field in fields:
             raise UserError(f"{place}: has {field}, as judgments for task={task} have; evaluate it by that task")
-    read = read_row(_Row, row, place)
-    replies = read.said and tuple(vars(read_row(_Reply, reply, f"{place}: said")) for reply in read.said)
+    read = read_row(Judged, row, place)
+    replies = read.said and [vars(read_row(_Reply, reply, f"{place}: said")) for reply in read.said]
     whole = read.answers[0] == read.answers[1] if replies is None else all(set(_SAID) <= set(one) for one in read.said)
     if read.models[0] == read.models[1] or not whole:
         raise UserError(f"{place}: expected two models, and whole replies where their answers differ; fix the row")
     try:
-        prompt = data_answers.prompt_of(row)
+        return replace(read, prompt=data_answers.prompt_of(row), said=replies)
     except RowError as error:
         raise UserError(f"{place}: {error}") from None
-    return Judged(prompt, tuple(read.models), tuple(read.answers), read.verdict, replies, read.judge)
 
 
 # ---- statistics

@@ -292,7 +292,7 @@ def test_bad_annotations(cfg, tmp_path):
         ([good | {"details": good["details"] | {"score": None}}], "expected either a score or an error"),
         ([good | {"details": good["details"] | {"shown_first": "A"}}], "field shown_first: expected chosen.rejected"),
         ([good | {"details": None}], "field details: expected a mapping"),
-        ([good, good], r"stored.jsonl:2: it's judgment .* is there already \(.*stored.jsonl:1\)"),
+        ([good, good], r"stored.jsonl:2: it's judgment .* is there already, at .*stored.jsonl:1"),
     ):
         stored = replace(cfg, annotations=str(write_jsonl(tmp_path / "stored.jsonl", rows)))
         with pytest.raises(UserError, match=message):

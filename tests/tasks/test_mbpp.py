@@ -188,7 +188,7 @@ def test_names_that_tests_know():
     [
         (PROBLEMS[:2], r"lacks task_id \[4\], which every prompt shows; give all of mbpp.jsonl"),
         (PROBLEMS[:3], "has no task_id from 11 to 510, the test; give all"),
-        ([*PROBLEMS, PROBLEMS[3]], ":7: task_id 11 is there twice"),
+        ([*PROBLEMS, PROBLEMS[3]], ":7: task_id 11 is there already, at .*:4"),
         ([{"task_id": "11"}], ":1: field task_id: expected an integer"),
         ([PROBLEMS[0] | {"test_list": []}], ":1: field test_list: expected statements"),
         ([PROBLEMS[0] | {"code": "def f("}], ":1: .*never closed"),

@@ -447,7 +447,7 @@ def stored(**changed):
         ([stored(prompt=None)], "expected the prompt in one of"),
         ([{"question_id": 1, "g1_winner": "tie"}], "task=mt_bench"),
         ([{"instruction": "i", "preference": 1.5}], "task=alpaca_eval"),
-        (["text"], "expected an object with models, answers"),
+        (["text"], "expected an object with prompt, models, answers"),
         (
             [stored(verdict="logprobs", said=[dict(stored()["said"][0], top_logprobs={"A": 10**400})] * 2)],
             "said: field top_logprobs: expected null or a number",
