@@ -291,7 +291,10 @@ class Context:
             return torch.promote_types(shard.compute_dtype(dtype, self.device), torch.float32)
 
         for path, run in zip(self.paths, self.runs, strict=True):
-            then = _recorded_reference(Path(path).parent / "environment.json")
+            then = None  # the digest of the weights that the run had for its reference; an old run does not say
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                environment = run_folder.read_json(Path(path).parent / "environment.json")
+                then = environment["reference"]["train"]["weights"]
             same_width = width(self.cfg.model.dtype) == width(run["model"]["dtype"])  # digests are of all bits
             if same_width and then not in (None, digest):
                 raise UserError(
@@ -387,13 +390,6 @@ class Context:
         self.begin()
         cache = Path(self.cfg.cache_dir).expanduser() / "judgments"
         return judge.ask(requests, self.cfg.judge, cache, self._account)
-
-
-def _recorded_reference(environment: Path) -> str | None:
-    """The digest of the weights that a run had for its reference; None where nothing says so."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        return run_folder.read_json(environment)["reference"]["train"]["weights"]
-    return None
 
 
 def check_room(positions: int, longest: int, max_new_tokens: int, model: str = "") -> None:

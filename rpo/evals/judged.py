@@ -28,9 +28,9 @@ def both_sides(
     both = verdicts.two_orders(*scores)
     sides = []
     for m, model in enumerate(models):
-        own = [score if score is None or m == 0 else 1 - score for score in (*scores, both and both.score)]
+        own = [score if score is None or m == 0 else 1 - score for score in (*scores, both and both[0])]
         judgments = [{"shown_first": models[k], "score": own[k], "reply": reply} for k, reply in enumerate(replies)]
-        agree = both.agree if both and replies else None
+        agree = both[1] if both and replies else None
         sides.append(
             Item(
                 model=model,

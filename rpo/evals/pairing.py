@@ -66,12 +66,13 @@ def with_differences(models: dict[str, Cells], items: Sequence[Item], baseline: 
     if baseline is None:
         return models
     by_model = {model: {item.id: item for item in items if item.model == model} for model in models}
-    paired = {baseline: models[baseline]}
-    for model in models.keys() - {baseline}:
-        metrics = dict.fromkeys(metric for item in by_model[model].values() for metric in item.scores)
-        cells = {f"difference/{name}": pair(by_model[model], by_model[baseline], name).cell() for name in metrics}
-        paired[model] = models[model] | cells
-    return {model: paired[model] for model in models}
+    paired = {}
+    for model, cells in models.items():
+        own = by_model[model] if model != baseline else {}
+        metrics = dict.fromkeys(metric for item in own.values() for metric in item.scores)
+        differences = {f"difference/{name}": pair(own, by_model[baseline], name).cell() for name in metrics}
+        paired[model] = cells | differences
+    return paired
 
 
 # ---- by whom

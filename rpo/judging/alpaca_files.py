@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from rpo.config import Field, Number, group, read_row
+from rpo.config import AfterValidator, Field, Number, group, read_row
 from rpo.data.answers import Outputs, by_key, excerpt
 from rpo.data.formats import Messages
 from rpo.data.sources import check_new, rows_of
@@ -52,7 +52,9 @@ class Judgment:
 # ---- judgments
 
 
-_Whole = Annotated[Number, Field(ge=0, multiple_of=1, description="a whole number, 0 or more")]
+_Whole = Annotated[
+    Number, Field(ge=0, multiple_of=1), AfterValidator(int), Field(description="a whole number, 0 or more")
+]
 _Preference = Annotated[Number, Field(ge=1, le=2)] | Literal[0] | None  # 0: a draw, in the first version's files
 
 
@@ -129,12 +131,12 @@ def _judgment(row: Any, place: str, baseline: Outputs | None, of_baseline: dict)
         if baseline is None:
             raise UserError(f"{place}: names instructions by index alone; give baseline= with its answers")
         if read.index >= len(baseline.rows):
-            raise UserError(f"{place}: index {read.index:g}: {baseline.file} has answers 0 to {len(baseline.rows) - 1}")
-        instruction, own = baseline.rows[int(read.index)].key, baseline.rows[int(read.index)].text
+            raise UserError(f"{place}: index {read.index}: {baseline.file} has answers 0 to {len(baseline.rows) - 1}")
+        instruction, own = baseline.rows[read.index].key, baseline.rows[read.index].text
         if read.generator_1 not in (None, baseline.name):
             fault = f"is of {baseline.name}, not of generator_1={read.generator_1}"
         elif form is _Lengths and read.len_baseline != len(own):
-            fault = f"has an answer of {len(own)} characters, not of len_baseline={read.len_baseline:g}"
+            fault = f"has an answer of {len(own)} characters, not of len_baseline={read.len_baseline}"
     if fault is not None:
         raise UserError(f"{place}: {baseline.file} {fault}; give the file of the baseline that was judged against")
     return read.generator_1, Judgment(
@@ -142,7 +144,7 @@ def _judgment(row: Any, place: str, baseline: Outputs | None, of_baseline: dict)
         instruction=instruction,
         row=0,
         len_baseline=len(own),
-        len_model=int(read.len_model) if form is _Lengths else len(read.output_2),
+        len_model=read.len_model if form is _Lengths else len(read.output_2),
         preference=1.5 if read.preference == 0 else read.preference,
         error="no verdict is stored" if read.preference is None else None,
         baseline_answer=own,
@@ -181,7 +183,7 @@ def read_difficulty(path: str) -> np.ndarray:
     difficulty, places = {}, {}
     for place, row in _csv(path, _Difficulty, first="index"):
         read = read_row(_Difficulty, row, place)
-        check_new(places, read.index, place, f"index {read.index:g}")
+        check_new(places, read.index, place, f"index {read.index}")
         difficulty[read.index] = read.instruction_difficulty
     count = len(difficulty)
     if sorted(difficulty) != list(range(count)):

@@ -91,15 +91,9 @@ def first_score(form: str, reply: Mapping[str, Any]) -> tuple[float | None, str 
 # ---- both orders of a pair
 
 
-class TwoOrders(NamedTuple):
-    """A model's score for one prompt, and whether both orders agree."""
-
-    score: float
-    agree: bool
-
-
-def two_orders(first: float | None, second: float | None) -> TwoOrders | None:
-    """The model's score from its scores in the two orders (1: better, .5: a tie, 0: worse, or a probability).
+def two_orders(first: float | None, second: float | None) -> tuple[float, bool] | None:
+    """(the model's score, whether the orders agree) from its scores in the two (1: better, .5: a tie, 0: worse, or a
+    probability).
 
     Orders agree if both are above half, both below, or both half; the score is then their mean. Otherwise position
     decided, and the score is half. None if either is missing.
@@ -108,7 +102,7 @@ def two_orders(first: float | None, second: float | None) -> TwoOrders | None:
         return None
     assert 0 <= first <= 1 and 0 <= second <= 1, (first, second)
     agree = (first > 0.5) == (second > 0.5) and (first < 0.5) == (second < 0.5)
-    return TwoOrders((first + second) / 2 if agree else 0.5, agree)
+    return ((first + second) / 2 if agree else 0.5), agree
 
 
 class Shown(NamedTuple):
@@ -130,20 +124,18 @@ def judged(
     """
     templates = prompts.OURS if prompts_file is None else prompts.load(prompts_file, "pair")
 
-    def in_words(pair: Shown) -> Request:
-        return Request(prompts.pair(pair.prompt, pair.first, pair.second, templates=templates), repeat=pair.repeat)
+    def request(pair: Shown, form: str) -> Request:
+        if form == "logprobs":
+            return Request(prompts.letter(*pair[:3]), max_tokens=1, top_logprobs=TOP, repeat=pair.repeat)
+        return Request(prompts.pair(*pair[:3], templates=templates), repeat=pair.repeat)
 
-    def by_logprobs(pair: Shown) -> Request:
-        messages = prompts.letter(pair.prompt, pair.first, pair.second)
-        return Request(messages, max_tokens=1, top_logprobs=TOP, repeat=pair.repeat)
-
-    form = cfg.verdict
-    trial = [by_logprobs(pair) for pair in shown[:2]] if form == "auto" and prompts_file is None else []
-    trial_replies = ask(trial) if trial else []
+    form, trial, trial_replies = cfg.verdict, [], []
     if form == "auto":
+        trial = [request(pair, "logprobs") for pair in shown[:2] if prompts_file is None]
+        trial_replies = ask(trial) if trial else []
         scores = [first_score("logprobs", vars(reply))[0] for reply in trial_replies]
         form = "logprobs" if scores and None not in scores else "text"
-    requests = [by_logprobs(pair) if form == "logprobs" else in_words(pair) for pair in shown]
+    requests = [request(pair, form) for pair in shown]
     replies = ask(requests)
     # The trial comes last: of equal requests facts counts the last, and the trial was paid for, not cached.
     about = facts([*requests, *trial], [*replies, *trial_replies], cfg)

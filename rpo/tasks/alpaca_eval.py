@@ -126,7 +126,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     notes = control.notes + control.unweighted(name, list(judged))
     models, items, weights = {}, [], {}
     for model, rows in judged.items():
-        models[model], fitted = metrics(rows, name, control, cfg)
+        models[model], fitted = metrics(rows, name, control, cfg.seed)
         weights[model] = None if fitted is None else vars(fitted)
         if note := models[model].get(control.metric, {}).get("note"):
             notes.append(f"{model}: {control.metric}: {note}")
@@ -302,10 +302,18 @@ class _Control:
         notes = []
         if task.difficulty is not None:
             difficulty = alpaca_files.read_difficulty(task.difficulty)
-            if task.compat == "instruction":
-                place_of = _places(task, len(difficulty), instructions)
-            else:
+            key = f"task.difficulty={task.difficulty}"
+            if task.compat == "row":
                 notes.append("difficulty is matched by row number, which shifts it where a judgment is missing")
+            elif instructions is None:
+                raise UserError(f"{key}: is in the order of the baseline's file; give baseline=, or task.compat=row")
+            elif len(difficulty) != len(instructions):
+                raise UserError(
+                    f"{key}: has {len(difficulty)} difficulties, the baseline has {len(instructions)} instructions; give the "
+                    "file of these instructions, or leave it out for a minimal fit"
+                )
+            else:
+                place_of = {instruction: place for place, instruction in enumerate(instructions)}
         if task.gamed is not None:
             gamed, standin = alpaca_files.read_gamed(task.gamed)
             notes += [f"fitted with a stand-in for df_gamed: {_NOT_OFFICIAL}, though near it"] * standin
@@ -317,17 +325,6 @@ class _Control:
             notes.append(f"{form}, a fit without {without}: {_NOT_OFFICIAL}")
         return cls(task, form, difficulty, place_of, gamed, weights, notes)
 
-    def difficulty_of(self, rows: Sequence[Judgment]) -> np.ndarray | None:
-        if self.difficulty is None:
-            return None
-        places = [row.row if self.place_of is None else self.place_of[row.instruction] for row in rows]
-        if places[-1] >= len(self.difficulty):
-            raise UserError(
-                f"task.difficulty={self.task.difficulty}: has {len(self.difficulty)} rows, {rows[0].model} has a judgment in "
-                f"row {places[-1]}; give the file of these instructions"
-            )
-        return self.difficulty[places]
-
     def unweighted(self, baseline: str, models: Sequence[str]) -> list[str]:
         """What to say of models without stored weights; UserError where none has any, or their baseline."""
         lacking = [model for model in models if self.weights is not None and model not in self.weights]
@@ -338,21 +335,38 @@ class _Control:
             raise UserError(f"{file}: has no row {name}; give the file of weights against {baseline}")
         return [f"no stored weights, and so no length-controlled rate, of {', '.join(lacking)}"] if lacking else []
 
-
-def _places(task: Settings, count: int, instructions: Sequence[str] | None) -> dict[str, int]:
-    key = f"task.difficulty={task.difficulty}"
-    if instructions is None:
-        raise UserError(f"{key}: is in the order of the baseline's file; give baseline=, or task.compat=row")
-    if count != len(instructions):
-        raise UserError(
-            f"{key}: has {count} difficulties, the baseline has {len(instructions)} instructions; give the file of these "
-            "instructions, or leave it out for a minimal fit"
+    def rate(
+        self, rows: Sequence[Judgment], wins_N: np.ndarray, baseline: str, seed: int
+    ) -> tuple[dict, length_control.Weights | None]:
+        """(the length-controlled cell of one model, the weights behind it)."""
+        model, failed, difficulty_N = rows[0].model, int(np.isnan(wins_N).sum()), None
+        cell = {"value": None, "se": None, "interval": None, "n": 0, "n_error": 0}
+        if self.difficulty is not None:
+            places = [row.row if self.place_of is None else self.place_of[row.instruction] for row in rows]
+            if places[-1] >= len(self.difficulty):
+                raise UserError(
+                    f"task.difficulty={self.task.difficulty}: has {len(self.difficulty)} rows, {model} has a judgment in row "
+                    f"{places[-1]}; give the file of these instructions"
+                )
+            difficulty_N = self.difficulty[places]
+        if self.form == "stored":
+            if model not in self.weights:
+                return cell, None
+            weights = length_control.difference(self.weights[model], self.weights[baseline])
+            if self.place_of is not None:  # a prediction for the whole set, judged or not
+                difficulty_N = self.difficulty[: self.task.limit]
+            return cell | {"value": length_control.win_rate(weights, difficulty_N), "n": len(difficulty_N)}, weights
+        if model == baseline:  # by construction, as in the original: theta is what tells the two apart
+            return cell | {"value": 50.0, "se": 0.0, "n": len(rows) - failed, "n_error": failed}, None
+        length_N = np.array([float(row.len_baseline - row.len_model) for row in rows])
+        cell, weights = length_control.length_controlled(
+            wins_N, length_N, difficulty_N, self.gamed, draws=self.task.bootstrap, seed=seed
         )
-    return {instruction: place for place, instruction in enumerate(instructions)}
+        return with_errors(cell, failed), weights
 
 
 def metrics(
-    rows: Sequence[Judgment], baseline: str, control: _Control, cfg: Eval
+    rows: Sequence[Judgment], baseline: str, control: _Control, seed: int
 ) -> tuple[Cells, length_control.Weights | None]:
     """(the cells of one model, the weights behind its length-controlled rate)."""
     wins_N = np.array([np.nan if row.preference is None else row.preference - 1 for row in rows])
@@ -366,9 +380,9 @@ def metrics(
 
     all_N, differ_N = np.full(len(rows), True), np.array([not _equal(row) for row in rows])
     cells = {"win_rate": rate(wins_N, all_N), "discrete_win_rate": rate(_discrete(wins_N), all_N)}
-    controlled, weights = _controlled(rows, wins_N, baseline, control, cfg)
-    if controlled is not None:
-        cells[control.metric] = controlled
+    weights = None
+    if control.form != "none":
+        cells[control.metric], weights = control.rate(rows, wins_N, baseline, seed)
     return cells | {
         "win_rate/shown_first": rate(wins_N, shown_first_N),
         "win_rate/shown_second": rate(wins_N, ~shown_first_N),
@@ -379,31 +393,6 @@ def metrics(
 
 def _discrete(wins_N: np.ndarray) -> np.ndarray:
     return (wins_N > 0.5) + 0.5 * (wins_N == 0.5)
-
-
-def _controlled(
-    rows: Sequence[Judgment], wins_N: np.ndarray, baseline: str, control: _Control, cfg: Eval
-) -> tuple[dict | None, length_control.Weights | None]:
-    model, task, failed = rows[0].model, cfg.task, int(np.isnan(wins_N).sum())
-    if control.form == "none":
-        return None, None
-    difficulty_N = control.difficulty_of(rows)
-    if control.form == "stored":
-        if model not in control.weights:
-            return with_errors({"value": None, "se": None, "interval": None, "n": 0}, 0), None
-        own, of_baseline = control.weights[model], control.weights[baseline]
-        weights = length_control.difference(own, of_baseline)
-        if control.place_of is not None:  # a prediction for the whole set, judged or not
-            difficulty_N = control.difficulty[: task.limit]
-        value = length_control.win_rate(weights, difficulty_N)
-        return with_errors({"value": value, "se": None, "interval": None, "n": len(difficulty_N)}, 0), weights
-    if model == baseline:  # by construction, as in the original: theta is what tells the two apart
-        return with_errors({"value": 50.0, "se": 0.0, "interval": None, "n": len(rows) - failed}, failed), None
-    length_N = np.array([float(row.len_baseline - row.len_model) for row in rows])
-    cell, weights = length_control.length_controlled(
-        wins_N, length_N, difficulty_N, control.gamed, draws=task.bootstrap, seed=cfg.seed
-    )
-    return with_errors(cell, failed), weights
 
 
 def _item(row: Judgment, baseline: str) -> Item:

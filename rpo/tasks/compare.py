@@ -6,7 +6,7 @@ smaller error than two means apart (arXiv 2411.00640).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated, Literal
 
@@ -140,10 +140,7 @@ class Model:
     called: str
     folder: str
     items: dict[str, Item]
-    judged: dict[str, str | None] = field(repr=False)
-
-    def metrics(self) -> list[str]:
-        return list(dict.fromkeys(name for item in self.items.values() for name in item.scores))
+    judged: dict[str, str | None]
 
 
 def _models(evaluations: Sequence[Results]) -> list[Model]:
@@ -194,7 +191,7 @@ def _by_id(own: Sequence[Item], name: str, of: Results) -> dict[str, Item]:
 
 
 def _metrics(models: Sequence[Model], wanted: Sequence[str]) -> list[str]:
-    there = list(dict.fromkeys(name for model in models for name in model.metrics()))
+    there = list(dict.fromkeys(name for model in models for item in model.items.values() for name in item.scores))
     for name in wanted:
         if name not in there:
             raise UserError(f"task.metrics: no item has a score {name}; there are {', '.join(there)}")

@@ -133,8 +133,7 @@ def _judged(
     """Every pair in both orders, task.repeats times, and details about the judge."""
     looks = [(*pair, side, repeat) for pair in pairs for repeat in range(cfg.task.repeats) for side in SIDES]
     shown = [
-        Shown(prompt, chosen, rejected, repeat) if side == "chosen" else Shown(prompt, rejected, chosen, repeat)
-        for prompt, chosen, rejected, side, repeat in looks
+        Shown(prompt, *(both if side == "chosen" else both[::-1]), repeat) for prompt, *both, side, repeat in looks
     ]
     form, replies, details = verdicts.judged(shown, cfg.judge, cfg.task.prompts, ask)
     judgments = []

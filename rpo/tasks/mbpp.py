@@ -14,7 +14,6 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from rpo import dist
@@ -91,17 +90,21 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     return Evaluation(models, items, [_tally(name, own) for name, own in of_model.items()], details)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A row of the data set, and what its tests know by name: the program's functions, and imports."""
-
+@group
+class _Row:
     task_id: int
     text: str
     code: str
-    tests: tuple[str, ...]
-    setup: str
-    names: tuple[str, ...]
-    imports: tuple[str, ...]
+    test_list: Annotated[list[str], Field(min_length=1, description="statements")]
+    test_setup_code: str
+
+
+@group
+class Problem(_Row):
+    """A row of the data set, and what its tests know by name: the program's functions, and imports."""
+
+    names: list[str]
+    imports: list[str]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -127,15 +130,6 @@ def read(data: str) -> tuple[dict[int, Problem], str]:
     return problems, source.digest
 
 
-@group
-class _Row:
-    task_id: int
-    text: str
-    code: str
-    test_list: Annotated[list[str], Field(min_length=1, description="statements")]
-    test_setup_code: str
-
-
 def _problem(row: object, place: str) -> Problem:
     read = read_row(_Row, row, place)
     try:
@@ -155,8 +149,7 @@ def _problem(row: object, place: str) -> Problem:
             defined.add(node.name)
     # A built-in's name is the program's where the data set's solution has a function of that name (`sum`, in one).
     names = sorted(name for name in used if name in defined or not (name in imported or hasattr(builtins, name)))
-    given = read.task_id, read.text, read.code, tuple(read.test_list), read.test_setup_code
-    return Problem(*given, tuple(names), tuple(imports))
+    return Problem(**vars(read), names=names, imports=imports)
 
 
 def prompt(problems: dict[int, Problem], problem: Problem) -> str:
@@ -166,7 +159,7 @@ def prompt(problems: dict[int, Problem], problem: Problem) -> str:
 
 
 def _question(problem: Problem) -> str:
-    tests = "\n".join(problem.tests[:3])
+    tests = "\n".join(problem.test_list[:3])
     return (
         f"You are an expert Python programmer, and here is your task: {problem.text} Your code should pass these "
         f"tests:\n\n{tests}\n{BEGIN}\n"
@@ -225,7 +218,7 @@ def _scored(
                 response=texts[0] if len(texts) == 1 else None,
                 scores={} if error else {f"pass@{k}": pass_at_k(len(own), passed, k) for k in ks},
                 error=error,
-                details={"task_id": problem.task_id, "tests": problem.tests, "programs": of_programs},
+                details={"task_id": problem.task_id, "tests": problem.test_list, "programs": of_programs},
             )
         )
     return items
@@ -247,8 +240,8 @@ def _tried(exams: Sequence[sandbox_run.Exam], limits: sandbox_run.Limits) -> lis
 
 def exam_of(problem: Problem, text: str) -> sandbox_run.Exam:
     """The problem's tests of the program in `text`."""
-    tests, names, imports = map(list, (problem.tests, problem.names, problem.imports))
-    return sandbox_run.Exam(program_of(text), tests, names, problem.setup, imports)
+    known = problem.names, problem.test_setup_code, problem.imports
+    return sandbox_run.Exam(program_of(text), problem.test_list, *known)
 
 
 def program_of(text: str) -> str:

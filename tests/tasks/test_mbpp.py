@@ -180,7 +180,7 @@ def test_names_that_tests_know():
     row = problem(1, "sum", 1) | {"code": "import sys, math\nclass P: pass\ndef sum(x): return x"}
     row["test_list"] = ["assert sum(1) == int('1')", "assert sys.getsizeof(sum(P())) == g"]
     read = mbpp._problem(row, "")
-    assert read.names == ("P", "g", "sum") and read.imports == ("import sys, math",)
+    assert read.names == ["P", "g", "sum"] and read.imports == ["import sys, math"]
 
 
 @pytest.mark.parametrize(
