@@ -32,7 +32,6 @@ from rpo.judging.client import Reply, Request
 from rpo.stats import clustered_mean, with_errors
 from rpo.text import redacted
 
-TOP = 5  # log-probs of the first token that are asked for
 PROMPT = [
     {
         "role": "system",
@@ -175,7 +174,7 @@ def _judged(cfg: Eval, baseline: Outputs, ctx: Context) -> tuple[dict[str, list[
     dist.on_main(_write, ctx.run_dir, "model_outputs.json", official, "generator")
 
     in_letters = cfg.judge.verdict != "text"
-    most, top = (1, TOP) if in_letters else (None, 0)
+    most, top = (1, verdicts.TOP) if in_letters else (None, 0)
     requests = [Request(_shown(template, row), most, top) for row in unjudged if not _equal(row)]
     replies = ctx.ask(requests)
     rows, in_words, replied = [], dict.fromkeys(texts, 0), iter(replies)

@@ -9,7 +9,6 @@ nobody is asked about. Letters: N prompts.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -74,7 +73,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         judged, of_judge = _judged(cfg, pairs, names, ctx.ask)
         details |= {"judge": of_judge}
         ctx.begin()
-        dist.on_main(write, ctx.run_dir / "annotations.jsonl", judged)
+        dist.on_main(write_atomic, ctx.run_dir / "annotations.jsonl", to_lines(map(vars, judged)))
     evaluation = summarise(judged, seed=cfg.seed, bootstrap=cfg.task.bootstrap)
     return replace(evaluation, details=details | evaluation.details)
 
@@ -155,11 +154,6 @@ def _judged(
 
 
 # ---- stored annotations
-
-
-def write(file: Path, judged: Sequence[Judged]) -> None:
-    """One object per prompt, that `read` reads back."""
-    write_atomic(file, to_lines(vars(one) for one in judged))
 
 
 def read(spec: str | list[str]) -> list[Judged]:
