@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from rpo import config, dist, losses
 from rpo.config import Train
-from rpo.data.loader import Loader
+from rpo.data.loader import load_steps
 from rpo.data.schedule import Plan
 from rpo.errors import UserError
 from rpo.model import hf, shard
@@ -92,7 +92,7 @@ def train(cfg: Train) -> str:
         # ---- 3. what the loop reads from and writes to -----------------------------------------------------------
         first = status.step = state.step
         budget = cfg.tokens_per_microbatch
-        loader = Loader(data.train, plan, layout=layout, budget=budget, device=device, start=first)
+        loader = load_steps(data.train, plan, layout=layout, budget=budget, device=device, start=first)
         later.callback(loader.close)
         clock, vote = Throughput(policy.size, device), dist.Vote()
         interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file gets few lines
@@ -134,23 +134,23 @@ def train(cfg: Train) -> str:
 
             # =============================================== one update ===============================================
             watch(f"step {step}")
-            share = next(loader)  # .batches of this rank, .plan with the counts of the whole step
+            share, batches = next(loader)  # of this rank; with the counts of the whole step
             split = {}
             if is_every(cfg.log.gradient_split, step + 1):
                 with clock.paused():
                     split = gradients.gradient_split(
-                        policy.model, reference.live, data.train, share.plan, share.batches, cfg, device
+                        policy.model, reference.live, data.train, share, batches, cfg, device
                     )
                 watch(f"step {step}")
-            for i, batch in enumerate(share.batches, start=1):
-                shard.sync_gradients(policy.model, last=i == len(share.batches), accumulate=cfg.fsdp.accumulate)
-                with guards.naming_memory(data.train, share.plan.microbatches[i - 1][0], cfg):
+            for i, batch in enumerate(batches, start=1):
+                shard.sync_gradients(policy.model, last=i == len(batches), accumulate=cfg.fsdp.accumulate)
+                with guards.naming_memory(data.train, share.microbatches[i - 1][0], cfg):
                     pairs = model_policy.score(policy.model, reference.live, batch.to(device))
                     preference_P, sft_P = losses.objective(
-                        cfg.loss, pairs, step_pairs=share.plan.pairs, step_chosen_tokens=share.plan.chosen_tokens
+                        cfg.loss, pairs, step_pairs=share.pairs, step_chosen_tokens=share.chosen_tokens
                     )
                     # Count first, then divide: by the global number of pairs, known before any backward pass.
-                    loss = (preference_P + sft_P).sum() * (batch.weight / share.plan.pairs)
+                    loss = (preference_P + sft_P).sum() * (batch.weight / share.pairs)
                     # A loss that is not finite makes its gradients so, and the clipped norm tells all ranks at once.
                     (loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)).backward()
                 meter.add(pairs, preference_P.detach(), sft_P.detach(), batch.weight)
@@ -162,9 +162,9 @@ def train(cfg: Train) -> str:
             # ==========================================================================================================
 
             state.step = status.step = step + 1
-            state.pairs += share.plan.pairs
+            state.pairs += share.pairs
             state.evaluated = False
-            clock.count(share.plan)
+            clock.count(share)
             stopped = vote.cast(interrupt.received)
             # Where a checkpoint keeps the sums, an interruption leaves no line that an undisturbed run has not.
             early = stopped and not cfg.checkpoint.every

@@ -10,8 +10,6 @@ Raw numbers go to bench/results/.
 """
 
 import argparse
-import datetime
-import json
 import statistics
 import sys
 import tempfile
@@ -110,12 +108,7 @@ def main() -> None:
     found = summary(measured["rounds"])
     print(f"a checkpoint: {measured['bytes'] / 2**20:.0f} MiB; {args.rounds} rounds of {args.every} steps")
     report.print_table([["", "median"], *([name, f"{value:.3f}"] for name, value in found.items())])
-    now = datetime.datetime.now()
-    record = {"date": now.isoformat(timespec="seconds"), "command": sys.argv, "arguments": vars(args)}
-    record |= {"machine": report.machine(device), "versions": report.versions(), "git": report.git(), "summary": found}
-    path = report.ROOT / "bench" / "results" / f"{now:%Y-%m-%d_%H%M}_{args.device}_{args.model}_checkpoint.json"
-    path.write_text(json.dumps(record | measured) + "\n")
-    print(path.relative_to(report.ROOT))
+    report.write(f"{args.device}_{args.model}_checkpoint", device, arguments=vars(args), summary=found, **measured)
     dist.shutdown()
 
 

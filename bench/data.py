@@ -48,7 +48,8 @@ def made(lengths: str) -> Rows:
     ends = sizes.cumsum().reshape(sizes.shape)
     ids[ends[:, 0] - prompt] = BOS
     ids[ends[:, 1:] - 1] = EOS
-    return _rows(ids, sizes, f"{lengths} made from seed {SEED}")
+    parts = np.split(ids, ends.ravel()[:-1])
+    return Rows.of(list(zip(parts[::3], parts[1::3], parts[2::3], strict=True)), f"{lengths} made from seed {SEED}")
 
 
 def real(lengths: str) -> Rows:
@@ -85,15 +86,7 @@ def real(lengths: str) -> Rows:
         encoded = [[BOS, *tokenizer.encode(prompt).ids], *([*tokenizer.encode(r).ids, EOS] for r in responses)]
         if len(encoded[0]) + max(map(len, encoded[1:])) <= MAX_LENGTH:
             triples.append(encoded)
-    ids = np.array([i for triple in triples for part in triple for i in part], dtype=np.int32)
-    sizes = np.array([[len(part) for part in triple] for triple in triples], dtype=np.int32)
-    return _rows(ids, sizes, str(path))
-
-
-def _rows(ids: np.ndarray, sizes: np.ndarray, name: str) -> Rows:
-    nowhere = np.zeros(len(sizes), dtype=np.int32)
-    line = np.arange(1, len(sizes) + 1, dtype=np.int32)
-    return Rows(ids, *np.ascontiguousarray(sizes.T), file=nowhere, line=line, files=(name,))
+    return Rows.of(triples, str(path))
 
 
 def sha256(rows: Rows) -> str:
@@ -115,6 +108,4 @@ def describe(rows: Rows) -> str:
 
 def first(rows: Rows, count: int) -> Rows:
     """The first `count` pairs, from the beginning again where there are fewer."""
-    picked = [part for i in range(count) for part in rows.row(i % len(rows))]
-    sizes = np.array([len(part) for part in picked], dtype=np.int32).reshape(count, 3)
-    return _rows(np.concatenate(picked), sizes, rows.files[0])
+    return Rows.of([rows.row(i % len(rows)) for i in range(count)], rows.files[0])

@@ -13,7 +13,6 @@ Starts are forked from a server that has imported everything: real processes, wh
 """
 
 import argparse
-import datetime
 import json
 import math
 import multiprocessing
@@ -402,22 +401,12 @@ def main() -> None:
         print(f"max |difference| of {name}: {value:g}")
     print("\n".join(done.problems) or "no kill lost more than its start's bound, and none damaged a checkpoint")
     if args.json:
-        _record(args, total, done)
+        import torch
+
+        from bench import report
+
+        report.write(f"cpu_kill_{args.ranks}_ranks", torch.device("cpu"), steps=total, **asdict(done))
     sys.exit(int(bool(done.problems) or any(done.differences.values())))
-
-
-def _record(args: argparse.Namespace, total: int, done: Campaign) -> None:
-    import torch
-
-    from bench import report
-
-    now = datetime.datetime.now()
-    record = {"date": now.isoformat(timespec="seconds"), "command": sys.argv, "steps": total}
-    record |= {"machine": report.machine(torch.device("cpu")), "versions": report.versions(), "git": report.git()}
-    path = ROOT / "bench" / "results" / f"{now:%Y-%m-%d_%H%M}_cpu_kill_{args.ranks}_ranks.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record | asdict(done)) + "\n")
-    print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":

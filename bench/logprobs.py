@@ -11,11 +11,7 @@ Shapes: N scored tokens, D model width, V vocabulary entries. Raw numbers go to 
 """
 
 import argparse
-import datetime
-import importlib.metadata
-import importlib.util
 import itertools
-import json
 import math
 import os
 import sys
@@ -315,16 +311,7 @@ def main() -> None:
             print(f"left out: {line}", flush=True)
     print()
     long = long_memory(device)
-
-    now = datetime.datetime.now()
-    record = {"date": now.isoformat(timespec="seconds"), "command": sys.argv, "arguments": vars(args), "machine": where}
-    kernels = [name for name in ("liger_kernel", "triton") if importlib.util.find_spec(name)]
-    record |= {"versions": report.versions() | {name: importlib.metadata.version(name) for name in kernels}}
-    record |= {"git": report.git(), "dtypes": measured, "long": long}
-    path = report.ROOT / "bench" / "results" / f"{now:%Y-%m-%d_%H%M}_{args.device}_logprobs.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record) + "\n")
-    print(path.relative_to(report.ROOT))
+    report.write(f"{args.device}_logprobs", device, arguments=vars(args), dtypes=measured, long=long)
 
 
 if __name__ == "__main__":

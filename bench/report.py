@@ -1,7 +1,9 @@
 """Raw times into rates, ratios and tables; and what was measured on: machine, versions, peak."""
 
+import datetime
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import statistics
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 
 from bench.systems import Work, cross_entropy_flops, dense_rows, size_of, timed
+from rpo import text
 from rpo.training import meter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +67,7 @@ def machine(device: torch.device) -> dict:
 
 
 def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "numpy", "trl", "accelerate", "datasets")
+    names = ("torch", "transformers", "numpy", "trl", "accelerate", "datasets", "liger_kernel", "triton")
     found = {name: importlib.metadata.version(name) for name in names if importlib.util.find_spec(name)}
     return {"python": platform.python_version()} | found
 
@@ -77,6 +80,17 @@ def git() -> dict:
         "commit": ask("rev-parse", "HEAD"),
         "dirty": bool(ask("status", "--porcelain", "--", ".", ":!bench/results")),
     }
+
+
+def write(name: str, device: torch.device, **measured: object) -> None:
+    """Writes bench/results/TIME_`name`.json: what was `measured`, when, by which command and on what."""
+    now = datetime.datetime.now()
+    record = {"date": now.isoformat(timespec="seconds"), "command": sys.argv, "machine": machine(device)}
+    record |= {"versions": versions(), "git": git()} | measured
+    path = ROOT / "bench" / "results" / f"{now:%Y-%m-%d_%H%M}_{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record) + "\n")
+    print(path.relative_to(ROOT))
 
 
 # ---- steps
@@ -191,11 +205,6 @@ def _number(value: float | None) -> str:
 
 
 def print_table(rows: list[list[str]]) -> None:
+    """Without the columns that have a title alone."""
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    for row in zip(*columns, strict=True):
-        print(
-            "  ".join(
-                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-        )
+    print(text.table(list(zip(*columns, strict=True)), align=">"))

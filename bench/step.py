@@ -14,11 +14,9 @@ padded+live; its last losses no further from the twin's than other seeds' are. R
 """
 
 import argparse
-import datetime
 import gc
 import importlib.util
 import itertools
-import json
 import math
 import os
 import resource
@@ -37,7 +35,7 @@ import torch
 from torch import Tensor
 
 from bench import data, report
-from bench.report import BEST, CEILING, ROOT, Cells, Result, say
+from bench.report import BEST, CEILING, Cells, Result, say
 from bench.systems import DPO, MODELS, CrossEntropy, Ours, Work, build, timed
 from rpo import dist
 from rpo.errors import UserError
@@ -330,17 +328,19 @@ def main() -> None:
     else:
         summary = report.show_steps(measured["systems"], args.systems[0], peak, args.lengths, device)
 
-    now = datetime.datetime.now()
-    record = {"date": now.isoformat(timespec="seconds"), "command": sys.argv, "arguments": vars(args), "machine": where}
-    record |= {"versions": report.versions(), "git": report.git(), "peak_flops": peak, "peak_flops_is": how}
-    record |= {"data": {"name": rows.files[0], "sha256": digest, "pairs": len(rows)}, "summary": summary}
-    record["process_rss_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"peak RSS of the process, all systems together: {record['process_rss_gib']:.1f} GiB")
-    name = f"{now:%Y-%m-%d_%H%M}_{args.device}_{args.model}_{args.lengths}{'_sweep' * bool(args.sweep)}.json"
-    path = ROOT / "bench" / "results" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record | measured) + "\n")
-    print(path.relative_to(ROOT))
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"peak RSS of the process, all systems together: {rss:.1f} GiB")
+    report.write(
+        f"{args.device}_{args.model}_{args.lengths}{'_sweep' * bool(args.sweep)}",
+        device,
+        arguments=vars(args),
+        peak_flops=peak,
+        peak_flops_is=how,
+        data={"name": rows.files[0], "sha256": digest, "pairs": len(rows)},
+        summary=summary,
+        process_rss_gib=rss,
+        **measured,
+    )
     dist.shutdown()
 
 

@@ -10,7 +10,7 @@ import os
 import types
 import typing
 from collections.abc import Collection
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -384,9 +384,7 @@ def to_yaml(cfg: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(redacted(to_dict(cfg))))
 
 
-def to_dict(cfg: Any) -> dict:
-    """The settings as nested plain dicts (JSON types)."""
-    return {f.name: to_dict(v) if is_dataclass(v := getattr(cfg, f.name)) else v for f in fields(cfg)}
+to_dict = asdict  # the settings as nested plain dicts (JSON types)
 
 
 def may_change(cls: Any, prefix: str = "") -> set[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rpo.errors import UserError
+from rpo.errors import UserError, fixable
 
 DIGITS = 16  # hexadecimal digits of a digest that are kept: 64 bits
 
@@ -38,9 +38,8 @@ def to_lines(rows: Iterable[dict]) -> str:
 def parse_lines(text: str) -> tuple[list[dict], int]:
     """(the objects of JSON lines, how many lines hold none): a killed writer leaves the last one half written."""
     objects, broken = [], 0
-    for line in filter(
-        str.strip, text.split("\n")
-    ):  # not splitlines, which splits at characters that JSON leaves in a text
+    # Not splitlines, which splits at characters that JSON leaves in a text.
+    for line in filter(str.strip, text.split("\n")):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
@@ -75,12 +74,9 @@ class JsonLines:
 
 def short_hash(*parts: str | bytes | list | dict) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of text, bytes and JSON values, each counted with its length."""
-    whole = hashlib.sha256()
-    for part in parts:
-        part = json.dumps(part) if isinstance(part, list | dict) else part
-        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        whole.update(len(data).to_bytes(8, "big") + data)
-    return whole.hexdigest()[:DIGITS]
+    texts = [json.dumps(part) if isinstance(part, list | dict) else part for part in parts]
+    encoded = [text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text for text in texts]
+    return sha256(*(len(data).to_bytes(8, "big") + data for data in encoded))[:DIGITS]
 
 
 def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
@@ -91,7 +87,7 @@ def read_arrays(folder: Path) -> tuple[dict[str, np.ndarray], dict] | None:
         if not all(re.fullmatch(r"\w{1,64}", name) for name in names):  # ../../x would be read from elsewhere
             return None
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in names}
-        return (arrays, report) if checksum == _checksum(arrays) else None
+        return (arrays, report) if checksum == sha256(*arrays.values()) else None
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:  # a disk that does not answer is no reason to remake, or to delete, what is on it
@@ -106,16 +102,12 @@ def write_arrays(folder: Path, arrays: dict[str, np.ndarray], report: dict) -> N
     """Writes beside `folder` and renames: a reader sees all or nothing, a damaged folder is replaced, and of two
     writers (same content: the folder's name is its hash) the first stays."""
     fresh = folder.with_name(f".new-{uuid.uuid4().hex}")
-    try:
+    with fixable(f"cache_dir={folder.parent}: cannot be written", "; use another folder"):
         fresh.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"cache_dir={folder.parent}: cannot be written ({error.strerror}); use another folder"
-        ) from None
     try:
         for name, array in arrays.items():
             np.save(fresh / f"{name}.npy", array)
-        contents = {**report, "arrays": list(arrays), "checksum": _checksum(arrays)}
+        contents = {**report, "arrays": list(arrays), "checksum": sha256(*arrays.values())}
         (fresh / "report.json").write_text(json.dumps(contents))
         if folder.exists() and read_arrays(folder) is None:
             folder.rename(fresh / "damaged")
@@ -136,16 +128,19 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _checksum(arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays.values():
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()
-
-
-def digest(*parts: np.ndarray | bytes) -> str:
-    """`sha256 XXXXXXXXXXXXXXXX` of arrays or bytes, to tell whether a file still holds what the run started with."""
+def sha256(*parts: np.ndarray | bytes) -> str:
+    """Of arrays and bytes, end to end."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(np.ascontiguousarray(part) if isinstance(part, np.ndarray) else part)
-    return f"sha256 {whole.hexdigest()[:16]}"
+    return whole.hexdigest()
+
+
+def digest(*parts: np.ndarray | bytes) -> str:
+    """`sha256 XXXXXXXXXXXXXXXX`, to tell whether a file still holds what the run started with."""
+    return f"sha256 {sha256(*parts)[:DIGITS]}"
+
+
+def key_of(facts: dict) -> str:
+    """A name for what depends on `facts`, JSON values whose order does not matter: of a folder in a cache."""
+    return sha256(json.dumps(facts, sort_keys=True).encode())[:DIGITS]

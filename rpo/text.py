@@ -43,13 +43,10 @@ def redacted(value: Any) -> Any:
 
 def _in_environment() -> list[str]:
     """Longest first: one may be part of another. A file that is there is where a secret lies, not the secret."""
-    values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name) and not _is_file(value)]
+    values = [value for name, value in os.environ.items() if _SECRET_NAME.search(name)]
+    values = [value for value in values if not (value.startswith("/") and os.path.exists(value))]
     lines = {line.strip() for value in values for line in value.splitlines()}
     return sorted((line for line in lines if len(line) >= LEAST), key=len, reverse=True)
-
-
-def _is_file(value: str) -> bool:
-    return value.startswith("/") and os.path.exists(value)
 
 
 def human(size: int) -> str:

@@ -3,7 +3,8 @@
 In reading order:
     sources      files and data sets to raw rows with their line numbers
     formats      a raw row, whichever form it has, to an Example
-    tokenizer    chat templates, BOS, end of turn
+    chat         what a chat template renders, and what it leaves out
+    tokenizer    texts to ids: BOS, end of turn, the border between prompt and response
     dataset      tokenised rows, cached and reported: Rows, Splits
     batch        rows to a Batch, padded or packed
     schedule     which rows make up step k, and how ranks and micro-batches divide them

@@ -4,8 +4,8 @@ Three forms of answers are read: AlpacaEval's model_outputs ({instruction, outpu
 ({messages, response, model}), and {prompt, response | output | completion} with a prompt in text or messages.
 """
 
-import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Any
 from rpo.data.formats import Messages, RowError, bad_row, parse_prompt
 from rpo.data.sources import open_sources, parse_rows, rows_of
 from rpo.errors import UserError
-from rpo.files import to_lines
+from rpo.files import DIGITS, sha256, to_lines
 
 _TEXT_FIELDS = ("response", "output", "completion")
 _MODEL_FIELDS = ("generator", "model")
@@ -58,8 +58,8 @@ def key_of(prompt: str | Messages) -> str:
 
 
 def id_of(key: str) -> str:
-    """The first 16 hexadecimal digits of the key's SHA-256."""
-    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    """The first hexadecimal digits of the key's SHA-256."""
+    return sha256(key.encode("utf-8", "surrogatepass"))[:DIGITS]
 
 
 def read(spec: str) -> Outputs:
@@ -81,21 +81,17 @@ def read_models(spec: str) -> list[Outputs]:
     Raises UserError for a file without answers and a row of none of the forms.
     """
     outputs: dict[str, list[Output]] = {}
+    stem = re.sub(r"(?<=.)\.[^.]*$", "", Path(spec).name.removesuffix(".gz"))
     for place, row in rows_of(spec):
         try:
             output = _parse(row)
         except RowError as error:
             raise UserError(f"{place}: {error}") from None
         name = next((str(row[field]) for field in _MODEL_FIELDS if row.get(field) is not None), "")
-        outputs.setdefault(name or _stem(spec), []).append(output)
+        outputs.setdefault(name or stem, []).append(output)
     if not outputs:
         raise UserError(f"{spec}: holds no answers; give a file with one for each prompt")
     return [Outputs(name, spec if len(outputs) == 1 else f"{spec} ({name})", own) for name, own in outputs.items()]
-
-
-def _stem(spec: str) -> str:
-    name = Path(spec).name.removesuffix(".gz")
-    return name.rpartition(".")[0] or name
 
 
 def _parse(row: Any) -> Output:

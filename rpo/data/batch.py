@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from rpo.errors import UserError
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
+
+    from rpo.data.dataset import Rows
 
 
 @dataclass(frozen=True)
@@ -74,35 +76,20 @@ def segments_of(lengths: np.ndarray) -> Segments:
     )
 
 
-class RowsLike(Protocol):
-    """The part of `dataset.Rows` that batches need: lengths P, C, R of each row, and its ids."""
-
-    prompt: np.ndarray
-    chosen: np.ndarray
-    rejected: np.ndarray
-    ref_logps: np.ndarray | None  # float64 (rows, 2), the reference's log-probs of chosen and rejected
-
-    def __len__(self) -> int: ...
-
-    def row(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: ...
-
-    def where(self, i: int) -> str: ...
-
-
-def longest(rows: RowsLike) -> int:
+def longest(rows: Rows) -> int:
     """Tokens of the longest text that a model will see: max over rows of P + max(C, R)."""
     return int(text_lengths(rows).max())
 
 
-def text_lengths(rows: RowsLike, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
+def text_lengths(rows: Rows, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
     return rows.prompt[indices] + np.maximum(rows.chosen[indices], rows.rejected[indices])
 
 
-def pair_sizes(rows: RowsLike, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
+def pair_sizes(rows: Rows, indices: np.ndarray | slice = slice(None)) -> np.ndarray:
     return rows.prompt[indices] + rows.chosen[indices] + rows.rejected[indices]
 
 
-def check_budget(rows: RowsLike, layout: str, budget: int) -> None:
+def check_budget(rows: Rows, layout: str, budget: int) -> None:
     """Raises UserError, naming the largest pair, if that alone exceeds `tokens_per_microbatch`."""
     sizes = pair_sizes(rows) if layout == "packed" else text_lengths(rows) * (1 + (rows.rejected > 0))
     worst = int(sizes.argmax())
@@ -150,12 +137,12 @@ def _map(record: Any, function: Callable[[Tensor], Tensor]) -> Any:
 # ---- laying out a micro-batch
 
 
-def make_batch(rows: RowsLike, indices: np.ndarray, layout: str, *, weight: float = 1.0) -> Batch:
+def make_batch(rows: Rows, indices: np.ndarray, layout: str, *, weight: float = 1.0) -> Batch:
     """The rows `indices` in one micro-batch of the given layout."""
     return (packed_batch if layout == "packed" else padded_batch)(rows, indices, weight=weight)
 
 
-def padded_batch(rows: RowsLike, indices: np.ndarray, *, weight: float = 1.0, extra: int = 0) -> Batch:
+def padded_batch(rows: Rows, indices: np.ndarray, *, weight: float = 1.0, extra: int = 0) -> Batch:
     """One right-padded batch, rows [all chosen; all rejected], for plain causal attention.
 
     Padding is right of every real token, so under a causal mask none sees it and no attention mask is needed.
@@ -176,7 +163,7 @@ def padded_batch(rows: RowsLike, indices: np.ndarray, *, weight: float = 1.0, ex
     return _batch(rows, indices, input_ids_BT, sources, targets, weight)
 
 
-def packed_batch(rows: RowsLike, indices: np.ndarray, *, weight: float = 1.0) -> Batch:
+def packed_batch(rows: Rows, indices: np.ndarray, *, weight: float = 1.0) -> Batch:
     """One row of all pairs, each [prompt | chosen | rejected] once; positions of rejected restart at P.
 
     The prompt's last hidden state predicts the first token of both responses.
@@ -199,7 +186,7 @@ def packed_batch(rows: RowsLike, indices: np.ndarray, *, weight: float = 1.0) ->
 
 
 def _batch(
-    rows: RowsLike,
+    rows: Rows,
     indices: np.ndarray,
     input_ids_BT: np.ndarray,
     sources: list[np.ndarray],

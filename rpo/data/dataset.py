@@ -5,7 +5,6 @@ Letters: P, C, R token counts of a row's prompt, chosen and rejected response; m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,18 +20,15 @@ import numpy as np
 from rpo import dist
 from rpo.config import Data, EvalData, Model
 from rpo.data.batch import longest
+from rpo.data.chat import Chat, alike, closing, left_out
 from rpo.data.formats import Example, Messages, RowError, is_empty, parse, parse_prompt
 from rpo.data.sources import UNINFORMATIVE, WELL_FORMED, Source, Tally, check_file, open_sources, parse_rows
 from rpo.data.tokenizer import (
-    Chat,
     Encoded,
     Facts,
-    alike,
-    closing,
     encode,
     facts_of,
     identity,
-    left_out,
     load_tokenizer,
     prompt_ids,
     texts_of,
@@ -41,7 +37,7 @@ from rpo.data.tokenizer import (
     with_eos,
 )
 from rpo.errors import UserError
-from rpo.files import digest, read_arrays, write_arrays
+from rpo.files import digest, read_arrays, sha256, write_arrays
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +58,14 @@ class Rows:
     line: np.ndarray  # int32, 1-based line (jsonl) or row number
     files: tuple[str, ...]
     ref_logps: np.ndarray | None = None  # float64 (rows, 2): the reference's log-probs of chosen and rejected, in nats
+
+    @classmethod
+    def of(cls, triples: Sequence[Sequence[Sequence[int]]], name: str) -> Rows:
+        """Rows of prompt, chosen and rejected ids that are in no file; `name` is what their places begin with."""
+        sizes = np.array([[len(part) for part in triple] for triple in triples], np.int32)
+        ids = np.concatenate([part for triple in triples for part in triple]).astype(np.int32)
+        number = np.arange(1, len(triples) + 1, dtype=np.int32)
+        return cls(ids, *np.ascontiguousarray(sizes.T), file=np.zeros_like(number), line=number, files=(name,))
 
     def __len__(self) -> int:
         return len(self.prompt)
@@ -108,12 +112,6 @@ def _truncate(row: Encoded, tok: Facts, max_length: int, policy: str) -> Encoded
     return Encoded(prompt, *[side[:room] for side in responses]) if policy == "response_right" and room >= 1 else None
 
 
-def _blocks(ids: list[int], max_length: int) -> Iterator[Encoded]:
-    """A document cut into blocks of `max_length` tokens, every token but a block's first scored."""
-    for start in range(0, len(ids) - 1, max_length):
-        yield Encoded(ids[start : start + 1], ids[start + 1 : start + max_length], [])
-
-
 def _settle(
     tok: Facts, cfg: Data | EvalData, example: Example, texts: list[str], ids: list[list[int]], plain: str | None
 ) -> tuple[list[Encoded], dict[str, int]]:
@@ -125,8 +123,11 @@ def _settle(
         raise RowError("empty_response", "a response has no text")
     if example.prompt is None:
         document = with_eos(with_bos(ids[0], tok), tok)
+        # Blocks of max_length tokens, every token but a block's first scored.
+        starts = range(0, len(document) - 1, cfg.max_length)
+        blocks = [Encoded(document[i : i + 1], document[i + 1 : i + cfg.max_length], []) for i in starts]
         lonely_eos = len(document) % cfg.max_length == 1  # alone in its block, with nothing to predict it from
-        return list(_blocks(document, cfg.max_length)), {"lost_end_of_turn": 1} if lonely_eos else {}
+        return blocks, {"lost_end_of_turn": 1} if lonely_eos else {}
     row = encode(tok, example, texts, ids, Chat.of(cfg), plain)
     if row.chosen == row.rejected:
         raise RowError("identical_responses", "chosen and rejected are the same tokens")
@@ -244,7 +245,9 @@ def load(
     `cfg.on_bad_row` is drop; more than 5% uninformative rows in a file; no row left; messages without a chat template.
     """
     sources = open_sources(spec, cfg.revision)
-    key = _cache_key(sources, cfg, tokenizer, pairs)
+    parts = [CODE_VERSION, version("transformers"), version("tokenizers"), *identity(tokenizer)]
+    parts += [Chat.of(cfg), cfg.max_length, cfg.truncation, cfg.on_bad_row, pairs, *(s.digest for s in sources)]
+    key = sha256(json.dumps(parts).encode())
     folder = Path(cache_dir).expanduser() / "tokens" / key
     if (cached := read_arrays(folder)) is None:
         cached = _build(sources, cfg, tokenizer, pairs)
@@ -268,7 +271,7 @@ def load_prompts(
     Raises UserError as `load` does; a prompt longer than data.max_length is a bad row.
     """
 
-    def encode(row: Any) -> tuple[list[int], str | Messages]:
+    def encoded(row: Any) -> tuple[list[int], str | Messages]:
         example = parse_prompt(row)
         ids, prompt = prompt_ids(tokenizer, example, Chat.of(cfg)), example.prompt
         if not 1 <= len(ids) <= cfg.max_length:
@@ -276,7 +279,7 @@ def load_prompts(
         return ids, prompt
 
     sources = open_sources(spec, cfg.revision)
-    rows, read, dropped = parse_rows(sources, encode, cfg.on_bad_row)
+    rows, read, dropped = parse_rows(sources, encoded, cfg.on_bad_row)
     if not rows:
         raise UserError(f"data.eval={spec}: none of {read} rows has a prompt that is kept; give other data or settings")
     names = [source.name for source in sources]
@@ -315,7 +318,13 @@ class Splits:
     @property
     def summary(self) -> str:
         """The rows kept and dropped in each split, in one line."""
-        return ", ".join(f"{name} {describe(report)}" for name, report in self.reports.items() if report)
+        parts = []
+        for name, report in self.reports.items():
+            if report:
+                dropped = ", ".join(f"{entry['count']} {kind}" for kind, entry in report["dropped"].items())
+                note = f" ({report['read']} read, dropped: {dropped})" if dropped else ""
+                parts.append(f"{name} {report['rows']} rows{note}")
+        return ", ".join(parts)
 
     def with_reference(self, logps: dict[str, np.ndarray]) -> Splits:
         """These splits with the reference's log-probs of each (float64, rows x 2)."""
@@ -342,24 +351,9 @@ def load_splits(cfg: Data, model: Model, *, pairs: bool, cache_dir: str) -> Spli
     return Splits(tokenizer, train, held_out, {"train": train_report, "eval": held_out_report})
 
 
-def describe(report: dict) -> str:
-    """A report in a few words: rows kept, and rows dropped by kind."""
-    dropped = ", ".join(f"{entry['count']} {kind}" for kind, entry in report["dropped"].items())
-    return f"{report['rows']} rows" + (f" ({report['read']} read, dropped: {dropped})" if dropped else "")
-
-
 def _named(kinds: dict[str, dict], names: Sequence[str]) -> dict[str, dict]:
     """A tally's kinds with each example as one line of text."""
     return {
         kind: entry | {"examples": [f"{names[file]}:{line}: {why}" for file, line, why in entry["examples"]]}
         for kind, entry in kinds.items()
     }
-
-
-# ---- cache
-
-
-def _cache_key(sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> str:
-    parts = [CODE_VERSION, version("transformers"), version("tokenizers"), *identity(tokenizer)]
-    parts += [Chat.of(cfg), cfg.max_length, cfg.truncation, cfg.on_bad_row, pairs, *(s.digest for s in sources)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

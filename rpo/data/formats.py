@@ -9,15 +9,20 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rpo.errors import UserError
+
 Messages = list[dict[str, Any]]
 
 
-class RowError(Exception):
+class RowError(UserError):
     """A row that cannot be kept: `kind` is what the report counts it under, the text says what is wrong."""
 
     def __init__(self, kind: str, text: str):
-        super().__init__(text)
-        self.kind = kind
+        super().__init__(kind, text)
+        self.kind, self.text = kind, text
+
+    def __str__(self) -> str:
+        return self.text
 
 
 class Example(NamedTuple):
@@ -150,10 +155,6 @@ def _check_prompt(messages: Messages, field: str) -> Messages:
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
-def _is_transcript(value: Any) -> bool:
-    return isinstance(value, str) and value.lstrip().startswith("Human:")
-
-
 def _transcript(row: dict, field: str) -> Messages:
     """An HH transcript ("\\n\\nHuman: ...\\n\\nAssistant: ...") as messages, white space around turns removed."""
     _, *turns = _TURN.split(_string(row, field).strip())
@@ -276,7 +277,7 @@ def _of_form(row: _Fields, pairs: bool, alike: Callable[[Messages, Messages], bo
     if any(isinstance(row[field], list) for field in fields):  # UltraFeedback repeats its prompt as a string
         chosen = _messages(row, "chosen")
         return _split_shared(chosen, _messages(row, "rejected"), alike) if pairs else _split_last(chosen, "chosen")
-    if prompt is None and _is_transcript(row["chosen"]):
+    if prompt is None and isinstance(row["chosen"], str) and row["chosen"].lstrip().startswith("Human:"):
         return _transcripts(row, pairs)
     if prompt is None and any(field in row for field in _ASKED):
         return Example(_asked(row), _response(row, "chosen"), _response(row, "rejected") if pairs else None)

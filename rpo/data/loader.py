@@ -1,7 +1,8 @@
 """This rank's micro-batches of each step, prepared in a thread one step ahead."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from rpo import dist
@@ -10,47 +11,27 @@ from rpo.data.dataset import Rows
 from rpo.data.schedule import Plan, StepPlan, plan_step
 
 
-@dataclass(frozen=True)
-class Share:
-    """One rank's share of a step: `plan` with the counts of the whole step, and this rank's batches."""
-
-    plan: StepPlan
-    batches: list[Batch]
+def own_share(rows: Rows, indices: np.ndarray, *, layout: str, budget: int) -> StepPlan:
+    """`plan_step` of this process among all ranks."""
+    return plan_step(rows, indices, layout=layout, budget=budget, rank=dist.rank(), world_size=dist.world_size())
 
 
-class Loader:
-    """An iterator over this rank's shares of the steps from `start` to the end of `plan`."""
+def load_steps(
+    rows: Rows, plan: Plan, *, layout: str, budget: int, device: torch.device, start: int
+) -> Iterator[tuple[StepPlan, list[Batch]]]:
+    """This rank's share of each step from `start` to the end of `plan`: with the counts of the whole step, and its batches.
 
-    def __init__(self, rows: Rows, plan: Plan, *, layout: str, budget: int, device: torch.device, start: int):
-        self.rows, self.plan, self.layout, self.budget, self.device = rows, plan, layout, budget, device
-        self.worker = dist.thread()
-        self.step = start
-        self.upcoming = self.worker.submit(self._share, start) if start < plan.total_steps else None
+    `close` ends the thread, once what it has begun is done.
+    """
 
-    def __iter__(self) -> "Loader":
-        return self
+    def prepare(step: int) -> tuple[StepPlan, list[Batch]]:
+        share = own_share(rows, plan.rows(step), layout=layout, budget=budget)
+        batches = [make_batch(rows, part, layout, weight=weight) for part, weight in share.microbatches]
+        return share, [batch.pin() if device.type == "cuda" else batch for batch in batches]
 
-    def __next__(self) -> Share:
-        if self.upcoming is None:
-            raise StopIteration
-        share = self.upcoming.result()
-        self.step += 1
-        more = self.step < self.plan.total_steps
-        self.upcoming = self.worker.submit(self._share, self.step) if more else None
-        return share
-
-    def close(self) -> None:
-        """Ends the thread, once what it has begun is done."""
-        self.worker.shutdown()
-
-    def _share(self, step: int) -> Share:
-        plan = plan_step(
-            self.rows,
-            self.plan.rows(step),
-            layout=self.layout,
-            budget=self.budget,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
-        )
-        batches = [make_batch(self.rows, part, self.layout, weight=weight) for part, weight in plan.microbatches]
-        return Share(plan, [batch.pin() if self.device.type == "cuda" else batch for batch in batches])
+    with dist.thread() as worker:
+        upcoming = worker.submit(prepare, start) if start < plan.total_steps else None
+        for step in range(start + 1, plan.total_steps + 1):
+            ready = upcoming.result()
+            upcoming = worker.submit(prepare, step) if step < plan.total_steps else None
+            yield ready

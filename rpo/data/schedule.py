@@ -4,15 +4,21 @@ Everything here is integer work on the host and a pure function of its arguments
 plan (and with it the counts that losses are divided by) without a collective. P, C, R: a pair's token counts.
 """
 
+from __future__ import annotations
+
 import bisect
 import heapq
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rpo.data.batch import RowsLike, pair_sizes, text_lengths
+from rpo.data.batch import pair_sizes, text_lengths
+
+if TYPE_CHECKING:
+    from rpo.data.dataset import Rows
 
 # ---- order
 
@@ -77,7 +83,7 @@ class StepPlan:
 
 
 def plan_step(
-    rows: RowsLike, indices: np.ndarray, *, layout: str, budget: int, rank: int = 0, world_size: int = 1
+    rows: Rows, indices: np.ndarray, *, layout: str, budget: int, rank: int = 0, world_size: int = 1
 ) -> StepPlan:
     """This rank's micro-batches of the step whose pairs are `indices`, and the step's global counts.
 
@@ -100,7 +106,7 @@ def plan_step(
     )
 
 
-def _divide_packed(rows: RowsLike, indices: np.ndarray, budget: int, world_size: int) -> list[list[np.ndarray]]:
+def _divide_packed(rows: Rows, indices: np.ndarray, budget: int, world_size: int) -> list[list[np.ndarray]]:
     """Rows of each rank: pairs go, costliest first, to the least loaded rank; each rank packs best-fit."""
     p, c, r = (x[indices].astype(np.int64) for x in (rows.prompt, rows.chosen, rows.rejected))
     visible = (p + c) * (p + c + 1) // 2 + r * p + r * (r + 1) // 2
@@ -128,7 +134,7 @@ def _best_fit(members: list[int], sizes: np.ndarray, budget: int) -> list[list[i
     return filled
 
 
-def _divide_padded(rows: RowsLike, indices: np.ndarray, budget: int, world_size: int) -> list[list[np.ndarray]]:
+def _divide_padded(rows: Rows, indices: np.ndarray, budget: int, world_size: int) -> list[list[np.ndarray]]:
     """Batches of each rank: pairs sorted by length (less padding), dealt in snake order (equal counts), cut by `budget`."""
     longest, rows_per_pair = text_lengths(rows, indices), 1 + (rows.rejected[indices] > 0)
     by_length = np.argsort(-longest, kind="stable")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from rpo.data.formats import RowError, type_name
-from rpo.errors import UserError
+from rpo.errors import UserError, fixable
 from rpo.text import one_line
 
 if TYPE_CHECKING:
@@ -69,10 +69,9 @@ def open_sources(spec: str | list[str], revision: str | None) -> list[Source]:
 
 def _open(spec: str, revision: str | None) -> Source:
     path = Path(os.path.expanduser(spec))
-    try:
+    # A name may be too long, a folder not to be entered.
+    with fixable(f"{spec[:300]}: cannot be looked up", "; give a file, or NAME:SPLIT"):
         is_file = path.is_file()
-    except OSError as error:  # a name too long, a folder that may not be entered
-        raise UserError(f"{spec[:300]}: cannot be looked up ({error.strerror}); give a file, or NAME:SPLIT") from None
     if is_file:
         readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
         suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
@@ -80,11 +79,8 @@ def _open(spec: str, revision: str | None) -> Source:
             raise UserError(
                 f"{spec}: expected a .jsonl, .json (either with .gz) or .parquet file; convert or rename it"
             )
-        try:
-            with path.open("rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{spec}: cannot be read ({error.strerror}); give a file that can") from None
+        with fixable(f"{spec}: cannot be read", "; give a file that can"), path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return Source(spec, digest, lambda: readers[suffix](path))
     if path.is_dir():
         raise UserError(f"{spec}: a directory is read as a dataset and needs a split; write {spec}:train")

@@ -314,7 +314,8 @@ class Context:
         model, a template that refuses the messages, no room for the answer. Samples depend on cfg.seed, the conversations
         and the batch size, and neither on ranks nor on where an earlier start was killed.
         """
-        from rpo.data.tokenizer import Chat, encode_prompt
+        from rpo.data.chat import Chat
+        from rpo.data.tokenizer import encode_prompt
         from rpo.model.sampling import Sampling
 
         tokenizer, positions = self._open(path)
@@ -354,7 +355,8 @@ class Context:
         first: int = 0,
     ) -> list[Answer]:
         """The answers to `prompts`: those on disk where all of them are, else sampled now and written."""
-        from rpo.data.tokenizer import Chat, stop_ids
+        from rpo.data.chat import Chat
+        from rpo.data.tokenizer import stop_ids
         from rpo.model.sampling import sample
 
         size, stops = self.cfg.task.batch_size, stop_ids(tokenizer, Chat.of(self.cfg.data))

@@ -202,11 +202,7 @@ def _refusal(
 
 
 def deviation(
-    name: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    softcap: float | None,
-    heads: tuple[int, int, int] = (4, 2, 64),
+    name: str, device: torch.device, dtype: torch.dtype, softcap: float | None, heads: tuple[int, int, int] = (4, 2, 64)
 ) -> float:
     """Largest relative L2 distance of a backend's output and three gradients from `sdpa`'s in fp32 or wider."""
     segments = segments_of(np.array([(37, 61, 5), (1, 1, 1), (130, 3, 200), (16, 128, 0)])).to(device)

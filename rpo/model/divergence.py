@@ -3,15 +3,17 @@
 Letters: N scored tokens (of a chunk, inside the chunked code), V vocabulary, D model width, S answers.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from rpo import dist
-from rpo.data import schedule
 from rpo.data.batch import Batch, padded_batch
 from rpo.data.dataset import Rows
+from rpo.data.loader import own_share
 from rpo.model.logprobs import response_sums
 from rpo.model.policy import Policy
 from rpo.model.sampling import Completion
@@ -66,19 +68,11 @@ def measure(
     2504.10637). One forward pass of each model per micro-batch of `budget` tokens (one in all where both are the same
     object); logits exist for as many tokens at a time as make `chunk_bytes`. A collective.
     """
-    rows = as_rows(prompts, [answer.ids for answer in answers])
-    plan = _own_share(rows, budget)
-    table_CS = torch.zeros(len(COLUMNS), len(rows), dtype=torch.float64, device=device)
-    for members, weight in plan.microbatches:
-        batch = padded_batch(rows, members, weight=weight).to(device)
-        columns = _of_batch(policy, reference, batch, chunk_bytes or CHUNK_BYTES[device.type])
-        sums_CS = torch.stack([response_sums(column_N.double(), batch.length_S) for column_N in columns])
-        table_CS[:, torch.from_numpy(members).to(device)] += weight * sums_CS
-    torch_dist.all_reduce(table_CS)
-    return dict(zip(COLUMNS, table_CS.cpu().numpy(), strict=True))
+    of_batch = partial(_of_batch, policy, reference, chunk_bytes=chunk_bytes or CHUNK_BYTES[device.type])
+    return dict(zip(COLUMNS, _sums(of_batch, len(COLUMNS), prompts, answers, device, budget), strict=True))
 
 
-def _of_batch(policy: Policy, reference: Policy, batch: Batch, chunk_bytes: int) -> list[Tensor]:
+def _of_batch(policy: Policy, reference: Policy, batch: Batch, *, chunk_bytes: int) -> list[Tensor]:
     hidden_ND = policy.hidden(batch)
     ref_hidden_ND = hidden_ND if reference is policy else reference.hidden(batch)
     width = policy.lm.config.get_text_config().vocab_size * torch.promote_types(hidden_ND.dtype, torch.float32).itemsize
@@ -92,37 +86,28 @@ def _of_batch(policy: Policy, reference: Policy, batch: Batch, chunk_bytes: int)
     return [torch.cat(column) for column in zip(*chunks, strict=True)]
 
 
-def _own_share(rows: Rows, budget: int) -> schedule.StepPlan:
-    """This rank's micro-batches of all the rows."""
-    return schedule.plan_step(
-        rows,
-        np.arange(len(rows)),
-        layout="padded",
-        budget=budget,
-        rank=dist.rank(),
-        world_size=dist.world_size(),
-    )
-
-
 @torch.no_grad()
 def logps(
     policy: Policy, prompts: list[list[int]], answers: list[Completion], device: torch.device, *, budget: int
 ) -> np.ndarray:
     """log pi(answer | prompt) of each answer in nats, float64 (S,), the same on every rank; no N x V logits. A collective."""
-    rows = as_rows(prompts, [answer.ids for answer in answers])
-    plan = _own_share(rows, budget)
-    logp_S = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    for members, weight in plan.microbatches:
+    return _sums(lambda batch: [policy(batch)], 1, prompts, answers, device, budget)[0]
+
+
+def _sums(
+    of_batch: Callable[[Batch], list[Tensor]],
+    num_columns: int,
+    prompts: list[list[int]],
+    answers: list[Completion],
+    device: torch.device,
+    budget: int,
+) -> np.ndarray:
+    """Float64 (C, S): each answer's sums of the C columns, (N,) each, that `of_batch` gives of supervised rows."""
+    rows = Rows.of([(prompt, answer.ids, ()) for prompt, answer in zip(prompts, answers, strict=True)], "samples")
+    table_CS = torch.zeros(num_columns, len(rows), dtype=torch.float64, device=device)
+    for members, weight in own_share(rows, np.arange(len(rows)), layout="padded", budget=budget).microbatches:
         batch = padded_batch(rows, members, weight=weight).to(device)
-        sums_S = response_sums(policy(batch).double(), batch.length_S)
-        logp_S[torch.from_numpy(members).to(device)] += weight * sums_S
-    torch_dist.all_reduce(logp_S)
-    return logp_S.cpu().numpy()
-
-
-def as_rows(prompts: list[list[int]], answers: list[list[int]]) -> Rows:
-    """Prompts with an answer each as supervised rows."""
-    ids = np.array([token for pair in zip(prompts, answers, strict=True) for part in pair for token in part], np.int32)
-    lengths = [np.array([len(part) for part in side], np.int32) for side in (prompts, answers)]
-    none = np.zeros(len(prompts), np.int32)
-    return Rows(ids, *lengths, rejected=none, file=none, line=none, files=("samples",))
+        sums_CS = torch.stack([response_sums(column_N.double(), batch.length_S) for column_N in of_batch(batch)])
+        table_CS[:, torch.from_numpy(members).to(device)] += weight * sums_CS
+    torch_dist.all_reduce(table_CS)
+    return table_CS.cpu().numpy()

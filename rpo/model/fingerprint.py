@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rpo import dist
+from rpo.files import sha256
 from rpo.model.policy import Policy
 
 CODE_VERSION = 1  # of the code between token ids and log-probs: raise it when its values change
@@ -16,21 +17,17 @@ CODE_VERSION = 1  # of the code between token ids and log-probs: raise it when i
 NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
-# ---- what log-probs depend on
-
-
 def weights_digest(lm: nn.Module) -> str:
     """sha256 of all weights and persistent buffers: names, dtypes, shapes, bytes; tied weights once.
 
     For a whole model on the CPU, before it is sharded or cast. A collective: rank 0 hashes, in threads.
     """
-    return dist.broadcast(_hash_weights(lm) if dist.is_main() else None)
-
-
-def _hash_weights(lm: nn.Module) -> str:
-    tensors = {id(tensor): (name, tensor) for name, tensor in lm.state_dict(keep_vars=True).items()}
-    with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL
-        return hashlib.sha256(b"".join(pool.map(_hash_tensor, sorted(tensors.values())))).hexdigest()
+    whole = None
+    if dist.is_main():
+        tensors = {id(tensor): (name, tensor) for name, tensor in lm.state_dict(keep_vars=True).items()}
+        with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL
+            whole = sha256(b"".join(pool.map(_hash_tensor, sorted(tensors.values()))))
+    return dist.broadcast(whole)
 
 
 def _hash_tensor(named: tuple[str, Tensor]) -> bytes:

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from rpo import dist, files
-from rpo.config import Model, Reference
 from rpo.errors import UserError
-from rpo.model import attention
 from rpo.model.policy import Policy, attention_heads
 from rpo.model.probe import probe
 from rpo.text import first_line
@@ -63,38 +61,16 @@ def check(
     return config
 
 
-def check_paths(model: Model, reference: Reference) -> dict[str, PreTrainedConfig]:
-    """The configs of the models that a run names, by the key that names them. Raises UserError as `check` does."""
-    named = {"model.path": (model.path, model.revision), "reference.path": (reference.path, None)}
-    return {
-        key: check(path, revision, key=key, trust_remote_code=model.trust_remote_code)
-        for key, (path, revision) in named.items()
-        if path is not None
-    }
-
-
-def check_offline(path: str, revision: str | None = None, *, key: str = "model.path") -> PreTrainedConfig:
-    """The config in the folder `path`, or what the cache has of a Hub name; no weights are needed, nothing is fetched.
-
-    Raises UserError.
-    """
+def check_offline(path: str, revision: str | None) -> PreTrainedConfig:
+    """The config in the folder `path`, or what the cache has of a Hub name; nothing is fetched. Raises UserError."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(path, revision=revision, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each config class checks itself in its own way
-        raise _unreadable(key, path, error, "no model's config could be read there without a network") from None
-
-
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM of that config without meaning, unproven: for a mode in which tensors have shapes but no data."""
-    from transformers import AutoModelForCausalLM
-
-    attention.register()
-    lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
-    if lm.config._attn_implementation == "sdpa":  # which would be given a mask where positions cannot be looked at
-        lm.config._attn_implementation = attention.UNMASKED
-    return lm
+        raise _unreadable(
+            "model.path", path, error, "no model's config could be read there without a network"
+        ) from None
 
 
 def config_for(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedConfig:

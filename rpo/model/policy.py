@@ -136,11 +136,7 @@ def prepare(
     policy = Policy(lm, compile_tiles=compile, attention=backend)
     policy.compute_dtype = compute_dtype
     shard.shard(policy, layers_of(lm), mesh, fsdp, compute_dtype=compute_dtype, compile=compile)
-    for method in (
-        "hidden",
-        "logits_of",
-        "generate",
-    ):  # FSDP gathers the root's weights around these as it does around forward
+    for method in ("hidden", "logits_of", "generate"):  # FSDP gathers the root's weights as it does around forward
         register_fsdp_forward_method(policy, method)
     return policy
 
@@ -200,6 +196,4 @@ def score(policy: Policy, reference: Policy | None, batch: Batch) -> PairLogps:
         parts = [] if x_S is None else list(x_S.split(batch.num_pairs))
         return parts + [None] * (2 - len(parts))  # supervised rows have no rejected side
 
-    return PairLogps(
-        *sides(logps_S), *sides(None if ref_S is None else ref_S.to(logps_S.dtype)), *sides(batch.length_S)
-    )
+    return PairLogps(*sides(logps_S), *sides(ref_S), *sides(batch.length_S))

@@ -6,14 +6,14 @@ Letters: B rows, T tokens of a row, N scored tokens, V vocabulary, S responses.
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rpo.data.batch import Batch, RowsLike, longest, make_batch, packed_batch, padded_batch
+from rpo.data.batch import Batch, longest, make_batch, packed_batch, padded_batch
+from rpo.data.dataset import Rows
 from rpo.errors import UserError
 from rpo.model.policy import Policy
 from rpo.text import first_line
@@ -72,10 +72,7 @@ def why_not_packed(lm: PreTrainedModel, longest: int) -> str | None:
     if "sliding_attention" in kinds and window is not None and window < longest:  # PhiMoE does not tell `attend`
         return f"a layer sees {window} tokens back, the longest text has {longest}"
     ids = torch.randint(config.vocab_size, (40,), generator=torch.Generator().manual_seed(0)).numpy()
-    triples = [tuple(np.split(ids[:23], [6, 15])), tuple(np.split(ids[23:], [9, 11]))]
-    prompt, chosen, rejected = np.array([list(map(len, triple)) for triple in triples]).T
-    lengths = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    rows = SimpleNamespace(row=triples.__getitem__, ref_logps=None, **lengths)
+    rows = Rows.of([np.split(ids[:23], [6, 15]), np.split(ids[23:], [9, 11])], "probe")
     policy, both = Policy(lm, compile_tiles=False), np.arange(2)
     padded_N = policy(padded_batch(rows, both))
     batch = packed_batch(rows, both)
@@ -98,13 +95,7 @@ LEAST_NOISE = {torch.float64: 2**-49, torch.float32: 2**-20, torch.bfloat16: 2**
 
 @torch.no_grad()
 def noise_floor(
-    policy: Policy,
-    rows: RowsLike,
-    indices: np.ndarray,
-    device: torch.device,
-    *,
-    positions: int,
-    compute_dtype: torch.dtype,
+    policy: Policy, rows: Rows, indices: np.ndarray, device: torch.device, *, positions: int, compute_dtype: torch.dtype
 ) -> float:
     """Nats per scored token by which one text's log-probs move with padding and batch make-up alone.
 
@@ -125,16 +116,7 @@ def _responses(policy: Policy, batch: Batch) -> list[Tensor]:
 
 
 @torch.no_grad()
-def mean_gap(
-    policy: Policy, reference: Policy, rows: RowsLike, indices: np.ndarray, device: torch.device, *, layout: str
-) -> float:
-    """Mean |logp_pi - logp_ref| in nats per scored token over the pairs of `indices`, in one batch; beta-free."""
-    batch = make_batch(rows, indices, layout).to(device)
-    return (policy(batch) - reference(batch)).abs().mean().item()
-
-
-@torch.no_grad()
-def packed_gap(policy: Policy, rows: RowsLike, indices: np.ndarray, device: torch.device) -> float:
-    """Mean |packed - padded| in nats per scored token over the pairs of `indices`, by the same weights."""
-    padded, packed = (make_batch(rows, indices, layout).to(device) for layout in ("padded", "packed"))
-    return (policy(packed) - policy(padded)).abs().mean().item()
+def mean_gap(*scored: tuple[Policy, str], rows: Rows, indices: np.ndarray, device: torch.device) -> float:
+    """Mean |difference| in nats per scored token of the pairs of `indices`, by two models, each with a layout."""
+    one_N, other_N = (policy(make_batch(rows, indices, layout).to(device)) for policy, layout in scored)
+    return (one_N - other_N).abs().mean().item()

@@ -80,10 +80,10 @@ def sample(
     """One completion per prompt (token ids), in order, the same on every rank.
 
     It ends at one of `stop_ids` or of the model's own. Prompts are cut into batches of `batch_size` (of one length, or of one
-    prompt, where a model answers by its neighbours in a batch), each sampled with a seed of its own (`seed` and its number, from `first` on: a caller
-    may sample batches in several calls), and dealt to the ranks: so the samples do not depend on the world size beyond
-    rounding, and the caller's random state is left alone. A collective: every rank calls it with the same arguments;
-    `reshard` is the policy's fsdp.reshard_after_forward.
+    prompt, where a model answers by its neighbours in a batch), each sampled with a seed of its own (`seed` and its
+    number, from `first` on: a caller may sample batches in several calls), and dealt to the ranks: so the samples do not
+    depend on the world size beyond rounding, and the caller's random state is left alone. A collective: every rank calls
+    it with the same arguments; `reshard` is the policy's fsdp.reshard_after_forward.
     """
     stop_ids = with_listed(stop_ids, policy.lm)
     config, world = _config(sampling, stop_ids), dist.world_size()

@@ -64,11 +64,12 @@ def _hybrid_mesh(device_type: str, replicate: int, shard: int) -> DeviceMesh:
     return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=tuple(parts))
 
 
-# What `selective` keeps: the results of attention and of every matrix product are dear to recompute and small
-# beside the pointwise intermediates, which are recomputed.
 @cache
 def products() -> set[Any]:
-    """What `selective` keeps: results of attention and of every matrix product."""
+    """What `selective` keeps: attention and every matrix product, whose results cost much to recompute and are small.
+
+    The pointwise intermediates are recomputed.
+    """
     import torch.nn.attention.flex_attention  # these two register operators named below
     import torch.nn.attention.varlen
 
@@ -108,13 +109,7 @@ def shard(
     `compute_dtype`, gradients are summed in fp32 or wider and never averaged: the loss is divided by global counts
     before the backward pass.
     """
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        FSDPModule,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-    )
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     master = next(root.parameters()).dtype
     half = compute_dtype.itemsize < master.itemsize

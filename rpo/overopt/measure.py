@@ -23,6 +23,7 @@ from rpo.config import EvalData
 from rpo.data import dataset
 from rpo.data import tokenizer as data_tokenizer
 from rpo.data.batch import longest
+from rpo.data.chat import Chat
 from rpo.data.dataset import Rows
 from rpo.data.formats import Messages
 from rpo.errors import UserError
@@ -37,7 +38,7 @@ from rpo.model.sampling import Completion, Sampling, sample
 from rpo.overopt import best_of_n, rewards
 from rpo.runs import catalog, checkpoint
 from rpo.runs.catalog import Run
-from rpo.runs.state import weights_of as tensors_of
+from rpo.runs.state import tensors_of
 from rpo.stats import clustered_mean
 from rpo.synthetic.task import SAMPLING, weights_of
 from rpo.text import counted, redacted
@@ -112,7 +113,7 @@ def questions(run: Run, cfg: Eval, source: rewards.Gold | None) -> Questions:
         rows=rows,
         gold=rewards.embedded(tokenizer, weights) if weights and task.gold == "auto" else source,
         sampling=Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=max_new_tokens),
-        stop_ids=data_tokenizer.stop_ids(tokenizer, data_tokenizer.Chat.of(run.data)),
+        stop_ids=data_tokenizer.stop_ids(tokenizer, Chat.of(run.data)),
         positions=positions,
         digest=files.digest(*parts, *([rows.ids, rows.prompt, rows.chosen] if rows else [])),
     )
@@ -267,7 +268,7 @@ def ask(runs: Sequence[Run], cfg: Eval, device: torch.device) -> dict[str, Quest
             cfg.task.gold,
             device=device,
             dtype=shard.compute_dtype(cfg.model.dtype, device),
-            date=cfg.data.template_date,
+            chat=Chat.of(cfg.data),
             trust_remote_code=cfg.model.trust_remote_code,
         )
     asked: dict[str, Questions] = {}

@@ -17,8 +17,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from rpo import config, dist
+from rpo.data.chat import Chat, render
 from rpo.data.formats import Messages, RowError
-from rpo.data.tokenizer import facts_of, load_tokenizer, render, tokenize, with_bos
+from rpo.data.tokenizer import facts_of, load_tokenizer, tokenize, with_bos
 from rpo.errors import UserError
 from rpo.model import fingerprint
 from rpo.model.sampling import Completion
@@ -36,7 +37,7 @@ def text_of(prompt: str | Messages) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def source(spec: str, *, device: torch.device, dtype: torch.dtype, date: str, trust_remote_code: bool) -> Gold | None:
+def source(spec: str, *, device: torch.device, dtype: torch.dtype, chat: Chat, trust_remote_code: bool) -> Gold | None:
     """What `task.gold` names, but for auto: none, a verifier FILE.py:FUNCTION, or a reward model.
 
     Raises UserError: no such file or function, or a model that gives no single number.
@@ -46,7 +47,7 @@ def source(spec: str, *, device: torch.device, dtype: torch.dtype, date: str, tr
     file, _, name = spec.rpartition(":")
     if file.endswith(".py"):
         return verifier(Path(file).expanduser(), name)
-    return RewardModel(spec, device=device, dtype=dtype, date=date, trust_remote_code=trust_remote_code)
+    return RewardModel(spec, device=device, dtype=dtype, chat=chat, trust_remote_code=trust_remote_code)
 
 
 def identity(spec: str, source: Gold | None) -> bytes:
@@ -129,8 +130,8 @@ class RewardModel:
     for messages, a text longer than its positions.
     """
 
-    def __init__(self, path: str, *, device: torch.device, dtype: torch.dtype, date: str, trust_remote_code: bool):
-        self.key, self.device, self.date = f"task.gold={path}", device, date
+    def __init__(self, path: str, *, device: torch.device, dtype: torch.dtype, chat: Chat, trust_remote_code: bool):
+        self.key, self.device, self.chat = f"task.gold={path}", device, chat
         expected = (
             "expected auto, none, FILE.py:FUNCTION, or a reward model (AutoModelForSequenceClassification, one label)"
         )
@@ -168,7 +169,7 @@ class RewardModel:
         else:
             messages = [*prompt, {"role": "assistant", "content": response}]
             try:
-                text = render(self.tokenizer, messages, self.date, prompt=False)
+                text = render(self.tokenizer, messages, self.chat, prompt=False)
             except RowError as error:
                 raise UserError(f"{self.key}: {error}") from None
             ids = with_bos(tokenize(self.tokenizer, [text])[0], facts_of(self.tokenizer))

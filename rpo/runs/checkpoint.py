@@ -13,7 +13,6 @@ can be wrong, but it cannot run code.
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -27,8 +26,8 @@ import numpy as np
 import torch
 
 from rpo import config, dist
-from rpo.errors import UserError
-from rpo.files import sync
+from rpo.errors import UserError, require
+from rpo.files import sync, write_atomic
 from rpo.runs.state import Tensors, TrainState, set_rng_state
 from rpo.text import human
 
@@ -73,7 +72,7 @@ class Checkpoint:
         return {"sums": (total if dist.is_main() else 0 * total).tolist()}
 
     def lay_over(self, weights: Tensors) -> None:
-        """Fills `weights`, as `weights_of` gave them, and reads nothing else: no moments, no random state.
+        """Fills `weights`, as `tensors_of` gave them of a policy alone, and reads nothing else: no moments, no random state.
 
         A root that a forward pass left gathered has to be resharded first. Raises UserError where the checkpoint is of
         another model.
@@ -119,14 +118,21 @@ def _find(run_dir: Path, resume: str) -> Checkpoint | None:
 
 def _newest(folders: list[Path]) -> Checkpoint | None:
     for folder in reversed(folders):
-        try:
-            _verify(folder)
-            return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
-        except ValueError as error:
-            print(f"checkpoint: {folder} is damaged ({error}) and skipped", flush=True)
-        except OSError as error:  # a disk that does not answer is no reason to begin earlier
-            raise UserError(f"{folder}: cannot be read ({error.strerror}); check the disk, then start again") from None
+        if isinstance(whole := _open(folder), Checkpoint):
+            return whole
+        print(f"checkpoint: {folder} is damaged ({whole}) and skipped", flush=True)
     return None
+
+
+def _open(folder: Path) -> Checkpoint | str:
+    """The checkpoint in `folder`, or what of it is damaged. Raises UserError where it cannot be read."""
+    try:
+        _verify(folder)
+        return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
+    except ValueError as error:
+        return str(error)
+    except OSError as error:  # a disk that does not answer is no reason to begin earlier
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); check the disk, then start again") from None
 
 
 def _step(folder: Path) -> int | None:
@@ -141,17 +147,9 @@ def of_run(run_dir: Path) -> dict[int, Path]:
 
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, the same on every rank. Raises UserError where it is damaged."""
-    return dist.on_main(_read, folder)
-
-
-def _read(folder: Path) -> Checkpoint:
-    try:
-        _verify(folder)
-        return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
-    except ValueError as error:
-        raise UserError(f"{folder}: is damaged ({error}); put it back or remove it") from None
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); check the disk, then start again") from None
+    whole = dist.on_main(_open, folder)
+    require(isinstance(whole, Checkpoint), f"{folder}: is damaged ({whole}); put it back or remove it")
+    return whole
 
 
 def _steps(folder: Path) -> list[Path]:
@@ -352,11 +350,11 @@ class Checkpoints:
         return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in mine}
 
     def _commit(self, part: Path, folder: Path, state: dict[str, Any], shares: list[tuple[dict, dict]]) -> None:
-        _write_json(part / "state.json", state | {"ranks": [own for own, _ in shares]})
+        write_atomic(part / "state.json", json.dumps(state | {"ranks": [own for own, _ in shares]}))
         files = {name: entry for _, mine in shares for name, entry in mine.items()}
         path = part / "state.json"
         files["state.json"] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _write_json(part / "manifest.json", {"files": files})
+        write_atomic(part / "manifest.json", json.dumps({"files": files}))
         sync(part)
         part.rename(folder)
         sync(self.folder)  # a rename lasts once the folder that holds the name does
@@ -382,15 +380,11 @@ class Checkpoints:
             return
         for folder in _steps(self.folder)[: -self.cfg.keep]:
             if best is None or _step(folder) != best["step"]:
-                self._remove(folder)
-
-    def _remove(self, folder: Path) -> None:
-        part = folder.with_name(
-            f"{folder.name}.old.part"
-        )  # renamed first: what a kill leaves half deleted is no checkpoint
-        shutil.rmtree(part, ignore_errors=True)
-        folder.rename(part)
-        shutil.rmtree(part, ignore_errors=True)
+                # Renamed first: what a kill leaves half deleted is no checkpoint.
+                part = folder.with_name(f"{folder.name}.old.part")
+                shutil.rmtree(part, ignore_errors=True)
+                folder.rename(part)
+                shutil.rmtree(part, ignore_errors=True)
 
 
 def _files_of(tensors: Tensors) -> dict[str, int]:
@@ -398,10 +392,3 @@ def _files_of(tensors: Tensors) -> dict[str, int]:
     ends = np.cumsum([tensor.numel() * tensor.itemsize for tensor in tensors.values()])
     _, files = np.unique(ends // (FILE_BYTES * dist.world_size()), return_inverse=True)
     return dict(zip(tensors, (1 + files).tolist(), strict=True))
-
-
-def _write_json(path: Path, value: object) -> None:
-    with path.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())

@@ -21,19 +21,14 @@ import torch
 from rpo import dist
 from rpo.config import Train, differences, may_change, read_yaml, to_dict, to_yaml
 from rpo.data.dataset import Splits
-from rpo.errors import UserError
+from rpo.errors import UserError, fixable
 from rpo.files import write_atomic
 from rpo.runs import checkpoint
 from rpo.runs.checkpoint import Checkpoint
 from rpo.text import redacted
 
-_MARKS = (
-    "results.json",
-    "sweep.json",
-    "config.yaml",
-    "status.json",
-    "metrics.jsonl",
-)  # the first found says what it is
+# The first found says what a folder is.
+_MARKS = ("results.json", "sweep.json", "config.yaml", "status.json", "metrics.jsonl")
 
 
 def choose(given: str | None, label: str, *, continues: str | None = None) -> Path:
@@ -87,9 +82,9 @@ class RunFolder:
 
     def check_settings(self, cfg: Train) -> None:
         """Raises UserError where the run, or the one that it is a fork of, has settings that one run may not change."""
-        check_settings(self.path, cfg)
-        if self.resume is not None:
-            check_settings(self.resume.run_dir, cfg, fork=self.resume.run_dir != self.path)
+        _check_settings(self.path, cfg)
+        if self.resume is not None and self.resume.run_dir != self.path:
+            _check_settings(self.resume.run_dir, cfg, fork=True)
 
     def is_finished(self, total_steps: int) -> bool:
         """Whether the run has made its `total_steps` and left its model; says so on rank 0.
@@ -141,8 +136,7 @@ class RunFolder:
             write_environment(self.path, device, first_step=self.resume.state["step"] if self.resume else 0, **measured)
 
 
-def check_settings(folder: Path, cfg: Train, *, fork: bool = False) -> None:
-    """Raises UserError where the run in `folder`, if any, has settings that one run may not change."""
+def _check_settings(folder: Path, cfg: Train, *, fork: bool = False) -> None:
     key = f"resume={cfg.resume}" if fork else f"run_dir={folder}"
     path, here = folder / "config.yaml", redacted(to_dict(cfg))
     if not path.exists():
@@ -230,10 +224,11 @@ def write_environment(folder: Path, device: torch.device, *, first_step: int = 0
     packages = ("torch", "transformers", "tokenizers", "numpy", "datasets", "wandb", "hydra-core")
     git_status = _git("status", "--porcelain")
     path = folder / "environment.json"
-    earlier = None
+    before = []
     if first_step:
         with suppress(FileNotFoundError, ValueError):
             earlier = read_json(path)
+            before = [*earlier.pop("before"), earlier]
     here = {
         "command": [sys.executable, *sys.argv],
         "git_revision": _git("rev-parse", "HEAD"),
@@ -247,7 +242,6 @@ def write_environment(folder: Path, device: torch.device, *, first_step: int = 0
         "first_step": first_step,
         **facts,
     }
-    before = [*earlier.pop("before"), earlier] if earlier else []
     write_json(path, here | {"before": before})
 
 
@@ -261,7 +255,7 @@ class Status:
 
 def lock(folder: Path) -> TextIO:
     """The file whose lock says that a process is at work in `folder`; the system frees it however that process ends."""
-    try:
+    with fixable(f"run_dir={folder}: cannot be written", "; use another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a")
         try:
@@ -272,8 +266,6 @@ def lock(folder: Path) -> TextIO:
             ) from None
         except OSError as error:  # a file system without locks
             print(f"run_dir={folder}: cannot be locked ({error.strerror}); see that no second run uses it", flush=True)
-    except OSError as error:
-        raise UserError(f"run_dir={folder}: cannot be written ({error.strerror}); use another folder") from None
     return file
 
 
@@ -291,13 +283,11 @@ def recording(folder: Path, settings: str, step: int = 0, seen: tuple[int, int] 
         held.append(lock(folder))
         if stamp(folder) != seen:
             raise UserError(f"run_dir={folder}: another process was at work in it until just now; start again")
-        try:
+        with fixable(f"run_dir={folder}: cannot be written", "; use another folder"):
             for left in [path for path in folder.glob("*.part") if path.is_file()]:  # by a start that was killed
                 left.unlink()
             write_atomic(folder / "config.yaml", settings)
             write_status(folder, "running", step=step)
-        except OSError as error:
-            raise UserError(f"run_dir={folder}: cannot be written ({error.strerror}); use another folder") from None
 
     dist.on_main(begin)
     try:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rpo.config import Wandb
-from rpo.errors import UserError
+from rpo.errors import UserError, fixable
+from rpo.files import to_lines, write_atomic
 from rpo.text import redacted
 
 INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run continues offline
@@ -113,9 +114,7 @@ class RunLog:
             return
         self.num_sent = self.run.starting_step if self.run.resumed else sent
         kept.parent.mkdir(exist_ok=True)
-        part = kept.with_name("resume.json.part")
-        part.write_text(json.dumps({"id": earlier["id"], "sent": self.num_sent}))
-        part.rename(kept)
+        write_atomic(kept, json.dumps({"id": earlier["id"], "sent": self.num_sent}))
         self.run.define_metric("pairs")
         self.run.define_metric("*", step_metric="pairs")
 
@@ -154,14 +153,10 @@ class RunLog:
             self._send({"pairs": pairs, "samples": table})
 
     def _append(self, name: str, events: list[dict]) -> None:
-        try:
-            with (self.run_dir / name).open("a") as file:
-                file.writelines(json.dumps(event) + "\n" for event in events)
-        except OSError as error:
-            raise UserError(
-                f"{self.run_dir / name}: cannot be written ({error.strerror}); free some space, and repeat the command with "
-                f"run_dir={self.run_dir} to resume from the newest checkpoint"
-            ) from None
+        path = self.run_dir / name
+        fix = f"repeat the command with run_dir={self.run_dir} to resume from the newest checkpoint"
+        with fixable(f"{path}: cannot be written", f"; free some space, and {fix}"), path.open("a") as file:
+            file.write(to_lines(events))
         self.num_events += 1
 
     def _send(self, values: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from rpo import dist
 from rpo.errors import UserError
 from rpo.text import redacted
 
@@ -32,11 +31,6 @@ def outcome(job: Callable[[], str]) -> tuple[int, str]:
     except Exception as error:
         print(redacted(traceback.format_exc()), file=sys.stderr, end="", flush=True)
         return 1, redacted(" ".join(f"{type(error).__name__}: {error}".split()))
-
-
-def run_job(job: Callable[[], str]) -> None:
-    """Runs a job to the end of its process, which exits with the code of its `outcome`."""
-    dist.leave(outcome(job)[0])
 
 
 class Interrupt:

@@ -39,7 +39,11 @@ class TrainState:
         A root that a forward pass left gathered has to be resharded afterwards. Raises UserError where the checkpoint is
         of another model.
         """
-        seed_rng(self.seed, dist.rank(), resume.state["step"] if resume else 0)
+        seed = self.seed, dist.rank(), resume.state["step"] if resume else 0
+        of_python, of_numpy, of_torch = map(int, np.random.SeedSequence(seed).generate_state(3))
+        random.seed(of_python)  # left alone the generators differ from run to run
+        np.random.seed(of_numpy)
+        torch.manual_seed(of_torch)
         if resume is not None:
             own = resume.load(self.tensors)
             self.sums.copy_(torch.tensor(own["sums"], dtype=self.sums.dtype))
@@ -63,35 +67,20 @@ class TrainState:
         return {"rng": rng_state(), "sums": self.sums.tolist()}
 
 
-def tensors_of(policy: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+def tensors_of(policy: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Tensors:
     """Weights, buffers and the optimizer's state by kind/name: the live tensors themselves, each rank's share of them.
 
-    Call it right after the optimizer is made, before a forward pass leaves the root gathered.
+    Call it right after the optimizer is made, before a forward pass leaves the root gathered. Without an optimizer it is
+    the part that a log-prob depends on.
     """
     tensors = {}
     for name, param in policy.named_parameters():
         tensors[f"weight/{name}"] = param.detach()
-        tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state[param].items()}
-    return _plain(tensors | {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()})
-
-
-def weights_of(policy: nn.Module) -> Tensors:
-    """The part of `tensors_of` that a log-prob depends on, of a policy that has no optimizer."""
-    weights = {f"weight/{name}": param.detach() for name, param in policy.named_parameters()}
-    return _plain(weights | {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()})
-
-
-def _plain(tensors: Tensors) -> Tensors:
+        if optimizer is not None:
+            tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state[param].items()}
+    tensors |= {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()}
     # Activation checkpointing, which puts this into names, may change between starts.
     return {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in tensors.items()}
-
-
-def seed_rng(*seed: int) -> None:
-    """Makes every global random generator of this process a function of `seed`; left alone they differ from run to run."""
-    of_python, of_numpy, of_torch = map(int, np.random.SeedSequence(seed).generate_state(3))
-    random.seed(of_python)
-    np.random.seed(of_numpy)
-    torch.manual_seed(of_torch)
 
 
 def rng_state() -> dict[str, Any]:

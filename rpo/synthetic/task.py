@@ -11,7 +11,6 @@ data. Tasks that differ only in their pairs share one supervised model.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import shutil
@@ -29,7 +28,9 @@ import torch
 from rpo import dist
 from rpo.config import SyntheticTask, Train
 from rpo.data import tokenizer as data_tokenizer
+from rpo.data.chat import Chat
 from rpo.errors import UserError
+from rpo.files import key_of, to_lines
 from rpo.model import divergence
 from rpo.model.policy import Policy, load_policy
 from rpo.model.sampling import Completion, Sampling, sample
@@ -68,7 +69,7 @@ SFT = {  # settings of the supervised model; 99.4% of its word pairs are legal
     "tokens_per_microbatch": 16_384,
     "seed": 0,
 }
-CHAT = data_tokenizer.Chat("2024-01-01", {})
+CHAT = Chat("2024-01-01", {})
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=48)
 BATCH_SIZE = 512  # prompts sampled at once
 TOKENS = 4096  # rows x longest of one forward pass over answers
@@ -82,16 +83,12 @@ TEMPLATE = (  # with spaces between words, where the tokenizer splits
 # ---- building it
 
 
+@dist.main_first()
 def resolve(cfg: Train) -> Train:
     """`cfg` with data.train, data.eval and (if null) model.path set to the task's files.
 
     Rank 0 builds the files on first use, in a subprocess; their folder is keyed by the settings that decide their content.
     """
-    with dist.main_first():
-        return _resolve(cfg)
-
-
-def _resolve(cfg: Train) -> Train:
     of_model = {"version": VERSION, "architecture": cfg.model.architecture, "sft": SFT}
     settings = of_model | {"gold": asdict(cfg.data.gold)}
     settings["gold"].pop("samples")  # an evaluation's size, no property of the files
@@ -106,9 +103,9 @@ def _resolve(cfg: Train) -> Train:
                 f"({missing[0]}); give data.train=FILE of your own"
             )
     root = Path(cfg.cache_dir).expanduser().resolve() / "gold"
-    folder = root / _key(settings)
+    folder = root / key_of(settings)
     if not folder.exists():
-        sft = root / f"model-{_key(of_model)}"
+        sft = root / f"model-{key_of(of_model)}"
         if not sft.exists():
             print(f"building the embedded task in {root} (once; about a minute)", flush=True)
             _make_in_subprocess("model", sft, of_model)
@@ -121,10 +118,6 @@ def _resolve(cfg: Train) -> Train:
     elif model.path is None:
         model = replace(model, path=str(folder / "sft" / "model"))
     return replace(cfg, model=model, data=replace(cfg.data, train=train, eval=cfg.data.eval and held_out))
-
-
-def _key(settings: dict) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _make_in_subprocess(stage: str, folder: Path, settings: dict, copy_of: Path | None = None) -> None:
@@ -210,7 +203,7 @@ def _label(
         words = [answer_words(tokenizer, answer) for answer in answers]
         if words[0] == words[1] or not all(words):
             continue
-        first, second = (reward(text, w, a, gold) for w, a in zip(words, answers, strict=True))
+        first, second = (rewards(tokenizer, [text], [answer], gold)[0] for answer in answers)
         first_wins = rng.random() < 1 / (1 + np.exp(second - first))
         first_wins ^= rng.random() < gold.flip
         chosen, rejected = words if first_wins else words[::-1]
@@ -221,7 +214,7 @@ def _label(
 
 def _write(path: Path, rows: list[dict]) -> None:
     with gzip.open(path, "wt") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.write(to_lines(rows))
 
 
 def weights_of(train: str | list[str]) -> SyntheticTask | None:
@@ -240,12 +233,6 @@ def answer_words(tokenizer: PreTrainedTokenizerBase, answer: Completion) -> list
     return tokenizer.decode(answer.text_ids).split()
 
 
-def reward(prompt: str, words: list[str], answer: Completion, gold: SyntheticTask) -> float:
-    """The exact gold reward of an answer to `prompt` (text that names the topic); see grammar.gold_reward."""
-    topic, hidden, length = grammar.topic_of(prompt), gold.hidden_weight, gold.length_weight
-    return grammar.gold_reward(topic, words, answer.ended, hidden_weight=hidden, length_weight=length)
-
-
 def rewards(
     tokenizer: PreTrainedTokenizerBase, asked: list[str], answers: list[Completion], gold: SyntheticTask
 ) -> np.ndarray:
@@ -256,8 +243,12 @@ def rewards(
                 f"data.eval: the prompt {text[:60]!r} is none of the embedded task's, so its answers have no reward; use "
                 "data.eval=null, or with task=overopt another task.gold"
             )
-    words = [answer_words(tokenizer, answer) for answer in answers]
-    return np.array([reward(*row, gold) for row in zip(asked, words, answers, strict=True)])
+    weights = {"hidden_weight": gold.hidden_weight, "length_weight": gold.length_weight}
+    rows = [
+        (grammar.topic_of(text), answer_words(tokenizer, answer), answer.ended)
+        for text, answer in zip(asked, answers, strict=True)
+    ]
+    return np.array([grammar.gold_reward(*row, **weights) for row in rows])
 
 
 def measure(

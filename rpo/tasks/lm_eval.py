@@ -169,6 +169,7 @@ def _model(cfg: Eval, path: str, device: torch.device) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     from rpo.data import tokenizer as data_tokenizer
+    from rpo.data.chat import Chat, render
     from rpo.model import hf, shard
     from rpo.model.sampling import with_listed
 
@@ -179,7 +180,7 @@ def _model(cfg: Eval, path: str, device: torch.device) -> Any:
     if cfg.task.chat_template and tokenizer.chat_template is None:
         raise UserError(f"task.chat_template=true: the tokenizer of {path} has none; give data.chat_template")
     lm = hf.load(path, given.revision, wide, trust_remote_code=trust).to(device, compute)
-    stop_ids = with_listed(data_tokenizer.stop_ids(tokenizer, data_tokenizer.Chat.of(cfg.data)), lm)
+    stop_ids = with_listed(data_tokenizer.stop_ids(tokenizer, Chat.of(cfg.data)), lm)
     # A generation_config.json may ask for a repetition penalty, which "greedy" does not turn off.
     lm.generation_config = type(lm.generation_config)(eos_token_id=stop_ids, pad_token_id=stop_ids[0])
     logger = logging.getLogger(HFLM.__module__)
@@ -191,7 +192,7 @@ def _model(cfg: Eval, path: str, device: torch.device) -> Any:
         logger.setLevel(level)
 
     def rendered(history: list[dict], add_generation_prompt: bool = True) -> str:  # its own would print today's date
-        return data_tokenizer.render(tokenizer, history, data_tokenizer.Chat.of(cfg.data), prompt=add_generation_prompt)
+        return render(tokenizer, history, Chat.of(cfg.data), prompt=add_generation_prompt)
 
     model.apply_chat_template = rendered
     return model

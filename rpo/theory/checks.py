@@ -82,12 +82,6 @@ def two_actions(*, p: float, base: float, ref: float, beta: float, eta: float) -
     return bandits.make([1.0], *laws, _wins(1, 2, (0, 0, 1, p), (0, 1, 0, 1 - p)), beta=beta, eta=eta)
 
 
-def three_actions(*, beta: float, eta: float) -> Bandit:
-    """One prompt, uniform ref and base; action 0 always beats 1, action 2 is never compared."""
-    uniform = [[1 / 3] * 3]
-    return bandits.make([1.0], uniform, uniform, _wins(1, 3, (0, 0, 1, 1)), beta=beta, eta=eta)
-
-
 def golden24() -> Bandit:
     """24 comparisons at two prompts, general d0 and base; at prompt 1 action 2 is never compared."""
     counts = ((0, 0, 1, 6), (0, 1, 0, 2), (0, 1, 2, 5), (0, 2, 1, 1), (0, 0, 2, 3), (1, 0, 1, 7))
@@ -135,12 +129,15 @@ def golden() -> list[Check]:
         (1.0, 0.1, (31 / 48, 1 / 48, 1 / 3)),
         (0.5, 0.5, (0.644739256989288, 0.021927409677378, 1 / 3)),
     ]
+    # One prompt, uniform ref and base; action 0 always beats 1, action 2 is never compared.
+    uniform, wins = [[1 / 3] * 3], _wins(1, 3, (0, 0, 1, 1))
     stored, closed, computed = [], [], []
     for beta, eta, digits in three:
         _, pair = closed_forms.compared_pair(p=1.0, base=(1 / 3, 1 / 3), ref=(1 / 3, 1 / 3), beta=beta, eta=eta)
         stored.append(digits)
         closed.append((*pair, 1 / 3))
-        computed.append(practical_optimum(three_actions(beta=beta, eta=eta)).policy_XA[0].tolist())
+        game = bandits.make([1.0], uniform, uniform, wins, beta=beta, eta=eta)
+        computed.append(practical_optimum(game).policy_XA[0].tolist())
     checks += [
         compare("three actions, 4 problems: policies", stored, computed, POLICY),
         compare("three actions: closed form's policies", closed, computed, POLICY),
@@ -242,8 +239,3 @@ def nonconvex() -> list[Check]:
         compare("two rewards: gap (0 if convex)", 0.433780830483, best - worst_G.max(), 1e-12),
         compare("two rewards: policies", [share, 0.5], [answer, share_G[worst_G.argmax()]], POLICY),
     ]
-
-
-def every_check() -> list[Check]:
-    """All of them, in the order of the page."""
-    return golden() + equivalence(random_games()) + nonconvex()

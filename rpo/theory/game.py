@@ -160,20 +160,6 @@ def _newton(
     raise UserError(f"beta, eta: Newton is stuck at a slope of {slope:.1e}; expected values nearer 1")
 
 
-def _autograd_derivatives(value: Callable) -> Callable:
-    """point -> (gradient, Hessian) per row, of a `value` that treats rows apart."""
-
-    def derivatives(point: Tensor) -> tuple[Tensor, Tensor]:
-        point = point.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(value(point).sum(), point, create_graph=True)
-        num = point.shape[-1]
-        ones = torch.eye(num, dtype=point.dtype).reshape(num, *[1] * (point.ndim - 1), num).expand(num, *point.shape)
-        (hessian,) = torch.autograd.grad(gradient, point, ones, is_grads_batched=True)
-        return gradient.detach(), hessian.movedim(0, -2)
-
-    return derivatives
-
-
 # ---- the two orders of play -------------------------------------------------------------------------------------
 
 
@@ -347,12 +333,14 @@ def practical_optimum(game: Bandit, loss: Loss | None = None, ridge: float = 0.0
     def value(reward_XA: Tensor) -> Tensor:
         return loss_X(log_ref_XA + reward_XA / loss.beta) + ridge / 2 * reward_XA.square().sum(-1)
 
-    by_autograd = _autograd_derivatives(value)
-
     def derivatives(reward_XA: Tensor) -> tuple[Tensor, Tensor]:
-        gradient_XA, hessian_XAA = by_autograd(reward_XA)
+        reward_XA, (*lead, num) = reward_XA.detach().requires_grad_(), reward_XA.shape
+        (gradient_XA,) = torch.autograd.grad(value(reward_XA).sum(), reward_XA, create_graph=True)
+        ones = torch.eye(num, dtype=torch.float64).reshape(num, *[1] * len(lead), num).expand(num, *reward_XA.shape)
+        (hessian_AXA,) = torch.autograd.grad(gradient_XA, reward_XA, ones, is_grads_batched=True)
+        hessian_XAA = hessian_AXA.movedim(0, -2)
         # Shifts of r move no loss, but autograd's rounding would move r along them: curvature there keeps its mean near 0.
-        return gradient_XA, hessian_XAA + hessian_XAA.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+        return gradient_XA.detach(), hessian_XAA + hessian_XAA.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
 
     start_XA = torch.zeros_like(game.ref_XA)
     reward_XA, away_X = _newton(value, derivatives, start_XA, math.inf, 1e-13 * max(1.0, game.eta))

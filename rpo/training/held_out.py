@@ -3,12 +3,13 @@
 import numpy as np
 import torch
 
-from rpo import dist, losses
+from rpo import losses
 from rpo.config import Train
-from rpo.data import schedule
 from rpo.data.batch import make_batch
+from rpo.data.chat import Chat
 from rpo.data.dataset import Splits
-from rpo.data.tokenizer import Chat, stop_ids
+from rpo.data.loader import own_share
+from rpo.data.tokenizer import stop_ids
 from rpo.model.policy import Policy, score
 from rpo.model.sampling import Sampling, sample
 from rpo.synthetic import task
@@ -63,14 +64,8 @@ class HeldOut:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The metrics of data.eval by name, with `gold` and `kl` of sampled answers on the embedded task."""
-        plan = schedule.plan_step(
-            self.rows,
-            np.arange(len(self.rows)),
-            layout=self.layout,
-            budget=self.cfg.tokens_per_microbatch,
-            rank=dist.rank(),
-            world_size=dist.world_size(),
-        )
+        every, budget = np.arange(len(self.rows)), self.cfg.tokens_per_microbatch
+        plan = own_share(self.rows, every, layout=self.layout, budget=budget)
         for members, weight in plan.microbatches:
             batch = make_batch(self.rows, members, self.layout, weight=weight).to(self.device)
             pairs = score(self.policy, self.reference.live, batch)

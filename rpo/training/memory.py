@@ -75,12 +75,6 @@ def longest_pair(cfg: Train) -> int:
     return cfg.data.max_length * (1 if cfg.loss.preference == "none" else 2)
 
 
-def has_reference(cfg: Train) -> bool:
-    """Whether a second model is there while the first is trained, as train.py has it."""
-    embedded = cfg.data.train == "gold" and cfg.data.eval is not None
-    return cfg.loss.preference != "none" and (cfg.reference.kind == "live" or embedded)
-
-
 # ---- what a step holds, and when
 
 
@@ -104,7 +98,9 @@ def moments(cfg: Train, place: Place) -> Iterator[tuple[str, Parts]]:
     held = m / shards * (not cfg.fsdp.cpu_offload)  # of a rank's share, per parameter of the model
     reshards = cfg.fsdp.reshard_after_forward
     state: Parts = {"weights": held * whole, "moments": 2 * held * whole * moment / m}
-    if has_reference(cfg):  # what it gathered and no backward pass frees: the root, and all where layers do not reshard
+    embedded = cfg.data.train == "gold" and cfg.data.eval is not None
+    if cfg.loss.preference != "none" and (cfg.reference.kind == "live" or embedded):
+        # What it gathered and no backward pass frees: the root, and all where layers do not reshard.
         state["reference"] = held * whole + c * (root if reshards else whole)
 
     several = place.several

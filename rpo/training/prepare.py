@@ -24,7 +24,7 @@ from rpo.model import attention, fingerprint, hf, shard
 from rpo.model import policy as model_policy
 from rpo.model import probe as model_probe
 from rpo.model.policy import Policy
-from rpo.model.probe import mean_gap, packed_gap, why_not_packed
+from rpo.model.probe import mean_gap, why_not_packed
 from rpo.runs import folder as run_folder
 from rpo.runs import log
 from rpo.training import meter
@@ -64,7 +64,12 @@ def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
 
     Raises UserError: no causal LM there, a preference run's own model as its silent reference.
     """
-    configs = hf.check_paths(cfg.model, cfg.reference)
+    named = {"model.path": (cfg.model.path, cfg.model.revision), "reference.path": (cfg.reference.path, None)}
+    configs = {
+        key: hf.check(path, revision, key=key, trust_remote_code=cfg.model.trust_remote_code)
+        for key, (path, revision) in named.items()
+        if path is not None
+    }
     if cfg.loss.preference != "none" and cfg.reference.path is None:
         run_folder.check_starting_model(cfg.model.path)
     return configs
@@ -173,12 +178,14 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
         model_probe.noise_floor(model, rows, probe, device, positions=spec.positions, compute_dtype=compute)
     )
     if layout == "packed":  # again on these weights, this device, this backend, these rows
-        gap = dist.broadcast(packed_gap(model, rows, probe, device))
+        gap = dist.broadcast(mean_gap((model, "packed"), (model, "padded"), rows=rows, indices=probe, device=device))
         differ = f"packed and padded differ by {gap:.1e} nats per token, rounding explains {noise_floor:.1e}"
         layout = _packed_unless(differ if not gap <= 3 * noise_floor + 1e-6 else None, spec)
     shard.reshard(model)
     identity = fingerprint.identity(weights, model, compute_dtype=compute, device=device, layout=layout)
-    beginning = [_host_copy(tensor) for tensor in _tensors(model)] if spec.trainable and in_sweep() else []
+    beginning = []
+    if spec.trainable and in_sweep():
+        beginning = [tensor.cpu().pin_memory() if tensor.is_cuda else tensor.clone() for tensor in _tensors(model)]
     return Prepared(spec, model, size, layout, noise_floor, identity, beginning)
 
 
@@ -292,7 +299,7 @@ def _check_step_0(policy: Prepared, live: Policy, rows: Rows, device: torch.devi
     """Raises UserError unless two copies of the same weights agree on some pairs within rounding."""
     some, budget = np.arange(min(NUM_PROBE_PAIRS, len(rows))), policy.spec.tokens_per_microbatch
     members = schedule.plan_step(rows, some, layout=layout, budget=budget).microbatches[0][0]
-    gap = dist.broadcast(mean_gap(policy.model, live, rows, members, device, layout=layout))
+    gap = dist.broadcast(mean_gap((policy.model, layout), (live, layout), rows=rows, indices=members, device=device))
     shard.reshard(policy.model)
     if not gap <= 3 * policy.noise_floor + 1e-6:
         raise UserError(
@@ -310,10 +317,6 @@ def _packed_unless(reason: str | None, spec: Spec) -> str:
     if dist.is_main():
         print(f"layout=padded, because {spec.key}={spec.path} cannot be packed: {reason}", flush=True)
     return "padded"
-
-
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.cpu().pin_memory() if tensor.is_cuda else tensor.clone()
 
 
 def _tensors(policy: Policy) -> list[Tensor]:

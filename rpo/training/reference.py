@@ -16,6 +16,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
@@ -25,10 +26,12 @@ from torch.distributed import gather_object
 from tqdm import tqdm
 
 from rpo import dist
+from rpo.config import differences
 from rpo.data import schedule
-from rpo.data.batch import RowsLike, make_batch
-from rpo.errors import UserError
-from rpo.files import read_arrays, write_arrays
+from rpo.data.batch import make_batch
+from rpo.data.dataset import Rows
+from rpo.errors import UserError, fixable
+from rpo.files import key_of, read_arrays, write_arrays, write_atomic
 from rpo.model.policy import Policy
 from rpo.text import human
 
@@ -38,18 +41,13 @@ RESCORED = 8  # pairs scored once more whenever a cache is used
 Logps = dict[int, np.ndarray]  # row -> log-probs of its chosen, then of its rejected tokens
 
 
-def key_of(facts: dict) -> str:
-    """The name of the folder that holds the log-probs of these facts."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
-
-
 # ---- all rows
 
 
 @torch.no_grad()
 def score_rows(
     policy: Policy,
-    rows: RowsLike,
+    rows: Rows,
     facts: dict,
     *,
     name: str,
@@ -88,7 +86,7 @@ def score_rows(
     return dist.broadcast(_sums(rows, found) if dist.is_main() else None), report
 
 
-def _sums(rows: RowsLike, found: Logps) -> np.ndarray:
+def _sums(rows: Rows, found: Logps) -> np.ndarray:
     sides = ((found[i][:c], found[i][c:]) for i, c in enumerate(rows.chosen.tolist()))
     return np.array([[side.sum(dtype=np.float64) for side in pair] for pair in sides])
 
@@ -107,24 +105,18 @@ def _folder(cache_dir: Path, facts: dict) -> Path:
     if there == facts:
         return cache_dir
     raise UserError(
-        f"reference.cache_dir={cache_dir}: is the cache of another reference ({_difference(there, facts)}); give the "
+        f"reference.cache_dir={cache_dir}: is the cache of another reference ({differences(there, facts)[0]}); give the "
         "folder above reference/, where each has its own"
     )
 
 
-def _difference(there: dict, here: dict) -> str:
-    name = next(name for name in here | there if there.get(name) != here.get(name))
-    a, b = there.get(name), here.get(name)
-    return f"{name}.{_difference(a, b)}" if isinstance(a, dict) and isinstance(b, dict) else f"{name}: {a}, ours {b}"
-
-
-def _digest(rows: RowsLike, i: int) -> bytes:
+def _digest(rows: Rows, i: int) -> bytes:
     """sha256 of the ids of row `i` and of which of them are scored, which the three lengths say."""
     parts = rows.row(i)
     return hashlib.sha256(np.concatenate([list(map(len, parts)), *parts]).astype("<i4").tobytes()).digest()
 
 
-def _look_up(folder: Path, rows: RowsLike, found: Logps) -> np.ndarray:
+def _look_up(folder: Path, rows: Rows, found: Logps) -> np.ndarray:
     """Fills `found` from the shards and returns the rows that none has. A damaged shard is removed, and said."""
     wanted: dict[bytes, list[int]] = {}
     for i in range(len(rows)):
@@ -143,18 +135,14 @@ def _look_up(folder: Path, rows: RowsLike, found: Logps) -> np.ndarray:
     return np.array([i for i in range(len(rows)) if i not in found], dtype=np.int64)
 
 
-def _make_room(folder: Path, cache_dir: Path, rows: RowsLike, holes: np.ndarray, facts: dict) -> None:
+def _make_room(folder: Path, cache_dir: Path, rows: Rows, holes: np.ndarray, facts: dict) -> None:
     """Makes the folder with its facts.json. Raises UserError where it cannot be written or is too small for `holes`."""
     tokens = int((rows.chosen[holes].astype(np.int64) + rows.rejected[holes]).sum())
     needed = tokens * (8 if facts["compute_dtype"] == "float64" else 4) + 64 * len(holes) + 4096
-    fresh = folder / f".facts-{uuid.uuid4().hex}"
-    try:
+    with _writing(cache_dir, f"{human(needed)} are needed"):
         folder.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps(facts, indent=2))
-        fresh.rename(folder / "facts.json")
+        write_atomic(folder / "facts.json", json.dumps(facts, indent=2))
         free = shutil.disk_usage(folder).free
-    except OSError as error:
-        raise _unwritable(cache_dir, error, f"{human(needed)} are needed") from None
     if free < needed:
         raise UserError(
             f"reference.cache_dir={cache_dir}: has {human(free)} free, the log-probs of {len(holes)} pairs need "
@@ -162,13 +150,11 @@ def _make_room(folder: Path, cache_dir: Path, rows: RowsLike, holes: np.ndarray,
         )
 
 
-def _unwritable(cache_dir: Path, error: OSError, more: str) -> UserError:
-    return UserError(
-        f"reference.cache_dir={cache_dir}: cannot be written ({error.strerror}), {more}; use another folder"
-    )
+def _writing(cache_dir: Path, note: str) -> AbstractContextManager[None]:
+    return fixable(f"reference.cache_dir={cache_dir}: cannot be written", f", {note}; use another folder")
 
 
-def _write_shard(folder: Path, rows: RowsLike, fresh: Logps) -> None:
+def _write_shard(folder: Path, rows: Rows, fresh: Logps) -> None:
     """Writes the log-probs of a chunk as one shard. Raises UserError where one is not finite or the disk is full."""
     for i, logps in fresh.items():
         if not np.isfinite(logps).all():
@@ -179,18 +165,14 @@ def _write_shard(folder: Path, rows: RowsLike, fresh: Logps) -> None:
     digests = np.frombuffer(b"".join(_digest(rows, i) for i in fresh), np.uint8).reshape(-1, 32)
     lengths = np.array([len(logps) for logps in fresh.values()])
     arrays = {"digests": digests, "lengths": lengths, "logps": np.concatenate(list(fresh.values()))}
-    try:
+    with _writing(folder, "what was written before is kept"):
         write_arrays(folder / f"shard_{uuid.uuid4().hex}", arrays, {"pairs": len(fresh)})
-    except OSError as error:
-        raise _unwritable(folder, error, "what was written before is kept") from None
 
 
 # ---- scoring
 
 
-def _fill(
-    scored: Callable[..., Logps], rows: RowsLike, holes: np.ndarray, folder: Path, found: Logps, name: str
-) -> None:
+def _fill(scored: Callable[..., Logps], rows: Rows, holes: np.ndarray, folder: Path, found: Logps, name: str) -> None:
     """One pass over `holes`, shared by the ranks, into `found` and the folder, a shard per chunk."""
     ranks = {"rank": dist.rank(), "world_size": dist.world_size()}
     interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file gets few lines
@@ -207,7 +189,7 @@ def _fill(
 
 def _score(
     policy: Policy,
-    rows: RowsLike,
+    rows: Rows,
     indices: np.ndarray,
     progress: tqdm,
     *,
@@ -230,7 +212,7 @@ def _score(
     return {i: logps for members, logps_N in scored for i, logps in _by_row(rows, members, logps_N.cpu().numpy())}
 
 
-def _by_row(rows: RowsLike, members: np.ndarray, logps_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+def _by_row(rows: Rows, members: np.ndarray, logps_N: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Row and its log-probs, from those of a micro-batch, where all chosen come before all rejected."""
     lengths = np.concatenate([rows.chosen[members], rows.rejected[members]])
     parts = np.split(logps_N, np.cumsum(lengths)[:-1])
@@ -239,7 +221,7 @@ def _by_row(rows: RowsLike, members: np.ndarray, logps_N: np.ndarray) -> Iterato
 
 
 def _rescore(
-    scored: Callable[..., Logps], rows: RowsLike, holes: np.ndarray, folder: Path, found: Logps, noise_floor: float
+    scored: Callable[..., Logps], rows: Rows, holes: np.ndarray, folder: Path, found: Logps, noise_floor: float
 ) -> None:
     """Raises UserError where random pairs, scored once more, differ from what is stored by more than rounding."""
     cached = np.setdiff1d(np.arange(len(rows)), holes)

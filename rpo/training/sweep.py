@@ -76,14 +76,14 @@ def placed(cfg: Train) -> Train:
 
 
 def run_job(job: Callable[[], str]) -> None:
-    """Runs one job as `process.run_job` does, or as a cell of a sweep whose failure is a row of the table.
+    """Runs a job to the end of its process, which exits with the code of its `process.outcome`.
 
-    An interrupted cell ends its sweep.
+    Or as a cell of a sweep, whose failure is a row of the table; an interrupted cell ends its sweep.
     """
-    if not in_sweep():
-        process.run_job(job)
-        return
     code, reason = process.outcome(job)
+    if not in_sweep():
+        dist.leave(code)
+        return
     if code >= 128:
         if dist.is_main():
             write_table(Path(HydraConfig.get().sweep.dir))

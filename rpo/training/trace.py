@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from rpo.data.batch import make_batch
+from rpo.data.dataset import Rows
 from rpo.errors import UserError
-from rpo.model import hf, shard
+from rpo.model import attention, shard
 from rpo.model.policy import Policy, layers_of
 
 
@@ -83,7 +83,11 @@ def _skeleton(model: PreTrainedConfig, dtype: torch.dtype, *, flex: bool = False
     own.pad_token_id = None  # or GPT-2 looks whether there is padding in what has no data
     if flex:  # it keeps with a soft-cap what varlen keeps without
         own.get_text_config().attn_logit_softcapping = None
-    return hf.skeleton(own, dtype)
+    attention.register()
+    lm = AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=False).eval()
+    if lm.config._attn_implementation == "sdpa":  # which would be given a mask where positions cannot be looked at
+        lm.config._attn_implementation = attention.UNMASKED
+    return lm
 
 
 @contextmanager
@@ -124,9 +128,7 @@ def trace(
     CUDA's packed attention is traced as varlen, its padded one as the CPU's flash attention, which keeps the same tensors.
     Raises UserError where the model's code needs to look at data.
     """
-    column = np.array(lengths, np.int64).T
-    ids = [tuple(np.zeros(length, np.int64) for length in pair) for pair in lengths]
-    rows = SimpleNamespace(row=ids.__getitem__, ref_logps=None, prompt=column[0], chosen=column[1], rejected=column[2])
+    rows = Rows.of([[np.zeros(length, np.int32) for length in pair] for pair in lengths], "trace")
     batch = make_batch(rows, np.arange(len(lengths)), layout)
     with _without_data(model):
         lm = _skeleton(model, dtype, flex=device == "cuda" and layout == "packed")

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from rpo.data.batch import make_batch
-from rpo.data.loader import Loader
+from rpo.data.loader import load_steps
 from rpo.data.schedule import Plan, plan_step
 from tests.helpers.rows import make_rows
 
@@ -15,13 +15,13 @@ def test_shares_are_the_plans_from_any_step_on(group):
     plan = Plan(len(rows), batch_size=4, seed=7, epochs=2, max_steps=None)
     assert plan.total_steps == 6
     for start in (0, 4, 6):
-        shares = list(Loader(rows, plan, layout="packed", budget=30, device=torch.device("cpu"), start=start))
+        shares = list(load_steps(rows, plan, layout="packed", budget=30, device=torch.device("cpu"), start=start))
         assert len(shares) == 6 - start
-        for step, share in enumerate(shares, start=start):
+        for step, (share, batches) in enumerate(shares, start=start):
             expected = plan_step(rows, plan.rows(step), layout="packed", budget=30)
-            assert share.plan.pairs == len(plan.rows(step)) == (2 if step % 3 == 2 else 4)
-            members = np.sort(np.concatenate([part for part, _ in share.plan.microbatches]))
+            assert share.pairs == len(plan.rows(step)) == (2 if step % 3 == 2 else 4)
+            members = np.sort(np.concatenate([part for part, _ in share.microbatches]))
             assert members.tolist() == np.sort(plan.rows(step)).tolist()
-            for batch, (part, weight) in zip(share.batches, expected.microbatches, strict=True):
+            for batch, (part, weight) in zip(batches, expected.microbatches, strict=True):
                 assert torch.equal(batch.input_ids_BT, make_batch(rows, part, "packed", weight=weight).input_ids_BT)
     assert Plan(10, batch_size=4, seed=7, epochs=2, max_steps=2).total_steps == 2

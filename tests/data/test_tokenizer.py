@@ -12,7 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from rpo.data import dataset
-from rpo.data.tokenizer import Chat, encode_prompt, stop_ids
+from rpo.data.chat import Chat
+from rpo.data.tokenizer import encode_prompt, stop_ids
 from rpo.errors import UserError
 from tests.helpers.rows import CFG
 

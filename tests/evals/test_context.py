@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import eval as evaluation
-from rpo.data.tokenizer import Chat, encode_prompt, stop_ids
+from rpo.data.chat import Chat
+from rpo.data.tokenizer import encode_prompt, stop_ids
 from rpo.errors import UserError
 from rpo.evals import context, preference
 from rpo.evals.context import Context

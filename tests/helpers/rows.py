@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from rpo.config import EvalData
+from rpo.data.chat import Chat
 from rpo.data.dataset import Rows
-from rpo.data.tokenizer import Chat
 from rpo.synthetic import task
 
 WORDS = tuple(f"{first}{second}" for first in "bcdfg" for second in ("a", "e", "i", "o", "u", "an", "en", "in"))

@@ -277,6 +277,6 @@ def test_response_sums_and_their_gradient(dtype):
     lengths = torch.tensor([3, 1, 4])
     logps_N = torch.randn(8, dtype=dtype, generator=torch.Generator().manual_seed(0), requires_grad=True)
     sums_S = response_sums(logps_N, lengths)
-    torch.testing.assert_close(sums_S, torch.stack([part.sum() for part in logps_N.split(lengths.tolist())]))
-    (grad_N,) = torch.autograd.grad(sums_S @ torch.tensor([1.0, -2.0, 3.0], dtype=dtype), logps_N)
+    torch.testing.assert_close(sums_S, torch.stack([part.double().sum() for part in logps_N.split(lengths.tolist())]))
+    (grad_N,) = torch.autograd.grad(sums_S @ torch.tensor([1.0, -2.0, 3.0]).double(), logps_N)
     assert grad_N.tolist() == [1, 1, 1, -2, 3, 3, 3, 3]

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from rpo.data.batch import make_batch, packed_batch, padded_batch
 from rpo.model import attention
 from rpo.model.policy import Policy, score
-from rpo.model.probe import mean_gap, noise_floor, packed_gap
+from rpo.model.probe import mean_gap, noise_floor
 from tests.helpers.models import VOCABULARY, make_lm, own_logps, ragged
 from tests.helpers.rows import LENGTHS, make_rows
 
@@ -28,7 +29,7 @@ def test_score_sums_each_response_under_both_models():
     batch, alone = ragged()
     pairs = score(policy, reference, batch)
     for model, sides in ((policy, ("chosen_P", "rejected_P")), (reference, ("ref_chosen_P", "ref_rejected_P"))):
-        expected_S = torch.stack([own_logps(model.lm, [text]).sum() for text in alone])
+        expected_S = torch.stack([own_logps(model.lm, [text]).double().sum() for text in alone])
         torch.testing.assert_close(torch.cat([getattr(pairs, side) for side in sides]), expected_S)
     assert pairs.tokens_chosen_P.tolist() == [c for _, c, _ in LENGTHS]
     assert pairs.tokens_rejected_P.tolist() == [r for _, _, r in LENGTHS]
@@ -50,15 +51,15 @@ def test_score_of_supervised_rows():
 
 
 def test_score_takes_the_reference_that_the_batch_carries():
-    """Without a second model its log-probs are those stored beside the rows, in the policy's dtype; with one they are its."""
+    """Without a second model its log-probs are those stored beside the rows, in float64; with one they are its."""
     stored = np.arange(10, dtype=np.float64).reshape(5, 2) / 3
     rows = dataclasses.replace(make_rows(LENGTHS, vocab_size=VOCABULARY), ref_logps=stored)
     for layout in ("padded", "packed"):
         batch = make_batch(rows, np.array([4, 0, 2]), layout)
         pairs = score(make_policy(), None, batch)
-        assert pairs.ref_chosen_P.dtype == pairs.chosen_P.dtype == torch.float32
+        assert pairs.ref_chosen_P.dtype == pairs.chosen_P.dtype == torch.float64
         found = torch.stack([pairs.ref_chosen_P, pairs.ref_rejected_P], dim=1)
-        torch.testing.assert_close(found, torch.from_numpy(stored[[4, 0, 2]]).float(), rtol=0, atol=0)
+        torch.testing.assert_close(found, torch.from_numpy(stored[[4, 0, 2]]), rtol=0, atol=0)
         live = score(make_policy(), make_policy(), batch)
         assert torch.equal(live.ref_chosen_P, live.chosen_P)
 
@@ -89,9 +90,10 @@ def test_mean_gap(layout):
     """Zero between a model and its copy; between others the mean |difference| over all scored tokens, by hand."""
     rows, policy, other = make_rows(LENGTHS, vocab_size=VOCABULARY), make_policy(), make_policy(seed=1)
     _, alone = ragged()
+    gap = partial(mean_gap, rows=rows, indices=ALL, device=CPU)
     expected = (own_logps(policy.lm, alone) - own_logps(other.lm, alone)).abs().mean().item()
-    np.testing.assert_allclose(mean_gap(policy, other, rows, ALL, CPU, layout=layout), expected, rtol=1e-5)
-    assert mean_gap(policy, copy.deepcopy(policy), rows, ALL, CPU, layout=layout) == 0
+    np.testing.assert_allclose(gap((policy, layout), (other, layout)), expected, rtol=1e-5)
+    assert gap((policy, layout), (copy.deepcopy(policy), layout)) == 0
 
 
 def test_packed_gap(monkeypatch):
@@ -102,11 +104,12 @@ def test_packed_gap(monkeypatch):
         return attention.sdpa(query, key, value, dataclasses.replace(segments, lengths=joined), **how)
 
     rows, policy = make_rows(LENGTHS, vocab_size=VOCABULARY), make_policy()
-    assert packed_gap(policy, rows, ALL, CPU) < 1e-6
+    gap = partial(mean_gap, rows=rows, indices=ALL, device=CPU)
+    assert gap((policy, "packed"), (policy, "padded")) < 1e-6
     monkeypatch.setitem(attention.BACKENDS, "peeking", peeking)
     policy.attention = "peeking"
     with torch.no_grad():
         wrong_N = policy(packed_batch(rows, ALL))
     expected = (wrong_N - own_logps(make_lm(), ragged()[1])).abs().mean().item()
     assert expected > 0.01
-    np.testing.assert_allclose(packed_gap(policy, rows, ALL, CPU), expected, rtol=1e-4)
+    np.testing.assert_allclose(gap((policy, "packed"), (policy, "padded")), expected, rtol=1e-4)

@@ -6,13 +6,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from rpo.data.chat import Chat
 from rpo.errors import UserError
 from rpo.model.sampling import Completion
 from rpo.overopt import rewards
 from tests.helpers.models import SIZES
 from tests.helpers.rows import make_rows_json, make_tokenizer
 
-HOW = {"device": torch.device("cpu"), "dtype": torch.float32, "date": "2024-01-01", "trust_remote_code": False}
+HOW = {
+    "device": torch.device("cpu"),
+    "dtype": torch.float32,
+    "chat": Chat("2024-01-01", {}),
+    "trust_remote_code": False,
+}
 PROMPTS = [row["prompt"] for row in make_rows_json(21, seed=3)]
 TEXTS = [row["chosen"] for row in make_rows_json(21, seed=5)]
 ANSWERS = [Completion([0], True)] * len(TEXTS)

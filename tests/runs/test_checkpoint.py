@@ -343,7 +343,7 @@ def test_a_full_disk_costs_one_checkpoint(tiny, whole, tmp_path, monkeypatch, ca
         raise OSError(28, "No space left on device")
 
     mine = copied(whole, tmp_path / "second")
-    monkeypatch.setattr(checkpoint, "_write_json", full)
+    monkeypatch.setattr(checkpoint, "write_atomic", full)
     assert run(tiny, mine, "checkpoint.keep=all") == "finished"
     assert (mine / "checkpoints/latest").resolve().name == "step_00000010"
     assert len(list((mine / "checkpoints").iterdir())) == 6

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from rpo.config import SyntheticTask
-from rpo.data.tokenizer import Chat, encode_prompt
+from rpo.data.chat import Chat
+from rpo.data.tokenizer import encode_prompt
 from rpo.model.sampling import Completion, sample
 from rpo.synthetic import demo, grammar, task
 from tests.helpers.models import make_lm, prepared

@@ -25,7 +25,7 @@ from rpo.overopt import best_of_n, figures, measure, selection, study
 from rpo.overopt import curve as overopt
 from rpo.runs import catalog
 from rpo.runs import folder as run_folder
-from rpo.runs.state import weights_of
+from rpo.runs.state import tensors_of
 from rpo.synthetic import task
 from tests.helpers.evaluations import evaluate, lines
 from tests.helpers.gold_runs import BETA, STEPS, trained
@@ -242,7 +242,7 @@ def test_every_checkpoint_is_laid_over(gold_sweep, group):
         stored = load_file(next(found.checkpoints[step].glob("*.safetensors")))
         assert all(
             torch.equal(tensor.full_tensor(), stored[name])
-            for name, tensor in weights_of(model.policy).items()
+            for name, tensor in tensors_of(model.policy).items()
             if name.startswith("weight/")
         )
     assert {name.split("/")[0] for name in stored} > {"weight", "exp_avg"}

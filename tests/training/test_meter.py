@@ -14,7 +14,8 @@ import wandb
 
 from rpo import config
 from rpo.config import Loss, SyntheticTask, Wandb
-from rpo.data.tokenizer import Chat, encode_prompt
+from rpo.data.chat import Chat
+from rpo.data.tokenizer import encode_prompt
 from rpo.errors import UserError
 from rpo.evals import preference
 from rpo.evals.context import Answer

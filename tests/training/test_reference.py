@@ -15,7 +15,7 @@ import torch
 from rpo.data.batch import make_batch
 from rpo.data.dataset import Rows
 from rpo.errors import UserError
-from rpo.files import read_arrays, write_arrays
+from rpo.files import key_of, read_arrays, write_arrays
 from rpo.model import fingerprint
 from rpo.model.policy import Policy
 from rpo.training import reference
@@ -192,8 +192,8 @@ def test_a_changed_row_misses_alone(tmp_path, change):
 def test_what_the_key_depends_on():
     """One weight by its last bit, dtype, layout, attention, config, compile: each makes another key; the same facts the same."""
     policy = make_policy()
-    key = reference.key_of(facts_of(policy))
-    assert key == reference.key_of(json.loads(json.dumps(facts_of(make_policy()))))
+    key = key_of(facts_of(policy))
+    assert key == key_of(json.loads(json.dumps(facts_of(make_policy()))))
     others = [facts_of(policy, torch.bfloat16), facts_of(policy, layout="padded")]
     others += [
         facts_of(Policy(policy.lm, compile_tiles=True)),
@@ -207,7 +207,7 @@ def test_what_the_key_depends_on():
     nudged = copy.deepcopy(policy)
     nudged.lm.config.rms_norm_eps *= 2
     others.append(facts_of(nudged))
-    assert len({key, *map(reference.key_of, others)}) == 1 + len(others)
+    assert len({key, *map(key_of, others)}) == 1 + len(others)
 
 
 def test_what_the_key_does_not_depend_on(tmp_path):
@@ -367,14 +367,14 @@ def test_a_cache_given_by_path(tmp_path):
     found, again = score(rows, moved)
     assert np.array_equal(found, sums) and again["folder"] == str(moved) and again["scored"] == 0
     other = make_policy(make_lm(seed=1))
-    with pytest.raises(UserError, match=rf"reference.cache_dir={moved}: is the cache of another reference \(weights: "):
+    with pytest.raises(UserError, match=rf"reference.cache_dir={moved}: is the cache of another reference \(weights="):
         score(rows, moved, policy=other)
     policy = make_policy()
-    with pytest.raises(UserError, match=r"\(compute_dtype: float32, ours bfloat16\)"):
+    with pytest.raises(UserError, match=r"\(compute_dtype=float32, here bfloat16\)"):
         score(rows, moved, policy=policy, facts=facts_of(policy, torch.bfloat16))
     facts = facts_of(policy)
     facts["config"]["rms_norm_eps"] = 1.0
-    with pytest.raises(UserError, match=r"\(config.rms_norm_eps: 1e-06, ours 1.0\)"):
+    with pytest.raises(UserError, match=r"\(config.rms_norm_eps=1e-06, here 1.0\)"):
         score(rows, moved, policy=policy, facts=facts)
 
 

@@ -1,0 +1,149 @@
+"""What a chat template renders: messages as text, what it puts after a response, and what it leaves out of a message."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rpo.data.formats import Example, Messages, RowError
+from rpo.errors import UserError
+from rpo.text import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rpo.config import EvalData
+
+
+class Chat(NamedTuple):
+    """What a chat template is given beside the messages and the tools: the date that it may print, and arguments by name."""
+
+    date: str
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, cfg: EvalData) -> Chat:
+        return cls(cfg.template_date, cfg.chat_template_kwargs or {})
+
+
+@lru_cache
+def _fix_date(template: str, template_date: str) -> str:
+    """The template with a macro `strftime_now` that returns `template_date` at midnight in place of the clock.
+
+    A macro, because apply_chat_template turns a function among its arguments into text.
+    """
+    if "strftime_now" not in template:
+        return template
+    day = datetime.fromisoformat(template_date)
+    directives = [f"%{c}" for c in "aAwdbBmyYHIMSfpjUWcxXGuVeFTDR"] + [f"%-{c}" for c in "dmyHIMSj"]
+    filters = "".join(f"|replace({d!r}, {day.strftime(d)!r})" for d in directives)
+    return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n" + template
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    chat: Chat,
+    *,
+    prompt: bool,
+    tools: list | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The text of the messages by the chat template, with the generation prompt if they are a `prompt`.
+
+    `kwargs` are the row's own and win over `chat`'s. Raises RowError where the template refuses, UserError without one.
+    """
+    if tokenizer.chat_template is None:
+        why = "the data has messages, the tokenizer no chat template"
+        raise UserError(f"data.chat_template=null: {why}; give jinja text or a file")
+    try:
+        template = tokenizer.get_chat_template(tools=tools)
+    except Exception as error:  # templates by name of which none is the default
+        why = f"the tokenizer's chat templates have no default ({one_line(error)})"
+        raise UserError(f"data.chat_template=null: {why}; give jinja text or a file") from None
+    given = {**chat.kwargs, **(kwargs or {})}
+    if own := sorted(set(given) & _LIBRARY_ARGUMENTS):
+        raise RowError("wrong_type", f"chat_template_kwargs: {own[0]} is not the template's to read; remove it")
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            chat_template=_fix_date(template, chat.date),
+            add_generation_prompt=prompt,
+            tokenize=False,
+            **given,
+        )
+    except Exception as error:  # the template is a program of the user's and may raise anything
+        text = f"the chat template refuses the messages ({one_line(error)}); fix them or data.chat_template"
+        raise RowError("template_error", text) from None
+
+
+# Names that apply_chat_template keeps to itself.
+_LIBRARY_ARGUMENTS = frozenset(
+    "conversation messages tools chat_template add_generation_prompt continue_final_message tokenize padding truncation "
+    "max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs".split()
+)
+
+
+def alike(tokenizer: PreTrainedTokenizerBase, chat: Chat, one: Messages, other: Messages) -> bool:
+    """Whether the chat template renders two beginnings of a conversation as one text."""
+    try:
+        a, b = (render(tokenizer, messages, chat, prompt=False) for messages in (one, other))
+    except RowError:
+        return False
+    return a == b
+
+
+def closing(tokenizer: PreTrainedTokenizerBase, chat: Chat, example: Example | None = None) -> str | None:
+    """What the chat template renders after a response's text: the common end of two renderings that differ in that text.
+
+    Of `example`'s chosen response, else of a plain exchange. None where the text is not rendered, or refused.
+    """
+    example = example or Example([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}], None)
+    messages, both = [*example.prompt, *example.chosen], []
+    try:
+        for text in ("x", "y"):
+            last = messages[-1] | {"content": text}
+            more = {"tools": example.tools, "kwargs": example.template_kwargs}
+            both.append(render(tokenizer, [*messages[:-1], last], chat, prompt=False, **more))
+    except UserError:
+        return None
+    return os.path.commonprefix([text[::-1] for text in both])[::-1] if both[0] != both[1] else None
+
+
+def left_out(messages: Messages, text: str) -> str | None:
+    """A part of the messages that is not in their rendered `text`, white space aside; None if all is there."""
+    fields = ("content", "reasoning_content", "reasoning", "thinking")
+    for message in messages:
+        for part in (message[field] for field in fields if isinstance(message.get(field), str)):
+            if not _is_in(part, text):
+                return part
+        for call in message.get("tool_calls") or ():
+            call = call.get("function", call) if isinstance(call, dict) else call
+            said = [call.get("name"), call.get("arguments")] if isinstance(call, dict) else call
+            if (part := _lost_of(said, text)) is not None:
+                return part
+    return None
+
+
+def _is_in(part: str, text: str) -> bool:
+    if part in text:
+        return True
+    spellings = (part, json.dumps(part, ensure_ascii=False)[1:-1], json.dumps(part)[1:-1])
+    return any("".join(spelling.split()) in "".join(text.split()) for spelling in spellings)
+
+
+def _lost_of(value: Any, text: str) -> str | None:
+    """A name, key or text of a call that is not in `text`; arguments given as JSON may be printed anew."""
+    if isinstance(value, str) and not _is_in(value, text):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return _lost_of(value, text) if isinstance(value, dict | list) else str(value)
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+    return next((lost for part in parts if (lost := _lost_of(part, text)) is not None), None)
