@@ -99,9 +99,12 @@ def train(cfg: Train) -> str:
         bar = tqdm(total=plan.total_steps, initial=first, unit="step", mininterval=interval, disable=not dist.is_main())
         later.enter_context(bar)  # or an error ends up in its line
 
-        def raise_if_bad() -> None:
-            """Where a loss or gradient was not finite; model/ holds the weights before it."""
-            if (bad := int(state.first_bad)) >= 0:  # waits for the device
+        def raise_if_bad(*, weights: bool) -> None:
+            """Where a loss or gradient was not finite, and model/ holds the weights before it; or where `weights` are not."""
+            bad = int(state.first_bad)  # waits for the device
+            if (weights or bad >= 0) and not state.weights_are_finite():
+                raise FloatingPointError(guards.broken(state.step))
+            if bad >= 0:
                 status.step = bad
                 hf.save(policy.model, data.tokenizer, run.path / "model")
                 raise FloatingPointError(guards.not_finite(bad, data.train, plan))
@@ -125,7 +128,7 @@ def train(cfg: Train) -> str:
                 if checkpoints.is_due(step, last=last) and step == first:  # its interruption saved it already
                     checkpoints.judge(step, scores)
                 elif checkpoints.is_due(step, last=last):
-                    raise_if_bad()
+                    raise_if_bad(weights=True)
                     with clock.paused():
                         run.write_running(step)
                         checkpoints.save(state, log.position(), scores)
@@ -170,7 +173,7 @@ def train(cfg: Train) -> str:
             early = stopped and not cfg.checkpoint.every
             if early or is_every(cfg.log_every, step + 1) or step + 1 == plan.total_steps:
                 values = meter.read()  # with a checkpoint's, the loop's only wait for the device
-                raise_if_bad()
+                raise_if_bad(weights=early or step + 1 == plan.total_steps)
                 values |= {"grad_norm": float(grad_norm), "lr": lr} | split | clock.read()
                 with clock.paused():
                     log.metrics("train", step + 1, state.pairs, values)
@@ -184,7 +187,7 @@ def train(cfg: Train) -> str:
         bar.close()
         watch("saving")
         if status.state == "interrupted" and cfg.checkpoint.every:
-            raise_if_bad()
+            raise_if_bad(weights=True)
             if not checkpoints.save(state, log.position(), {}, wait=True):
                 raise UserError(
                     f"run_dir={run.path}: interrupted at step {state.step}, which could not be saved; free some space"

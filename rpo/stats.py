@@ -132,9 +132,15 @@ def holm(ps: Sequence[float]) -> list[float]:
 def detectable(se: float, num_clusters: int) -> float:
     """The smallest true difference that is detected with a probability of POWER, its error from G = `num_clusters`.
 
-    (t_{1-ALPHA/2} + t_POWER) se, quantiles of Student's t with G - 1 degrees of freedom (Bloom 1995); 2.80 se for many.
+    se times the noncentrality at which t with G - 1 degrees of freedom exceeds its (1 - ALPHA/2)-quantile with probability
+    POWER: 16.3 se of two clusters, 2.80 se of many. (Bloom's t_{1-ALPHA/2} + t_POWER, 1995, has a power of .73 at two.)
     """
-    return (t_quantile(1 - ALPHA / 2, num_clusters - 1) + t_quantile(POWER, num_clusters - 1)) * se
+    from scipy.special import nctdtrinc
+
+    df = num_clusters - 1
+    if num_clusters > _MANY:
+        return (t_quantile(1 - ALPHA / 2, df) + t_quantile(POWER, df)) * se
+    return float(nctdtrinc(df, 1 - POWER, t_quantile(1 - ALPHA / 2, df))) * se
 
 
 def clusters_needed(difference: float, se: float, num_clusters: int) -> int:

@@ -307,6 +307,11 @@ class Splits:
         return max(map(longest, self.by_name.values()))
 
     @cached_property
+    def largest_id(self) -> int:
+        """The largest token id of any row."""
+        return max(int(rows.ids.max()) for rows in self.by_name.values())
+
+    @cached_property
     def facts(self) -> dict[str, str]:
         """Digests of tokenizer and rows, by key, for a checkpoint to compare."""
         facts = {"model.tokenizer": digest(json.dumps(identity(self.tokenizer)).encode())}

@@ -100,7 +100,7 @@ class Context:
         self._seen = run_folder.stamp(self.run_dir)
         dist.on_main(self._check_resumes)
         self._stack, self._has_begun = ExitStack(), False
-        self._opened: dict[str, tuple[PreTrainedTokenizerBase, int]] = {}
+        self._opened: dict[str, tuple[PreTrainedTokenizerBase, dict[str, PretrainedConfig]]] = {}
         self._loaded: tuple[str, Loaded] | None = None
         self._stores: dict[str, Store] = {}
         self._account = client.Account()
@@ -178,6 +178,7 @@ class Context:
         configs, trust = self.configs, self.cfg.model.trust_remote_code  # the models are checked first
         path = self.cfg.reference.path or self.from_runs("reference.path")
         configs[f"reference.path={path}"] = hf.check(path, key="reference.path", trust_remote_code=trust)
+        self._check_vocabulary(self.tokenizer, path, "reference.path", None)
         return path
 
     @cached_property
@@ -187,8 +188,19 @@ class Context:
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """model.tokenizer, or the first model's."""
-        return tokenizer_of(self.cfg, self.paths[0])
+        """model.tokenizer, or the first model's. Raises UserError where another model's contradicts it."""
+        tokenizer = tokenizer_of(self.cfg, self.paths[0])
+        for path in self.paths[1:]:
+            self._check_vocabulary(tokenizer, path, "model.path", self.cfg.model.revision)
+        return tokenizer
+
+    def _check_vocabulary(
+        self, tokenizer: "PreTrainedTokenizerBase", path: str, key: str, revision: str | None
+    ) -> None:
+        from rpo.data.tokenizer import check_vocabulary
+
+        if self.cfg.model.tokenizer is None:
+            check_vocabulary(tokenizer, path, revision, key=key, trust=self.cfg.model.trust_remote_code)
 
     @cached_property
     def positions(self) -> int:
@@ -208,7 +220,7 @@ class Context:
         with dist.main_first():  # rank 0 tokenises into the cache, the others read it
             rows, report = dataset.load(self.data, self.cfg.data, self.tokenizer, pairs=True, cache_dir=cache)
         rows = rows.head(limit or len(rows))
-        hf.check_fit(self.configs, self.tokenizer, batch.longest(rows))
+        hf.check_fit(self.configs, batch.longest(rows), int(rows.ids.max()))
         self._report(report)
         return rows, report["cache_key"]
 
@@ -222,7 +234,7 @@ class Context:
         _note_unknown(self.paths[0], self.tokenizer, prompts.ids)
         longest = max(map(len, prompts.ids))
         check_room(self.positions, longest, max_new_tokens)
-        hf.check_fit(self.configs, self.tokenizer, longest)
+        hf.check_fit(self.configs, longest, max(map(max, prompts.ids)))
         self._report(report)
         return prompts
 
@@ -316,14 +328,16 @@ class Context:
         """
         from rpo.data.chat import Chat
         from rpo.data.tokenizer import encode_prompt
+        from rpo.model import hf
         from rpo.model.sampling import Sampling
 
-        tokenizer, positions = self._open(path)
+        tokenizer, configs = self._open(path)
         prompts = [encode_prompt(tokenizer, text, Chat.of(self.cfg.data)) for text in conversations]
         _note_unknown(path, tokenizer, prompts)
         each = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         for prompt, own in zip(prompts, each, strict=True):  # of all, before the first is answered
-            check_room(positions, len(prompt), own.max_new_tokens, f" {path}")
+            check_room(hf.positions_of(configs), len(prompt), own.max_new_tokens, f" {path}")
+            hf.check_fit(configs, len(prompt), max(prompt))
         answers: dict[int, Answer] = {}
         for group, own in enumerate(dict.fromkeys(each)):
             members = [i for i, other in enumerate(each) if other == own]
@@ -373,16 +387,14 @@ class Context:
 
         return [Answer(*each) for each in self.store("answers").once(key, compute, model=path)]
 
-    def _open(self, path: str) -> tuple["PreTrainedTokenizerBase", int]:
-        """The tokenizer of `path`, and how many positions the model has."""
+    def _open(self, path: str) -> tuple["PreTrainedTokenizerBase", dict[str, "PretrainedConfig"]]:
+        """The tokenizer of `path`, and the model's config by what names it."""
         from rpo.model import hf
 
         if path not in self._opened:
             model = self.cfg.model
             configs = {f"model.path={path}": hf.check(path, model.revision, trust_remote_code=model.trust_remote_code)}
-            tokenizer = tokenizer_of(self.cfg, path)
-            hf.check_fit(configs, tokenizer, 1)
-            self._opened[path] = tokenizer, hf.positions_of(configs)
+            self._opened[path] = tokenizer_of(self.cfg, path), configs
         return self._opened[path]
 
     # ---- the judge

@@ -9,5 +9,6 @@ In reading order:
     shard        mesh, activation checkpointing, compile, FSDP2
     sampling     answers
     divergence   KL and entropy of answers
+    language_model  that of a multimodal checkpoint, taken out
     fingerprint  what log-probs depend on beside the tokens
 """

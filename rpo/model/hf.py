@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from rpo import dist, files
 from rpo.errors import UserError
 from rpo.model.policy import Policy, attention_heads
-from rpo.model.probe import probe
+from rpo.model.probe import border, probe, rotary
 from rpo.text import first_line
 
 if TYPE_CHECKING:
@@ -29,12 +30,24 @@ def check(
 ) -> PreTrainedConfig:
     """The config of the causal LM at `path` (folder or Hub name), without loading a weight.
 
-    Raises UserError: nothing there, not a causal LM, or one that needs code from elsewhere without `trust_remote_code`.
+    Raises UserError: nothing there, not a causal LM, one whose weights are not all its own (an adapter) or not numbers to be
+    trained (quantised), or one that needs code from elsewhere without `trust_remote_code`.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     folder = os.path.expanduser(path)
+    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+        raise UserError(
+            f"{key}={path}: has a PEFT adapter (adapter_config.json), which is not read; merge it into its base model "
+            "(peft: merge_and_unload, save_pretrained) and give that"
+        )
+    if path.endswith(".gguf") or (
+        os.path.isdir(folder) and not _holds(folder, "config.json") and _holds(folder, "*.gguf")
+    ):
+        raise UserError(
+            f"{key}={path}: is a GGUF file, for inference alone; give the Hugging Face model that it was made of"
+        )
     if path.startswith(("/", "./", "../", "~")) and not os.path.isfile(os.path.join(folder, "config.json")):
         hint = f"; did you mean {path}/model?" if os.path.isdir(os.path.join(folder, "model")) else ""
         if os.path.isdir(os.path.join(os.path.dirname(folder), "checkpoints")):
@@ -49,16 +62,32 @@ def check(
         kernel = config.get_text_config()._attn_implementation or ""
     except Exception as error:  # each config class checks itself in its own way
         raise _unreadable(key, path, error, "no Hugging Face model could be read there") from None
+    if quantised := getattr(config, "quantization_config", None):
+        kind = (
+            quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+        )
+        raise UserError(
+            f"{key}={path}: is quantised ({kind}), so its weights cannot be trained; give the original model"
+        )
     if "/" in kernel and not trust_remote_code:  # transformers would fetch and run it
         raise UserError(f"{key}={path}: its attention is {kernel} of the Hub, {_CODE_IS_OFF}")
     own = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if not own and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not causal):
         kind = ", ".join(names) or type(config).__name__
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.get_text_config() is not config:
+            raise UserError(
+                f"{key}={path}: holds {kind}, of which only the language model can be trained; take it out with "
+                f"python -m rpo.model.language_model {path} DIR, and give DIR"
+            )
         raise UserError(f"{key}={path}: holds {kind}, not a causal LM; give a model for AutoModelForCausalLM")
     weights = ("*.safetensors", "*.bin", "*.index.json")
-    if Path(path).is_dir() and not any(any(Path(path).glob(pattern)) for pattern in weights):
+    if os.path.isdir(folder) and not any(_holds(folder, pattern) for pattern in weights):
         raise UserError(f"{key}={path}: has a config but no weights (*.safetensors or *.bin); give a complete model")
     return config
+
+
+def _holds(folder: str, pattern: str) -> bool:
+    return any(Path(folder).glob(pattern))
 
 
 def check_offline(path: str, revision: str | None) -> PreTrainedConfig:
@@ -88,25 +117,37 @@ def config_for(architecture: dict[str, Any], tokenizer: PreTrainedTokenizerBase 
 
 
 def positions_of(configs: dict[str, PreTrainedConfig]) -> int:
-    """The longest text, in tokens, that all of the models have positions for."""
-    found = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs.values()]
-    return min((positions for positions in found if positions), default=sys.maxsize)
+    """The longest text, in tokens, that all of the models have positions for, be it by scaled rotary angles."""
+    return min(map(_positions, configs.values()), default=sys.maxsize)
 
 
-def check_fit(configs: dict[str, PreTrainedConfig], tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
-    """Raises UserError where the models' vocabularies differ, or tokens or positions would not fit them."""
+def _positions(config: PreTrainedConfig) -> int:
+    own = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    # YaRN's max_position_embeddings may be the context before the scaling or after it, linear's too.
+    scaled = [
+        int((rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or own))
+        for rope in rotary(config)
+        if rope.get("rope_type") in ("yarn", "linear")
+    ]
+    return max([own, *scaled])
+
+
+def check_fit(configs: dict[str, PreTrainedConfig], longest: int, largest_id: int) -> None:
+    """Raises UserError where the models' vocabularies differ, or tokens or positions would not fit them.
+
+    `longest` and `largest_id` are of the data: a tokenizer may know more tokens than a model, or fewer.
+    """
     sizes = {key: config.get_text_config().vocab_size for key, config in configs.items()}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{key} has {size}" for key, size in sizes.items())
         raise UserError(f"reference.path: policy and reference have different vocabularies ({listed} tokens)")
     for key, config in configs.items():
-        if len(tokenizer) > sizes[key]:
+        if largest_id >= sizes[key]:
             raise UserError(
-                f"{key}: the tokenizer has {len(tokenizer)} tokens, the model {sizes[key]}; give its own tokenizer"
+                f"{key}: the data has a token of id {largest_id}, the model {sizes[key]} embeddings; "
+                "set model.tokenizer to the model's own, or resize the model"
             )
-        rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-        trained = rope.get("original_max_position_embeddings") or longest
-        if rope.get("rope_type") in ("longrope", "dynamic") and longest > trained:
+        if longest > (trained := border(config)):
             raise UserError(
                 f"data.max_length: a row of {longest} tokens is left; beyond {trained} {key} changes the rotary angles of "
                 f"all texts in a batch with its longest, so no pair has log-probs of its own; set data.max_length={trained}"
@@ -125,12 +166,18 @@ def _unreadable(key: str, path: str, error: Exception, what: str) -> UserError:
 
 
 def load(
-    path: str, revision: str | None, master: torch.dtype, *, key: str = "model.path", trust_remote_code: bool = False
+    path: str,
+    revision: str | None,
+    master: torch.dtype,
+    *,
+    key: str = "model.path",
+    trust_remote_code: bool = False,
+    saved: bool = False,
 ) -> PreTrainedModel:
     """The causal LM at `path` on the CPU with weights in `master` (float32 or float64), verified by `probe`.
 
-    Raises UserError: unreadable (a pickle that is more than tensors is), weights missing (another kind of model), or a
-    probe that disagrees.
+    Raises UserError: unreadable (a pickle that is more than tensors is), weights missing (another kind of model) or, of one
+    that is to be `saved`, more than its class writes, or a probe that disagrees.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -155,8 +202,45 @@ def load(
     if info["missing_keys"]:
         name = sorted(info["missing_keys"])[0]
         raise UserError(f"{key}={path}: the checkpoint lacks {name}; it is incomplete or not a causal LM")
+    if saved:
+        _check_saveable(lm, sorted(info["unexpected_keys"]), f"{key}={path}")
     probe(lm, key=f"{key}={path}")
     return lm
+
+
+_NO_WEIGHTS = re.compile(r"(inv_freq|(masked_)?bias|position_ids)$")  # buffers of old files, which classes make anew
+
+
+def _check_saveable(lm: PreTrainedModel, unexpected: list[str], where: str) -> None:
+    """Raises UserError where the file has weights that `lm` has not, or `lm` those that its class does not write.
+
+    A head of its own under a config that says tied is written as its own: the config is put right.
+    """
+    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        for config in (lm.config, lm.config.get_text_config()):
+            config.tie_word_embeddings = False
+    if lost := [name for name in unexpected if not _NO_WEIGHTS.search(name)]:
+        raise UserError(
+            f"{where}: {type(lm).__name__} does not load {lost[0]} ({len(lost)} such tensors), which would be lost from "
+            "model/; give a model of this class alone"
+        )
+    with torch.device("meta"):
+        whole = type(lm)(lm.config)
+    whole.tie_weights()
+    if differing := sorted(_ties(lm) ^ _ties(whole)):
+        raise UserError(
+            f"{where}: {type(lm).__name__} has other weights, or ties them otherwise, than its class writes "
+            f"({', '.join(differing[0][:2])}); give a model as the class saves it"
+        )
+
+
+def _ties(lm: PreTrainedModel) -> set[tuple[str, ...]]:
+    """The names of each parameter and persistent buffer; of a tied one all."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in lm.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return {tuple(sorted(own)) for own in names.values()}
 
 
 def build(config: PreTrainedConfig, seed: int, master: torch.dtype) -> PreTrainedModel:
@@ -193,9 +277,7 @@ def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> No
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(policy, options=options)
-    if dist.is_main():
-        _write(policy.lm, state, tokenizer, folder)
-    dist.barrier()  # or a rank that exits now would have torchrun end rank 0 in the middle of its files
+    dist.on_main(_write, policy.lm, state, tokenizer, folder)  # all wait: one that exits has torchrun end rank 0
 
 
 def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -207,6 +289,8 @@ def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedT
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     whole.save_pretrained(part)
+    if lost := _not_written(whole, part):
+        raise RuntimeError(f"{part}: {lost} is not what was trained; the weights are not saved")
     tokenizer.save_pretrained(part)
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
@@ -215,3 +299,23 @@ def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedT
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _not_written(whole: PreTrainedModel, folder: Path) -> str | None:
+    """The name of a weight that `folder` does not hold bit for bit; None where it holds all."""
+    from safetensors import safe_open
+
+    names = {name: own[0] for own in _ties(whole) for name in own}
+    written: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            written |= {names.get(name, name): tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+    state = {names[name]: tensor for name, tensor in whole.state_dict().items()}
+    if written.keys() != state.keys():  # some classes write theirs under other names, and cut otherwise
+        written = {names[name]: tensor for name, tensor in _read_back(whole, folder).items()}
+    same = {name for name, tensor in state.items() if name in written and torch.equal(tensor, written[name])}
+    return min(state.keys() - same, default=None)
+
+
+def _read_back(whole: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
+    return type(whole).from_pretrained(folder, dtype=whole.dtype).state_dict()

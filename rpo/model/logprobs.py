@@ -42,7 +42,8 @@ def full_logits(
 
     cap(x) = softcap * tanh(x / softcap), or x where softcap is None.
     """
-    logits_NV = F.linear(_wide(hidden_ND), _wide(head_VD), None if bias_V is None else _wide(bias_V))
+    bias_V = None if bias_V is None else bias_V.to(_wide_dtype(hidden_ND))
+    logits_NV = F.linear(_wide(hidden_ND), _wide(head_VD), bias_V)
     if scale != 1.0:
         logits_NV = logits_NV * scale
     return logits_NV if softcap is None else softcap * torch.tanh(logits_NV / softcap)
@@ -85,6 +86,7 @@ def token_logps(
     """
     assert hidden_ND.dtype == head_VD.dtype, (hidden_ND.dtype, head_VD.dtype)
     torch._assert_async(((target_N >= 0) & (target_N < len(head_VD))).all(), "target_N outside [0, V)")
+    bias_V = None if bias_V is None else bias_V.to(_wide_dtype(hidden_ND))
     default_N, default_V = TILES[hidden_ND.device.type]
     tile_V = tile_V or min(default_V, len(head_VD))
     tile_N = tile_N or default_N * default_V // tile_V  # a small vocabulary's tiles are as large, so as few

@@ -5,21 +5,26 @@ Letters: B rows, T tokens of a row, N scored tokens, V vocabulary, S responses.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.distributed as torch_dist
 from torch import Tensor
 
 from rpo.data.batch import Batch, longest, make_batch, packed_batch, padded_batch
 from rpo.data.dataset import Rows
 from rpo.errors import UserError
+from rpo.model import shard
 from rpo.model.policy import Policy
 from rpo.text import first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @torch.no_grad()
@@ -88,6 +93,21 @@ def why_not_packed(lm: PreTrainedModel, longest: int) -> str | None:
     return None if error <= allowed else f"packed and padded differ by {error:.0e} nats"
 
 
+def rotary(config: PreTrainedConfig) -> list[dict]:
+    """The parameters of a model's rotary angles: one set, or one for each kind of layer."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [own for own in rope.values() if isinstance(own, dict)]
+
+
+def border(config: PreTrainedConfig) -> int:
+    """Tokens beyond which a text changes the rotary angles of all texts in its batch (longrope, dynamic)."""
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    jumps = [rope for rope in rotary(config) if rope.get("rope_type") in ("longrope", "dynamic")]
+    return min(
+        [rope.get("original_max_position_embeddings") or own or sys.maxsize for rope in jumps], default=sys.maxsize
+    )
+
+
 # Nats per token that rounding may always explain, however few bits moved in a measurement: 8 ulps of the log-probs; in
 # bfloat16 1/16 ulp of what enters the head.
 LEAST_NOISE = {torch.float64: 2**-49, torch.float32: 2**-20, torch.bfloat16: 2**-11}
@@ -100,11 +120,11 @@ def noise_floor(
     """Nats per scored token by which one text's log-probs move with padding and batch make-up alone.
 
     The mean |difference| over the scored tokens of `indices`, scored in one batch and again one pair at a time with
-    17 more columns of padding (fewer where the model's `positions` end), and at least LEAST_NOISE. What "equal" means on
-    these weights, in this dtype, on this device.
+    17 more columns of padding (fewer where the model's `positions` end, or its angles change), and at least LEAST_NOISE.
+    What "equal" means on these weights, in this dtype, on this device.
     """
     together_S = _responses(policy, padded_batch(rows, indices).to(device))
-    extra = min(17, positions - longest(rows))
+    extra = max(0, min(17, min(positions, border(policy.lm.config)) - longest(rows)))
     alone = [padded_batch(rows, indices[i : i + 1], extra=extra).to(device) for i in range(len(indices))]
     apart = [_responses(policy, batch) for batch in alone]
     apart_S = [pair[side] for side in range(len(apart[0])) for pair in apart]
@@ -120,3 +140,44 @@ def mean_gap(*scored: tuple[Policy, str], rows: Rows, indices: np.ndarray, devic
     """Mean |difference| in nats per scored token of the pairs of `indices`, by two models, each with a layout."""
     one_N, other_N = (policy(make_batch(rows, indices, layout).to(device)) for policy, layout in scored)
     return (one_N - other_N).abs().mean().item()
+
+
+def gradient_gap(policy: Policy, rows: Rows, indices: np.ndarray, device: torch.device, *, layout: str) -> float:
+    """The distance between the gradient as it is trained with and that without activation checkpointing, relative to it.
+
+    Recomputation does not replay a class that changes in place what is kept (Gemma 3n under `selective`: off by half). A
+    collective; leaves no gradient behind.
+    """
+
+    def gradient() -> list[Tensor]:
+        logps_N = policy(make_batch(rows, indices, layout).to(device))
+        (logps_N * torch.linspace(-1, 1, len(logps_N), device=device)).sum().backward()
+        grads = [torch.zeros(()) if p.grad is None else p.grad.to_local() for p in policy.parameters()]
+        policy.zero_grad()
+        return grads
+
+    ours = gradient()
+    with shard.not_recomputing(policy):
+        exact = gradient()
+    squares = [
+        torch.stack([(a - b).double().square().sum(), b.double().square().sum()])
+        for a, b in zip(ours, exact, strict=True)
+    ]
+    total = torch.stack([square.to(device) for square in squares]).sum(0)
+    torch_dist.all_reduce(total)
+    return (total[0] / total[1]).sqrt().item()
+
+
+@contextmanager
+def naming_dtype(policy: Policy) -> Iterator[None]:
+    """Within the block what a class raises because it does not compute in model.dtype is a UserError with the way out."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        if policy.compute_dtype not in (torch.bfloat16, torch.float16):
+            raise
+        name = str(policy.compute_dtype).removeprefix("torch.")
+        what = f"{type(policy.lm).__name__} does not compute in it ({first_line(error)})"
+        raise UserError(f"model.dtype={name}: {what}; set model.dtype=float32") from None

@@ -100,6 +100,20 @@ def checkpointed(layer: nn.Module, how: str) -> nn.Module:
     return checkpoint_wrapper(layer)
 
 
+@contextmanager
+def not_recomputing(root: nn.Module) -> Iterator[None]:
+    """Within the block checkpointed layers keep their activations."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+
+    wrappers = [module for module in root.modules() if isinstance(module, CheckpointWrapper)]
+    kept = [wrapper.checkpoint_fn for wrapper in wrappers]
+    for wrapper in wrappers:
+        wrapper.checkpoint_fn = lambda layer, *args, **kwargs: layer(*args, **kwargs)
+    yield
+    for wrapper, recomputing in zip(wrappers, kept, strict=True):
+        wrapper.checkpoint_fn = recomputing
+
+
 def shard(
     root: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, cfg: Fsdp, *, compute_dtype: torch.dtype, compile: bool
 ) -> None:

@@ -103,7 +103,8 @@ def questions(run: Run, cfg: Eval, source: rewards.Gold | None) -> Questions:
         max_new_tokens = SAMPLING.max_new_tokens if weights else MAX_NEW_TOKENS
     check_room(positions, longest_prompt, max_new_tokens, f" of {run.folder}")
     rows = _pairs(run, spec, read_as, cfg, tokenizer)
-    hf.check_fit(configs, tokenizer, max(longest_prompt, longest(rows) if rows else 0))
+    longest_row, largest_id = (longest(rows), int(rows.ids.max())) if rows else (0, 0)
+    hf.check_fit(configs, max(longest_prompt, longest_row), max(largest_id, *map(max, prompts)))
     parts = [json.dumps([prompts, task.gold, str(weights)]).encode(), rewards.identity(task.gold, source)]
     return Questions(
         tokenizer=tokenizer,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from rpo import dist
@@ -58,6 +59,13 @@ class TrainState:
         """Notes the step in hand where its gradient is not finite; no synchronisation."""
         self.first_bad = torch.where(~self.is_bad & ~grad_norm.isfinite(), self.step, self.first_bad)
 
+    def weights_are_finite(self) -> bool:
+        """Whether all weights are finite, on all ranks. A collective that waits for the device."""
+        weights = [_local(tensor) for name, tensor in self.tensors.items() if name.startswith("weight/")]
+        finite = torch.stack([weight.isfinite().all().to(self.sums.device) for weight in weights]).all().long()
+        torch_dist.all_reduce(finite, torch_dist.ReduceOp.MIN)
+        return bool(finite)
+
     def counts(self) -> dict[str, Any]:
         """The part that all ranks share, JSON-able."""
         return {name: getattr(self, name) for name in ("step", "total_steps", "facts", "pairs", "evaluated")}
@@ -106,3 +114,9 @@ def _text(state: Tensor) -> str:
 
 def _bytes(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

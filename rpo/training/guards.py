@@ -93,3 +93,11 @@ def not_finite(step: int, rows: Rows, plan: Plan) -> str:
         f"step {step}: the loss or its gradient is not finite; no update was made from it on, and model/ holds the "
         f"weights before it. Start another run with a lower optim.lr, or look at the step's rows: {places}"
     )
+
+
+def broken(step: int) -> str:
+    """What to tell of weights that an update of finite numbers has made infinite or NaN."""
+    return (
+        f"step {step}: the weights are not finite, which an update since the last checkpoint has made them; they are not "
+        "saved. Start another run with a lower optim.lr"
+    )

@@ -19,6 +19,7 @@ from rpo.config import Train
 from rpo.data import dataset, schedule
 from rpo.data.batch import check_budget
 from rpo.data.dataset import Rows, Splits
+from rpo.data.tokenizer import check_vocabulary
 from rpo.errors import UserError
 from rpo.model import attention, fingerprint, hf, shard
 from rpo.model import policy as model_policy
@@ -79,7 +80,10 @@ def check_fit(cfg: Train, configs: dict[str, PreTrainedConfig], data: Splits) ->
     """`configs`, and that of a model to be built. Raises UserError where tokens, positions or the budget do not fit."""
     if cfg.model.path is None:
         configs = configs | {"model.architecture": hf.config_for(cfg.model.architecture, data.tokenizer)}
-    hf.check_fit(configs, data.tokenizer, data.longest)
+    if cfg.reference.path is not None:
+        trust = cfg.model.trust_remote_code
+        check_vocabulary(data.tokenizer, cfg.reference.path, None, key="reference.path", trust=trust)
+    hf.check_fit(configs, data.longest, data.largest_id)
     check_budgets(data, "padded" if cfg.layout.kind == "padded" else "packed", cfg.tokens_per_microbatch)
     return configs
 
@@ -155,7 +159,8 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
     if spec.path is None:
         lm = hf.build(hf.config_for(spec.model.architecture, data.tokenizer), spec.seed, master)
     else:
-        lm = hf.load(spec.path, spec.revision, master, key=spec.key, trust_remote_code=spec.model.trust_remote_code)
+        trust = spec.model.trust_remote_code
+        lm = hf.load(spec.path, spec.revision, master, key=spec.key, trust_remote_code=trust, saved=spec.trainable)
     size = ModelSize(**hf.sizes(lm))
     layout = "padded"
     if spec.layout.kind != "padded":
@@ -174,13 +179,23 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
     indices = schedule.step_rows(0, len(rows), NUM_PROBE_PAIRS, spec.seed)
     plan = schedule.plan_step(rows, indices, layout="padded", budget=spec.tokens_per_microbatch)
     probe = plan.microbatches[0][0]
-    noise_floor = dist.broadcast(
-        model_probe.noise_floor(model, rows, probe, device, positions=spec.positions, compute_dtype=compute)
-    )
+    with model_probe.naming_dtype(model):
+        noise_floor = dist.broadcast(
+            model_probe.noise_floor(model, rows, probe, device, positions=spec.positions, compute_dtype=compute)
+        )
     if layout == "packed":  # again on these weights, this device, this backend, these rows
         gap = dist.broadcast(mean_gap((model, "packed"), (model, "padded"), rows=rows, indices=probe, device=device))
         differ = f"packed and padded differ by {gap:.1e} nats per token, rounding explains {noise_floor:.1e}"
         layout = _packed_unless(differ if not gap <= 3 * noise_floor + 1e-6 else None, spec)
+    if spec.trainable and (compute != master or spec.fsdp.activation_checkpointing != "none"):
+        with model_probe.naming_dtype(model):
+            gap = model_probe.gradient_gap(model, rows, probe[:2], device, layout=layout)
+        if not gap <= max(1e-4, 4 * torch.finfo(compute).eps):
+            how = f"fsdp.activation_checkpointing={spec.fsdp.activation_checkpointing}"
+            away = f"its gradient is {gap:.1%} away from that of none"
+            raise UserError(
+                f"{how}: {spec.key}={spec.path} does not recompute what it computed ({away}); use full or none"
+            )
     shard.reshard(model)
     identity = fingerprint.identity(weights, model, compute_dtype=compute, device=device, layout=layout)
     beginning = []

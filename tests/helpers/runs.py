@@ -2,7 +2,9 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
@@ -60,10 +62,11 @@ def command(script, *args, ranks=1):
 SHORT = ("batch_size=8", "max_steps=4", "log_every=1", "eval_every=0")
 
 
-def run(tiny, run_dir, *more):
-    """The events of a run made in this process."""
+def run(tiny, run_dir, *more, plots=False):
+    """The events of a run made in this process; `plots` take longer than a tiny model's steps."""
     try:
-        assert train.train(settings(*tiny_args(tiny, *SHORT, *more, f"run_dir={run_dir}"))) == "finished"
+        with nullcontext() if plots else patch("rpo.training.figures.draw_run"):
+            assert train.train(settings(*tiny_args(tiny, *SHORT, *more, f"run_dir={run_dir}"))) == "finished"
     finally:
         dist.shutdown()
     return log.read_jsonl(run_dir / "metrics.jsonl")

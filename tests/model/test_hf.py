@@ -12,19 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, Gemma3Config
 
 from rpo.data import batch as data_batch
 from rpo.data import dataset, schedule
-from rpo.data.batch import make_batch, packed_batch
+from rpo.data.batch import make_batch, packed_batch, padded_batch
 from rpo.errors import UserError
-from rpo.model import hf, logprobs
+from rpo.model import hf, language_model, logprobs
 from rpo.model import policy as model_policy
 from rpo.model.logprobs import response_sums
 from rpo.model.policy import Head, Policy
-from rpo.model.probe import probe, why_not_packed
-from tests.helpers.models import FAMILIES, VOCABULARY, float64_throughout, make_lm, own_logps, prepared, ragged
-from tests.helpers.rows import make_rows, make_tokenizer
+from rpo.model.probe import gradient_gap, noise_floor, probe, why_not_packed
+from tests.helpers.models import FAMILIES, SIZES, VOCABULARY, float64_throughout, make_lm, own_logps, prepared, ragged
+from tests.helpers.rows import LENGTHS, make_rows, make_tokenizer
 from tests.helpers.runs import settings
 from tests.helpers.templates import FORMATS, tokenizer_for
 
@@ -288,26 +288,201 @@ def test_load_refuses_missing_weights(tmp_path):
 
 
 def test_check_fit():
-    """Different vocabularies, a tokenizer too large and rows too long are each refused with the fix; a match passes."""
-    tokenizer = make_tokenizer()
+    """Different vocabularies, ids beyond the embeddings and rows too long are each refused with the fix; a match passes."""
     configs = {"model.path": make_lm().config, "reference.path": make_lm(seed=1).config}
-    hf.check_fit(configs, tokenizer, 128)
+    hf.check_fit(configs, 128, VOCABULARY - 1)
     with pytest.raises(UserError, match="a row of 129 tokens is left, model.path has 128 .*data.max_length=128"):
-        hf.check_fit(configs, tokenizer, 129)
+        hf.check_fit(configs, 129, 0)
     small = {"model.path": make_lm(vocab_size=VOCABULARY - 1).config}
-    with pytest.raises(UserError, match=f"tokenizer has {VOCABULARY} tokens, the model {VOCABULARY - 1}"):
-        hf.check_fit(small, tokenizer, 8)
+    hf.check_fit(small, 8, VOCABULARY - 2)  # whatever else the tokenizer knows
+    with pytest.raises(UserError, match=f"a token of id {VOCABULARY - 1}, the model {VOCABULARY - 1} embeddings"):
+        hf.check_fit(small, 8, VOCABULARY - 1)
     with pytest.raises(UserError, match="different vocabularies"):
-        hf.check_fit({**configs, **small}, tokenizer, 8)
+        hf.check_fit({**configs, **small}, 8, 0)
 
 
-def test_rotary_angles_that_depend_on_the_batch_are_refused():
-    """longrope changes a whole batch's angles once one text exceeds the original length: such rows are refused, by key."""
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_rotary_angles_that_depend_on_the_batch_are_refused(kind):
+    """Both change a whole batch's angles once one text exceeds the original length: such rows are refused, by key."""
     config = make_lm("phi3").config
-    config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": 64}
-    hf.check_fit({"model.path": config}, make_tokenizer(), 64)
+    config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": 64}
+    hf.check_fit({"model.path": config}, 64, 0)
     with pytest.raises(UserError, match="a row of 65 tokens is left; .*set data.max_length=64"):
-        hf.check_fit({"model.path": config}, make_tokenizer(), 65)
+        hf.check_fit({"model.path": config}, 65, 0)
+    config.rope_parameters = {"full_attention": {"rope_type": kind, "original_max_position_embeddings": 32}}
+    with pytest.raises(UserError, match="set data.max_length=32"):
+        hf.check_fit({"model.path": config}, 65, 0)
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({"rope_type": "default"}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "linear", "factor": 2.0}, 256),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}, 128),
+        (
+            {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {"rope_type": "default"}},
+            1024,
+        ),
+    ],
+)
+def test_a_scaled_context_is_read_as_it_is_meant(rope, positions):
+    """The config's positions are the context before a scaling (Qwen with YaRN) or after it: the longer one is allowed."""
+    config = make_lm().config
+    config.rope_parameters = rope
+    assert hf.positions_of({"model.path": config}) == positions
+
+
+def test_a_noise_floor_does_not_cross_where_angles_jump(group):
+    """longrope: padding that crosses the original length would measure another model (a floor of .05 nats and more)."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, **factors}
+    lm = make_lm("phi3", max_position_embeddings=512, rope_parameters=rope)
+    rows = make_rows([(9, 8, 9), (5, 9, 4)], vocab_size=VOCABULARY)
+    policy, how = Policy(lm, compile_tiles=False), {"positions": 512, "compute_dtype": torch.float32}
+    assert noise_floor(policy, rows, np.arange(2), group, **how) < 1e-5
+    lm.config.rope_parameters["original_max_position_embeddings"] = 30  # what crossing it would measure
+    jumps = padded_batch(rows, np.arange(2), extra=17)
+    assert (policy(jumps) - policy(padded_batch(rows, np.arange(2)))).abs().mean() > 0.01
+
+
+# ---- what is trained is what is saved
+
+
+def test_a_head_of_its_own_is_saved_though_the_config_says_tied(tmp_path, group):
+    """Adapters merged into a tied model leave such files: the head is loaded, trained and saved, and the config put right."""
+    make_lm(tie_word_embeddings=False).save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    lm = hf.load(str(tmp_path / "a"), None, torch.float32, saved=True)
+    policy = prepared(lm, group)
+    batch, _ = ragged()
+    before = policy(batch).detach()
+    hf.save(policy, make_tokenizer(), tmp_path / "b")
+    again = Policy(AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval(), compile_tiles=False)
+    torch.testing.assert_close(again(batch), before, rtol=0, atol=1e-6)
+    assert "lm_head.weight" in load_file(tmp_path / "b/model.safetensors")
+
+
+def test_weights_that_would_be_lost_are_refused_before_training(tmp_path):
+    """A value head in the file, a LoRA in the modules: neither would be in model/. Buffers of old files are no weights."""
+    make_lm().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(weights | inv_freq, file, metadata={"format": "pt"})
+    lm = hf.load(str(tmp_path), None, torch.float32, saved=True)
+    save_file(weights | {"v_head.weight": torch.ones(4)}, file, metadata={"format": "pt"})
+    hf.load(str(tmp_path), None, torch.float32)  # to score with, it is as good as any
+    with pytest.raises(UserError, match="does not load v_head.weight .* lost from model/"):
+        hf.load(str(tmp_path), None, torch.float32, saved=True)
+    lm.model.layers[0].self_attn.q_proj.lora_A = torch.nn.Linear(2, 2, bias=False)
+    with pytest.raises(UserError, match=r"other weights.*q_proj\.lora_A\.weight"):
+        hf._check_saveable(lm, [], "model.path=X")
+
+
+def test_a_save_that_is_not_what_was_trained_fails(tmp_path, group, monkeypatch):
+    """Files are compared with the weights in memory, bit for bit: a writer that drops or changes one is caught."""
+    policy = prepared(make_lm(), group)
+    save_pretrained = type(policy.lm).save_pretrained
+
+    def changing(lm, folder):
+        save_pretrained(lm, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"] += 1e-6
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(type(policy.lm), "save_pretrained", changing)
+    with pytest.raises(RuntimeError, match=r"model.norm.weight is not what was trained"):
+        hf.save(policy, make_tokenizer(), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_class_that_writes_other_names_is_saved_whole(tmp_path, group):
+    """Mixtral's experts are one tensor in memory and many in the file: read back, they are what was trained."""
+    lm = make_lm("mixtral", num_local_experts=4)
+    hf.save(prepared(lm, group), make_tokenizer(), tmp_path / "model")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert {name: tensor.tolist() for name, tensor in again.items()} == {
+        name: tensor.tolist() for name, tensor in make_lm("mixtral", num_local_experts=4).state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("adapter_config.json", "{}", "has a PEFT adapter .*merge it into its base model"),
+        (
+            "config.json",
+            '{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}',
+            r"is quantised \(awq\)",
+        ),
+        ("weights.gguf", "GGUF", "is a GGUF file"),
+    ],
+)
+def test_what_is_no_model_to_train_is_refused_by_its_kind(file, content, words, tmp_path):
+    """An adapter, a quantised model and a GGUF file each have a line of their own with the way out."""
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=rf"^model.path={tmp_path}: {words}"):
+        hf.check(str(tmp_path))
+
+
+def test_the_language_model_of_a_multimodal_checkpoint_is_taken_out(tmp_path):
+    """Gemma 3 4B's class is refused with a command, which writes a causal LM of the same logits."""
+    text = {"vocab_size": VOCABULARY, "head_dim": 8, "pad_token_id": 0, **SIZES}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokens = {"image_token_index": 9, "boi_token_index": 8, "eoi_token_index": 7, "mm_tokens_per_image": 4}
+    vision |= {"image_size": 28, "patch_size": 14}
+    whole = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision, **tokens)).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    with pytest.raises(UserError, match="only the language model .* python -m rpo.model.language_model .* DIR"):
+        hf.check(str(tmp_path / "whole"))
+    language_model.take_out(str(tmp_path / "whole"), str(tmp_path / "text"))
+    hf.check(str(tmp_path / "text"))
+    lm = hf.load(str(tmp_path / "text"), None, torch.float32, saved=True)
+    ids = torch.arange(10, 30)[None]
+    torch.testing.assert_close(lm(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="is there already"):
+        language_model.take_out(str(tmp_path / "whole"), str(tmp_path / "text"))
+
+
+# ---- gradients
+
+
+GEMMA3N = {
+    "head_dim": 8,
+    "sliding_window": 128,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 8,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "activation_sparsity_pattern": [0.0, 0.0],
+    "altup_num_inputs": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "how", "right"),
+    [
+        ("llama", "full", True),
+        ("llama", "selective", True),
+        ("gemma3n_text", "full", True),
+        ("gemma3n_text", "selective", False),
+    ],
+)
+def test_recomputation_that_does_not_replay_shows(group, family, how, right):
+    """Gemma 3n adds in place to what `selective` keeps: its gradient is off by a quarter and more, all others' by rounding."""
+    lm = make_lm(family, **(GEMMA3N if family == "gemma3n_text" else {}))
+    policy = prepared(lm, group, activation_checkpointing=how)
+    rows = make_rows(LENGTHS, vocab_size=VOCABULARY)
+    for layout in ("padded", *(["packed"] if family == "llama" else [])):
+        gap = gradient_gap(policy, rows, np.arange(2), group, layout=layout)
+        assert gap < 1e-5 if right else gap > 0.2
+    assert all(param.grad is None for param in policy.parameters())
 
 
 def test_build_is_a_function_of_the_seed():

@@ -34,7 +34,7 @@ def split(events, name):
 def finished(tiny, tmp_path_factory):
     """The folder of 20 DPO steps with samples."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    run(tiny, folder, "loss=dpo", "max_steps=20", "eval_every=10", "sample_every=10")
+    run(tiny, folder, "loss=dpo", "max_steps=20", "eval_every=10", "sample_every=10", plots=True)
     return folder
 
 
@@ -265,6 +265,17 @@ def test_what_is_not_finite_never_reaches_the_weights(spoil, tiny, tmp_path, mon
     assert (status["state"], status["step"]) == ("failed", 3) and "not finite" in status["reason"]
     kept, expected = weights(tmp_path / "run/model"), weights(tmp_path / "before/model")
     assert all(torch.equal(kept[k], expected[k]) for k in expected)
+
+
+@pytest.mark.parametrize("more", [("max_steps=1",), ("max_steps=3", "log_every=3", "checkpoint.every=1")])
+def test_an_update_that_breaks_the_weights_is_no_finished_run(more, tiny, tmp_path):
+    """A finite loss and a huge rate: the run fails before a model/ or a checkpoint of infinite weights is written."""
+    huge = ("optim.lr=1e39", "optim.warmup_ratio=0", "data.eval=null")
+    with pytest.raises(FloatingPointError, match="^step 1: the weights are not finite"):
+        run(tiny, tmp_path / "run", *huge, *more)
+    assert not (tmp_path / "run/model").exists()
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
 
 
 def test_a_checkpoint_that_is_not_finite_is_refused(tiny, tmp_path):
