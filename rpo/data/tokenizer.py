@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rpo import dist
 from rpo.data.chat import Chat, closing, left_out, render
 from rpo.data.formats import Example, Messages, RowError
 from rpo.errors import UserError
@@ -78,17 +78,14 @@ def _as_its_file_says(tokenizer: PreTrainedTokenizerBase, path: str, revision: s
         encoding.ids for encoding in Tokenizer.from_file(file).encode_batch(texts, add_special_tokens=False)
     ]:
         return tokenizer
-    plain = PreTrainedTokenizerFast.from_pretrained(
-        path, revision=revision or "main"
-    )  # obeys tokenizer_config.json too
+    # The generic class obeys tokenizer_config.json too, and adds nothing to either.
+    plain = PreTrainedTokenizerFast.from_pretrained(path, revision=revision or "main")
     differing = [text for text in texts if tokenize(tokenizer, [text]) != tokenize(plain, [text])]
     if not differing:
         return tokenizer
-    if dist.is_main():
-        name = type(tokenizer).__name__
-        print(
-            f"tokenizer {path}: transformers' {name} gives {differing[0]!r} other ids than tokenizer.json, which is obeyed"
-        )
+    name = type(tokenizer).__name__
+    what = f"transformers' {name} gives {differing[0]!r} other ids than tokenizer.json, which is obeyed"
+    warnings.warn(f"tokenizer {path}: {what}", stacklevel=3)
     return plain
 
 

@@ -8,12 +8,12 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from rpo.data import dataset
 from rpo.data.chat import Chat
-from rpo.data.tokenizer import encode_prompt, stop_ids
+from rpo.data.tokenizer import check_vocabulary, encode_prompt, load_tokenizer, stop_ids, tokenize, why_other_ids
 from rpo.errors import UserError
 from tests.helpers.rows import CFG
 
@@ -282,3 +282,51 @@ def test_forms_of_one_pair(row, tmp_path):
     ((prompt, chosen, rejected),), report = load(tmp_path, make(CHATML), row)
     assert prompt == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ\n\nI<|im_end|>\n<|im_start|>assistant\n"
     assert (chosen, rejected, report["unread_columns"]) == ("A<|im_end|>", "B<|im_end|>", [])
+
+
+# ---- tokenizers
+
+
+def test_a_tokenizer_is_what_its_file_says(tmp_path):
+    """transformers puts Qwen2's pre-tokenizer, digits one by one, over a tokenizer.json that groups them: the file is obeyed."""
+    own = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\p{L}+|[^\p{L}\p{N}]+"), "isolated")
+    own.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    own.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=[*IM], initial_alphabet=alphabet, show_progress=False)
+    own.train_from_iterator(["123 456 2024 1234 sun moon"] * 50, trainer)
+    saved = PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<|im_end|>")
+    saved.chat_template = CHATML
+    saved.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    text = "in 2024 and 1234"
+    with pytest.warns(UserWarning, match="transformers' Qwen2Tokenizer gives .* other ids than tokenizer.json"):
+        tokenizer = load_tokenizer(tmp_path)
+    assert tokenize(tokenizer, [text])[0] == own.encode(text).ids
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template == CHATML
+
+
+def test_vocabularies_are_compared_by_their_ids(tmp_path):
+    """Equal sizes with other ids contradict each other, by the first token; more tokens at the end do not."""
+    ours, more, other = make(CHATML), make(CHATML, plain=["<image>"]), make(CHATML)
+    assert why_other_ids(ours, more) is why_other_ids(more, ours) is why_other_ids(ours, ours) is None
+    state = json.loads(other.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|im_end|>")
+    assert why_other_ids(ours, other) == f"'a' is {vocabulary['b']} in one, {vocabulary['a']} in the other"
+    other.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"^reference.path={tmp_path}: its tokenizer maps tokens to other ids"):
+        check_vocabulary(ours, str(tmp_path), None, key="reference.path", trust=False)
+    (tmp_path / "bare").mkdir()  # a model without a tokenizer of its own
+    check_vocabulary(ours, str(tmp_path / "bare"), None, key="reference.path", trust=False)
+
+
+def test_templates_by_name_without_a_default_are_one_line(tmp_path):
+    """A tokenizer with a template for retrieval and one for chat, none the default: data.chat_template is asked for."""
+    tokenizer = make({"chat": CHATML, "rag": CHATML})
+    with pytest.raises(UserError, match="^data.chat_template=null: the tokenizer's chat templates have no default"):
+        load(tmp_path, tokenizer, {"prompt": [user("a")], "chosen": "b", "rejected": "c"})
