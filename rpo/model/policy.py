@@ -21,7 +21,7 @@ from rpo.model.logprobs import full_logits, response_sums, token_logps
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 
 class Head(NamedTuple):
@@ -110,8 +110,17 @@ def attention_heads(lm: PreTrainedModel) -> tuple[int, int, int]:
     config = lm.config.get_text_config()
     if not (num_heads := getattr(config, "num_attention_heads", 0)):
         return 0, 0, 0
-    width = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    return num_heads, getattr(config, "num_key_value_heads", None) or num_heads, width
+    width = widest(config, "head_dim") or config.hidden_size // num_heads
+    return num_heads, widest(config, "num_key_value_heads") or num_heads, width
+
+
+def widest(config: PreTrainedConfig, name: str) -> int | None:
+    """A config's number, the largest of its layers' where each has its own (Gemma 4), None if it has none."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to give one for all
+        own = [getattr(layer, name, None) for layer in config.per_layer_config]
+        return max(filter(None, own), default=None)
 
 
 def prepare(

@@ -45,7 +45,11 @@ def probe(lm: PreTrainedModel, *, key: str) -> None:
     target_N = input_ids_BT[:, 1:].flatten()
     batch = Batch(input_ids_BT, source_N, target_N, torch.tensor([15, 15]), num_pairs=1, weight=1.0)
 
-    logps_N = Policy(lm, compile_tiles=False)(batch)
+    try:
+        logps_N = Policy(lm, compile_tiles=False)(batch)
+    except (RuntimeError, TypeError, AttributeError) as error:  # of a head on other than the last hidden states
+        what = f"{type(lm).__name__} has a head that rpo does not compute ({first_line(error)})"
+        raise UserError(f"{key}: {what}") from None
     logits_BTV = lm(input_ids=input_ids_BT, use_cache=False).logits
     own_N = logits_BTV.log_softmax(-1)[:, :-1].gather(-1, input_ids_BT[:, 1:, None]).flatten()
     error, tolerance = (logps_N - own_N).abs().max().item(), 1e-5 * max(1.0, logits_BTV.abs().max().item())
