@@ -12,12 +12,9 @@ KINDS = ("packed", "padded", "refused", "not tried")
 
 def rows_of(page):
     """(trains, bfloat16, selective, neighbours) by type, without reasons."""
-    lines = [line.strip("|\n").split(" | ") for line in page.splitlines() if re.match(r"\| [\w-]+ \| \w+ \|", line)]
-    return {
-        cells[0].strip(): [cell.split(":")[0].split("(")[0].strip() for cell in cells[2:]]
-        for cells in lines
-        if cells[0] != "type"
-    }
+    found = re.findall(r"^\| ([\w-]+) \| \w+ \| (.*) \|$", page, re.M)
+    cells = {kind: re.split(r" \| ", rest) for kind, rest in found if kind != "type"}
+    return {kind: [re.split(r"[:(]", cell)[0].strip(" |") for cell in own] for kind, own in cells.items()}
 
 
 def test_the_models_table_names_every_type():

@@ -176,8 +176,8 @@ def load(
 ) -> PreTrainedModel:
     """The causal LM at `path` on the CPU with weights in `master` (float32 or float64), verified by `probe`.
 
-    Raises UserError: unreadable (a pickle that is more than tensors is), weights missing (another kind of model) or, of one
-    that is to be `saved`, more than its class writes, or a probe that disagrees.
+    Raises UserError: unreadable (a pickle that is more than tensors is), weights missing (another kind of model), a probe
+    that disagrees, or, of one that is to be trained and `saved`, more weights than its class writes or a loss of its own.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -203,9 +203,38 @@ def load(
         name = sorted(info["missing_keys"])[0]
         raise UserError(f"{key}={path}: the checkpoint lacks {name}; it is incomplete or not a causal LM")
     if saved:
+        _check_router(lm, f"{key}={path}")
         _check_saveable(lm, sorted(info["unexpected_keys"]), f"{key}={path}")
     probe(lm, key=f"{key}={path}")
     return lm
+
+
+_ROUTER_LOSSES = (
+    "router_aux_loss_coef",
+    "aux_loss_alpha",
+    "moe_aux_loss_coeff",
+    "router_z_loss_coef",
+    "z_loss_coefficient",
+)
+
+
+def _check_router(lm: PreTrainedModel, where: str) -> None:
+    """Raises UserError for a mixture of experts whose config asks for its router's loss, which is no part of the objective.
+
+    One line where the config has a coefficient and does not ask: as in transformers and TRL, training is without it.
+    """
+    config = lm.config.get_text_config()
+    coefficient = next((c for name in _ROUTER_LOSSES if (c := getattr(config, name, None))), 0)
+    if getattr(config, "output_router_logits", False):
+        raise UserError(
+            f"{where}: its config asks for the router's balancing loss (output_router_logits=true, coefficient {coefficient}), "
+            "which is not part of the objective here; set output_router_logits to false in its config.json to train without"
+        )
+    if coefficient and dist.is_main():
+        print(
+            f"{where}: a mixture of experts; its router's balancing loss (coefficient {coefficient}) is not trained on",
+            flush=True,
+        )
 
 
 _NO_WEIGHTS = re.compile(r"(inv_freq|(masked_)?bias|position_ids)$")  # buffers of old files, which classes make anew

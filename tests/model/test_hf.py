@@ -449,6 +449,19 @@ def test_the_language_model_of_a_multimodal_checkpoint_is_taken_out(tmp_path):
         language_model.take_out(str(tmp_path / "whole"), str(tmp_path / "text"))
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_router_loss_is_never_silently_absent(asks, tmp_path, group, capsys):
+    """A mixture of experts whose config asks for the balancing loss is refused; one that has a coefficient gets a line."""
+    make_lm("mixtral", num_local_experts=4, output_router_logits=asks).save_pretrained(tmp_path)
+    hf.load(str(tmp_path), None, torch.float32)  # a reference has no loss
+    if asks:
+        with pytest.raises(UserError, match="asks for the router's balancing loss .*coefficient 0.001"):
+            hf.load(str(tmp_path), None, torch.float32, saved=True)
+        return
+    hf.load(str(tmp_path), None, torch.float32, saved=True)
+    assert "balancing loss (coefficient 0.001) is not trained on" in capsys.readouterr().out
+
+
 # ---- gradients
 
 
