@@ -71,8 +71,8 @@ def decode(value: object, names: dict | None = None, held: list | None = None) -
             return Fraction(*content)
         case "bytes":
             return bytes.fromhex(content)
-        case "type":
-            return getattr(builtins, content)
+        case "type" if isinstance(own := getattr(builtins, content), type):
+            return own
         case "name":
             return names[content]
         case "held":
@@ -103,7 +103,11 @@ class Remote:
 
 
 class ProgramError(Exception):
-    """An exception of the program, or its end."""
+    """The program's end, or a value that cannot be taken."""
+
+
+class RaisedError(ProgramError):
+    """An exception of the program; its name is the program's to choose."""
 
 
 # ---- the program's side
@@ -111,6 +115,7 @@ class ProgramError(Exception):
 
 def serve() -> None:
     """Runs the program, then each requested call."""
+    builtins.exit = builtins.quit = sys.exit  # as where Python runs with its site module
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 0)  # the program's own input and output go nowhere
     os.dup2(2, 1)
@@ -129,7 +134,8 @@ def serve() -> None:
 
 def _answer(request: dict, names: dict, held: list) -> object:
     if "run" in request:
-        exec(compile(request["run"], "program", "exec"), names)
+        with contextlib.suppress(SystemExit):  # the end of a script, and its functions are there
+            exec(compile(request["run"], "program", "exec"), names)
         return None
     function = eval(request["call"], names)
     return function(*decode(request["args"], names, held), **decode(request["kwargs"], names, held))
@@ -151,7 +157,7 @@ def examine(give: int, take: int) -> dict:
             raise ProgramError("a value too large" if line else "it ended")
         reply = json.loads(line)
         if "raised" in reply:
-            raise ProgramError(str(reply["raised"]))
+            raise RaisedError(str(reply["raised"]))
         return decode(reply["value"])
 
     if replies.readline(100) != b'"ready"\n':
@@ -167,10 +173,13 @@ def examine(give: int, take: int) -> dict:
         for at in exam["tests"]:
             exec(compile(at, "test", "exec"), names)
     except Exception as error:
-        kind = {ProgramError: "", AssertionError: "not so"}.get(type(error), type(error).__name__)
-        text = ": ".join(filter(None, (kind, str(error))))
-        sort = "failed a test" if isinstance(error, AssertionError) else text.partition(":")[0]
-        return {"passed": False, "why": f"{at}: {text}"[:500], "kind": sort[:100]}
+        name = {ProgramError: "", RaisedError: "", AssertionError: "not so"}.get(type(error), type(error).__name__)
+        text = ": ".join(filter(None, (name, str(error))))
+        if isinstance(error, AssertionError):
+            kind = "failed a test"
+        else:  # the program names its own exceptions, and none of ours
+            kind = text if type(error) is ProgramError else f"raised {text.partition(':')[0]}"
+        return {"passed": False, "why": f"{at}: {text}"[:500], "kind": kind[:100]}
     return {"passed": True, "why": None, "kind": None}
 
 

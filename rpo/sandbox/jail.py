@@ -1,33 +1,29 @@
 """Makes a jail and becomes a program in it. A script for `run.py`: it imports nothing of the project.
 
-    python -I jail.py '{"root", "see", "argv", "env", "seconds", "wall", "memory", "report"}'
+    python -I jail.py '{"root", "see", "argv", "env", "seconds", "wall", "memory", "filter", "parent", "report"}'
 
 The jail is a set of new namespaces: no network, no other processes, and a root in memory with only what a Python interpreter
 needs (`see`), read-only, and one empty writable folder, `/scratch`. Root becomes `nobody` in it; any other user makes it in
-a user namespace. A filter refuses system calls that limits and namespaces do not cover. Errors are written to the file
-descriptor `report`, which the program does not inherit.
+a user namespace. The `filter` lets only listed system calls through. The program is the first process of its PID namespace,
+so no signal from inside ends it, and with it all others in there end. It is killed when this process ends, and this process
+when `parent` ends; neither can be undone from inside. Errors are written to the file descriptor `report`, which the program
+does not inherit.
 """
 
 import ctypes
-import errno
 import json
 import os
 import resource
+import select
 import signal
 import struct
 import sys
 
 USER, ALL = 0x10000000, 0x00020000 | 0x04000000 | 0x08000000 | 0x20000000 | 0x40000000  # mount, UTS, IPC, PID, network
-MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 4096, 16384, 1 << 18, 2
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 8, 4096, 16384, 1 << 18, 2
 SYS_MOUNT_SETATTR = 442  # on every architecture
 AT_RECURSIVE, READ_ONLY_NOSUID_NODEV = 0x8000, 1 | 2 | 4
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 38, 22
-# Numbers of the refused calls: memory that no process's limit counts (shmget, msgget, memfd_create, memfd_secret), the
-# user's keys (add_key, request_key, keyctl), and namespaces in which the program would have root's rights (unshare).
-MACHINES = {  # audit architecture, numbers
-    "x86_64": (0xC000003E, (29, 68, 319, 447, 248, 249, 250, 272)),
-    "aarch64": (0xC00000B7, (194, 186, 279, 447, 217, 218, 219, 97)),
-}
 SCRATCH, FILES = 2**24, 1000  # bytes in /scratch, and of any one file; files and folders there
 NOBODY = 65534
 CPU, WALL, REFUSED = 123, 124, 125  # exit status: out of CPU time or wall time; no jail could be made
@@ -70,7 +66,7 @@ def build(root: str, see: list[str]) -> None:
     flags = (ctypes.c_uint64 * 4)(READ_ONLY_NOSUID_NODEV, 0, 0, 0)  # struct mount_attr: attr_set first
     call("syscall", SYS_MOUNT_SETATTR, -1, root, AT_RECURSIVE, flags, ctypes.sizeof(flags))
     room = f"size={SCRATCH},nr_inodes={FILES},mode=777"
-    call("mount", "tmpfs", f"{root}/scratch", "tmpfs", MS_NOSUID | MS_NODEV, room)
+    call("mount", "tmpfs", f"{root}/scratch", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, room)
     os.chdir(root)
     call("pivot_root", ".", ".")  # the old root now lies over the new one
     call("umount2", ".", MNT_DETACH)
@@ -78,42 +74,42 @@ def build(root: str, see: list[str]) -> None:
 
 
 def limit(seconds: int, memory: int) -> None:
-    """Hard limits: CPU seconds, address space in bytes, files; and no process or thread beside its own."""
+    """Hard limits: CPU seconds, address space in bytes, files; no process or thread beside its own, no queued signals."""
     limits = {"CPU": seconds, "AS": memory, "FSIZE": SCRATCH, "NOFILE": 32}
-    limits |= dict.fromkeys(("NPROC", "CORE", "MEMLOCK", "MSGQUEUE"), 0)
+    limits |= dict.fromkeys(("NPROC", "MEMLOCK", "MSGQUEUE", "SIGPENDING"), 0)
+    limits["CORE"] = 1  # 0 would still start the system's program that collects core dumps, if it has one
     for name, most in limits.items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
 
 
-def forbid() -> None:
-    """Refuses the calls in MACHINES from here on (EPERM), by a filter that cannot be removed (seccomp(2))."""
-    machine = os.uname().machine
-    if machine not in MACHINES:
-        raise OSError(f"no filter of system calls is known for {machine}")
-    arch, numbers = MACHINES[machine]
-    refuse = 4 + len(numbers) + 1  # the last instruction; a jump counts from the next
-    # Load the architecture and refuse any other, whose calls have other numbers; load the number and refuse x86's x32.
-    rules = [(0x20, 0, 0, 4), (0x15, 0, refuse - 2, arch), (0x20, 0, 0, 0), (0x35, refuse - 4, 0, 0x40000000)]
-    rules += [(0x15, refuse - i - 1, 0, number) for i, number in enumerate(numbers, len(rules))]
-    rules += [(0x06, 0, 0, 0x7FFF0000), (0x06, 0, 0, 0x00050000 | errno.EPERM)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
-    call("prctl", PR_SET_SECCOMP, 2, struct.pack("HP", len(rules), ctypes.addressof(code)), 0, 0)
+def forbid(code: bytes) -> None:
+    """Refuses system calls from here on, by a filter that cannot be removed (seccomp(2))."""
+    rules = ctypes.create_string_buffer(code, len(code))
+    call("prctl", PR_SET_SECCOMP, 2, struct.pack("HP", len(code) // 8, ctypes.addressof(rules)), 0, 0)
 
 
-def enter(settings: dict) -> None:
+def end_with(parent: int) -> None:
+    """Has this process killed when its parent ends; `parent` is a pidfd of that. Raises OSError if it has ended already."""
+    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if select.select([parent], [], [], 0)[0]:
+        raise OSError("the process that wanted it has ended")
+
+
+def enter(settings: dict, parent: int) -> None:
     """Finishes the jail in its first process, and becomes the program."""
     os.setsid()  # or a signal to the program's process group would reach the timekeeping process outside
-    call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with(parent)
     build(settings["root"], settings["see"])
+    call("sethostname", "sandbox", 7)
     if os.getuid() == 0:
         os.setgroups([])
         os.setresgid(NOBODY, NOBODY, NOBODY)
         os.setresuid(NOBODY, NOBODY, NOBODY)
-        call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # another user's process has lost it
+        end_with(parent)  # another user's process has lost it
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     limit(settings["seconds"], settings["memory"])
-    forbid()
     os.set_inheritable(settings["report"], False)
+    forbid(bytes.fromhex(settings["filter"]))
     os.execve(settings["argv"][0], settings["argv"], settings["env"])  # as no root: capabilities end here
 
 
@@ -126,18 +122,25 @@ def main(settings: dict) -> int:
         if jailed:
             os.kill(jailed, signal.SIGKILL)
 
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGALRM, stop)
     try:
+        parent = os.pidfd_open(settings["parent"])
         separate()
+        end_with(parent)
+        own = os.pidfd_open(os.getpid())
         jailed = os.fork()
         if not jailed:
-            enter(settings)
+            enter(settings, own)
     except BaseException as error:
         os.write(settings["report"], f"{type(error).__name__}: {error}".encode())
         os._exit(REFUSED)
     signal.setitimer(signal.ITIMER_REAL, 0.001 if stopped else settings["wall"])
     _, status, used = os.wait4(jailed, 0)
+    while os.WIFSTOPPED(status):  # not its end, and nothing that a program in a jail is left to do
+        os.kill(jailed, signal.SIGKILL)
+        _, status, used = os.wait4(jailed, 0)
     code = os.waitstatus_to_exitcode(status)
     if signal.SIGALRM in stopped:
         return WALL

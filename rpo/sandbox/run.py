@@ -2,8 +2,8 @@
 
 Program and tests run in two processes (`harness`), each in a jail of its own (`jail`): namespaces without network or other
 processes, a read-only root with only Python in it, 16 MiB of scratch in memory, an empty environment, hard limits on CPU
-time, memory, files, processes (none) and wall time, and a filter of system calls. Isolation is only as strong as the
-kernel's.
+time, memory, files, processes (none) and wall time, and only those system calls that Python needs (`syscalls`). Isolation is
+only as strong as the kernel's.
 """
 
 import builtins
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from rpo.errors import UserError
 from rpo.sandbox import jail
+from rpo.sandbox.syscalls import filter_here
 
 WALL = 4  # seconds of wall time per second of CPU time, beside 10 seconds to start on a busy machine
 _HERE = Path(__file__).parent
@@ -29,9 +30,7 @@ _ENDS = {  # exit status: why, and the kind of failure
     jail.WALL: (", its wall time over", "out of time"),
     jail.CPU: (", its CPU time over", "out of time"),
     128 + signal.SIGKILL: (", killed by the system, which may be short of memory", "killed by the system"),
-    128 + signal.SIGSEGV: (", crashed", "crashed"),
-    128 + signal.SIGABRT: (", crashed", "crashed"),
-}
+} | {128 + getattr(signal, f"SIG{name}"): (", crashed", "crashed") for name in ("SEGV", "BUS", "ILL", "FPE", "ABRT")}
 
 
 @dataclass(frozen=True)
@@ -121,12 +120,12 @@ def _outcome(verdicts: bytes, program: "_Jailed", tests: "_Jailed") -> Outcome:
 
 def _kind(reported: str) -> str:
     """The kind of failure to count. Of exceptions, which a program may name itself, only Python's own keep their names."""
-    known = {kind for _, kind in _ENDS.values()} | {"failed a test", "left early", "a value too large", "tests stopped"}
-    if reported == "MemoryError":
-        return "out of memory"
-    builtin = getattr(builtins, reported, None)
+    name = reported.removeprefix("raised ")
+    if name == reported:
+        return reported
+    builtin = getattr(builtins, name, None)
     is_error = isinstance(builtin, type) and issubclass(builtin, BaseException)
-    return reported if reported in known or is_error else "another error"
+    return "out of memory" if name == "MemoryError" else name if is_error else "another error"
 
 
 def _pipe(stack: contextlib.ExitStack) -> list[io.FileIO]:
@@ -160,6 +159,8 @@ def _jailed(argv: list[str], limits: Limits, wall: int, *, pass_fds: tuple[int, 
             "seconds": limits.seconds,
             "wall": wall,
             "memory": int(limits.memory_gib * 2**30),
+            "filter": filter_here().hex(),
+            "parent": os.getpid(),
             "report": writer.fileno(),
         }
         process = subprocess.Popen(
@@ -221,6 +222,11 @@ def escapes():
     attempt("mount", lambda: libc.mount(b"x", b"/scratch", b"tmpfs", 0, None) == 0)
     attempt("make namespaces", lambda: libc.unshare(0x10000000) == 0)
     attempt("share memory", lambda: libc.shmget(0, 4096, 0o1600) != -1)
+    attempt("share semaphores", lambda: libc.semget(0, 1, 0o1600) != -1)
+    attempt("be traced", lambda: libc.ptrace(0, 0, None, None) != -1)
+    attempt("outlive its parent", lambda: libc.prctl(1, 0, 0, 0, 0) != -1)
+    attempt("make a local socket", socket.socketpair)
+    attempt("make a hypervisor's socket", lambda: socket.socket(40, socket.SOCK_STREAM))
     attempt("signal those outside", lambda: os.getpgrp() != os.getpid())
     attempt("raise its limits", lambda: resource.setrlimit(resource.RLIMIT_CPU, (10**6, 10**6)))
     attempt("read the environment", lambda: set(os.environ) - {"PYTHONHASHSEED", "LC_CTYPE"} != set())

@@ -1,22 +1,27 @@
 """Programs that try to do harm, or to pass without being right, in the sandbox."""
 
+import json
 import os
+import re
+import shutil
 import socket
 import sys
+import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from rpo.errors import UserError
-from rpo.sandbox import jail
+from rpo.sandbox import jail, syscalls
 from rpo.sandbox import run as sandbox_run
 from rpo.sandbox.run import Exam, Limits, Outcome, check, examine, subprocess
 
 LIMITS = Limits(seconds=2, memory_gib=0.5)
 LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None)\n"
-KEYCTL = jail.MACHINES.get(os.uname().machine, (0, [0] * 8))[1][6]
+KEYCTL = {"x86_64": 250, "aarch64": 219}.get(os.uname().machine, 0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -88,6 +93,52 @@ def test_a_program_is_a_module():
     assert tried(f"{program}def f(x): return P(2 * x).x").passed
 
 
+ORDINARY = """
+import bisect, calendar, collections, copy, csv, ctypes, datetime, decimal, fractions, functools, glob, hashlib, heapq, io
+import itertools, json, locale, logging, math, os, pathlib, random, re, secrets, select, shutil, signal, sqlite3, statistics
+import string, struct, sys, tempfile, textwrap, threading, time, typing, unittest, uuid, zlib
+
+def f():
+    random.seed(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "a.txt"
+        path.write_text("7\\n")
+        shutil.copy2(path, path.with_suffix(".bak"))
+        os.rename(path, path.with_suffix(".new"))
+        os.symlink("a.new", path)
+        with open(path, "a") as file:
+            file.write("8\\n")
+            file.flush()
+            os.fsync(file.fileno())
+        assert sorted(os.listdir(folder)) == ["a.bak", "a.new", "a.txt"] and glob.glob(f"{folder}/*.new")
+        text = path.read_text()
+    rang = []
+    signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.01)
+    while not rang:
+        time.sleep(0.001)
+    ends = os.pipe()
+    os.write(ends[1], b"x")
+    assert select.select([ends[0]], [], [], 1)[0] and os.read(ends[0], 1) == b"x"
+    lock, base = threading.Lock(), sqlite3.connect(":memory:")
+    with lock:
+        ((nine,),) = base.execute("select 4 + 5")
+    assert len(os.urandom(8)) == 8 and secrets.token_hex(4) and uuid.uuid4() and os.cpu_count() and os.getpid()
+    assert datetime.datetime.now().year > 2000 and not os.isatty(1) and hashlib.sha256(b"").hexdigest()[:4] == "e3b0"
+    assert json.loads(json.dumps({"a": [1.5]})) == {"a": [1.5]} and re.sub(r"\\d", "", "a1") == "a"
+    print("said", file=sys.stderr)
+    return text, nine, math.isqrt(17), statistics.mean([1, 3])
+exit()
+"""
+
+
+def test_what_programs_rightly_use():
+    """The standard library's modules for text, numbers, time, chance, files and signals work; a script may end itself."""
+    assert tried(ORDINARY, r"assert f() == ('7\n8\n', 9, 4, 2), f()").why is None
+    for end in ("import sys\nsys.exit()", "import sys\nsys.exit('done')", "quit()", "raise SystemExit"):
+        assert tried(f"def f(x): return 2 * x\n{end}").passed
+
+
 PASS_WITHOUT_BEING_RIGHT = {
     "leaves before the tests": "import sys; sys.exit(0)",
     "leaves hard": "import os; os._exit(0)",
@@ -134,6 +185,23 @@ HARM = {
     "passwords": ("open('/etc/passwd')", "FileNotFoundError"),
     "processes": ("import os; os.listdir('/proc')", "FileNotFoundError"),
     "its parent": ("import os, signal; os.kill(os.getppid() or 2, signal.SIGKILL)", ""),
+    "semaphores": (f"{LIBC}assert libc.semget(0, 32000, 0o1600) >= 0, 'refused'", "AssertionError: refused"),
+    "message queues": (f"{LIBC}assert libc.msgget(0, 0o1600) >= 0, 'refused'", "AssertionError: refused"),
+    "being traced": (f"{LIBC}assert libc.ptrace(0, 0, None, None) >= 0, 'refused'", "AssertionError: refused"),
+    "outliving its parent": (f"{LIBC}assert libc.prctl(1, 0, 0, 0, 0) >= 0, 'refused'", "AssertionError: refused"),
+    "the hypervisor": ("import socket\nsocket.socket(40, socket.SOCK_STREAM)", "OSError: [Errno 97]"),  # AF_VSOCK
+    "a local socket": ("import socket\nsocket.socket(socket.AF_UNIX)", "OSError: [Errno 97]"),
+    "a pair of sockets": ("import socket\nsocket.socketpair()", "OSError: [Errno 97]"),
+    "locks on ranges": ("import fcntl\nfcntl.lockf(open('x', 'w'), fcntl.LOCK_EX)", "PermissionError"),
+    "a larger pipe": ("import fcntl, os\nfcntl.fcntl(os.pipe()[0], 1031, 2**20)", "PermissionError"),
+    "typing into a terminal": ("import fcntl\nfcntl.ioctl(0, 0x5412, 'x')", "PermissionError"),  # TIOCSTI
+    "queued signals": (
+        "import os, signal\nsignal.pthread_sigmask(0, [40])\nfor _ in range(9): os.kill(1, 40)\n"
+        "kept = 0\nwhile signal.sigtimedwait([40], 0): kept += 1\nassert kept == 9, kept",
+        "AssertionError: 1",
+    ),
+    "programs of its own": ("import os, shutil, sys\nshutil.copy(sys.executable, 'x')\nos.execv('x', ['x'])", "Error"),
+    "the machine's name": ("import os\nassert os.uname().nodename != 'sandbox'", "AssertionError"),
     "a program of the system": ("import subprocess; subprocess.run(['/usr/bin/env'])", "BlockingIOError"),
     "its input": ("input()", "EOFError"),
 }
@@ -144,6 +212,50 @@ def test_harm_is_refused(program, why):
     """What would burden or spy on the machine fails as an error of the program's own."""
     outcome = tried(program)
     assert not outcome.passed and outcome.error is None and why in outcome.why, outcome
+
+
+# x86 instructions that enter the kernel as a 32-bit process does: number 20 there is getpid.
+IA32 = """
+import ctypes, mmap
+page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+page.write(bytes.fromhex("b814000000cd80c3"))
+def f(): return ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+"""
+EVERY_CALL = f"""
+{LIBC}
+libc.syscall.restype = ctypes.c_long
+def refused(numbers):
+    found = {{}}
+    for number in numbers:
+        ctypes.set_errno(0)
+        result = libc.syscall(number, 0, 0, 0, 0, 0, 0)
+        found.setdefault(ctypes.get_errno() if result == -1 else 0, []).append(number)
+    return found
+""".replace("CDLL(None)", "CDLL(None, use_errno=True)")
+
+
+def test_every_other_call_is_refused():
+    """Of all the kernel's calls those that the table does not list do nothing, also by x86's two other ways in."""
+    machine = os.uname().machine
+    listed = set(syscalls.allowed(machine).values())
+    none_left = set(syscalls.numbers(", ".join(syscalls._REFUSED.values()), machine).values())
+    probes = (
+        {335, 336} if machine == "x86_64" else set()
+    )  # uretprobe, uprobe: a kernel kills who calls them from elsewhere
+    known = sorted(set(range(syscalls.NEWER)) - listed - none_left - probes)
+    newer = list(range(syscalls.NEWER, 600))
+    tests = [
+        f"assert refused({known}) == {{1: {known}}}, refused({known})",
+        f"assert refused({newer}) == {{38: {newer}}}",
+    ]
+    if machine == "x86_64":
+        x32 = [syscalls.X32 + number for number in range(600)]
+        tests += [f"assert refused({x32}) == {{1: {x32}}}"]
+    outcome = tried(EVERY_CALL, *tests, names=("refused",))
+    assert outcome.passed, outcome
+    if machine == "x86_64":
+        outcome = tried(IA32, "assert f() == -1", names=("f",))  # or the kernel has no such entry
+        assert outcome.passed or outcome.kind == "crashed", outcome
 
 
 def test_signals_stay_inside():
@@ -214,7 +326,9 @@ KINDS = {
     "x = []\nwhile True: x.append(bytearray(2**20))": "out of memory",
     "import os\ndef f(x): os._exit(0)": "left early",
     "def f(x): return 'x' * 2**25": "a value too large",
-    f"{LIBC}libc.prctl(4, 0)\ndef f(x): libc.strlen(1)": "crashed",
+    f"{LIBC}def f(x): libc.strlen(1)": "crashed",
+    "class crashed(Exception): pass\ndef f(x): raise crashed": "another error",
+    "def f(x): raise type('it ended', (Exception,), {})": "another error",
 }
 
 
@@ -256,6 +370,120 @@ def test_nothing_is_left(tmp_path, monkeypatch):
         assert mounts.read() == before
     assert not list(tmp_path.iterdir())
     assert children() == others
+
+
+OUTLIVING = {
+    "a stop that only a tracer sees": "l.prctl(1, 0, 0, 0, 0); l.ptrace(0, 0, 0, 0); os.kill(1, signal.SIGCHLD)",
+    "two forks and a session": "os.fork() or (os.setsid(), os.fork() or time.sleep(99))",
+    "a thread that sleeps": "threading.Thread(target=time.sleep, args=(99,)).start()",
+    "a clone of its parent's": "l.syscall(56, 0x8000 | 17, 0, 0, 0, 0)",
+    "a newer clone": "l.syscall(435, ctypes.byref((ctypes.c_ulong * 11)(0x8000, 0, 0, 0, 17)), 88)",
+    "all signals blocked": "signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))",
+    "no signal heeded": "[signal.signal(n, signal.SIG_IGN) for n in range(1, 65) if n not in (9, 19, 32, 33)]",
+    "all that it may signal": "os.kill(-1, signal.SIGKILL)",
+    "a stop": "os.kill(0, signal.SIGSTOP)",
+    "another program": "os.execv('/usr/bin/sleep', ['sleep', '1'])",
+}
+
+
+def outliving(end):
+    """A program that is right, tries one of OUTLIVING, and stays for as long as it is let."""
+    source = f"{LIBC.replace('libc', 'l')}import atexit, signal, threading, time\natexit.register(time.sleep, 99)\n"
+    return f"{source}def f(x):\n    try: {end}\n    except Exception: pass\n    return 4"
+
+
+def survivors(mark):
+    """Processes that have `mark` as their limit of CPU seconds, or in their command line, as the one outside has."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            own = (folder / "cmdline").read_bytes() + (folder / "limits").read_bytes()
+        except (OSError, ProcessLookupError):  # it ended
+            continue
+        if re.search(rf'"seconds": {mark}\b|cpu time +{mark}\b'.encode(), own):
+            found.append(folder.name)
+    return found
+
+
+def test_nothing_outlives_its_sandbox():
+    """Whatever a program tries, when its exam has ended no process of it is there, not even a dead one."""
+    mark = 4000 + os.getpid() % 1000  # a limit that no other process has
+    with ThreadPoolExecutor(len(OUTLIVING)) as pool:
+        outcomes = pool.map(lambda end: tried(outliving(end), limits=Limits(mark, 0.5)), OUTLIVING.values())
+    assert survivors(mark) == []
+    assert [outcome.passed for outcome in outcomes] == [end != "another program" for end in OUTLIVING]
+
+
+AS_A_USER = """
+import json, os, sys
+from concurrent.futures import ThreadPoolExecutor
+from rpo.sandbox.run import Exam, Limits, check, examine
+limits = Limits(int(sys.argv[1]), 0.5)
+check(limits)
+exams = [Exam(program, ["assert f(2) == 4"], ["f"]) for program in json.load(sys.stdin)]
+with ThreadPoolExecutor(len(exams)) as pool:
+    outcomes = list(pool.map(lambda exam: examine(exam, limits), exams))
+print(os.getuid(), [outcome.passed for outcome in outcomes])
+"""
+
+
+def test_an_ordinary_user_s_sandbox(tmp_path):
+    """By a user who is not root it holds as well: the self-test passes, and no program outlives its exam."""
+    python = next((p for p in ("/usr/bin/python3", "/usr/local/bin/python3") if fit(p)), None)
+    if os.getuid() == 0 and python is None:
+        pytest.skip("no Python 3.11 of the system's, which another user could run")
+    root = Path(sandbox_run.__file__).parents[2]
+    shutil.copytree(root / "rpo/sandbox", tmp_path / "rpo/sandbox")
+    shutil.copy(root / "rpo/errors.py", tmp_path / "rpo")  # and not rpo/__init__.py, which asks for torch
+    user = {"user": 12345, "group": 12345, "extra_groups": []} if os.getuid() == 0 else {}
+    mark = 5000 + os.getpid() % 1000
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # pytest's are its user's own
+        shutil.copytree(tmp_path, folder, dirs_exist_ok=True)
+        os.chmod(folder, 0o755)
+        done = subprocess.run(
+            [python or sys.executable, "-c", AS_A_USER, str(mark)],
+            input=json.dumps([outliving(end) for end in OUTLIVING.values()]),
+            cwd=folder,
+            env={"PATH": os.defpath},
+            capture_output=True,
+            text=True,
+            **user,
+        )
+    if "no sandbox can be made here" in done.stderr:
+        pytest.skip("users may not make namespaces here")
+    assert done.returncode == 0, done.stderr
+    assert survivors(mark) == []
+    assert done.stdout.split(maxsplit=1)[1].strip() == str([end != "another program" for end in OUTLIVING])
+
+
+def fit(python):
+    """Whether that is a Python that can run the sandbox."""
+    try:
+        return subprocess.run([python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]).returncode == 0
+    except OSError:
+        return False
+
+
+def test_a_sandbox_ends_with_who_made_it():
+    """A process that is killed while it tries a program leaves none behind."""
+    mark = 6000 + os.getpid() % 1000
+    code = f"from rpo.sandbox.run import *\nexamine(Exam('import time; time.sleep(999)', [], []), Limits({mark}, 0.5))"
+    maker = subprocess.Popen([sys.executable, "-c", code], cwd=Path(sandbox_run.__file__).parents[2])
+    try:
+        wait_until(lambda: len(survivors(mark)) >= 4)  # two jailed, two outside
+    finally:
+        maker.kill()
+        maker.wait()
+    wait_until(lambda: not survivors(mark))
+
+
+def wait_until(true):
+    """Fails if that is not so within a while."""
+    for _ in range(200):
+        if true():
+            return
+        time.sleep(0.05)
+    raise AssertionError("not in time")
 
 
 def test_a_system_that_is_short_of_something(monkeypatch):
