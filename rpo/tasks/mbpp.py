@@ -1,15 +1,13 @@
 """MBPP (arXiv 2108.07732): whether the programs that a model writes pass their tests, each tried in a sandbox.
 
 The prompt is the paper's, with problems 2, 3 and 4 shown and solved; problems 11 to 510 are the test. It is a text to
-continue, so no chat template is used. Of a reply in Markdown the fenced code is the program.
+continue, so no chat template is used. Which part of a reply is the program is said in `rpo.sandbox.replies`.
 """
 
 import ast
 import builtins
 import math
 import os
-import re
-import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -25,13 +23,12 @@ from rpo.evals.pairing import with_differences
 from rpo.evals.results import Evaluation, Item, mean_of
 from rpo.evals.settings import Answers, Eval, check_subjects, listed
 from rpo.sandbox import run as sandbox_run
+from rpo.sandbox.replies import BEGIN, END, program_of
 from rpo.text import one_line
 
 SHOWN, TEST = (2, 3, 4), range(11, 511)  # task ids
-BEGIN, END = "[BEGIN]", "[DONE]"
 CHUNK = 128  # programs that are tried while the other ranks wait, whose wait has a limit
 _PROGRAM = ("program", "completion", "response", "output")  # the first of them that a row of outputs has
-_FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)  # or cut before its end
 
 
 @group
@@ -241,11 +238,4 @@ def _tried(exams: Sequence[sandbox_run.Exam], limits: sandbox_run.Limits) -> lis
 def exam_of(problem: Problem, text: str) -> sandbox_run.Exam:
     """The problem's tests of the program in `text`."""
     known = problem.names, problem.test_setup_code, problem.imports
-    return sandbox_run.Exam(program_of(text), problem.test_list, *known)
-
-
-def program_of(text: str) -> str:
-    """The first fenced code after [BEGIN], or else anywhere before [DONE]; without fences all that is before [DONE]."""
-    reply = text.partition(END)[0]
-    fenced = _FENCED.search(reply.partition(BEGIN)[2]) or _FENCED.search(reply)
-    return textwrap.dedent(fenced[1]) if fenced else reply
+    return sandbox_run.Exam(program_of(text, problem.names), problem.test_list, *known)

@@ -111,28 +111,6 @@ def test_stored_programs(group, data, tmp_path, unsandboxed, monkeypatch):
     assert made.notes[1] == f"{second}: 6 of 6 programs failed (6 not tried)"
 
 
-CODE = "def f(x):\n    return 2 * x\n"
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        CODE,
-        f"{CODE}[DONE]\n```python\nother\n```",
-        f"```python\n{CODE}```",
-        f"Here it is:\n```\n{CODE}```\nIt doubles x:\n```python\nf(2)\n```\n",
-        f"It must pass:\n```\nassert f(2) == 4\n```\n[BEGIN]\n```python\n{CODE}```\n[DONE]",
-        f"[BEGIN] follows.\n```py\n{CODE}[DONE]\n```",
-        f"```python\n{CODE}",
-        f"```python\n{CODE}```\n\n[BEGIN]\nno fence here",
-        "1. So:\n   ```python\n   def f(x):\n       return 2 * x\n   ```",
-    ],
-)
-def test_program_of_a_reply(reply):
-    """The program is the fenced code where a reply has any, after [BEGIN] if there is some, and ends at [DONE]."""
-    assert mbpp.program_of(reply) == CODE
-
-
 def test_fenced_programs_are_tried(group, data, tmp_path):
     """A fenced program in a file passes, one in fences that does not parse is a SyntaxError in the tally."""
     possible()
