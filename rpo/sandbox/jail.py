@@ -1,10 +1,11 @@
 """Makes a jail and becomes a program in it. A script for `run.py`: it imports nothing of the project.
 
-    python -I jail.py '{"root", "see", "argv", "env", "seconds", "wall", "memory", "filter", "parent", "report"}'
+    python -I jail.py '{"root", "see", "argv", "env", "seconds", "wall", "memory", "path_at", "filter", "parent", "report"}'
 
 The jail is a set of new namespaces: no network, no other processes, and a root in memory with only what a Python interpreter
 needs (`see`), read-only, and one empty writable folder, `/scratch`. Root becomes `nobody` in it; any other user makes it in
-a user namespace. The `filter` lets only listed system calls through. The program is the first process of its PID namespace,
+a user namespace. The `filter` lets only listed system calls through, and of programs starts only the one whose path is at the
+address `path_at`. The program is the first process of its PID namespace,
 so no signal from inside ends it, and with it all others in there end. It is killed when this process ends, and this process
 when `parent` ends; neither can be undone from inside. Errors are written to the file descriptor `report`, which the program
 does not inherit.
@@ -24,6 +25,7 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 2, 4, 
 SYS_MOUNT_SETATTR = 442  # on every architecture
 AT_RECURSIVE, READ_ONLY_NOSUID_NODEV = 0x8000, 1 | 2 | 4
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 38, 22
+READ, WRITE, NEW_PRIVATE_AT, PAGE = 1, 2, 2 | 0x20 | 0x100000, 65536  # mmap's; the largest page of any machine
 SCRATCH, FILES = 2**24, 1000  # bytes in /scratch, and of any one file; files and folders there
 NOBODY = 65534
 CPU, WALL, REFUSED = 123, 124, 125  # exit status: out of CPU time or wall time; no jail could be made
@@ -88,6 +90,20 @@ def forbid(code: bytes) -> None:
     call("prctl", PR_SET_SECCOMP, 2, struct.pack("HP", len(code) // 8, ctypes.addressof(rules)), 0, 0)
 
 
+def become(argv: list[str], env: list[str], settings: dict) -> None:
+    """Starts the program, the last that can be started. Raises OSError if it cannot be."""
+    path = os.fsencode(argv[0]) + b"\0"
+    page = settings["path_at"] & -PAGE
+    libc.mmap.restype = ctypes.c_void_p
+    where = [ctypes.c_void_p(page), ctypes.c_size_t(2 * PAGE), *map(ctypes.c_int, (READ | WRITE, NEW_PRIVATE_AT, -1))]
+    if libc.mmap(*where, ctypes.c_long(0)) != page:
+        raise OSError(f"mmap: no room at {page:#x}")
+    ctypes.memmove(settings["path_at"], path, len(path))
+    lists = [(ctypes.c_char_p * (len(texts) + 1))(*map(os.fsencode, texts), None) for texts in (argv, env)]
+    forbid(bytes.fromhex(settings["filter"]))
+    call("execve", settings["path_at"], *lists)  # as no root: capabilities end here
+
+
 def end_with(parent: int) -> None:
     """Has this process killed when its parent ends; `parent` is a pidfd of that. Raises OSError if it has ended already."""
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -109,8 +125,7 @@ def enter(settings: dict, parent: int) -> None:
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     limit(settings["seconds"], settings["memory"])
     os.set_inheritable(settings["report"], False)
-    forbid(bytes.fromhex(settings["filter"]))
-    os.execve(settings["argv"][0], settings["argv"], settings["env"])  # as no root: capabilities end here
+    become(settings["argv"], [f"{name}={value}" for name, value in settings["env"].items()], settings)
 
 
 def main(settings: dict) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from rpo.errors import UserError
 from rpo.sandbox import jail
-from rpo.sandbox.syscalls import filter_here
+from rpo.sandbox.syscalls import filter_of, somewhere
 
 WALL = 4  # seconds of wall time per second of CPU time, beside 10 seconds to start on a busy machine
 _HERE = Path(__file__).parent
@@ -149,6 +149,7 @@ class _Jailed:
 def _jailed(argv: list[str], limits: Limits, wall: int, *, pass_fds: tuple[int, ...] = (), **pipes):
     """`python -c argv...` in a jail, killed with all its processes when the block is left."""
     python = os.path.realpath(sys._base_executable)  # outside of any virtual environment
+    path_at = somewhere(machine := os.uname().machine)
     with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
         report, writer = _pipe(stack)
         settings = {
@@ -159,7 +160,8 @@ def _jailed(argv: list[str], limits: Limits, wall: int, *, pass_fds: tuple[int, 
             "seconds": limits.seconds,
             "wall": wall,
             "memory": int(limits.memory_gib * 2**30),
-            "filter": filter_here().hex(),
+            "path_at": path_at,
+            "filter": filter_of(machine, path_at).hex(),
             "parent": os.getpid(),
             "report": writer.fileno(),
         }

@@ -7,9 +7,8 @@ timers, io_uring, larger pipes).
 """
 
 import errno
-import os
+import secrets
 import struct
-from functools import lru_cache
 
 MACHINES = {
     "x86_64": 0xC000003E,
@@ -40,7 +39,7 @@ geteuid 107 175, getgid 104 176, getegid 108 177, getgroups 115 158, getresuid 1
 prlimit64 302 261, getrusage 98 165, times 100 153, uname 63 160, sysinfo 99 179, getpriority 140 141,
 sched_yield 24 124, sched_getaffinity 204 123, getcpu 309 168, getrandom 318 278,
 
-execve 59 221, exit 60 93, exit_group 231 94, futex 202 98, set_tid_address 218 96, set_robust_list 273 99, rseq 334 293,
+exit 60 93, exit_group 231 94, futex 202 98, set_tid_address 218 96, set_robust_list 273 99, rseq 334 293,
 arch_prctl 158 -
 """
 # Calls of many uses, of which a few are allowed by their second argument: of fcntl the flags and copies of a descriptor
@@ -50,6 +49,7 @@ _BY_ARGUMENT = {
     "fcntl 72 25": (0, 1, 2, 3, 4, 1030, 1032),
     "ioctl 16 29": (0x5401, 0x802C542A, 0x5413, 0x5451, 0x5450, 0x541B),
 }
+_EXECVE = "execve 59 221"  # of the path at one address, which the program that it starts cannot know
 # Refused with the error that a program meets on a machine without the thing: no more processes, no address family.
 _REFUSED = {
     errno.EAGAIN: "fork 57 -, vfork 58 -, clone 56 220, clone3 435 435",
@@ -58,7 +58,7 @@ _REFUSED = {
 X32, NEWER = 0x40000000, 451  # numbers from here on: x86's x32 calls; calls that this table is too old to know
 
 _LOAD, _IS, _FROM, _RETURN = 0x20, 0x15, 0x35, 0x06  # classic BPF: load a word, jump if equal, jump if not less, return
-_NUMBER, _ARCHITECTURE, _SECOND_ARGUMENT = 0, 4, 24  # offsets into struct seccomp_data, both machines little-endian
+_NUMBER, _ARCHITECTURE, _ARGUMENT = 0, 4, (16, 24)  # offsets into struct seccomp_data, both machines little-endian
 _ALLOW = (_RETURN, 0, 0, 0x7FFF0000)
 
 
@@ -74,11 +74,15 @@ def allowed(machine: str) -> dict[str, int]:
     return numbers(", ".join((_ALLOWED, *_BY_ARGUMENT)), machine)
 
 
-@lru_cache
-def filter_of(machine: str) -> bytes:
+def somewhere(machine: str) -> int:
+    """An address at random, which no process has in use, nor a program the time to find."""
+    return 2**32 + secrets.randbelow({"x86_64": 2**45}.get(machine, 2**37)) & ~4095 | secrets.randbelow(2048)
+
+
+def filter_of(machine: str, path_at: int) -> bytes:
     """The filter as seccomp(2) takes it, instructions of classic BPF. Raises OSError on a machine whose numbers are unknown.
 
-    A call that is neither listed nor has an error of its own is EPERM; one that is newer than the table is ENOSYS, on
+    The one program that can be started is that whose path is at address `path_at`. A call that is neither listed nor has an error of its own is EPERM; one that is newer than the table is ENOSYS, on
     which C libraries use an older one.
     """
     if machine not in MACHINES:
@@ -89,20 +93,18 @@ def filter_of(machine: str) -> bytes:
         rules += [(_IS, 0, 1, number), _ALLOW]  # a jump is by so many instructions if true, so many if false
     for names, values in _BY_ARGUMENT.items():
         (number,) = numbers(names, machine).values()
-        rules += [(_IS, 0, 2 * len(values) + 2, number), (_LOAD, 0, 0, _SECOND_ARGUMENT)]
+        rules += [(_IS, 0, 2 * len(values) + 2, number), (_LOAD, 0, 0, _ARGUMENT[1])]
         for value in values:
             rules += [(_IS, 0, 1, value), _ALLOW]
         rules += [_refuse(errno.EPERM)]
+    (number,) = numbers(_EXECVE, machine).values()
+    rules += [(_IS, 0, 6, number), (_LOAD, 0, 0, _ARGUMENT[0]), (_IS, 0, 3, path_at % 2**32)]
+    rules += [(_LOAD, 0, 0, _ARGUMENT[0] + 4), (_IS, 0, 1, path_at >> 32), _ALLOW, _refuse(errno.EPERM)]
     for code, names in _REFUSED.items():
         for number in numbers(names, machine).values():
             rules += [(_IS, 0, 1, number), _refuse(code)]
     rules += [(_FROM, 0, 1, NEWER), _refuse(errno.ENOSYS), _refuse(errno.EPERM)]
     return b"".join(struct.pack("HBBI", *rule) for rule in rules)
-
-
-def filter_here() -> bytes:
-    """The filter for this machine. Raises OSError where its numbers are unknown."""
-    return filter_of(os.uname().machine)
 
 
 def _refuse(code: int) -> tuple[int, int, int, int]:

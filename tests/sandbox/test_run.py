@@ -202,6 +202,7 @@ HARM = {
     ),
     "programs of its own": ("import os, shutil, sys\nshutil.copy(sys.executable, 'x')\nos.execv('x', ['x'])", "Error"),
     "the machine's name": ("import os\nassert os.uname().nodename != 'sandbox'", "AssertionError"),
+    "another program": ("import os\nos.execv('/usr/bin/env', ['env'])", "PermissionError"),
     "a program of the system": ("import subprocess; subprocess.run(['/usr/bin/env'])", "BlockingIOError"),
     "its input": ("input()", "EOFError"),
 }
@@ -411,7 +412,7 @@ def test_nothing_outlives_its_sandbox():
     with ThreadPoolExecutor(len(OUTLIVING)) as pool:
         outcomes = pool.map(lambda end: tried(outliving(end), limits=Limits(mark, 0.5)), OUTLIVING.values())
     assert survivors(mark) == []
-    assert [outcome.passed for outcome in outcomes] == [end != "another program" for end in OUTLIVING]
+    assert all(outcome.passed for outcome in outcomes)
 
 
 AS_A_USER = """
@@ -453,7 +454,7 @@ def test_an_ordinary_user_s_sandbox(tmp_path):
         pytest.skip("users may not make namespaces here")
     assert done.returncode == 0, done.stderr
     assert survivors(mark) == []
-    assert done.stdout.split(maxsplit=1)[1].strip() == str([end != "another program" for end in OUTLIVING])
+    assert done.stdout.split(maxsplit=1)[1].strip() == str([True] * len(OUTLIVING))
 
 
 def fit(python):
@@ -471,6 +472,7 @@ def test_a_sandbox_ends_with_who_made_it():
     maker = subprocess.Popen([sys.executable, "-c", code], cwd=Path(sandbox_run.__file__).parents[2])
     try:
         wait_until(lambda: len(survivors(mark)) >= 4)  # two jailed, two outside
+        time.sleep(1.5)  # until the program sleeps; before that they end as their pipes do
     finally:
         maker.kill()
         maker.wait()
