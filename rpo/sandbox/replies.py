@@ -28,7 +28,11 @@ _TAGGED = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _CODE_LINE = re.compile(r"([ \t]*)(?:(?:def|class|import|from|async)\b|@|\w+[ \t]*=)")
-_UNSEEN = re.compile("[\u200b-\u200d\u2060\ufeff]")  # zero-width characters
+_INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
+_AS_TYPED = {
+    **dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff")),
+    **{0xA0: " ", 0x201C: '"', 0x201D: '"', 0x2018: "'", 0x2019: "'"},
+}
 
 
 def program_of(reply: str, names: Sequence[str] = ()) -> str:
@@ -91,16 +95,17 @@ def _candidates(text: str) -> Iterator[str]:
         yield from _readings(code)
     for code in _tagged(text):
         yield from _readings(code)
+    yield from reversed(_INLINE.findall(text)[:MOST])
     yield from _runs(text)
 
 
 def _readings(text: str) -> Iterator[str]:
     """`text` as it stands, and what it is with one layer taken off."""
     yield (plain := textwrap.dedent(text))
-    if "\xa0" in text or _UNSEEN.search(text):
-        yield textwrap.dedent(_UNSEEN.sub("", text).replace("\xa0", " "))
-    if "&" in text:
-        yield html.unescape(plain)
+    if (typed := text.translate(_AS_TYPED)) != text:  # without zero-width characters, hard spaces and curly quotes
+        yield textwrap.dedent(typed)
+    if "\\n" in text and "\n" not in text.strip():
+        yield text.replace("\\n", "\n")
     if ">>>" in text:
         yield "\n".join(line[4:] for line in plain.split("\n") if line[:4].rstrip() in (">>>", "..."))
     if text.lstrip()[:1] in ("{", "[", '"'):
@@ -153,9 +158,9 @@ def _without_language(content: str) -> Iterator[str]:
 def _tagged(text: str) -> Iterator[str]:
     """The code in tags, the last first, with and without one within it (<pre><code>)."""
     for tagged in list(_TAGGED.finditer(text))[:MOST][::-1]:
-        if within := _TAGGED.search(tagged[2]):
-            yield within[2]
-        yield tagged[2]
+        for match in (_TAGGED.search(tagged[2]), tagged):
+            if match:  # HTML's own tags hold HTML, where `&amp;` is an operator
+                yield html.unescape(match[2]) if match[1].lower() in ("code", "pre") else match[2]
 
 
 def _runs(text: str) -> list[str]:
@@ -220,6 +225,8 @@ def _bound(text: str) -> tuple[set[str], set[str]]:
                 functions.add(node.name)
             case ast.Assign():
                 others |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                others.add(name)
             case ast.Import() | ast.ImportFrom():
                 others |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
     return functions, others
