@@ -3,7 +3,7 @@
 What Python and its standard library need for calculating, for files in /scratch and for their own signals, on each machine
 by its own numbers. Not there: other processes and threads, sockets of any family, tracing, namespaces, keys, and what
 takes kernel memory that no limit counts (System V and POSIX queues and semaphores, memory files, locks on ranges of a file,
-timers, io_uring, larger pipes).
+timers, io_uring, larger pipes) or burdens the machine's disks and files (locks and flushes of what is only read).
 """
 
 import errno
@@ -23,10 +23,9 @@ statfs 137 43, fstatfs 138 44, access 21 -, faccessat 269 48, faccessat2 439 439
 getdents 78 -, getdents64 217 61, getcwd 79 17, chdir 80 49, fchdir 81 50, mkdir 83 -, mkdirat 258 34, rmdir 84 -,
 unlink 87 -, unlinkat 263 35, rename 82 -, renameat 264 38, renameat2 316 276, link 86 -, linkat 265 37, symlink 88 -,
 symlinkat 266 36, truncate 76 45, ftruncate 77 46, chmod 90 -, fchmod 91 52, fchmodat 268 53, utimensat 280 88,
-umask 95 166, flock 73 32, fsync 74 82, fdatasync 75 83, listxattr 194 11, llistxattr 195 12, flistxattr 196 13,
-getxattr 191 8, lgetxattr 192 9, fgetxattr 193 10,
+umask 95 166, listxattr 194 11, llistxattr 195 12, flistxattr 196 13, getxattr 191 8, lgetxattr 192 9, fgetxattr 193 10,
 
-brk 12 214, mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, madvise 28 233, msync 26 227,
+brk 12 214, mmap 9 222, munmap 11 215, mprotect 10 226, mremap 25 216, madvise 28 233,
 
 time 201 -, gettimeofday 96 169, clock_gettime 228 113, clock_getres 229 114, clock_nanosleep 230 115, nanosleep 35 101,
 alarm 37 -, setitimer 38 103, getitimer 36 102,
@@ -36,11 +35,10 @@ rt_sigsuspend 130 133, sigaltstack 131 132, pause 34 -, kill 62 129, tgkill 234 
 
 getpid 39 172, getppid 110 173, gettid 186 178, getpgrp 111 -, getpgid 121 155, getsid 124 156, getuid 102 174,
 geteuid 107 175, getgid 104 176, getegid 108 177, getgroups 115 158, getresuid 118 148, getresgid 120 150,
-prlimit64 302 261, getrusage 98 165, times 100 153, uname 63 160, sysinfo 99 179, getpriority 140 141,
-sched_yield 24 124, sched_getaffinity 204 123, getcpu 309 168, getrandom 318 278,
+prlimit64 302 261, getrusage 98 165, times 100 153, uname 63 160, sysinfo 99 179, getpriority 140 141, sched_yield 24 124,
+sched_getaffinity 204 123, getcpu 309 168, getrandom 318 278,
 
-exit 60 93, exit_group 231 94, futex 202 98, set_tid_address 218 96, set_robust_list 273 99, rseq 334 293,
-arch_prctl 158 -
+exit 60 93, exit_group 231 94, futex 202 98, set_tid_address 218 96, set_robust_list 273 99, rseq 334 293, arch_prctl 158 -
 """
 # Calls of many uses, of which a few are allowed by their second argument: of fcntl the flags and copies of a descriptor
 # (F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ), of ioctl whether it is a terminal (TCGETS,
@@ -50,8 +48,10 @@ _BY_ARGUMENT = {
     "ioctl 16 29": (0x5401, 0x802C542A, 0x5413, 0x5451, 0x5450, 0x541B),
 }
 _EXECVE = "execve 59 221"  # of the path at one address, which the program that it starts cannot know
-# Refused with the error that a program meets on a machine without the thing: no more processes, no address family.
+# Not made, with the answer that a program gets on a machine without the thing: done (there is nothing to flush in memory), no
+# more processes, no address family.
 _REFUSED = {
+    0: "fsync 74 82, fdatasync 75 83, msync 26 227",
     errno.EAGAIN: "fork 57 -, vfork 58 -, clone 56 220, clone3 435 435",
     errno.EAFNOSUPPORT: "socket 41 198, socketpair 53 199",
 }

@@ -193,6 +193,10 @@ HARM = {
     "a local socket": ("import socket\nsocket.socket(socket.AF_UNIX)", "OSError: [Errno 97]"),
     "a pair of sockets": ("import socket\nsocket.socketpair()", "OSError: [Errno 97]"),
     "locks on ranges": ("import fcntl\nfcntl.lockf(open('x', 'w'), fcntl.LOCK_EX)", "PermissionError"),
+    "locks on the system's files": (
+        "import fcntl, os\nfcntl.flock(open(os.__file__), fcntl.LOCK_EX)",
+        "PermissionError",
+    ),
     "a larger pipe": ("import fcntl, os\nfcntl.fcntl(os.pipe()[0], 1031, 2**20)", "PermissionError"),
     "typing into a terminal": ("import fcntl\nfcntl.ioctl(0, 0x5412, 'x')", "PermissionError"),  # TIOCSTI
     "queued signals": (

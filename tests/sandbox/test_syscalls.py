@@ -25,7 +25,7 @@ fanotify_init splice tee vmsplice sendfile copy_file_range bind connect listen a
 name_to_handle_at open_by_handle_at setxattr mknodat mlock mlockall mlock2 setuid setgid setresuid setgroups capset setrlimit
 setsid setpgid sched_setaffinity sched_setscheduler setpriority ioprio_set sync syncfs quotactl reboot swapon init_module
 finit_module delete_module kexec_load syslog acct settimeofday clock_settime adjtimex sethostname nfsservctl
-remap_file_pages mbind migrate_pages move_pages lookup_dcookie modify_ldt iopl ioperm uselib
+flock remap_file_pages mbind migrate_pages move_pages lookup_dcookie modify_ldt iopl ioperm uselib
 """.split()
 
 
@@ -78,6 +78,7 @@ def test_dangerous_calls_are_refused(machine):
     for name in ("read", "mmap", "exit_group", "futex", "getrandom"):
         assert verdict(machine, known[name]) == ALLOW
     assert verdict(machine, known["clone"], 0x10F00) == verdict(machine, known["clone3"]) == ERROR | errno.EAGAIN
+    assert verdict(machine, known["fsync"]) == verdict(machine, known["msync"]) == ERROR  # 0: as if done
     assert verdict(machine, known["socket"], 40) == ERROR | errno.EAFNOSUPPORT
 
 
