@@ -76,7 +76,10 @@ def build(root: str, see: list[str]) -> None:
 
 
 def limit(seconds: int, memory: int) -> None:
-    """Hard limits: CPU seconds, address space in bytes, files; no process or thread beside its own, no queued signals."""
+    """Hard limits: CPU seconds, address space in bytes, files; no process or thread beside its own, no queued signals.
+
+    Page tables come on top of the address space: of the kernel's 65,530 mappings (vm.max_map_count) each can take 12 KiB.
+    """
     limits = {"CPU": seconds, "AS": memory, "FSIZE": SCRATCH, "NOFILE": 32}
     limits |= dict.fromkeys(("NPROC", "MEMLOCK", "MSGQUEUE", "SIGPENDING"), 0)
     limits["CORE"] = 1  # 0 would still start the system's program that collects core dumps, if it has one

@@ -10,10 +10,8 @@ import errno
 import secrets
 import struct
 
-MACHINES = {
-    "x86_64": 0xC000003E,
-    "aarch64": 0xC00000B7,
-}  # audit architecture, of which others' calls have other numbers
+# Audit architecture; calls of any other are refused, since they have other numbers.
+MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 # name, number on x86_64, number on aarch64, which lacks the older calls
 _ALLOWED = """
 read 0 63, write 1 64, readv 19 65, writev 20 66, pread64 17 67, pwrite64 18 68, preadv 295 69, pwritev 296 70, lseek 8 62,
@@ -42,10 +40,10 @@ exit 60 93, exit_group 231 94, futex 202 98, set_tid_address 218 96, set_robust_
 """
 # Calls of many uses, of which a few are allowed by their second argument: of fcntl the flags and copies of a descriptor
 # (F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ), of ioctl whether it is a terminal (TCGETS,
-# TCGETS2), its size, closing at exec and bytes to read (TIOCGWINSZ, FIOCLEX, FIONCLEX, FIONREAD).
+# TCGETS2), its size, closing at exec, bytes to read and waiting for them (TIOCGWINSZ, FIOCLEX, FIONCLEX, FIONREAD, FIONBIO).
 _BY_ARGUMENT = {
     "fcntl 72 25": (0, 1, 2, 3, 4, 1030, 1032),
-    "ioctl 16 29": (0x5401, 0x802C542A, 0x5413, 0x5451, 0x5450, 0x541B),
+    "ioctl 16 29": (0x5401, 0x802C542A, 0x5413, 0x5451, 0x5450, 0x541B, 0x5421),
 }
 _EXECVE = "execve 59 221"  # of the path at one address, which the program that it starts cannot know
 # Not made, with the answer that a program gets on a machine without the thing: done (there is nothing to flush in memory), no

@@ -118,6 +118,7 @@ def f():
     while not rang:
         time.sleep(0.001)
     ends = os.pipe()
+    os.set_blocking(ends[0], False)
     os.write(ends[1], b"x")
     assert select.select([ends[0]], [], [], 1)[0] and os.read(ends[0], 1) == b"x"
     lock, base = threading.Lock(), sqlite3.connect(":memory:")
