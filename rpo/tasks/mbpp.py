@@ -22,12 +22,14 @@ from rpo.evals.context import Context, sampling_of
 from rpo.evals.pairing import with_differences
 from rpo.evals.results import Evaluation, Item, mean_of
 from rpo.evals.settings import Answers, Eval, check_subjects, listed
+from rpo.evals.store import Store
+from rpo.files import short_hash
 from rpo.sandbox import run as sandbox_run
 from rpo.sandbox.replies import BEGIN, END, program_of
 from rpo.text import one_line
 
 SHOWN, TEST = (2, 3, 4), range(11, 511)  # task ids
-CHUNK = 128  # programs that are tried while the other ranks wait, whose wait has a limit
+CHUNK = 128  # programs that are tried between two writes, and while the other ranks wait, whose wait has a limit
 _PROGRAM = ("program", "completion", "response", "output")  # the first of them that a row of outputs has
 
 
@@ -79,7 +81,8 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     else:
         tried = {name: stored(name, asked, max(task.k)) for name in names}
     ctx.begin()
-    of_model = {name: _scored(name, asked, programs, task.k, limits) for name, programs in tried.items()}
+    store = ctx.store("points")
+    of_model = {name: _scored(name, asked, programs, task.k, limits, store) for name, programs in tried.items()}
     items = [item for own in of_model.values() for item in own]
     models = {name: {f"pass@{k}": mean_of(own, f"pass@{k}") for k in task.k} for name, own in of_model.items()}
     models = with_differences(models, items, cfg.baseline)
@@ -192,11 +195,11 @@ def _scored(
     programs: Sequence[Sequence[str]],
     ks: Sequence[int],
     limits: sandbox_run.Limits,
+    store: Store,
 ) -> list[Item]:
-    """One item per problem, its programs tried by rank 0. A collective."""
+    """One item per problem, its programs tried by rank 0, or earlier as `store` has it. A collective."""
     exams = [exam_of(problem, text) for problem, texts in zip(asked, programs, strict=True) for text in texts]
-    chunks = [exams[start : start + CHUNK] for start in range(0, len(exams), CHUNK)]
-    outcomes = iter([outcome for chunk in chunks for outcome in dist.on_main(_tried, chunk, limits)])
+    outcomes = iter(_outcomes(exams, limits, store))
     items = []
     for problem, texts in zip(asked, programs, strict=True):
         own = [next(outcomes) for _ in texts]
@@ -227,6 +230,20 @@ def _tally(name: str, items: Sequence[Item]) -> str:
     kinds = Counter(program["kind"] or "not tried" for program in programs if not program["passed"])
     counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     return f"{name}: {kinds.total()} of {len(programs)} programs failed" + (f" ({counts})" if counts else "")
+
+
+def _outcomes(exams: Sequence[sandbox_run.Exam], limits: sandbox_run.Limits, store: Store) -> list[sandbox_run.Outcome]:
+    """The outcome of each; what has been tried is in `store`, save for chunks in which a sandbox could not be made."""
+    outcomes = []
+    for start in range(0, len(exams), CHUNK):
+        chunk = exams[start : start + CHUNK]
+        key = short_hash([vars(exam) for exam in chunk], vars(limits))
+        if (rows := store.get(key)) is None:
+            rows = [vars(outcome) for outcome in dist.on_main(_tried, chunk, limits)]
+            if not any(row["error"] for row in rows):
+                store.add(key, rows)
+        outcomes += [sandbox_run.Outcome(**row) for row in rows]
+    return outcomes
 
 
 def _tried(exams: Sequence[sandbox_run.Exam], limits: sandbox_run.Limits) -> list[sandbox_run.Outcome]:

@@ -111,6 +111,38 @@ def test_stored_programs(group, data, tmp_path, unsandboxed, monkeypatch):
     assert made.notes[1] == f"{second}: 6 of 6 programs failed (6 not tried)"
 
 
+def test_what_was_tried_is_not_tried_again(group, data, tmp_path, unsandboxed, monkeypatch):
+    """After a kill the outcomes on disk count, of these programs and limits alone; where no sandbox was made none does."""
+    monkeypatch.setattr(mbpp, "CHUNK", 2)
+    examine, seen = run.examine, []
+
+    def killed_at(number):
+        def counting(exam, limits):
+            if len(seen) == number:
+                raise KeyboardInterrupt
+            seen.append(exam.program)
+            return examine(exam, limits)
+
+        return counting
+
+    rows = [{"task_id": i, "program": text} for i, text in ((11, "right"), (12, "broken"), (13, "wrong"))]
+    file = write_jsonl(tmp_path / "programs.jsonl", [*rows, *rows[:1], *rows[::2], rows[2]])
+    cfg, whole = (
+        configured(data, f"outputs={file}"),
+        mbpp.run(configured(data, f"outputs={file}"), StubContext(tmp_path / "a")),
+    )
+    monkeypatch.setattr(run, "examine", killed_at(4))
+    with pytest.raises(KeyboardInterrupt):
+        mbpp.run(cfg, StubContext(tmp_path / "b"))
+    monkeypatch.setattr(run, "examine", killed_at(-1))
+    del seen[:]
+    assert mbpp.run(cfg, StubContext(tmp_path / "b")) == whole
+    assert "broken" in seen and 0 < len(seen) < 7
+    del seen[:]
+    mbpp.run(configured(data, f"outputs={file}", "task.seconds=6"), StubContext(tmp_path / "b"))
+    assert len(seen) == 7
+
+
 def test_fenced_programs_are_tried(group, data, tmp_path):
     """A fenced program in a file passes, one in fences that does not parse is a SyntaxError in the tally."""
     possible()
@@ -241,10 +273,11 @@ def test_reference_solutions_pass_and_stubs_fail(group, tmp_path):
     every = list(problems.values())
     assert len(every) == 974 and sum(i in problems for i in mbpp.TEST) == 500
     limits = run.Limits(5, 1.0)
-    solved = mbpp._scored("solutions", every, [[p.code] for p in every], [1], limits)
+    store = StubContext(tmp_path).store("points")
+    solved = mbpp._scored("solutions", every, [[p.code] for p in every], [1], limits, store)
     assert [
         (s.details["task_id"], s.error, s.details["programs"][0]["why"]) for s in solved if s.scores != {"pass@1": 1.0}
     ] == []
     stubs = ["\n".join(f"def {name}(*a, **k): pass" for name in p.names) for p in every]
-    failed = mbpp._scored("stubs", every, [[stub] for stub in stubs], [1], limits)
+    failed = mbpp._scored("stubs", every, [[stub] for stub in stubs], [1], limits, store)
     assert [s.details["task_id"] for s in failed if s.scores != {"pass@1": 0.0}] == []
