@@ -125,9 +125,9 @@ def serve() -> None:
     names, held = vars(sys.modules["program"]), []
     for request in map(json.loads, requests):
         try:
-            reply = json.dumps({"value": encode(_answer(request, names, held), held)})
+            reply = json.dumps({"to": request["number"], "value": encode(_answer(request, names, held), held)})
         except BaseException as error:  # SystemExit too
-            reply = json.dumps({"raised": f"{type(error).__name__}: {error}"[:300]})
+            reply = json.dumps({"to": request["number"], "raised": f"{type(error).__name__}: {error}"[:300]})
         replies.write(reply.encode() + b"\n")
         replies.flush()
 
@@ -150,12 +150,15 @@ def examine(give: int, take: int) -> dict:
     requests, replies = os.fdopen(give, "wb"), os.fdopen(take, "rb")
 
     def ask(request: dict) -> object:
+        number = int.from_bytes(os.urandom(8))  # or what a program writes itself would count for a later request
         with contextlib.suppress(BrokenPipeError):
-            _send(requests, request)
+            _send(requests, request | {"number": number})
         line = replies.readline(LONGEST)
         if not line.endswith(b"\n"):
             raise ProgramError("a value too large" if line else "it ended")
         reply = json.loads(line)
+        if not isinstance(reply, dict) or reply.get("to") != number:
+            raise ProgramError("a reply out of turn")
         if "raised" in reply:
             raise RaisedError(str(reply["raised"]))
         return decode(reply["value"])

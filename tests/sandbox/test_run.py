@@ -153,6 +153,10 @@ PASS_WITHOUT_BEING_RIGHT = {
     "    found = [o for o in gc.get_objects() if look in str(o)[::-1]]\n    while frame:\n"
     "        found += [v for v in frame.f_locals.values() if look in str(v)[::-1]]\n        frame = frame.f_back\n"
     "    return 4 if found else 5",
+    "writes values before it is asked": "import os\nfor fd in range(3, 32):\n    try: os.write(fd, "
+    'b\'{"value": 4}\\n{"to": 1, "value": 4}\\n\' * 9)\n    except OSError: pass\ndef f(x): return 5',
+    "writes no objects": "import os\nfor fd in range(3, 32):\n    try: os.write(fd, b'[4]\\n4\\n')\n    except OSError: pass\n"
+    "def f(x): return 5",
     "writes a verdict to all it has open": "import os\nfor fd in range(3, 32):\n    try: os.write(fd, "
     'b\'{"passed": true, "why": null}\\n\')\n    except OSError: pass\ndef f(x): return 5',
 }
