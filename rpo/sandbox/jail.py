@@ -4,11 +4,10 @@
 
 The jail is a set of new namespaces: no network, no other processes, and a root in memory with only what a Python interpreter
 needs (`see`), read-only, and one empty writable folder, `/scratch`. Root becomes `nobody` in it; any other user makes it in
-a user namespace. The `filter` lets only listed system calls through, and of programs starts only the one whose path is at the
-address `path_at`. The program is the first process of its PID namespace,
-so no signal from inside ends it, and with it all others in there end. It is killed when this process ends, and this process
-when `parent` ends; neither can be undone from inside. Errors are written to the file descriptor `report`, which the program
-does not inherit.
+a user namespace. The `filter` lets only listed system calls through, and starts only the program whose path is at the address
+`path_at`. The program is the first process of its PID namespace: no signal from inside ends it, and at its end all others in
+there end. It is killed when this process ends, and this process when `parent` ends; neither can be undone from inside. Errors
+are written to the file descriptor `report`, which the program does not inherit.
 """
 
 import ctypes
