@@ -79,7 +79,7 @@ def _as_its_file_says(tokenizer: PreTrainedTokenizerBase, path: str, revision: s
     ]:
         return tokenizer
     # The generic class obeys tokenizer_config.json too, and adds nothing to either.
-    plain = PreTrainedTokenizerFast.from_pretrained(path, revision=revision or "main")
+    plain = PreTrainedTokenizerFast.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
     differing = [text for text in texts if tokenize(tokenizer, [text]) != tokenize(plain, [text])]
     if not differing:
         return tokenizer

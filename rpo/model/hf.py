@@ -347,4 +347,6 @@ def _not_written(whole: PreTrainedModel, folder: Path) -> str | None:
 
 
 def _read_back(whole: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    return type(whole).from_pretrained(folder, dtype=whole.dtype).state_dict()
+    return (
+        type(whole).from_pretrained(folder, dtype=whole.dtype, weights_only=True, trust_remote_code=False).state_dict()
+    )

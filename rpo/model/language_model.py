@@ -23,8 +23,10 @@ def take_out(path: str, folder: str) -> None:
     if Path(folder).exists():
         raise UserError(f"{folder}: is there already; give a new folder")
     try:
-        whole = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        whole = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", weights_only=True, trust_remote_code=False
+        ).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # files and the library: each its own type
         raise UserError(f"{path}: cannot be loaded ({first_line(error)}); give a folder or Hub name") from None
     inner = [module for name, module in whole.named_modules() if name.rpartition(".")[2] == "language_model"]
@@ -32,7 +34,9 @@ def take_out(path: str, folder: str) -> None:
         raise UserError(f"{path}: {type(whole).__name__} has no language_model; give it as model.path as it is")
     lm = inner[0]
     if lm.get_output_embeddings() is None:  # the backbone alone
-        lm = AutoModelForCausalLM.from_config(whole.config.get_text_config(), dtype=whole.dtype).eval()
+        lm = AutoModelForCausalLM.from_config(
+            whole.config.get_text_config(), dtype=whole.dtype, trust_remote_code=False
+        ).eval()
         lm.base_model.load_state_dict(inner[0].state_dict())
         lm.get_output_embeddings().load_state_dict(whole.get_output_embeddings().state_dict())
         lm.generation_config = whole.generation_config
