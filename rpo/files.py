@@ -52,7 +52,7 @@ def parse_lines(text: str) -> tuple[list[dict], int]:
 
 
 class JsonLines:
-    """Objects in a JSON lines file, found again by one of their fields.
+    """Objects in a JSON lines file, found again by one of their fields; several processes may add to it at once.
 
     `rows` maps the field `key` to the object; of two with one key the later counts. A line that a killed writer left
     half written is skipped, and costs no other line.
@@ -60,14 +60,34 @@ class JsonLines:
 
     def __init__(self, path: Path, key: str = "key"):
         self.path, self._key = path, key
-        text = path.read_bytes().decode("utf-8", "replace") if path.exists() else ""
-        self._torn = bool(text) and not text.endswith("\n")
-        self.rows: dict[str, dict] = {row[key]: row for row in parse_lines(text)[0] if isinstance(row.get(key), str)}
+        self.rows: dict[str, dict] = {}
+        self._read = 0  # bytes of whole lines that are in `rows`
+        self._torn = False
+        self.refresh()
+
+    def refresh(self) -> dict[str, dict]:
+        """The rows that were added to the file since it was last read, by key."""
+        data = b""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                file.seek(self._read)
+                data = file.read()
+        whole = data.rfind(b"\n") + 1
+        self._read += whole
+        self._torn = whole < len(data)
+        added = {row[self._key]: row for row in parse_lines(data.decode("utf-8", "replace"))[0] if self._has_key(row)}
+        self.rows |= added
+        return added
+
+    def _has_key(self, row: dict) -> bool:
+        return isinstance(row.get(self._key), str)
 
     def append(self, rows: Sequence[dict]) -> None:
         """Adds the rows, each with its key, at the end of the file."""
-        with self.path.open("a") as file:
-            file.write("\n" * self._torn + to_lines(rows))
+        data = ("\n" * self._torn + to_lines(rows)).encode()
+        with self.path.open("ab", buffering=0) as file:  # one write: lines of two processes do not mix
+            while data:
+                data = data[file.write(data) :]
         self._torn = False
         self.rows |= {row[self._key]: row for row in rows}
 

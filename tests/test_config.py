@@ -122,6 +122,15 @@ def test_every_task_is_accepted(name):
     assert evaluation.eval_config(OmegaConf.create(config.to_yaml(cfg))) == cfg
 
 
+def test_judged_answers_are_sampled_alike():
+    """Answers that task=generate writes for task=winrate are sampled as those that it makes of models itself."""
+    generate = settings("task=generate", "model.path=M", name="eval").task
+    winrate = settings("task=winrate", *TASK_NEEDS["winrate"].split(), name="eval").task
+    for key in ("limit", "temperature", "top_p", "max_new_tokens", "batch_size"):
+        assert getattr(generate, key) == getattr(winrate, key), key
+    assert (generate.samples, generate.top_k) == (1, 0)
+
+
 def test_groups_are_those_of_the_tests():
     """No group of conf/ escapes the two tests above."""
     groups = {path.name for path in CONF.iterdir() if path.is_dir()}

@@ -5,6 +5,7 @@ from typing import Any
 
 from rpo.evals.results import Cells, Item, mean_of
 from rpo.judging import verdicts
+from rpo.stats import clustered_mean, with_errors
 
 LOW = 0.5  # agreement of the two orders below which order decides most items
 
@@ -19,17 +20,21 @@ def both_sides(
     error: str | None,
     prompt: str | list[dict] | None = None,
     responses: Sequence[str | None] = (None, None),
+    masses: Sequence[float | None] = (),
     details: dict[str, Any] | None = None,
 ) -> list[Item]:
     """The item of either model. `scores` are the first's, where it was shown first and where second; None: an error.
 
-    `replies` are the judge's in these orders; none where nobody was asked.
+    `replies` are the judge's in these orders, none where nobody was asked; `masses` of the letters, for verdicts by log-probs.
     """
     both = verdicts.two_orders(*scores)
     sides = []
     for m, model in enumerate(models):
         own = [score if score is None or m == 0 else 1 - score for score in (*scores, both and both[0])]
         judgments = [{"shown_first": models[k], "score": own[k], "reply": reply} for k, reply in enumerate(replies)]
+        judgments = (
+            [one | {"letter_mass": mass} for one, mass in zip(judgments, masses, strict=True)] if masses else judgments
+        )
         agree = both[1] if both and replies else None
         sides.append(
             Item(
@@ -69,6 +74,19 @@ def of_orders(items: Sequence[Item]) -> Cells:
     asked = [item for item in items if item.details["judgments"]]
     agree = mean_of(asked, lambda item: item.details["orders_agree"])
     return {"order_consistency": agree, "first_position": mean_of(asked, _first_position)}
+
+
+def of_masses(items: Sequence[Item]) -> tuple[Cells, list[float]]:
+    """({"letter_mass": its cell}, the masses by reply) of the items of `both_sides`, failed ones too; ({}, []) for verdicts in
+    words. It is the probability, 0 to 1, that the judge's first token is one of the two letters."""
+    asked = [item for item in items if any("letter_mass" in one for one in item.details["judgments"])]
+    if not asked:
+        return {}, []
+    known = [[one["letter_mass"] for one in item.details["judgments"]] for item in asked]
+    whole = [(sum(both) / len(both), item.cluster) for both, item in zip(known, asked, strict=True) if None not in both]
+    cell = clustered_mean([mass for mass, _ in whole], [cluster for _, cluster in whole])
+    masses = [mass for both in known for mass in both if mass is not None]
+    return {"letter_mass": with_errors(cell, len(asked) - len(whole))}, masses
 
 
 def _first_position(item: Item) -> float:

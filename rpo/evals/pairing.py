@@ -95,7 +95,7 @@ def judged_by(evaluation: Results) -> dict[str, str | None]:
         prompts = of_task.get("prompts") if isinstance(of_task, dict) else None
         known |= {"judge": judge.get("model"), "prompt": judge.get("prompt") or prompts or "own"}
         known["served"] = _names(judge.get("served"))
-        known["verdict"] = known["verdict"] or ("logprobs" if judge.get("with_logprobs") else "text")
+        known["verdict"] = known["verdict"] or "text"  # of mt_bench, which has no other
     else:
         known["judge"] = _names(details.get("judges"))
     return known | {"baseline": details.get("baseline") if evaluation.task == "alpaca_eval" else None}

@@ -2,6 +2,7 @@
 
 settings     judge.* of an evaluation
 client       one request to a server that speaks OpenAI's API
+cache        replies on disk, for several processes at once
 judge        many requests: cache, cost, concurrency
 prompts      what judges are asked
 verdicts     what a reply says, both orders, rates

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from rpo.config import AfterValidator, Field, Number, group, read_row
+from rpo.config import AfterValidator, Field, Number, Share, group, read_row
 from rpo.data.answers import Outputs, by_key, excerpt
 from rpo.data.formats import Messages
 from rpo.data.sources import check_new, rows_of
@@ -34,7 +34,7 @@ class Judgment:
     """A model's answer to one instruction against the baseline's; `row` is its place among the model's rows in the file.
 
     `preference` is 1 to 2, or None with the reason in `error`. Answers are None where the file has only their lengths (in
-    characters), the annotator where the file does not name the judge.
+    characters), the annotator where the file does not name the judge, `letter_mass` (of m and M) without log-probs.
     """
 
     model: str
@@ -47,6 +47,7 @@ class Judgment:
     baseline_answer: str | None = None
     answer: str | None = None
     annotator: str | None = None
+    letter_mass: float | None = None
 
 
 # ---- judgments
@@ -71,6 +72,7 @@ class _ByText(_Verdict):
     output_1: str
     generator_2: str
     output_2: str
+    letter_mass: Share | None
 
 
 @group
@@ -150,6 +152,7 @@ def _judgment(row: Any, place: str, baseline: Outputs | None, of_baseline: dict)
         baseline_answer=own,
         answer=None if form is _Lengths else read.output_2,
         annotator=read.annotator,
+        letter_mass=read.letter_mass if form is _ByText else None,
     )
 
 

@@ -9,12 +9,14 @@ import json
 import math
 import os
 import random
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlsplit
 
 from rpo.errors import UserError
 from rpo.judging.settings import Judge
@@ -30,6 +32,21 @@ CHARS = 4  # per token, in estimates
 FIRST_RETRIES = 2  # until the server has answered once: the URL may be wrong
 IN_A_ROW = 10  # failed requests without a reply between them that end the evaluation
 KEPT = "replies so far are cached"
+# What a server may refuse of a request, by the words of its error. The request is then sent without it: without log-probs,
+# at the server's own temperature, with max_completion_tokens for max_tokens, the system message before the user's.
+_REFUSALS = {
+    "logprobs": re.compile(r"log[ _-]?prob"),
+    "max_tokens": re.compile(r"max_completion_tokens"),
+    "temperature": re.compile(r"temperature"),
+    "system": re.compile(
+        r"system[\W_]{0,3}(role|message|prompt|instruction)|system\W.{0,30}\brole|role.{0,30}\Wsystem|support\W+(the )?system"
+        r"|developer (role|message|instruction)|roles must alternate|only user\b.*\broles|'user'\W+(or )?'assistant'"
+    ),
+}
+_REFUSING = re.compile(
+    r"support|not (allowed|enabled|permitted|implemented)|unknown|unrecognized|deprecated|roles must"
+)
+_TOO_LONG = re.compile(r"too large|too long|context (length|window|size)|exceed")  # of a value, or of the text
 
 
 @dataclass(frozen=True)
@@ -46,7 +63,8 @@ class Request:
 @dataclass(frozen=True)
 class Reply:
     """The judge's `text`, or `error`: why there is none after all retries. `top_logprobs` (nats) are of the first token, None if
-    the server gives none; `model` is the server's name for it. Tokens are the server's count, else an estimate."""
+    the server gives none; `model` is the server's name for it. Tokens are the server's count, else an estimate. `dropped`
+    are the parts of the request that the server refused: logprobs, temperature, system."""
 
     text: str
     top_logprobs: dict[str, float] | None
@@ -56,17 +74,19 @@ class Reply:
     model: str | None
     error: str | None
     cached: bool = False
+    dropped: tuple[str, ...] = ()
 
 
 @dataclass
 class Account:
     """The state that the calls of one evaluation share: dollars spent, whether the server has answered, its number of replies,
-    and the fields that it refuses."""
+    the parts of a request that it refuses, and the notes that were printed."""
 
     spent: float = 0.0
     reached: bool = False
     replies: int = 0
     refused: set[str] = field(default_factory=set)
+    notes: set[str] = field(default_factory=set)
 
 
 class MalformedError(Exception):
@@ -86,8 +106,8 @@ def check(judge: Judge) -> None:
 
 
 def url_of(judge: Judge) -> str:
-    """The server's URL; the vendor's if judge.base_url is null."""
-    return (judge.base_url or VENDOR).rstrip("/")
+    """The server's URL without a query; the vendor's if judge.base_url is null."""
+    return urlsplit(judge.base_url or VENDOR)._replace(query="", fragment="").geturl().rstrip("/")
 
 
 def _key(judge: Judge) -> str:
@@ -109,9 +129,12 @@ class Server:
         self._name = f"judge.base_url={redacted(url_of(judge))}"
         self._not_before, self._failed_in_a_row, self.stopped, self.note = 0.0, 0, False, ""
         hooks = {"request": [self._before_try], "response": [self._after_try]}
+        query = dict(parse_qsl(urlsplit(judge.base_url or "").query, keep_blank_values=True))
         self._client = openai.AsyncOpenAI(
             api_key=self._key or "none",  # the library insists on one
             base_url=url_of(judge),
+            default_query=query,
+            default_headers={"api-key": self._key} if self._key and "api-version" in query else {},  # as Azure wants it
             timeout=openai.Timeout(judge.timeout, connect=min(10.0, judge.timeout)),
             max_retries=judge.retries,
             http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks),
@@ -123,20 +146,24 @@ class Server:
         """The reply, or one with `error`. Raises MalformedError, and UserError if all requests would fail."""
         openai, account = self._openai, self._account
         while True:
-            reached, replies, options = account.reached, account.replies, self._options(request)
+            reached, replies = account.reached, account.replies
+            messages, options, dropped = self._parts(request)
             client = self._client if reached else self._first_client
             try:
                 response = await client.chat.completions.with_raw_response.create(
                     model=self._judge.model,
-                    messages=list(request.messages),
-                    temperature=self._judge.temperature,
+                    messages=messages,
+                    stream=False,
                     extra_body=options,
                 )
-                return self._parsed(request, response.http_response.text)
+                if refused := _refused(response.http_response):
+                    account.refused |= refused
+                    continue
+                return self._parsed(request, response.http_response.text, dropped)
             except openai.APIStatusError as error:
                 status, response = error.status_code, error.response
-                if refused := _refused_field(response, options):
-                    account.refused.add(refused)
+                if refused := _refused(response):
+                    account.refused |= refused
                     continue
                 if fatal := self._fatal(response):
                     raise UserError(f"{self._name}, judge.model={self._judge.model}: {fatal}; {KEPT}") from None
@@ -174,20 +201,31 @@ class Server:
         if response.status_code >= 400:
             await response.aread()
             self.note = f"HTTP {response.status_code}"
-            if self._fatal(response):
+            if _refused(response) or self._fatal(response):
                 response.headers["x-should-retry"] = "false"  # the library obeys it
             else:
                 self._not_before = max(self._not_before, time.monotonic() + _retry_after(response))
 
     # ---- outcomes
 
-    def _options(self, request: Request) -> dict:
-        """The fields of the request's body that some servers refuse."""
-        newer = self._judge.base_url is None or "max_tokens" in self._account.refused  # the vendor's later models
-        options = {"max_completion_tokens" if newer else "max_tokens": request.max_tokens or self._judge.max_tokens}
-        if request.top_logprobs and "logprobs" not in self._account.refused:
-            options |= {"logprobs": True, "top_logprobs": request.top_logprobs}
-        return options
+    def _parts(self, request: Request) -> tuple[list[dict[str, str]], dict, tuple[str, ...]]:
+        """(messages, the other fields of the body that depend on the judge, what of the request the server refuses)."""
+        judge, refused, dropped = self._judge, self._account.refused, []
+        messages, fields = list(request.messages), dict(judge.extra_body or {})
+        newer = judge.base_url is None or "max_tokens" in refused  # the vendor's later models
+        fields["max_completion_tokens" if newer else "max_tokens"] = request.max_tokens or judge.max_tokens
+        if judge.temperature is not None:
+            wanted = {"temperature": judge.temperature}
+            fields |= {} if "temperature" in refused else wanted
+            dropped += ["temperature"] * ("temperature" in refused)
+        if request.top_logprobs:
+            wanted = {"logprobs": True, "top_logprobs": request.top_logprobs}
+            fields |= {} if "logprobs" in refused else wanted
+            dropped += ["logprobs"] * ("logprobs" in refused)
+        if judge.system == "user" or "system" in refused:
+            messages, folded = without_system(messages), messages
+            dropped += ["system"] * (judge.system == "system" and messages != folded)
+        return messages, fields, tuple(dropped)
 
     def _reason(self, response: Any) -> str:
         return f"HTTP {response.status_code}: {self._line(_message(response))}"
@@ -221,7 +259,7 @@ class Server:
             raise UserError(f"{self._name}: {state} ({why}); fix the URL or start the server; {KEPT}")
         return self.failed(why)
 
-    def _parsed(self, request: Request, content: str) -> Reply:
+    def _parsed(self, request: Request, content: str, dropped: tuple[str, ...]) -> Reply:
         """The reply in a body of HTTP 200. Raises MalformedError if there is none, UserError for a web page."""
         if _is_page(content):
             raise UserError(f"{self._name}: answers with a web page; give the API's URL (most end in /v1); {KEPT}")
@@ -229,10 +267,7 @@ class Server:
             data = json.loads(content)
             choice = data["choices"][0]
             message, usage = choice["message"], data.get("usage") or {}
-            # Null is the content of a judge that declines, and of one that reasoned until max_tokens.
-            text = message["content"] if message["content"] is not None else message.get("refusal") or ""
-            if not isinstance(text, str):
-                raise TypeError("content is not text")
+            text = _text(message)
             read, written = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             why = self._line(f"{type(error).__name__}: {error}")
@@ -248,6 +283,7 @@ class Server:
             output_tokens=math.ceil(len(text) / CHARS) if written is None else written,
             model=model if isinstance(model, str) else None,
             error=None,
+            dropped=dropped,
         )
 
     def _without_key(self, text: str) -> str:
@@ -258,12 +294,44 @@ class Server:
         return redacted(" ".join(self._without_key(text).split()))[:300]
 
 
-def _refused_field(response: Any, options: dict) -> str | None:
-    """The optional field that the server's error is about, if any."""
-    if response.status_code not in (400, 422):
-        return None
-    words = {"logprobs": "logprob", "max_tokens": "max_completion_tokens"}
-    return next((name for name, word in words.items() if name in options and word in _message(response).lower()), None)
+def without_system(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages with those of the system before the first of the user, in its own message."""
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    others = [message for message in messages if message["role"] != "system"]
+    text = "\n\n".join([*system, *(message["content"] for message in others[:1])])
+    return [{"role": "user", "content": text}, *others[1:]]
+
+
+def _refused(response: Any) -> set[str]:
+    """The parts of its request that a server's error says it does not take, whatever the status."""
+    if response.status_code < 400 and '"choices"' in response.text:
+        return set()
+    reason, body = _message(response).lower(), json.loads(response.request.content)
+    sent = {name for name in _REFUSALS if name in body}
+    sent |= {"system"} if any(message["role"] == "system" for message in body["messages"]) else set()
+    named = {name for name in sent if _REFUSALS[name].search(reason)}
+    if _TOO_LONG.search(reason):
+        named -= {"max_tokens", "system"}
+    # An error that may pass can repeat the request's fields; log-probs are not worth waiting for, nor is what it refuses.
+    transient = response.status_code in (408, 409, 429) or response.status_code >= 500
+    return named & {"logprobs"} if transient and not _REFUSING.search(reason) else named
+
+
+def _text(message: dict) -> str:
+    """The text of a reply's message: its content, or that of its parts; a judge's thinking is no part of it.
+
+    Null, or none beside other fields, is the content of a judge that declines and of one that reasoned until max_tokens.
+    Raises KeyError, TypeError for another form.
+    """
+    content = message.get("content")
+    if content is None and ("content" in message or {"refusal", "reasoning", "reasoning_content"} & set(message)):
+        return message.get("refusal") or ""
+    if isinstance(content, list):
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        content = "".join(part["text"] for part in parts if part["type"] in ("text", "output_text"))
+    if not isinstance(content, str):
+        raise TypeError("content is not text")
+    return content
 
 
 def _count(value: Any) -> int | None:
@@ -278,7 +346,8 @@ def _message(response: Any) -> str:
     with suppress(ValueError, RecursionError, AttributeError):
         body = json.loads(text)
         body = body["error"] if isinstance(body.get("error"), dict) else body
-        text = next((str(body[name]) for name in ("message", "detail", "error") if body.get(name)), text)
+        words = [str(body[name]) for name in ("message", "detail", "error") if body.get(name)]
+        text = " ".join([*words[:1], *([f"(param: {body['param']})"] if body.get("param") else [])]) or text
     return text or "no reason given"
 
 
@@ -295,11 +364,18 @@ def _retry_after(response: Any) -> float:
 
 
 def _first_token(choice: dict) -> dict[str, float] | None:
-    """The first token's alternatives with their log-probs; None if the server left them out."""
-    logprobs: dict[str, float] = {}
+    """The first token's alternatives with their log-probs, those of one text added up; None if the server left them out."""
+    logprobs: dict[str, set[float]] = {}
     with suppress(KeyError, TypeError, IndexError):
         for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
             token, logprob = entry["token"], entry["logprob"]
             if isinstance(token, str) and type(logprob) in (int, float) and math.isfinite(logprob):
-                logprobs.setdefault(token, float(logprob))
-    return logprobs or None
+                logprobs.setdefault(token, set()).add(float(logprob))  # a token that is listed twice counts once
+    return {token: log_sum(each) for token, each in logprobs.items()} or None
+
+
+def log_sum(logprobs: Iterable[float]) -> float:
+    """log(sum of exp), -inf of none."""
+    logprobs = list(logprobs)
+    top = max(logprobs, default=-math.inf)
+    return top + math.log(sum(math.exp(one - top) for one in logprobs)) if logprobs and top > -math.inf else -math.inf

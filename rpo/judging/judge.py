@@ -1,19 +1,12 @@
-"""Concurrent requests to a judge, with a cache of replies and a limit on cost.
-
-CACHE/DIGEST.jsonl    the replies of one server's model, one object a line: "key", a digest of everything that the reply
-                      depends on, and "reply". A line is appended as soon as its reply comes: a kill loses pending replies.
-"""
+"""Concurrent requests to a judge, with a cache of replies and a limit on cost."""
 
 import asyncio
-import hashlib
-import json
 import math
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +15,7 @@ from tqdm import tqdm
 
 from rpo import dist
 from rpo.errors import UserError
-from rpo.files import JsonLines
+from rpo.judging.cache import Cache, key_of
 from rpo.judging.client import KEPT, Account, MalformedError, Reply, Request, Server, check, tokens_in, url_of
 from rpo.judging.settings import Judge
 from rpo.text import redacted
@@ -31,11 +24,13 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds after a malformed reply: doubled
 MALFORMED = 10  # retries after a malformed reply at most, since each may be billed
 GRACE = 5.0  # seconds that Ctrl-C waits for pending replies, which are paid for
 LAST_WAIT = 60.0  # the same after a fatal error
+WAIT = 0.5  # seconds between two looks at what another process that asks the same has got
 BEAT = 60.0  # seconds between heartbeats to the other ranks, whose wait has a limit
 
 
 def ask(requests: Sequence[Request], judge: Judge, cache: Path, account: Account | None = None) -> list[Reply]:
-    """The replies, in the order of the requests, on all ranks; rank 0 sends those that are not in the `cache` folder.
+    """The replies, in the order of the requests, on all ranks; rank 0 sends those that are not in the `cache` folder, and
+    waits for those that another process is asking for.
 
     A request that still fails after judge.retries has Reply.error. Raises UserError if all would fail (no such model, no
     access, wrong URL, a server that stays down) or judge.max_cost is too low; earlier replies are in the cache. Calls with
@@ -65,16 +60,18 @@ def facts(requests: Sequence[Request], replies: Sequence[Reply], judge: Judge) -
     distinct = list({key_of(asked, judge): reply for asked, reply in zip(requests, replies, strict=True)}.values())
     now = [reply for reply in distinct if not reply.cached]
     read, written = _tokens(distinct)
+    dropped = sorted({part for reply in distinct for part in reply.dropped})
     return {
         "model": judge.model,
         "served": sorted({reply.model for reply in distinct if reply.model}),
         "base_url": redacted(url_of(judge)),
-        "temperature": judge.temperature,
+        "temperature": None if "temperature" in dropped else judge.temperature,
         "max_tokens": judge.max_tokens,
+        "extra_body": redacted(judge.extra_body),
+        "dropped": dropped,
         "requests": len(distinct),
         "cached": len(distinct) - len(now),
         "errors": sum(reply.error is not None for reply in distinct),
-        "with_logprobs": sum(reply.top_logprobs is not None for reply in distinct),
         "finish_reasons": dict(Counter(str(reply.finish_reason) for reply in distinct if reply.error is None)),
         "input_tokens": read,
         "output_tokens": written,
@@ -83,18 +80,15 @@ def facts(requests: Sequence[Request], replies: Sequence[Reply], judge: Judge) -
     }
 
 
+def notes(about: dict) -> list[str]:
+    """What a reader of the numbers has to know of the judge, from its `facts`: several models' replies, a refused temperature."""
+    served, temperature = about["served"], "temperature" in about["dropped"]
+    several = f"judge.model={about['model']} was served as {' and as '.join(served)}: verdicts may be of several models"
+    return [several] * (len(served) > 1) + ["the judge's temperature was the server's own"] * temperature
+
+
 def _tokens(replies: Sequence[Reply]) -> tuple[int, int]:
     return sum(reply.input_tokens for reply in replies), sum(reply.output_tokens for reply in replies)
-
-
-def key_of(request: Request, judge: Judge) -> str:
-    """SHA-256 of what a reply depends on: server, model, sampling, all messages and the repeat's number."""
-    limits = [judge.temperature, request.max_tokens or judge.max_tokens, request.top_logprobs, request.repeat]
-    return _digest([url_of(judge), judge.model, *limits, list(request.messages)])
-
-
-def _digest(values: list) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _heartbeat() -> Callable[[], None]:
@@ -134,11 +128,12 @@ def _dollars(cost: float) -> str:
     return f"${cost:.2f}" if cost >= 0.1 else f"${cost:.1g}"
 
 
-def _announce(num_cached: int, todo: Sequence[Request], judge: Judge, account: Account) -> None:
-    """Prints the number and cost of the requests. Raises UserError if they may exceed judge.max_cost."""
+def _announce(num_cached: int, num_elsewhere: int, todo: Sequence[Request], judge: Judge, account: Account) -> None:
+    """Prints the number of requests, and the cost of those `todo`. Raises UserError if they may exceed judge.max_cost."""
     read, written = sum(map(tokens_in, todo)), sum(request.max_tokens or judge.max_tokens for request in todo)
     cost = _cost(read, written, judge)
-    line = f"judge {judge.model}: {num_cached + len(todo)} requests, {num_cached} cached"
+    line = f"judge {judge.model}: {num_cached + num_elsewhere + len(todo)} requests, {num_cached} cached"
+    line += f", {num_elsewhere} asked by another process, which is waited for" if num_elsewhere else ""
     if todo:
         line += f", about {read:,} tokens in, at most {written:,} out"
         line += "" if cost is None else f", about {_dollars(cost)} if all are that long"
@@ -149,55 +144,63 @@ def _announce(num_cached: int, todo: Sequence[Request], judge: Judge, account: A
         raise UserError(f"judge.max_cost={judge.max_cost}: {why}; raise it, or lower judge.max_tokens or task.limit")
 
 
-# ---- cache
-
-
-def _open(cache: Path, judge: Judge) -> tuple[JsonLines, dict[str, Reply]]:
-    """The file of one server's model, and its replies by key."""
-    file = cache / f"{_digest([url_of(judge), judge.model])[:16]}.jsonl"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        store = JsonLines(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read or written ({error.strerror}); use another cache_dir") from None
-    replies = {}
-    for key, row in store.rows.items():
-        try:
-            replies[key] = Reply(**row["reply"], error=None, cached=True)
-        except (KeyError, TypeError):
-            print(f"note: {file}: skipping a damaged reply", flush=True)
-    return store, replies
-
-
-def _append(store: JsonLines, key: str, reply: Reply) -> None:
-    fields = {name: value for name, value in asdict(reply).items() if name not in ("error", "cached")}
-    try:
-        store.append([{"key": key, "reply": fields}])
-    except OSError as error:
-        raise UserError(f"{store.path}: cannot be written ({error.strerror}); free some space; {KEPT}") from None
-
-
 # ---- all of them
 
 
 def _ask(
-    requests: Sequence[Request], judge: Judge, cache: Path, account: Account, beat: Callable[[], None]
+    requests: Sequence[Request], judge: Judge, folder: Path, account: Account, beat: Callable[[], None]
 ) -> list[Reply]:
     keys = [key_of(request, judge) for request in requests]
-    store, known = _open(cache, judge)
-    todo = {key: request for key, request in zip(keys, requests, strict=True) if key not in known}
+    cache, failed, is_announced = Cache(folder, judge), {}, False
+    todo = {key: request for key, request in zip(keys, requests, strict=True) if key not in cache.replies}
     if todo:
         check(judge)
-    _announce(len(set(keys)) - len(todo), list(todo.values()), judge, account)
-    if todo:
-        known |= _replies(todo, judge, store, account, beat)
-    return [known[key] for key in keys]
+    while not is_announced or todo:
+        with cache.claimed(todo) as free:
+            todo = {key: request for key, request in todo.items() if key not in cache.replies}
+            own = {key: request for key, request in todo.items() if key in free}
+            if own or not is_announced:
+                num_cached = len(set(keys)) - len(todo) - len(failed)
+                _announce(num_cached, len(todo) - len(own), list(own.values()), judge, account)
+                is_announced = True
+            if own:
+                failed |= _asked(own, judge, cache, account, beat)
+        todo = {key: request for key, request in todo.items() if key not in own}
+        if todo:  # another process asks, and may fail, or be killed
+            time.sleep(WAIT)
+            beat()
+    replies = [failed.get(key) or cache.replies[key] for key in keys]
+    _note(replies, judge, account)
+    return replies
 
 
-def _replies(
-    todo: dict[str, Request], judge: Judge, store: JsonLines, account: Account, beat: Callable[[], None]
+def _note(replies: Sequence[Reply], judge: Judge, account: Account) -> None:
+    """Prints, once, what of the requests the server refused, and under which other name it serves the model."""
+    named = f"judge.model={judge.model}"
+    words = {
+        "temperature": f"takes no judge.temperature={judge.temperature}, and samples as it does by default",
+        "logprobs": "gives no log-probs",
+        "system": "takes no system message; what it says stands before the user's message",
+    }
+    notes = [f"{named} {words[part]}" for part in sorted({part for reply in replies for part in reply.dropped})]
+    served = sorted({reply.model for reply in replies if reply.model})
+    if served and served != [judge.model]:
+        notes.append(f"{named} is served as {' and as '.join(served)}")
+    if len(served) > 1:
+        notes.append(f"{named}: if these are several models, judge.cache_as=NAME keeps the replies of each apart")
+    for note in notes:
+        if note not in account.notes:
+            account.notes.add(note)
+            print(redacted(f"note: {note}"), flush=True)
+
+
+def _asked(
+    todo: dict[str, Request], judge: Judge, cache: Cache, account: Account, beat: Callable[[], None]
 ) -> dict[str, Reply]:
-    """All replies, from tasks of one event loop: Ctrl-C can cancel these; threads would wait until their requests time out."""
+    """The replies that are errors; all others are in the cache.
+
+    They come from tasks of one event loop: Ctrl-C can cancel these; threads would wait until their requests time out.
+    """
     server, replies, queue = Server(judge, account), {}, iter(todo.items())
     limit = math.inf if judge.max_cost is None else judge.max_cost
     pending: list[float] = []  # ceilings of the requests being sent, in dollars
@@ -206,7 +209,7 @@ def _replies(
         for key, request in queue:  # shared: each request is taken once
             replies[key] = reply = await settled(request)
             if reply.error is None:
-                _append(store, key, reply)
+                cache.add(key, reply)
 
     async def settled(request: Request) -> Reply:
         ceiling, why = _ceiling(request, judge), ""
@@ -253,7 +256,7 @@ def _replies(
         finally:
             server.stopped = True
             runner.run(_finish(workers, server, grace))
-    return replies
+    return {key: reply for key, reply in replies.items() if reply.error is not None}
 
 
 async def _finish(workers: set[asyncio.Task], server: Server, seconds: float) -> None:

@@ -3,42 +3,91 @@
 import math
 import random
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from rpo import dist
 from rpo.data.formats import Messages
-from rpo.judging import prompts
-from rpo.judging.client import Reply, Request
-from rpo.judging.judge import facts
+from rpo.judging import judge, prompts
+from rpo.judging.client import Reply, Request, log_sum
 from rpo.judging.settings import Judge
+from rpo.text import redacted
 
-_LETTER = re.compile(r"\[\[([ABC])\]\]")
-_RATINGS = (re.compile(r"\[\[([0-9]+\.?[0-9]*)\]\]"), re.compile(r"\[([0-9]+\.?[0-9]*)\]"))
+LETTERS = ("A", "B")
 LOWEST, HIGHEST = 1.0, 10.0  # of MT-Bench's scale
 CUT = "the judge's reply was cut at judge.max_tokens"
 TOP = 5  # log-probs to ask for: the most that the vendor gives to everyone
+TRIAL = 2  # requests that show whether a judge's log-probs are verdicts
+MOST_UNREAD = 0.05  # share of replies without a verdict by log-probs above which all are asked for in words
+NEARLY_ALL = 0.9  # mean mass of the letters below which it is noted
+
+# What wraps a judge's thinking, its verdict apart: <think> of DeepSeek and Qwen, [THINK] of Mistral, and the like.
+_TAGS = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|\u25c1(/?)think\u25b7", re.I)
+_ENDS = re.compile(r"(?:<\|\w{1,30}\|>\s{0,9}){1,9}\Z")  # special tokens that a server leaves behind the text
+_FINAL = "<|channel|>final<|message|>"  # of gpt-oss where the server does not read its channels
+
+# Repetitions have bounds: a judge may go on with white space until judge.max_tokens.
+_MARKUP = r"[\s*_`\"']{0,9}"
+# Not [[a]], which is code: x[[a]].
+_LETTER = re.compile(rf"\[\[{_MARKUP}(?:(?i:assistant|answer|verdict)\W{{1,3}})?([ABC]|(?i:tie|draw)){_MARKUP}\]\]")
+_NUMBER = r"([0-9]{1,9}(?:\.[0-9]{0,9}|,[0-9]{1,2})?)(?:\s{0,3}(?:/|out of)\s{0,3}([0-9]{1,9}))?"
+_LABEL = r"(?:rating|score)"
+_END = r"[ \t*_`.]{0,9}$"
+_RATINGS = (
+    re.compile(rf"\[\[{_MARKUP}(?:{_LABEL}\W{{1,3}})?{_NUMBER}{_MARKUP}\]\]", re.I),
+    # A line or sentence "Rating: [8]", "Score: 8/10", or [8] alone on a line: other numbers in brackets may be footnotes.
+    re.compile(
+        rf"(?:^|[.!?:]\s)[ \t*_#]{{0,9}}(?:(?:final|overall|my|the)\s{{1,3}}){{0,3}}{_LABEL}[\s*_]{{0,9}}"
+        rf"(?:\([^()\n]{{1,30}}\)[\s*_]{{0,9}})?[:=]{_MARKUP}\[?{_NUMBER}\]?(?:[\s*_]{{0,3}}/\s{{0,3}}10)?{_END}",
+        re.I | re.M,
+    ),
+    re.compile(rf"^[ \t*_`]{{0,9}}\[{_NUMBER}\]{_END}", re.M),
+)
 
 
 # ---- one reply
 
 
+def spoken(text: str) -> str:
+    """The reply without the judge's thinking, of which a verdict is no part; "" where it was cut while it thought."""
+    text = (text[:-300] + _ENDS.sub("", text[-300:])).rpartition(_FINAL)[2]
+    kept, start, opened = [], 0, None
+    for tag in _TAGS.finditer(text):
+        if not any(tag.groups()):
+            opened = tag.start() if opened is None else opened
+            continue
+        if opened is None:  # the prompt opened what the reply only closes
+            kept.clear()
+        else:
+            kept.append(text[start:opened])
+        start, opened = tag.end(), None
+    is_cut = opened is not None and not text[start:opened].strip()  # else it is a word of the reply's
+    return "".join(kept) + ("" if is_cut else text[start:])
+
+
+def _plain(text: str) -> str:
+    """What was spoken, without the backslashes that escape brackets."""
+    return re.sub(r"\\{1,4}(?=[\[\]])", "", spoken(text))
+
+
 def pair_letter(text: str) -> str | None:
-    """A, B or C by the last [[A]], [[B]] or [[C]] of the reply (earlier ones may quote the instructions), or None."""
-    return next(reversed(_LETTER.findall(text)), None)
+    """A, B or C by the last [[A]], [[B]], [[C]] or [[Tie]] of the reply (earlier ones may quote the instructions), or None."""
+    letter = next(reversed(_LETTER.findall(_plain(text))), None)
+    return letter and {"TIE": "C", "DRAW": "C"}.get(letter.upper(), letter.upper())
 
 
 def rating(text: str) -> float | None:
-    """The rating from 1 to 10: the last [[7]] or [[7.5]], else the last [7] (MT-Bench's two patterns).
+    """The rating from 1 to 10: the last [[7]] or [[7.5]] (also [[7,5]], [[7/10]]), else the last line "Rating: [7]" or "[7]".
 
-    The last, because the reasons before it may quote a rating in the answer; FastChat takes the first. None if there is none
-    or it is outside the scale.
+    The last, because the reasons before it may quote a rating in the answer; FastChat takes the first, and where there are
+    no double brackets any number in single ones, which may be a footnote. None if there is none or it is outside the scale.
     """
     for pattern in _RATINGS:
-        if numbers := pattern.findall(text):
-            value = float(numbers[-1])
-            return value if LOWEST <= value <= HIGHEST else None
+        if numbers := pattern.findall(_plain(text)):
+            number, scale = numbers[-1]
+            value = float(number.replace(",", "."))
+            return value if LOWEST <= value <= HIGHEST and scale in ("", "10") else None
     return None
 
 
@@ -54,12 +103,50 @@ def first_wins(top_logprobs: Mapping[str, float], first: str, second: str) -> fl
     return (1 if a >= b else ratio) / (1 + ratio)
 
 
-def by_letter(top_logprobs: Mapping[str, float]) -> dict[str, float]:
-    """The log-probs, summed over tokens that differ only in white space: "A" and " A" are one verdict."""
-    sums: dict[str, float] = {}
+def by_letter(top_logprobs: Mapping[str, float], letters: Sequence[str] = LETTERS) -> dict[str, float]:
+    """The log-prob of each letter, summed over all tokens that spell it: with white space, brackets, quotes or markup around
+    it, and in either case where the letters differ in more than their case. A letter that no token spells is left out."""
+    folds = len({letter.lower() for letter in letters}) == len(letters)
+    tokens: dict[str, list[float]] = {letter: [] for letter in letters}
     for token, logprob in top_logprobs.items():
-        sums[token.strip()] = float(np.logaddexp(sums.get(token.strip(), -math.inf), logprob))
-    return sums
+        text = unicodedata.normalize("NFKC", token.strip("\u0120\u010a\u2581")).strip(
+            " \t\r\n()[]{}<>*_`\"'.,:;\\\u201c\u201d"
+        )
+        for letter in letters:
+            if text == letter or (folds and text.lower() == letter.lower()):
+                tokens[letter].append(logprob)
+    return {letter: log_sum(each) for letter, each in tokens.items() if each}
+
+
+def letter_mass(top_logprobs: Mapping[str, float] | None, letters: Sequence[str] = LETTERS) -> float | None:
+    """The probability that the reply's first token is one of the letters; None without log-probs."""
+    if top_logprobs is None:
+        return None
+    return min(1.0, sum(map(math.exp, (min(0.0, one) for one in by_letter(top_logprobs, letters).values()))))
+
+
+def letter_score(
+    top_logprobs: Mapping[str, float] | None, letters: Sequence[str] = LETTERS, min_mass: float = 0.5
+) -> tuple[float | None, str | None]:
+    """(P(first letter), None) by the log-probs of the reply's first token, or (None, why they are no verdict).
+
+    Where the letters hold less than `min_mass` together, what the judge begins to say is something else, and which of
+    the two is likelier says nothing.
+    """
+    names, mass = " nor ".join(letters), letter_mass(top_logprobs, letters)
+    if mass is None:
+        return None, "no log-probs in the judge's reply"
+    score = first_wins(by_letter(top_logprobs, letters), *letters)
+    if score is None:
+        return None, f"neither {names} among the judge's first tokens ({', '.join(map(repr, top_logprobs))})"
+    if _is_low(mass, min_mass):
+        both = " and ".join(letters)
+        return None, f"{both} hold {mass:.0%} of the judge's first token, less than judge.min_mass={min_mass:g}"
+    return score, None
+
+
+def _is_low(mass: float, min_mass: float) -> bool:
+    return mass < min_mass - 1e-9  # less is rounding
 
 
 def switched(instruction: str, seed: int = 0) -> bool:
@@ -67,7 +154,7 @@ def switched(instruction: str, seed: int = 0) -> bool:
     return random.Random(f"is_switched_outputs{instruction}{seed}").choices([False, True])[0]
 
 
-def first_score(form: str, reply: Mapping[str, Any]) -> tuple[float | None, str | None]:
+def first_score(form: str, reply: Mapping[str, Any], min_mass: float = 0.5) -> tuple[float | None, str | None]:
     """(score of the answer shown first: 1, .5, 0, or a probability; None) or (None, why there is none).
 
     `reply` has the fields of a Reply: text, top_logprobs, finish_reason, error. In `form` "text" the verdict is a letter in
@@ -76,10 +163,7 @@ def first_score(form: str, reply: Mapping[str, Any]) -> tuple[float | None, str 
     if reply["error"] is not None:
         return None, reply["error"]
     if form == "logprobs":
-        if reply["top_logprobs"] is None:
-            return None, "no log-probs in the judge's reply"
-        score = first_wins(by_letter(reply["top_logprobs"]), "A", "B")
-        return score, "neither A nor B among the judge's first tokens" if score is None else None
+        return letter_score(reply["top_logprobs"], min_mass=min_mass)
     if reply["finish_reason"] == "length":  # a letter before the cut may not be the verdict
         return None, CUT
     letter = pair_letter(reply["text"])
@@ -114,29 +198,86 @@ class Shown(NamedTuple):
     repeat: int = 0
 
 
-def judged(
-    shown: Sequence[Shown], cfg: Judge, prompts_file: str | None, ask: Callable[[Sequence[Request]], list[Reply]]
-) -> tuple[str, list[Reply], dict]:
+Ask = Callable[[Sequence[Request]], list[Reply]]
+
+
+def judged(shown: Sequence[Shown], cfg: Judge, prompts_file: str | None, ask: Ask) -> tuple[str, list[Reply], dict]:
     """(the form of verdict: "text" or "logprobs", a reply for each, facts about the judge), for `first_score`.
 
-    judge.verdict=auto tries log-probs on the first two; all get one form, since the two are not on one scale. The
-    templates of `prompts_file` ask for a verdict in words.
+    The templates of `prompts_file` ask for a verdict in words.
     """
     templates = prompts.OURS if prompts_file is None else prompts.load(prompts_file, "pair")
-
-    def request(pair: Shown, form: str) -> Request:
-        if form == "logprobs":
-            return Request(prompts.letter(*pair[:3]), max_tokens=1, top_logprobs=TOP, repeat=pair.repeat)
-        return Request(prompts.pair(*pair[:3], templates=templates), repeat=pair.repeat)
-
-    form, trial, trial_replies = cfg.verdict, [], []
-    if form == "auto":
-        trial = [request(pair, "logprobs") for pair in shown[:2] if prompts_file is None]
-        trial_replies = ask(trial) if trial else []
-        scores = [first_score("logprobs", vars(reply))[0] for reply in trial_replies]
-        form = "logprobs" if scores and None not in scores else "text"
-    requests = [request(pair, form) for pair in shown]
-    replies = ask(requests)
-    # The trial comes last: of equal requests facts counts the last, and the trial was paid for, not cached.
-    about = facts([*requests, *trial], [*replies, *trial_replies], cfg)
+    in_words = [Request(prompts.pair(*pair[:3], templates=templates), repeat=pair.repeat) for pair in shown]
+    in_letters = [
+        Request(prompts.letter(*pair[:3]), max_tokens=1, top_logprobs=TOP, repeat=pair.repeat)
+        for pair in shown
+        if prompts_file is None
+    ]
+    form, replies, about = in_one_form(in_letters, in_words, LETTERS, cfg, ask)
     return form, replies, about | {"prompt": "rpo-letter" if form == "logprobs" else templates["pair", False, 1].name}
+
+
+def in_one_form(
+    in_letters: Sequence[Request], in_words: Sequence[Request], letters: Sequence[str], cfg: Judge, ask: Ask
+) -> tuple[str, list[Reply], dict]:
+    """(the form of verdict: "text" or "logprobs", a reply to each request of that form, facts about the judge).
+
+    judge.verdict=auto asks the first two by log-probs, and if these are verdicts all; where then more than 5% are none, all
+    are asked in words. All get one form, since the two are not on one scale. No `in_letters`: in words.
+    """
+
+    def unread(replies: Sequence[Reply]) -> float:
+        answered = [reply for reply in replies if reply.error is None]
+        scores = [letter_score(reply.top_logprobs, letters, cfg.min_mass)[0] for reply in answered]
+        return scores.count(None) / len(scores) if scores else 1.0
+
+    form, trial, heard, replies = cfg.verdict if in_letters else "text", [], [], []
+    if form == "auto":
+        trial = list(in_letters[:TRIAL])
+        heard = ask(trial)
+        form = "logprobs" if unread(heard) == 0 else "text"
+    if form == "logprobs":
+        replies = ask(in_letters)
+        if cfg.verdict == "auto" and unread(replies) > MOST_UNREAD:
+            trial, heard, form = [*in_letters, *trial], [*replies, *heard], "text"
+    requests = in_letters if form == "logprobs" else in_words
+    replies = replies if form == "logprobs" else ask(in_words)
+    announce(form, cfg, letters)
+    # The trial comes last: of equal requests facts counts the last, and the trial was paid for, not cached.
+    about = judge.facts([*requests, *trial], [*replies, *heard], cfg)
+    masses = [letter_mass(reply.top_logprobs, letters) for reply in (replies if form == "logprobs" else heard)]
+    known = [mass for mass in masses if mass is not None]
+    return form, replies, about | {"letter_mass": sum(known) / len(known) if known else None}
+
+
+def announce(form: str, cfg: Judge, letters: Sequence[str] = LETTERS) -> None:
+    """Prints the form of the judge's verdicts, once for all ranks."""
+    words = f"by the log-probs of {' and '.join(letters)}" if form == "logprobs" else "in words"
+    if dist.is_main():
+        print(redacted(f"judge {cfg.model}: verdicts {words}"), flush=True)
+
+
+def judge_notes(about: Mapping[str, Any], form: str, letters: Sequence[str] = LETTERS) -> list[str]:
+    """Those of `judge.notes`, and one where the letters' mass, in the facts of `in_one_form`, made words of all verdicts."""
+    mass = about["letter_mass"]
+    if form == "logprobs" or mass is None:
+        return judge.notes(about)
+    too_little = f"{_held(mass, letters)}, too little for verdicts by log-probs: all were asked for in words"
+    return [*judge.notes(about), too_little]
+
+
+def _held(mass: float, letters: Sequence[str]) -> str:
+    return f"letter_mass: {' and '.join(letters)} hold {mass:.0%} of the judge's first token on average"
+
+
+def mass_notes(masses: Sequence[float], cfg: Judge, letters: Sequence[str] = LETTERS) -> list[str]:
+    """A note where the mass that the letters have in replies by log-probs, `masses`, is low in some, or on average."""
+    if not masses:
+        return []
+    mean = sum(masses) / len(masses)
+    held = _held(mean, letters)
+    low = sum(_is_low(mass, cfg.min_mass) for mass in masses)
+    if low:
+        least = f"less than judge.min_mass={cfg.min_mass:g}"
+        return [f"{held}; {low} of {len(masses)} replies have {least}, and are no verdicts"]
+    return [f"{held}: the judge often begins with something else"] if mean < NEARLY_ALL else []

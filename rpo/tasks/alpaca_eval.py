@@ -26,7 +26,7 @@ from rpo.evals.context import Context, sampling_of
 from rpo.evals.results import Cells, Evaluation, Item
 from rpo.evals.settings import Answers, Draws, Eval, check_judged, check_subjects, listed
 from rpo.files import write_atomic
-from rpo.judging import alpaca_files, judge, length_control, verdicts
+from rpo.judging import alpaca_files, length_control, verdicts
 from rpo.judging.alpaca_files import Judgment
 from rpo.judging.client import Reply, Request
 from rpo.stats import clustered_mean, with_errors
@@ -45,6 +45,11 @@ PROMPT = [
         "its name alone, m or M.",
     },
 ]
+LETTERS = ("m", "M")  # the names of the answers
+# A reply that names one of them and says no more, in whatever brackets or markup.
+_NAMED = re.compile(
+    r"[\W_]*(?i:(?:the )?(?:best |better )?(?:answer|output|response|model)(?: is)?[\W_]+)?([mM])[\W_]*"
+)
 _NOT_OFFICIAL = "the length-controlled rate is not the leaderboard's"
 
 
@@ -102,6 +107,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
                                 name: length_controlled_win_rate/no_gamed, /minimal
     win_rate/shown_first, /shown_second   by where the judge saw the model's answer
     first_preferred             mean probability of the answer that was shown first, whosever it is; of answers that differ
+    letter_mass                 of verdicts by log-probs: probability that the judge's first token is m or M
     avg_length                  mean characters of the model's answers
 
     Raises UserError for files that do not belong together or have too little for what is asked.
@@ -109,6 +115,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     baseline = None if cfg.baseline is None else read(cfg.baseline)
     instructions = None if baseline is None else list(by_key(baseline))
     control = _Control.of(cfg.task, instructions)  # before anything is paid for
+    notes: list[str] = []
     if cfg.annotations is not None:
         name, judged = alpaca_files.read_annotations(listed(cfg.annotations), baseline)
         judges = {row.annotator for rows in judged.values() for row in rows if row.annotator is not None}
@@ -116,13 +123,14 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     else:
         name = baseline.name
         judged, details = _judged(cfg, baseline, ctx)
+        notes += verdicts.judge_notes(details["judge"], details["verdict"], LETTERS)
     if instructions is None:
         instructions = list(dict.fromkeys(row.instruction for rows in judged.values() for row in rows))
     kept = set(instructions[: cfg.task.limit])
     judged = {model: [row for row in rows if row.instruction in kept] for model, rows in judged.items()}
     if none := [model for model, rows in judged.items() if not rows]:
         raise UserError(f"task.limit={cfg.task.limit}: {none[0]} has no judgment of these instructions; raise it")
-    notes = control.notes + control.unweighted(name, list(judged))
+    notes += control.notes + control.unweighted(name, list(judged))
     models, items, weights = {}, [], {}
     for model, rows in judged.items():
         models[model], fitted = metrics(rows, name, control, cfg.seed)
@@ -137,6 +145,8 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     equal = {model: sum(map(_equal, rows)) for model, rows in judged.items()}
     for model, rows in judged.items():
         notes += empty_notes({model: empty[model]}, len(rows))
+        masses = [row.letter_mass for row in rows if row.letter_mass is not None]
+        notes += [f"{model}: {note}" for note in verdicts.mass_notes(masses, cfg.judge, LETTERS)]
         if equal[model]:
             notes.append(f"{model}: {equal[model]} of {len(rows)} answers equal the baseline's: half a win each")
     details |= {
@@ -173,22 +183,21 @@ def _judged(cfg: Eval, baseline: Outputs, ctx: Context) -> tuple[dict[str, list[
     ctx.begin()
     dist.on_main(_write, ctx.run_dir, "model_outputs.json", official, "generator")
 
-    in_letters = cfg.judge.verdict != "text"
-    most, top = (1, verdicts.TOP) if in_letters else (None, 0)
-    requests = [Request(_shown(template, row), most, top) for row in unjudged if not _equal(row)]
-    replies = ctx.ask(requests)
-    rows, in_words, replied = [], dict.fromkeys(texts, 0), iter(replies)
+    asked = [_shown(template, row) for row in unjudged if not _equal(row)]
+    in_letters = [Request(messages, max_tokens=1, top_logprobs=verdicts.TOP) for messages in asked]
+    form, replies, facts = verdicts.in_one_form(in_letters, list(map(Request, asked)), LETTERS, cfg.judge, ctx.ask)
+    rows, replied = [], iter(replies)
     for row in unjudged:
         if _equal(row):
             rows.append(replace(row, preference=1.5))
             continue
         reply = next(replied)
-        first, why = first_preferred(reply, cfg.judge.verdict)
-        in_words[row.model] += first is not None and (cfg.judge.verdict == "text" or _by_logprobs(reply) is None)
+        first, why = first_preferred(reply, form, cfg.judge.min_mass)
         preference = None
         if first is not None:
             preference = 1 + first if verdicts.switched(row.instruction) else 2 - first
-        rows.append(replace(row, preference=preference, error=why))
+        mass = verdicts.letter_mass(reply.top_logprobs, LETTERS) if form == "logprobs" else None
+        rows.append(replace(row, preference=preference, error=why, letter_mass=mass))
     judged = {model: [row for row in rows if row.model == model] for model in texts}
     official = [
         {
@@ -200,11 +209,11 @@ def _judged(cfg: Eval, baseline: Outputs, ctx: Context) -> tuple[dict[str, list[
             "annotator": cfg.judge.model,
             "preference": row.preference,
         }
+        | ({} if row.letter_mass is None else {"letter_mass": row.letter_mass})
         for row in rows
     ]
     dist.on_main(_write, ctx.run_dir, "annotations.json", official, "generator_2")
-    asked = judge.facts(requests, replies, cfg.judge) | {"prompt": cfg.task.prompts or "own"}
-    return judged, details | {"judge": asked, "verdicts_in_words": in_words}
+    return judged, details | {"judge": facts | {"prompt": cfg.task.prompts or "own"}, "verdict": form}
 
 
 def _answers(cfg: Eval, baseline: Outputs, ctx: Context) -> tuple[dict[str, list[str]], dict]:
@@ -231,30 +240,23 @@ def _shown(template: Messages, row: Judgment) -> Messages:
     return alpaca_files.filled(template, instruction=row.instruction, output_1=first, output_2=second)
 
 
-def _by_logprobs(reply: Reply) -> float | None:
-    """As the original reads them; where neither name is a token by itself, with white space before it."""
-    logprobs = reply.top_logprobs or {}
-    exact = verdicts.first_wins(logprobs, "m", "M")
-    return verdicts.first_wins(verdicts.by_letter(logprobs), "m", "M") if exact is None else exact
-
-
-def first_preferred(reply: Reply, verdict: str) -> tuple[float | None, str | None]:
+def first_preferred(reply: Reply, form: str, min_mass: float = 0.5) -> tuple[float | None, str | None]:
     """(probability that the answer shown first, m, is the better one, None), or (None, why there is no verdict).
 
-    By the log-probs of m and M where `verdict` allows and they are there; else 1 or 0, by a reply that is m or M alone.
+    In `form` "text" 1 or 0, by a reply that is m or M alone; else by the log-probs of m and M, as the original reads them but
+    for their least mass.
     """
     if reply.error is not None:
         return None, reply.error
-    if verdict != "text" and (first := _by_logprobs(reply)) is not None:
-        return first, None
-    if verdict == "logprobs":
-        tokens = reply.top_logprobs
-        those = "no log-probs" if tokens is None else f"log-probs of {', '.join(map(repr, tokens))}"
-        return None, f"the judge gave {those}, expected those of m and M"
-    letter = re.sub(r"[\s\"'`.*]", "", reply.text)
-    if letter not in ("m", "M"):
-        return None, f"the judge said {' '.join(reply.text.split())!r:.60}, expected m or M"
-    return float(letter == "m"), None
+    if form != "text":
+        return verdicts.letter_score(reply.top_logprobs, LETTERS, min_mass)
+    if reply.finish_reason == "length":
+        return None, verdicts.CUT
+    text = verdicts.spoken(reply.text)
+    named = _NAMED.fullmatch(text)
+    if named is None:
+        return None, f"the judge said {' '.join(text.split())!r:.60}, expected m or M"
+    return float(named[1] == "m"), None
 
 
 def _write(run_dir: Path, name: str, rows: Sequence[dict], model: str) -> None:
@@ -382,12 +384,16 @@ def metrics(
     weights = None
     if control.form != "none":
         cells[control.metric], weights = control.rate(rows, wins_N, baseline, seed)
-    return cells | {
+    cells |= {
         "win_rate/shown_first": rate(wins_N, shown_first_N),
         "win_rate/shown_second": rate(wins_N, ~shown_first_N),
         "first_preferred": rate(first_N, differ_N),
         "avg_length": with_errors(clustered_mean([row.len_model for row in rows], np.arange(len(rows))), 0),
-    }, weights
+    }
+    masses = [100 * row.letter_mass for row in rows if row.letter_mass is not None]
+    if masses:
+        cells["letter_mass"] = with_errors(clustered_mean(masses, np.arange(len(masses))), 0)
+    return cells, weights
 
 
 def _discrete(wins_N: np.ndarray) -> np.ndarray:
@@ -412,5 +418,6 @@ def _item(row: Judgment, baseline: str) -> Item:
             "shown_first": "model" if verdicts.switched(row.instruction) else "baseline",
             "characters": row.len_model,
             "baseline_characters": row.len_baseline,
+            "letter_mass": row.letter_mass,
         },
     )

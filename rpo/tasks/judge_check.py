@@ -65,8 +65,15 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         judgments, details = _judged(cfg, pairs, ctx.ask)
         details |= {"data": cfg.data.eval}
     judges = dict.fromkeys(one.model for one in judgments)
-    cells = {model: statistics([one for one in judgments if one.model == model]) for model in judges}
-    notes = [f"{model}: {note}" for model in cells for note in position_notes(cells[model], "swap_agreement")]
+    by_judge = {model: [one for one in judgments if one.model == model] for model in judges}
+    cells, notes = {}, []
+    for model, own in by_judge.items():
+        cells[model] = statistics(own)
+        masses = [mass for one in own if (mass := one.details["letter_mass"]) is not None]
+        notes += [f"{model}: {note}" for note in position_notes(cells[model], "swap_agreement")]
+        notes += [f"{model}: {note}" for note in verdicts.mass_notes(masses, cfg.judge)]
+    if cfg.annotations is None:
+        notes += verdicts.judge_notes(details["judge"], details["verdict"])
     return Evaluation(cells, judgments, notes, details)
 
 
@@ -138,22 +145,25 @@ def _judged(
     form, replies, details = verdicts.judged(shown, cfg.judge, cfg.task.prompts, ask)
     judgments = []
     for (prompt, chosen, rejected, side, repeat), reply in zip(looks, replies, strict=True):
-        first, error = verdicts.first_score(form, vars(reply))
+        first, error = verdicts.first_score(form, vars(reply), cfg.judge.min_mass)
         score = first if first is None or side == "chosen" else 1 - first
-        look = _Details(chosen, rejected, side, repeat, score)
+        mass = verdicts.letter_mass(reply.top_logprobs) if form == "logprobs" else None
+        look = _Details(chosen, rejected, side, repeat, score, mass)
         judgments.append(_item(cfg.judge.model, prompt, look, error, reply.text))
     return judgments, {"verdict": form, "judge": details}
 
 
 @group
 class _Details:
-    """One look at a pair. `score` of the chosen answer: 1, .5, 0 or a probability; None: an error."""
+    """One look at a pair. `score` of the chosen answer: 1, .5, 0 or a probability; None: an error. `letter_mass` of a
+    verdict by log-probs."""
 
     chosen: str
     rejected: str
     shown_first: Literal["chosen", "rejected"]
     repeat: int
     score: Share | None
+    letter_mass: Share | None
 
 
 def _item(judge: str, prompt: str | Messages, look: _Details, error: str | None, reply: str) -> Item:
@@ -230,6 +240,7 @@ def statistics(judgments: Sequence[Item]) -> dict[str, dict]:
     longer_preferred         share of verdicts for the longer answer, over judgments of unequal lengths that are no tie
     longer_chosen            share of pairs of unequal lengths whose chosen answer is the longer: what the one above is for a
                              judge that is right. One that is blind to length lies between it and half
+    letter_mass              of verdicts by log-probs: mean probability that the first token is one of the letters
     """
 
     def over(some: Callable[[Item], bool], value: str | Callable[[Item], float] = "accuracy") -> dict:
@@ -269,7 +280,12 @@ def statistics(judgments: Sequence[Item]) -> dict[str, dict]:
         pairs.setdefault(_pair_of(one), one)
     unequal = [one for one in pairs.values() if _longer(one)]
     chosen = clustered_mean([_longer(one) > 0 for one in unequal], [one.cluster for one in unequal])
-    return cells | {"longer_chosen": with_errors(chosen, 0)}
+    cells["longer_chosen"] = with_errors(chosen, 0)
+    held = [one for one in judgments if one.details["letter_mass"] is not None]
+    if held:
+        mass = clustered_mean([one.details["letter_mass"] for one in held], [one.cluster for one in held])
+        cells["letter_mass"] = with_errors(mass, 0)
+    return cells
 
 
 def _longer(one: Item) -> int:

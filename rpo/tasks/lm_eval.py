@@ -14,6 +14,7 @@ import logging
 import random
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,6 +35,12 @@ from rpo.text import one_line
 BOOTSTRAP = 1000  # draws, where a metric is not the mean over questions (F1, perplexity); it is the harness that draws
 STANDARD = {"gsm8k": 5, "arc_challenge": 25, "arc_easy": 25}  # of the other tasks the harness's own number
 _LAST_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+NORMALISED = "gsm8k/exact_match,normalised"  # our own rule's score, beside those of the harness's
+# A number as people write it: a minus that is no difference, a currency, thousands apart, decimals.
+_MONEY = r"[$\u00a3\u20ac]?"
+_WRITTEN = re.compile(
+    rf"(?<!\w)(-?{_MONEY}-?)([0-9]{{1,3}}(?:[,\u202f\u2009\u00a0'][0-9]{{3}})+|[0-9]+)?(\.[0-9]+)?(?![0-9])"
+)
 # Files below task.data, and what in the harness's task is another name there.
 _ARC = {"doc_to_target": "gold", "doc_to_choice": "choices", "validation_split": None}
 LOCAL: dict[str, tuple[str, dict]] = {
@@ -238,6 +245,11 @@ def _measured(model: Any, name: str, spec: str | dict, cfg: Eval) -> dict:
     facts = {key: outcome[key] for key in ("n-shot", "versions")} | {"lm_eval": importlib.metadata.version("lm_eval")}
     if name == "gsm8k":
         facts["scored_otherwise"] = _scored_otherwise(items)
+        for item in items:
+            right = gsm8k_right(item["response"], item["details"]["target"])
+            item["scores"] |= {NORMALISED: float(right)}
+        if items:
+            totals[NORMALISED] = [float(np.mean([item["scores"][NORMALISED] for item in items])), None]
     return {"items": items, "totals": totals, "facts": facts}
 
 
@@ -308,6 +320,30 @@ def gsm8k_same(answer: str | None, target: str) -> bool:
     """Whether both are the same number, written alike but for $, thousands' commas and a dot at the end."""
     plain = [re.sub(r"\.$", "", re.sub("[,$]", "", number)) for number in (answer or "", target)]
     return answer is not None and plain[0] == plain[1]
+
+
+def gsm8k_number(text: str) -> Decimal | None:
+    """The value of the answer, however it is written: after the first ####, else in the last \\boxed{}, else the last number
+    there is. Money's signs, thousands' separators, a unicode minus and decimals that are 0 make no difference; None: no number.
+    """
+    text = (
+        re.sub("[\u2212\u2012\u2013\ufe63\uff0d]", "-", text).replace("\\$", "$").replace("{,}", ",").replace("\\!", "")
+    )
+    _, marked, answer = text.partition("####")
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    for part, place in ((answer if marked else "", 0), (boxed[-1] if boxed else "", -1), (text, -1)):
+        written = [match for match in _WRITTEN.findall(part) if match[1] or match[2]]
+        if written:
+            sign, whole, decimals = written[place]
+            value = Decimal(re.sub("[^0-9]", "", whole or "0") + decimals)
+            return -value if "-" in sign else value
+    return None
+
+
+def gsm8k_right(response: str, target: str) -> bool:
+    """Whether the response's number is the target's, by value: $18.00 is 18, 1,234.50 is 1234.5."""
+    value = gsm8k_number(response)
+    return value is not None and value == gsm8k_number(target)
 
 
 # ---- cells

@@ -88,6 +88,7 @@ def _of_answers(cfg: Eval, asked: Sequence[Question], ctx: Context) -> Evaluatio
     known, details = _answers(cfg, asked, ctx)
     rows, requests = _asked(cfg.judge.model, kind, list(questions.values()), known, references, templates)
     replies = ctx.ask(requests)
+    verdicts.announce("text", cfg.judge)
     games, fill = (1, _rating_of) if kind == "single" else (2, _games_of)  # of a row
     rows = [row | fill(*own) for row, *own in zip(rows, *(replies[i::games] for i in range(games)), strict=True)]
     name = f"{mt_bench_files.file_name(cfg.judge.model)}_{kind}.jsonl"
@@ -96,7 +97,8 @@ def _of_answers(cfg: Eval, asked: Sequence[Question], ctx: Context) -> Evaluatio
     evaluation = of_judgments(kind, rows, {number: question.category for number, question in questions.items()})
     empty = {one.model: sum(not turn.strip() for number in questions for turn in one.turns[number]) for one in known}
     details |= {"kind": kind, "judge": judge.facts(requests, replies, cfg.judge), "empty_answers": empty}
-    notes = evaluation.notes + answers.empty_notes(empty, mt_bench_files.TURNS * len(questions))
+    notes = evaluation.notes + judge.notes(details["judge"])
+    notes += answers.empty_notes(empty, mt_bench_files.TURNS * len(questions))
     return Evaluation(evaluation.models, _with_texts(evaluation.items, questions, known), notes, details)
 
 

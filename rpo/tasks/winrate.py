@@ -21,13 +21,14 @@ from rpo.data.formats import RowError
 from rpo.data.sources import check_new, rows_of
 from rpo.errors import UserError, require
 from rpo.evals.context import Context, sampling_of
-from rpo.evals.judged import both_sides, of_orders, position_notes, rates
+from rpo.evals.judged import both_sides, of_masses, of_orders, position_notes, rates
 from rpo.evals.results import Evaluation, Item, mean_of
 from rpo.evals.settings import Answers, Draws, Eval, check_judged, check_subjects, check_words, listed
 from rpo.files import to_lines, write_atomic
 from rpo.judging import verdicts
 from rpo.judging.length_control import length_controlled
 from rpo.judging.prompts import load
+from rpo.judging.settings import Judge
 from rpo.judging.verdicts import Shown
 from rpo.stats import clustered_mean, sign_test, with_errors
 from rpo.text import redacted
@@ -74,8 +75,11 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         details |= {"judge": of_judge}
         ctx.begin()
         dist.on_main(write_atomic, ctx.run_dir / "annotations.jsonl", to_lines(map(vars, judged)))
-    evaluation = summarise(judged, seed=cfg.seed, bootstrap=cfg.task.bootstrap)
-    return replace(evaluation, details=details | evaluation.details)
+    evaluation = summarise(judged, cfg.judge, seed=cfg.seed, bootstrap=cfg.task.bootstrap)
+    notes = evaluation.notes
+    if cfg.annotations is None:
+        notes = notes + verdicts.judge_notes(details["judge"], evaluation.details["verdict"])
+    return replace(evaluation, notes=notes, details=details | evaluation.details)
 
 
 _Two = Annotated[list[str], Field(min_length=2, max_length=2, description="two texts")]
@@ -200,22 +204,24 @@ def _parse(row: Any, place: str) -> Judged:
 # ---- statistics
 
 
-def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluation:
-    """Metrics of both models, two items per prompt (one per model), and the sign test.
+def summarise(judged: Sequence[Judged], judge: Judge, *, seed: int, bootstrap: int) -> Evaluation:
+    """Metrics of both models, two items per prompt (one per model), and the sign test; of `judge` the least mass counts.
 
     Those of `rates`, with items clustered by prompt (of the orders: where answers differ), and
     win_rate/length_controlled  share as it would be at equal lengths: the minimal form of `length_control`
     longer_wins                 mean score of the longer answer, where lengths differ
     length                      mean characters of the model's answers
+    letter_mass                 of verdicts by log-probs: probability that the first token is one of the letters
 
     A prompt whose judgment failed in either order has no score: it is in n_error, and in no mean but that of lengths.
     """
-    models, sides = judged[0].models, [_sides(one) for one in judged]
+    models, sides = judged[0].models, [_sides(one, judge.min_mass) for one in judged]
     items = {model: [both[m] for both in sides] for m, model in enumerate(models)}
     firsts = items[models[0]]
     score_N = np.array([item.scores.get("win_rate", np.nan) for item in firsts])
     gap_N = np.array([_gap(item) for item in firsts])
-    orders = of_orders(firsts)
+    mass, masses = of_masses(firsts)
+    orders = of_orders(firsts) | mass
     controlled, _ = length_controlled(score_N, -gap_N, draws=bootstrap, seed=seed)
     controlled = with_errors(_share(controlled), int(np.isnan(score_N).sum()))
     metrics, empty = {}, {}
@@ -233,6 +239,7 @@ def summarise(judged: Sequence[Judged], *, seed: int, bootstrap: int) -> Evaluat
     p = sign_test(wins, losses)
     notes = [f"sign test: {models[0]} won {wins} and lost {losses} of {len(judged)} prompts, p {p:.2g}"]
     notes += position_notes(orders, "order_consistency") + data_answers.empty_notes(empty, len(judged))
+    notes += verdicts.mass_notes(masses, judge)
     if num_equal:
         notes.append(f"{num_equal} of {len(judged)} pairs of answers are equal: ties that nobody was asked about")
     if "note" in controlled:
@@ -255,19 +262,22 @@ def _longer_wins(item: Item) -> float:
     return item.scores["win_rate"] if _gap(item) > 0 else 1 - item.scores["win_rate"]
 
 
-def _sides(one: Judged) -> list[Item]:
+def _sides(one: Judged, min_mass: float) -> list[Item]:
     """The prompt as either model's item. Equal answers are a tie, asked or not."""
-    scores, error, replies = (0.5, 0.5), None, ()
+    scores, error, replies, masses = (0.5, 0.5), None, (), ()
     if one.answers[0] != one.answers[1]:
         replies = one.said
-        (first, why), (second, also) = (verdicts.first_score(one.verdict, reply) for reply in replies)
+        (first, why), (second, also) = (verdicts.first_score(one.verdict, reply, min_mass) for reply in replies)
         scores, error = (first, None if second is None else 1 - second), why or also
+        if one.verdict == "logprobs":
+            masses = [verdicts.letter_mass(reply["top_logprobs"]) for reply in replies]
     return both_sides(
         one.models,
         scores,
         replies=[reply["text"] for reply in replies],
         error=error,
         responses=one.answers,
+        masses=masses,
         id=one.id,
         cluster=one.id,
         prompt=one.prompt,

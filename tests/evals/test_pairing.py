@@ -45,7 +45,7 @@ def test_no_other_model():
 def test_who_judged():
     """By tasks' details: AlpacaEval's baseline is part of it, what only one side knows tells nothing apart, no judge is {}."""
     config = {"task": {"prompts": "p.jsonl"}}
-    live = {"judge": {"model": "j", "served": ["j-2", "j-1"], "with_logprobs": 3}, "baseline": "b"}
+    live = {"judge": {"model": "j", "served": ["j-2", "j-1"]}, "verdict": "logprobs", "baseline": "b"}
     known = {"judge": "j", "served": "j-1, j-2", "prompt": "p.jsonl", "verdict": "logprobs", "baseline": "b"}
     assert judged_by(found("alpaca_eval", live, config)) == known
     assert judged_by(found("winrate", live, config))["baseline"] is None

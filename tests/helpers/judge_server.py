@@ -24,10 +24,14 @@ def settings(**more):
     values = {
         "model": "gpt-test",
         "base_url": None,
+        "cache_as": None,
         "api_key_env": "TEST_JUDGE_CREDENTIAL",
         "temperature": 0.0,
         "max_tokens": 100,
+        "system": "system",
+        "extra_body": None,
         "verdict": "auto",
+        "min_mass": 0.5,
         "concurrency": 4,
         "timeout": 5.0,
         "retries": 8,
@@ -86,6 +90,7 @@ class JudgeServer:
     def __init__(self, answer=verdict, mishap=lambda number, body: None, logprobs=True):
         self.answer, self.mishap, self.logprobs = answer, mishap, logprobs
         self.tried, self._delivered, self.bodies, self.keys = 0, Counter(), [], set()
+        self.queries, self.api_keys = set(), set()
         self.lock = threading.RLock()
         self.port, self.server = 0, None
 
@@ -133,7 +138,10 @@ class Handler(BaseHTTPRequestHandler):
             judge.bodies.append(body)
             judge.keys.add(self.headers["Authorization"])
             mishap = judge.mishap(number, body)
-        if self.path != "/v1/chat/completions":
+        path, _, query = self.path.partition("?")
+        judge.queries.add(query)
+        judge.api_keys.add(self.headers["api-key"])
+        if path != "/v1/chat/completions":
             return self.send(404, {"error": {"message": "no such path"}})
         if mishap is not None:
             return mishap(self)

@@ -18,7 +18,7 @@ import torch
 from openai import _base_client
 
 from rpo.errors import UserError
-from rpo.judging import client, judge
+from rpo.judging import cache, client, judge
 from rpo.judging.client import Account, Reply, Request
 from rpo.synthetic import task
 from tests.helpers import judge_server as server
@@ -79,18 +79,28 @@ def test_a_second_run_costs_nothing(tmp_path, capsys):
 
 
 def test_what_a_reply_depends_on_is_in_its_key():
-    """Server, model, temperature, tokens, log-probs, messages and repeat change the key; concurrency does not."""
+    """Model, temperature, tokens, system, further fields, log-probs, messages and repeat change the key; the URL and concurrency do
+    not."""
     asked, base = requests(1)[0], settings(base_url="http://a/v1")
     other = [
         judge.key_of(asked, replace(base, **change))
-        for change in ({"base_url": "http://b/v1"}, {"model": "m"}, {"temperature": 1.0}, {"max_tokens": 9})
+        for change in (
+            {"model": "m"},
+            {"temperature": 1.0},
+            {"temperature": None},
+            {"max_tokens": 9},
+            {"system": "user"},
+            {"extra_body": {"reasoning_effort": "low"}},
+        )
     ]
     other += [judge.key_of(replace(asked, **change), base) for change in ({"top_logprobs": 1}, {"repeat": 1})]
     other += [judge.key_of(requests(2)[1], base), judge.key_of(asked, base)]
     assert len(set(other)) == len(other)
     priced = {"price_in": 1.0, "price_out": 1.0, "max_cost": 1.0}
-    same = replace(base, concurrency=1, retries=1, base_url="http://a/v1/", **priced)
+    same = replace(base, concurrency=1, retries=1, base_url="http://b/v1/", extra_body={}, min_mass=0.1, **priced)
     assert judge.key_of(asked, same) == judge.key_of(asked, base)
+    named = replace(base, model="m", cache_as="gpt-test")
+    assert judge.key_of(asked, named) == judge.key_of(asked, base)
 
 
 def test_equal_requests_are_asked_once_and_repeats_again(tmp_path):
@@ -279,7 +289,7 @@ def test_a_kill_loses_nothing_that_was_written(tmp_path):
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        (file,) = tmp_path.iterdir()
+        (file,) = tmp_path.glob("*.jsonl")
         kept = file.read_bytes().count(b"\n")
         assert 5 <= kept < 40
         file.write_bytes(file.read_bytes() + b'{"key": "half a li')
@@ -296,7 +306,7 @@ def test_damaged_lines_cost_their_own_replies_alone(tmp_path, capsys):
     with JudgeServer() as host:
         cfg = settings(base_url=host.url)
         judge.ask(asked, cfg, tmp_path)
-        (file,) = tmp_path.iterdir()
+        (file,) = tmp_path.glob("*.jsonl")
         lines = file.read_bytes().splitlines(keepends=True)
         file.write_bytes(
             b"".join([lines[0], b"[]\n", b'{"key": "x", "reply": {}}\n', b"\xff\n", lines[1], lines[2][:40]])
@@ -307,17 +317,95 @@ def test_damaged_lines_cost_their_own_replies_alone(tmp_path, capsys):
         assert all(reply.cached for reply in judge.ask(asked, cfg, tmp_path))
 
 
-def test_a_cache_of_an_earlier_version_is_read(tmp_path):
-    """A line as it was written when threads asked: its key and file name are still those of the request."""
-    base = settings(base_url="http://a/v1", max_tokens=100)
-    reply = {"text": "[[A]]", "top_logprobs": {"A": -0.25}, "finish_reason": "stop", "input_tokens": 7}
-    row = {
-        "key": "e7b7d15c85657d9fbeeb5771ef3be9f902828cc429c4997de642af05f6562570",
-        "reply": reply | {"output_tokens": 3, "model": "gpt-test-0613"},
-    }
-    (tmp_path / "6c6f319c1565a552.jsonl").write_text(json.dumps(row) + "\n")
-    (reply,) = judge.ask(requests(1), base, tmp_path)
-    assert reply == Reply("[[A]]", {"A": -0.25}, "stop", 7, 3, "gpt-test-0613", None, cached=True)
+def test_a_server_that_moved_is_paid_once(tmp_path):
+    """On another port, at the vendor's URL and behind a query the replies are found again; under another name too, by cache_as."""
+    asked = requests(5, top_logprobs=2)
+    with JudgeServer() as host:
+        first = judge.ask(asked, settings(base_url=host.url), tmp_path)
+    again = [replace(reply, cached=True) for reply in first]
+    for more in (
+        {"base_url": "http://127.0.0.1:9/v1?api-version=1"},
+        {"base_url": None},
+        {"model": "org/gpt-test", "cache_as": "gpt-test", "base_url": "http://127.0.0.1:9/v1"},
+    ):
+        assert judge.ask(asked, settings(**more), tmp_path) == again
+    with JudgeServer() as host:
+        apart = judge.ask(asked, settings(base_url=host.url, cache_as="the other"), tmp_path)
+    assert not any(reply.cached for reply in apart) and host.tried == 5
+
+
+def test_one_name_for_two_models_is_noted(tmp_path, capsys):
+    """Replies in the cache that another model gave under the same name: both names are shown, with the way to keep them apart."""
+    with JudgeServer() as host:
+        cfg = settings(base_url=host.url)
+        judge.ask(requests(3), cfg, tmp_path)
+        assert "judge.model=gpt-test is served as gpt-test-0613\n" in capsys.readouterr().out
+        host.mishap = lambda n, body: server.text(json.dumps(completion(body, verdict(body)) | {"model": "llama"}))
+        replies = judge.ask(requests(6), cfg, tmp_path)
+    (note,) = judge.notes(judge.facts(requests(6), replies, cfg))
+    assert note.startswith(
+        "judge.model=gpt-test was served as gpt-test-0613 and as llama: verdicts may be of several models"
+    )
+    out = capsys.readouterr().out
+    assert (
+        "is served as gpt-test-0613 and as llama" in out
+        and "judge.cache_as=NAME keeps the replies of each apart" in out
+    )
+
+
+def test_two_that_ask_the_same_at_once_pay_once(tmp_path):
+    """Two clients with overlapping requests over one cache: each reply is delivered once, both have all of theirs."""
+
+    def steady(body):
+        time.sleep(0.05)
+        return verdict(body)
+
+    with JudgeServer(answer=steady) as host:
+        cfg, found = settings(base_url=host.url), {}
+
+        def ask(name, asked):
+            found[name] = judge.ask(asked, cfg, tmp_path)
+
+        parts = {"first": requests(30)[:20], "second": requests(30)[10:], "third": requests(30)[5:15]}
+        threads = [threading.Thread(target=ask, args=each) for each in parts.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        check_paid_once(host, requests(30))
+    assert all(texts(found[name]) == expected(asked) for name, asked in parts.items())
+    assert not list(tmp_path.glob("*.asking"))
+
+
+def test_what_another_process_could_not_get_is_asked_again(tmp_path):
+    """Where the process that asked fails on a request, or is killed, the one that waits asks itself."""
+    asked, cfg = requests(3), settings(base_url="http://127.0.0.1:9/v1")
+    keys = [judge.key_of(request, cfg) for request in asked]
+    other, waiting, got = cache.Cache(tmp_path, cfg), threading.Event(), []
+    with JudgeServer() as host:
+        how = replace(cfg, base_url=host.url)
+        with other.claimed(keys[:2]) as mine:
+            assert mine == set(keys[:2])
+            thread = threading.Thread(target=lambda: (waiting.set(), got.extend(judge.ask(asked, how, tmp_path))))
+            thread.start()
+            waiting.wait()
+            while host.tried < 1:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            assert host.tried == 1  # the third alone
+            other.add(keys[0], Reply("theirs", None, "stop", 1, 1, "gpt-test", None))
+        thread.join()
+        assert texts(got) == ["theirs", *expected(asked)[1:]] and host.tried == 3 - 1
+    (tmp_path / f"{next(tmp_path.glob('*.jsonl')).stem}.1-dead.asking").write_text(
+        "\n".join(keys)
+    )  # nobody holds its lock
+    with cache.Cache(tmp_path / "..", cfg).claimed([]) as nothing:
+        assert nothing == set()
+    key = judge.key_of(requests(4)[3], cfg)
+    (left,) = tmp_path.glob("*.asking")
+    left.write_text(key)
+    with other.claimed([key]) as mine:
+        assert mine == {key} and not left.exists()
 
 
 def test_two_processes_may_add_to_one_cache(tmp_path):
@@ -410,13 +498,14 @@ def test_log_probs_that_the_server_refuses_are_found_out_once(tmp_path, code):
 
 
 def test_log_probs_that_make_no_sense_are_left_out():
-    """NaN and infinite ones, tokens that are none; the first of two equal tokens counts; nothing left is None."""
+    """NaN and infinite ones, tokens that are none; equal texts add up, one that is listed twice does not; nothing left is None."""
 
     def first(*entries):
         tops = [{"token": token, "logprob": logprob} for token, logprob in entries]
         return client._first_token({"logprobs": {"content": [{"top_logprobs": tops}]}})
 
-    assert first(("A", -1), ("A", -2.0), ("B", math.nan), ("C", -math.inf), (None, -1.0), ("D", True)) == {"A": -1.0}
+    assert first(("A", -1), ("A", -1), ("B", math.nan), ("C", -math.inf), (None, -1.0), ("D", True)) == {"A": -1.0}
+    assert first(("A", math.log(0.2)), ("A", math.log(0.3))) == {"A": pytest.approx(math.log(0.5))}
     assert first() is None
     for other in ({}, {"logprobs": None}, {"logprobs": {"content": []}}, {"logprobs": {"content": "x"}}):
         assert client._first_token(other) is None
@@ -429,6 +518,161 @@ def test_a_model_that_takes_no_max_tokens_is_given_the_other_name(tmp_path):
     replies, host = run(tmp_path, requests(4), refuse, concurrency=1)
     assert texts(replies) == expected(requests(4))
     assert host.tried == 5 and host.bodies[-1]["max_completion_tokens"] == 100
+
+
+# ---- servers as they are
+
+
+REFUSALS = {
+    "temperature": (
+        400,
+        "Unsupported value: 'temperature' does not support 0 with this model.",
+        "temperature",
+        "temperature",
+    ),
+    "by param": (400, "Unsupported parameter.", "temperature", "temperature"),
+    "thinking": (422, "`temperature` may only be set to 1 when thinking is enabled", None, "temperature"),
+    "fails": (500, "temperature is not supported by this backend", None, "temperature"),
+    "o-series": (400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", None, "max_tokens"),
+    "403": (403, "You are not allowed to request logprobs from this model.", None, "logprobs"),
+    "404": (404, "logprobs: no such field", None, "logprobs"),
+    "429": (429, "logprobs cannot be had now", None, "logprobs"),
+    "500": (500, "logprobs broke the sampler", None, "logprobs"),
+    "501": (501, "top_logprobs: not implemented", None, "logprobs"),
+    "503": (503, "log probs are off", None, "logprobs"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_field_that_is_refused_is_left_out_at_once(tmp_path, name, capsys):
+    """The first refusal, whatever its status, is the only one: without retries or waits the rest goes without the field, and what
+    that changes is said."""
+    status, message, param, field = REFUSALS[name]
+    refuse = server.status(status, message, headers={"Retry-After": "60"}, param=param)
+    asked = requests(4, top_logprobs=5)
+    began = time.monotonic()
+    replies, host = run(tmp_path, asked, lambda n, body: refuse if field in body else None, concurrency=1)
+    assert texts(replies) == expected(asked) and host.tried == 5 and time.monotonic() - began < 5
+    dropped = () if field == "max_tokens" else (field,)
+    assert {reply.dropped for reply in replies} == {dropped}
+    noted = {"temperature": "takes no judge.temperature=0.0", "logprobs": "gives no log-probs", "max_tokens": ""}
+    assert noted[field] in capsys.readouterr().out
+    summary = judge.facts(asked, replies, settings())
+    own = ["the judge's temperature was the server's own"]
+    assert judge.notes(summary) == (own if field == "temperature" else [])
+    assert summary["dropped"] == list(dropped) and summary["temperature"] == (None if field == "temperature" else 0.0)
+    assert [reply.dropped for reply in judge.ask(asked, settings(), tmp_path / "cache")] == [dropped] * 4
+
+
+def test_a_refusal_in_a_200_is_one(tmp_path):
+    """Some proxies answer 200 with the error inside."""
+    refuse = server.text('{"error": {"message": "logprobs are not supported", "code": 400}}')
+    replies, host = run(
+        tmp_path, requests(3, top_logprobs=5), lambda n, b: refuse if "logprobs" in b else None, concurrency=1
+    )
+    assert texts(replies) == expected(requests(3)) and host.tried == 4
+
+
+def test_all_refusals_one_after_the_other(tmp_path):
+    """A server that takes nothing but messages names one field at a time, then two at once."""
+
+    def refuse(number, body):
+        if body["messages"][0]["role"] == "system":
+            return server.status(
+                400, "Unsupported value: 'messages[0].role' does not support 'system' with this model."
+            )
+        if "max_tokens" in body:
+            return server.status(400, "Use 'max_completion_tokens' instead of 'max_tokens'.")
+        return (
+            server.status(400, "Unsupported: logprobs, temperature")
+            if {"temperature", "logprobs"} & set(body)
+            else None
+        )
+
+    asked = [Request(({"role": "system", "content": "Judge."}, *one.messages), None, 5) for one in requests(3)]
+    replies, host = run(tmp_path, asked, refuse, concurrency=1)
+    assert [reply.error for reply in replies] == [None] * 3 and host.tried == 3 + 3
+    assert replies[0].dropped == ("temperature", "logprobs", "system")
+    assert host.bodies[-1] == {
+        "model": "gpt-test",
+        "messages": [{"role": "user", "content": "Judge.\n\nwhich is better, pair 2?"}],
+        "stream": False,
+        "max_completion_tokens": 100,
+    }
+
+
+SYSTEM = [
+    (400, "System role not supported"),
+    (500, "Jinja Exception: System role not supported"),
+    (400, "Conversation roles must alternate user/assistant/user/assistant/..."),
+    (400, "Developer instruction is not enabled for models/gemma-3-27b-it"),
+    (400, "Only user and assistant roles are supported!"),
+    (422, "messages.0.role: Input should be 'user' or 'assistant'"),
+    (400, 'messages: Unexpected role "system".'),
+]
+
+
+@pytest.mark.parametrize(("status", "message"), SYSTEM)
+def test_a_server_that_takes_no_system_message(tmp_path, status, message):
+    """Its text goes before the user's from the first refusal on; with judge.system=user from the start."""
+    refuse = server.status(status, message)
+    asked = [Request(({"role": "system", "content": "Judge."}, *one.messages)) for one in requests(3)]
+    mishap = lambda n, body: refuse if body["messages"][0]["role"] == "system" else None  # noqa: E731
+    replies, host = run(tmp_path, asked, mishap, concurrency=1)
+    assert [reply.dropped for reply in replies] == [("system",)] * 3 and host.tried == 4
+    asked_as_user, host = run(tmp_path, asked, mishap, system="user", concurrency=1)
+    assert texts(asked_as_user) == texts(replies) and host.tried == 3 and asked_as_user[0].dropped == ()
+    assert host.bodies[0]["messages"] == [{"role": "user", "content": "Judge.\n\nwhich is better, pair 0?"}]
+
+
+def test_errors_that_only_repeat_the_request_change_nothing(tmp_path):
+    """A 500 with the request in it, and a prompt beyond the context, are no refusals of a field."""
+    echo = server.status(500, "worker died on {'temperature': 0.0, 'max_completion_tokens': None}")
+    replies, host = run(tmp_path / "a", requests(4), seldom(echo))
+    assert texts(replies) == expected(requests(4)) and all("temperature" in body for body in host.bodies)
+    long = server.status(400, "'max_tokens' or 'max_completion_tokens' is too large: 100. Context length: 90.")
+    replies, host = run(tmp_path / "b", requests(1), lambda n, _: long)
+    assert replies[0].error.startswith("HTTP 400") and host.tried == 1
+
+
+def test_what_is_sent(tmp_path):
+    """stream is false; temperature=null is not sent; extra_body goes with each request."""
+    body = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
+    _, host = run(tmp_path, requests(1), temperature=None, extra_body=body)
+    sent = {"model": "gpt-test", "messages": list(requests(1)[0].messages), "stream": False, "max_tokens": 100}
+    assert host.bodies == [sent | body]
+
+
+def test_a_query_in_the_url_is_kept(tmp_path, monkeypatch):
+    """Azure's form: the path goes on before the query, which comes with each request, and the key in its header too."""
+    with JudgeServer() as host:
+        url = f"{host.url}/?api-version=2024-06-01&x=a%20b"
+        replies = judge.ask(requests(2), settings(base_url=url), tmp_path)
+        assert texts(replies) == expected(requests(2))
+        assert host.queries == {"api-version=2024-06-01&x=a+b"} and host.api_keys == {SECRET}
+
+
+CONTENTS = {
+    "parts": ({"content": [{"type": "text", "text": "[["}, {"type": "text", "text": "A]]"}]}, "[[A]]"),
+    "thinking": ({"content": [{"type": "thinking", "thinking": "[[B]]"}, {"type": "text", "text": "[[A]]"}]}, "[[A]]"),
+    "strings": ({"content": ["[[A]]"]}, "[[A]]"),
+    "no parts": ({"content": []}, ""),
+    "reasoning alone": ({"role": "assistant", "reasoning_content": "[[B]]"}, ""),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_content_in_other_forms(tmp_path, name):
+    """A list of parts is their text without the thinking; a message of reasoning alone has said nothing."""
+    message, text = CONTENTS[name]
+
+    def other(number, body):
+        answer = completion(body, "")
+        answer["choices"][0]["message"] = message
+        return server.text(json.dumps(answer))
+
+    replies, host = run(tmp_path, requests(1), other)
+    assert texts(replies) == [text] and host.tried == 1
 
 
 # ---- everybody's errors
@@ -639,7 +883,7 @@ def test_ctrl_c_keeps_what_was_paid_for(tmp_path):
         process.send_signal(signal.SIGINT)
         message, _ = process.communicate(timeout=30)
         assert message.endswith("interrupted\n") and process.returncode == 0
-        (file,) = tmp_path.iterdir()
+        (file,) = tmp_path.glob("*.jsonl")
         assert file.read_bytes().count(b"\n") == sum(host.delivered.values()) == 10
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,22 @@ NOTHING = {"text": "", "top_logprobs": None, "finish_reason": "stop", "error": N
         ("Neither: [[C]].", "C"),
         ("I am to say [[A]], [[B]] or [[C]]. Final verdict: [[B]]", "B"),
         ("[A]", None),
-        ("[[a]]", None),
-        ("[[A ]] and [[AB]]", None),
+        ("[[A>B]] and [[AB]]", None),
+        ("[[ A ]]", "A"),
+        ("[[**B**]]", "B"),
+        ("The answer's x[[a]] fails.", None),
+        (r"\[\[A\]\]", "A"),
+        (r"The rules say [[A]]. Final verdict: \[\[B\]\]", "B"),
+        ("[[Assistant A]]", "A"),
+        ("Quoting [[A]] or [[B]]; I say [[Tie]]", "C"),
+        ("[[tie]]", "C"),
+        ("<think>[[A]]? No.</think>\n[[B]]", "B"),
+        ("<think>[[A]] it may be", None),
+        ("[[A]] I thought.</think>\n\n[[B]]", "B"),
+        ("<Thinking>[[B]]</Thinking>Hm.", None),
+        ("[THINK][[B]][/THINK][[A]]", "A"),
+        ("Answer A opens with <think> and ends badly. [[B]]", "B"),
+        ("<|channel|>analysis<|message|>[[B]]<|end|><|start|>assistant<|channel|>final<|message|>[[A]]<|return|>", "A"),
         ("I cannot judge this.", None),
         ("", None),
     ],
@@ -39,8 +54,28 @@ def test_letters(text, letter):
         ("Rating: [[7.5]]", 7.5),
         ("[[10]]", 10.0),
         ("It says 'Rating: [[10]]' of itself. Rating: [[2]]", 2.0),
-        ("as in [1] and [3]", 3.0),
+        ("as in [1] and [3]", None),
+        ("As [2] says, and [3].", None),
         ("Rating: [8]", 8.0),
+        ("See [1].\n\n[8]", 8.0),
+        ("See [1].\n\n**Rating: [8]**", 8.0),
+        ("The answer cites [1] correctly. Rating: 8/10", 8.0),
+        ("It cites [1].\n\n**Final rating:** 7.5 / 10.", 7.5),
+        ("It cites [1].\nScore (1-10): 9", 9.0),
+        ("By [2]:\n### Rating: **8**/10\n\n[1] https://a.b", 8.0),
+        ("Rating: 8/10\n\n[1]", 8.0),
+        ("The matrix [[1,2],[3,4]] is right. Rating: [[9]]", 9.0),
+        ("'Rating: 10' it says of itself, citing [2].", None),
+        ("Rating: 85/100", None),
+        ("[[10/10]]", 10.0),
+        ("[[8 / 10]]", 8.0),
+        ("[[3/5]]", None),
+        ("[[8,5]]", 8.5),
+        (r"\[\[7\]\]", 7.0),
+        ("[[ 7 ]] or **[[8]]**", 8.0),
+        ("[[Rating: 6]]", 6.0),
+        ("<think>[[9]]? Too much.</think>Rating: [[4]]", 4.0),
+        ("<think>Rating: [[9]]", None),
         ("by [3], so [[9]]", 9.0),
         ("[[0]]", None),
         ("[[11]]", None),
@@ -68,10 +103,36 @@ def test_first_wins_is_the_softmax_of_two():
     assert verdicts.first_wins({"m": -1.0, "M": -9999.0}, "m", "M") == 1
 
 
-def test_white_space_makes_no_other_letter():
-    """The probabilities of "A" and " A" add up."""
-    added = verdicts.by_letter({"A": math.log(0.2), " A": math.log(0.3), "B\n": math.log(0.1)})
-    assert {letter: math.exp(value) for letter, value in added.items()} == pytest.approx({"A": 0.5, "B": 0.1})
+def logs(**shares):
+    return {token: math.log(share) for token, share in shares.items()}
+
+
+def test_all_tokens_that_spell_a_letter_count_together():
+    """White space, brackets, quotes, markup and case make no other letter; a word and a grade are none. Of m and M the case is
+    the difference."""
+    spelled = ["A", " A", "\u2581A", "\u0120A", "A\n", "**A", "[[A", "(A)", '"A"', "A.", "a", "\uff21"]
+    others = ["A+", "An", "AB", "Answer", "", " ", "[["]
+    added = verdicts.by_letter({token: math.log(0.05) for token in [*spelled, *others, "B:"]})
+    shares = {letter: math.exp(value) for letter, value in added.items()}
+    assert shares == pytest.approx({"A": 0.05 * len(spelled), "B": 0.05})
+    of_case = verdicts.by_letter(logs(m=0.2, M=0.3) | {" M": math.log(0.4)}, ("m", "M"))
+    assert {letter: math.exp(value) for letter, value in of_case.items()} == pytest.approx({"m": 0.2, "M": 0.7})
+
+
+def test_letters_need_their_mass():
+    """What holds less than min_mass of the first token is no verdict, whichever letter is likelier; at min_mass it is one."""
+    real = {"The": 0.2626, "[": 0.0954, "You": 0.0524, "A": 0.0422, "To": 0.0345}  # a model that was not asked rightly
+    score, why = verdicts.letter_score(logs(**real))
+    assert score is None and why == "A and B hold 4% of the judge's first token, less than judge.min_mass=0.5"
+    assert verdicts.letter_mass(logs(**real)) == pytest.approx(0.0422)
+    assert verdicts.letter_score(logs(**real), min_mass=0.04)[0] == 1.0
+    assert verdicts.letter_score(logs(A=0.3, B=0.2)) == (pytest.approx(0.6), None)
+    assert verdicts.letter_score(logs(A=0.3, B=0.19))[0] is None
+    assert verdicts.letter_score(logs(A=0.2) | {" A": math.log(0.2), "B": math.log(0.2)}) == (
+        pytest.approx(2 / 3),
+        None,
+    )
+    assert verdicts.letter_score({}, min_mass=0.0)[0] is None and verdicts.letter_mass(None) is None
 
 
 def test_position_is_a_function_of_instruction_and_seed():
@@ -148,3 +209,25 @@ def test_letters_of_gpt4():
                 assert winner[letter] == row[f"{game}_winner"], row["question_id"]
                 count += 1
     assert count == 640
+
+
+def test_reading_takes_a_moment_however_long_the_reply():
+    """200 kB of white space, brackets, open tags or labels is read in under two seconds."""
+    for part in (
+        "\n",
+        " ",
+        "[[",
+        "[1] ",
+        "<think>x",
+        "</think>",
+        "Rating: ",
+        "**Rating** (",
+        "<|a|>",
+        "\\",
+        "1",
+        "A. ",
+    ):
+        text = part * (200_000 // len(part))
+        began = time.process_time()
+        verdicts.pair_letter(text), verdicts.rating(text)
+        assert time.process_time() - began < 2, part

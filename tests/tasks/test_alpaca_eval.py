@@ -269,7 +269,8 @@ def test_judged_answers_are_read_back_the_same(files):
     found = [by_id[answers.id_of(text)] for text in instructions()]
     np.testing.assert_allclose(found, 100 * expected, rtol=1e-9)
     written = json.loads((files / "run" / "annotations.json").read_text())
-    assert set(written[0]) == {*annotations()[0], "annotator"}
+    assert set(written[0]) == {*annotations()[0], "annotator", "letter_mass"}
+    assert made.models["own"]["letter_mass"]["value"] == pytest.approx(100) and made.details["verdict"] == "logprobs"
     again = evaluated(files, f"annotations={files}/run/annotations.json", f"baseline={files}/baseline.json.gz")
     assert again.models == made.models and again.items == made.items
     outputs_written = json.loads((files / "run" / "model_outputs.json").read_text())
@@ -295,7 +296,7 @@ def test_equal_answers_are_half_a_win_without_asking(files):
     expected = np.where(np.arange(NUM) == 3, 0.5, 1 / (1 + np.exp(-both_lengths / 50)))
     assert made.models["own"]["win_rate"]["value"] == pytest.approx(100 * expected.mean())
     cells = judged(files, rows=baseline_rows(), ask=ask).models["base"]
-    assert asked == [NUM - 1, 0] and cells["win_rate"]["value"] == 50
+    assert asked == [2, NUM - 1, 0] and cells["win_rate"]["value"] == 50  # two to see whether there are log-probs
 
 
 def test_limit_needs_no_more_answers_than_it_takes(files):
@@ -333,22 +334,33 @@ def test_position_is_the_originals():
 @pytest.mark.parametrize(
     ("given", "verdict", "expected"),
     [
-        (reply("m", {"m": math.log(0.2), "M": math.log(0.6)}), "auto", 0.25),
-        (reply("M", {"M": -0.1}), "auto", 0.0),
+        (reply("m", {"m": math.log(0.2), "M": math.log(0.6)}), "logprobs", 0.25),
+        (reply("M", {"M": -0.1}), "logprobs", 0.0),
         (reply("m", {"m": -0.1, "x": -3.0}), "logprobs", 1.0),
-        (reply("m", {" m": math.log(0.2), " M": math.log(0.6)}), "auto", 0.25),
-        (reply("m", None), "auto", 1.0),
-        (reply(" 'M'.\n", None), "auto", 0.0),
+        (reply("m", {" m": math.log(0.2), " M": math.log(0.3), "M": math.log(0.3)}), "logprobs", 0.25),
+        (
+            reply("M", {"The": -1.5, "M": math.log(0.2), "m": math.log(0.05)}),
+            "logprobs",
+            "hold 25% of the judge's first",
+        ),
+        (reply("m", None), "text", 1.0),
+        (reply(" 'M'.\n", None), "text", 0.0),
+        (reply("**Answer M**", None), "text", 0.0),
+        (reply("The better answer is m.", None), "text", 1.0),
+        (reply("[[M]]", None), "text", 0.0),
+        (reply("<think>M is fuller, m is right</think>\n\nm", None), "text", 1.0),
+        (reply("m, no: </think>M", None), "text", 0.0),
+        (reply("<think>M", None), "text", "the judge said ''"),
         (reply("M", {"m": -0.1}), "text", 0.0),
-        (reply("M", {"model": -0.1}), "auto", 0.0),
         (reply("m", None), "logprobs", "no log-probs"),
-        (reply("model", {"model": -0.1}), "logprobs", "log-probs of 'model'"),
-        (reply("I can not judge", None), "auto", "the judge said 'I can not judge'"),
-        (reply("", None, "timed out"), "auto", "timed out"),
+        (reply("model", {"model": -0.1}), "logprobs", "neither m nor M among the judge's first tokens ('model')"),
+        (reply("I can not judge", None), "text", "the judge said 'I can not judge'"),
+        (reply("m or M", None), "text", "the judge said 'm or M'"),
+        (reply("", None, "timed out"), "text", "timed out"),
     ],
 )
 def test_verdicts(given, verdict, expected):
-    """Log-probs before words, unless one of them is asked for; what is neither is an error with its reason."""
+    """By the mass of all tokens that spell m or M, or by a reply that is one of them alone; else an error with its reason."""
     found, why = alpaca_eval.first_preferred(given, verdict)
     if isinstance(expected, str):
         assert found is None and expected in why
@@ -357,10 +369,11 @@ def test_verdicts(given, verdict, expected):
 
 
 def test_a_server_without_logprobs_is_read_by_its_words(files):
-    """Verdicts in words count as won or lost, and how many there were is said; a refusal is an error."""
+    """After two tries all are asked in words, which count as won or lost; a refusal is an error."""
+    seen = []
 
     def ask(requests):
-        assert all((request.max_tokens, request.top_logprobs) == (1, 5) for request in requests)
+        seen.append([len(requests), *{(request.max_tokens, request.top_logprobs) for request in requests}])
         made = [reply("m" if one.top_logprobs["m"] > one.top_logprobs["M"] else "M") for one in length_judge(requests)]
         return [reply("Sorry"), *made[1:]]
 
@@ -368,7 +381,8 @@ def test_a_server_without_logprobs_is_read_by_its_words(files):
     cells = made.models["own"]
     wins = CHARACTERS[1:, 1] > CHARACTERS[1:, 0]
     assert cells["win_rate"]["value"] == pytest.approx(100 * wins.mean()) and cells["win_rate"]["n_error"] == 1
-    assert made.details["verdicts_in_words"] == {"own": NUM - 1}
+    assert made.details["verdict"] == "text" and seen == [[2, (1, 5)], [NUM, (None, 0)]]
+    assert "letter_mass" not in cells
     written = json.loads((files / "run" / "annotations.json").read_text())
     assert written[0]["preference"] is None
 

@@ -207,7 +207,7 @@ def test_win_rates_against_different_opponents_are_left_out(tmp_path):
 
 def asked(**more):
     """Facts of an evaluation that asked a judge."""
-    return {"judge": {"model": "j", "served": ["j-1"], "prompt": "own", "with_logprobs": 0} | more}
+    return {"judge": {"model": "j", "served": ["j-1"], "prompt": "own"} | more}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def asked(**more):
         (asked(), asked(model="k"), "judge j and k"),
         (asked(), asked(served=["j-2"]), "served j-1 and j-2"),
         (asked(), asked(prompt="pair-v2"), "prompt own and pair-v2"),
-        (asked(), asked(with_logprobs=9), "verdict text and logprobs"),
+        (asked(), asked() | {"verdict": "logprobs"}, "verdict text and logprobs"),
         (asked() | {"verdict": "text"}, {"annotations": "a", "verdict": "logprobs"}, "verdict text and logprobs"),
         (asked(), {"annotations": "a", "judges": ["k"]}, "judge j and k"),
         ({"annotations": "a", "judges": ["j"]}, {"annotations": "b", "judges": ["k"]}, "judge j and k"),

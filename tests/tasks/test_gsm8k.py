@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rpo.tasks.lm_eval import gsm8k_flexible, gsm8k_same, gsm8k_strict
+from rpo.tasks.lm_eval import gsm8k_flexible, gsm8k_right, gsm8k_same, gsm8k_strict
 
 PUBLISHED = {"6b_finetuning": 21.68, "6b_verification": 39.04, "175b_finetuning": 34.72, "175b_verification": 56.25}
 
@@ -40,3 +40,43 @@ def test_rules():
 def test_same(answer, target, right):
     """Commas, $ and one dot at the end are no difference; anything else is, as the harness has it."""
     assert gsm8k_same(answer, target) == right
+
+
+@pytest.mark.parametrize(
+    ("response", "target", "right"),
+    [
+        ("She pays $18.00", "18", True),
+        ("It costs \\$18.00.", "#### 18", True),
+        ("#### 1,234.50", "1234.5", True),
+        ("so 18.0 in all", "18", True),
+        ("**18**", "18", True),
+        ("She owes \u22125", "-5", True),
+        ("= -$5", "-5", True),
+        ("20-18=2", "2", True),
+        ("1\u202f234 of them", "1,234", True),
+        ("1{,}234", "1234", True),
+        ("It is \\boxed{42}, of 100 in all", "42", True),
+        ("#### 42\nQuestion: of 100?", "42", True),
+        ("#### $.50", "0.5", True),
+        ("18.5", "18", False),
+        ("1.234", "1234", False),
+        ("5", "-5", False),
+        ("####", "18", False),
+        ("none", "18", False),
+    ],
+)
+def test_numbers_are_compared_by_value(response, target, right):
+    """However a number is written, its value decides; another value, and none, are wrong."""
+    assert gsm8k_right(response, target) == right
+
+
+@pytest.mark.skipif("RPO_TEST_DATA" not in os.environ, reason="RPO_TEST_DATA: no folder with gsm8k/ given")
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_rule_by_value_adds_to_the_published_one(model):
+    """On 1,319 published solutions nothing that was right becomes wrong, and less than 1% that was wrong becomes right."""
+    with gzip.open(Path(os.environ["RPO_TEST_DATA"]) / "gsm8k/example_model_solutions.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    right = [gsm8k_right(row[model]["solution"], row["ground_truth"]) for row in rows]
+    before = [row[model]["is_correct"] for row in rows]
+    assert all(now for now, then in zip(right, before, strict=True) if then)
+    assert sum(right) - sum(before) < 0.01 * len(rows)

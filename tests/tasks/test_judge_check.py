@@ -163,13 +163,67 @@ def test_a_judge_that_gives_log_probs(cfg, tmp_path):
 
     def ask(requests):
         seen.append(len(requests))
-        likely = {True: {"A": math.log(0.6), " B": math.log(0.2)}, False: {"A": math.log(0.3), "B": math.log(0.1)}}
+        likely = {True: {"A": math.log(0.6), " B": math.log(0.2)}, False: {"A": math.log(0.45), "B": math.log(0.15)}}
         return [said("A", top_logprobs=likely[first_is_good(request)]) for request in requests]
 
     auto = replace(cfg, judge=replace(cfg.judge, verdict="auto"))
     made = check(auto, ask, tmp_path, accuracy=0.5, swap_agreement=0, first_position=0.75)
     assert made.details["verdict"] == "logprobs" and seen == [2, 48]
+    assert made.models["it"]["letter_mass"]["value"] == pytest.approx(0.7)
+    assert made.notes[-1] == (
+        "it: letter_mass: A and B hold 70% of the judge's first token on average: the judge often begins with something else"
+    )
     check(auto, asker(right), tmp_path, accuracy=1)  # a server without them
+
+
+def test_log_probs_of_little_mass_are_no_verdicts(cfg, tmp_path, capsys):
+    """A judge that would rather say something else: in words from the second request on with verdict=auto, errors with logprobs;
+    the mass is in the samples, and what was stored reads the same."""
+    little = {"The": math.log(0.26), "[": math.log(0.1), "A": math.log(0.04)}
+
+    def ask(requests):
+        return [said("The", top_logprobs=little) if r.top_logprobs else asker(right)([r])[0] for r in requests]
+
+    auto = replace(cfg, judge=replace(cfg.judge, verdict="auto"))
+    made = check(auto, ask, tmp_path, accuracy=1)
+    assert made.details["verdict"] == "text" and "judge it: verdicts in words" in capsys.readouterr().out
+    assert made.details["judge"]["letter_mass"] == pytest.approx(0.04) and "letter_mass" not in made.models["it"]
+    assert made.notes == [
+        "letter_mass: A and B hold 4% of the judge's first token on average, too little for verdicts by log-probs: all were asked "
+        "for in words"
+    ]
+    forced = replace(cfg, judge=replace(cfg.judge, verdict="logprobs"))
+    made = judge_check.run(forced, StubContext(tmp_path, ask=ask))
+    cells = made.models["it"]
+    assert (cells["accuracy"]["n"], cells["accuracy"]["n_error"], cells["letter_mass"]["n"]) == (0, 48, 48)
+    assert "48 of 48 replies have less than judge.min_mass=0.5, and are no verdicts" in made.notes[0]
+    assert [one.details["letter_mass"] for one in made.items] == pytest.approx([0.04] * 48)
+    write_jsonl(tmp_path / "stored.jsonl", map(asdict, made.items))
+    again = judge_check.run(replace(forced, annotations=str(tmp_path / "stored.jsonl")), StubContext(tmp_path))
+    assert (again.models, again.items, again.notes) == (made.models, made.items, made.notes)
+
+
+def test_a_few_replies_of_little_mass_are_errors_and_many_make_words(cfg, tmp_path):
+    """After a trial that went well: up to 5% without the letters' mass are errors among verdicts by log-probs, with more all are
+    asked again in words."""
+
+    def ask_with(few):
+        def ask(requests):
+            low = {"The": -0.1, "B": math.log(0.05)}
+            replies = []
+            for i, request in enumerate(requests):
+                likely = low if 2 <= i < 2 + few else {"A" if first_is_good(request) else "B": math.log(0.9)}
+                replies.append(said("A", top_logprobs=likely) if request.top_logprobs else asker(right)([request])[0])
+            return replies
+
+        return ask
+
+    auto = replace(cfg, judge=replace(cfg.judge, verdict="auto"))
+    made = judge_check.run(auto, StubContext(tmp_path, ask=ask_with(2)))
+    assert (made.details["verdict"], made.models["it"]["accuracy"]["n_error"]) == ("logprobs", 2)
+    made = judge_check.run(auto, StubContext(tmp_path, ask=ask_with(3)))
+    assert (made.details["verdict"], made.models["it"]["accuracy"]["n_error"]) == ("text", 0)
+    assert made.details["judge"]["requests"] == 48 + 48
 
 
 def test_stored_judgments_give_the_same_again(cfg, tmp_path, capsys):
@@ -309,6 +363,17 @@ def test_bad_annotations(cfg, tmp_path):
         (["judge.model=it", "data.eval=b", "task.repeats=0"], "task.repeats=0: expected at least 1"),
         (["judge.model=it", "data.eval=b", "judge.base_url=localhost:8000/v1"], "expected null or http:// or https://"),
         (["judge.model=it", "data.eval=b", "judge.base_url=http://a/v1/chat/completions"], "without /chat/completions"),
+        (["judge.model=it", "data.eval=b", "judge.base_url='http://a/v1/chat/completions?x=1'"], "without /chat/compl"),
+        (
+            ["judge.model=it", "data.eval=b", "judge.extra_body={temperature: 1}"],
+            "temperature is set by judge.temperature",
+        ),
+        (
+            ["judge.model=it", "data.eval=b", "judge.extra_body={stream: true}"],
+            "stream is what this program sets itself",
+        ),
+        (["judge.model=it", "data.eval=b", "judge.min_mass=2"], "judge.min_mass=2: expected a share, 0 to 1"),
+        (["judge.model=it", "data.eval=b", "judge.temperature=3"], "judge.temperature=3: expected null or 0 to 2"),
         (["judge.model=it", "data.eval=b", "judge.timeout=inf"], "judge.timeout=inf"),
         (["judge.model=it", "data.eval=b", "judge.max_cost=1"], "judge.max_cost=1.0: needs judge.price_in"),
         (

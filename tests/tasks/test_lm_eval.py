@@ -130,7 +130,8 @@ def test_generated_answers_are_greedy(made, folder):
                 ids.append(lm(torch.tensor([ids])).logits[0, -1].argmax().item())
         expected = tokenizer.decode(ids[start:]).lstrip().rstrip("\ufffd")  # a character of several bytes may be cut
         assert len(expected) > 5 and sample.response.lstrip().startswith(expected), (expected, sample.response)
-        assert set(sample.scores) == {f"gsm8k/exact_match,{rule}" for rule in ("strict-match", "flexible-extract")}
+        rules = ("strict-match", "flexible-extract", "normalised")
+        assert set(sample.scores) == {f"gsm8k/exact_match,{rule}" for rule in rules}
 
 
 def test_differences_are_paired(made, folder):

@@ -325,6 +325,31 @@ def test_log_probs_where_the_server_gives_them(judged, files):
     assert made.models["a"]["first_position"]["value"] > 0.5
     assert ask.requests == 2 * N + 2  # the first pair is asked about to see whether there are log-probs
     assert judged(judge_of(better, logprobs=sigmoid_of), "judge.verdict=text").details["verdict"] == "text"
+    assert made.models["b"]["letter_mass"]["value"] == pytest.approx(1) and not any(
+        "letter_mass" in n for n in made.notes
+    )
+    assert all(one["letter_mass"] == pytest.approx(1) for item in made.items for one in item.details["judgments"])
+
+
+def test_log_probs_of_little_mass(judged, tmp_path):
+    """Below judge.min_mass: words with verdict=auto; else errors, whose mass is a metric, in samples and noted. Read back with a
+    lower min_mass they are verdicts."""
+
+    def little(first, second):
+        return {"The": math.log(0.3)} | {key: value - 2 for key, value in sigmoid_of(first, second).items()}
+
+    made = judged(judge_of(better, logprobs=little))
+    assert made.details["verdict"] == "text" and made.models["a"]["win_rate"]["n_error"] == 0
+    assert "letter_mass" not in made.models["a"] and "all were asked for in words" in made.notes[-1]
+    made = judged(judge_of(better, logprobs=little), "judge.verdict=logprobs")
+    a, mass = made.models["a"], pytest.approx(math.exp(-2))
+    assert (a["win_rate"]["n"], a["win_rate"]["n_error"], a["letter_mass"]["n"]) == (0, N, N)
+    assert a["letter_mass"]["value"] == mass and made.items[0].details["judgments"][1]["letter_mass"] == mass
+    assert any("48 of 48 replies have less than judge.min_mass=0.5" in note for note in made.notes)
+    assert "A and B hold 14% of the judge's first token" in made.items[0].error
+    stored = ("task=winrate", f"annotations={tmp_path / 'annotations.jsonl'}", "judge.min_mass=0.1")
+    again = winrate.run(settings(*stored, name="eval"), StubContext(tmp_path))
+    assert again.models["a"]["win_rate"]["n"] == N and again.models["a"]["letter_mass"] == a["letter_mass"]
 
 
 def test_log_probs_that_are_missing_are_errors_where_they_were_asked_for(judged):
