@@ -41,6 +41,7 @@ from rpo.tasks import (
     select,
     winrate,
 )
+from rpo.training import command_line
 
 # The one place where a task is added. Of each module: Settings, check(cfg), run(cfg, ctx) and, where cells are not all
 # that it shows, table(evaluation).
@@ -56,12 +57,8 @@ def eval_config(cfg: Any) -> Eval:
 
 def evaluate(cfg: Eval) -> str:
     """Runs the task, or resumes it; returns "finished". Raises UserError."""
-    from rpo.runs.process import (
-        Interrupt,  # with it come data and tokenizers, which a refused setting need not wait for
-    )
-
     task = TASKS[cfg.task.kind]
-    with Interrupt(), Context(cfg, dist.init()) as ctx:  # a scheduler's signals end it as Ctrl-C does
+    with Context(cfg, dist.init()) as ctx:
         evaluation = task.run(cfg, ctx)
         ctx.begin()
         if dist.is_main():
@@ -77,8 +74,8 @@ def main(cfg) -> None:
     from rpo.training import sweep
 
     sys.stdout.reconfigure(errors="backslashreplace")  # a model's name may hold what the terminal cannot show
-    sweep.run_job(lambda: evaluate(eval_config(cfg)))
+    sweep.run_job(lambda: evaluate(sweep.placed(eval_config(cfg))))
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

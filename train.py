@@ -28,7 +28,7 @@ from rpo.runs.log import RunLog, read_jsonl
 from rpo.runs.process import Interrupt
 from rpo.runs.state import TrainState, tensors_of
 from rpo.synthetic import task
-from rpo.training import gradients, guards, optim, prepare, sweep
+from rpo.training import command_line, gradients, guards, optim, prepare, sweep
 from rpo.training.held_out import HeldOut, is_every
 from rpo.training.meter import Meter, Throughput
 
@@ -57,8 +57,8 @@ def train(cfg: Train) -> str:
         return "finished"
 
     with (
+        Interrupt() as interrupt,  # outermost: status.json says how the run ended whatever arrives meanwhile
         run.recording(cfg, plan.total_steps, data) as status,
-        Interrupt() as interrupt,
         guards.watchdog(run.path, cfg.timeout) as watch,
         RunLog(run.path, cfg.wandb, config.to_dict(cfg), enabled=dist.is_main(), after=run.log_position) as log,
         Checkpoints(run.path, cfg.checkpoint, run.resume) as checkpoints,
@@ -212,4 +212,4 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -6,7 +6,6 @@ that imports omegaconf, and only to convert: the library is usable without it.
 """
 
 import datetime
-import os
 import types
 import typing
 from collections.abc import Collection
@@ -18,7 +17,8 @@ import pydantic
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rpo.errors import UserError, require
-from rpo.text import redacted
+from rpo.paths import part_of_mixture, resolved
+from rpo.text import in_quotes, redacted
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -39,18 +39,6 @@ Number = Annotated[
 Every = Annotated[int, Field(ge=0, description="0 (never) or a number of steps")]
 
 
-def resolved(spec: Any, *, follow: bool = False) -> Any:
-    """Local paths made absolute, so that a run's config.yaml means the same from any folder; names stay as they are.
-
-    Links are followed for models, which a run may have made; not for files, whose own name says what they are.
-    """
-    if isinstance(spec, list):
-        return [resolved(item, follow=follow) for item in spec]
-    if not spec or spec == "gold" or not os.path.exists(path := os.path.expanduser(spec)):
-        return spec
-    return os.path.realpath(path) if follow else os.path.abspath(path)
-
-
 def _is_date(value: str) -> str:
     datetime.date.fromisoformat(value)
     return value
@@ -59,6 +47,9 @@ def _is_date(value: str) -> str:
 Source = Annotated[str, AfterValidator(lambda spec: resolved(spec, follow=True))]
 _FILES = Field(min_length=1, description="a file, a list of files, or NAME:SPLIT")
 Files = Annotated[str | list[str], _FILES, AfterValidator(resolved)]
+_PARTS = "a file, a list of files or of {path: FILE, weight: a number > 0}, or NAME:SPLIT"
+Part = Annotated[dict[str, Any], AfterValidator(part_of_mixture)]
+Mixture = Annotated[str | list[str | Part], Field(min_length=1, description=_PARTS), AfterValidator(resolved)]
 Date = Annotated[str, AfterValidator(_is_date), Field(description="a date as YYYY-MM-DD")]
 # A key that may differ between two starts of one run: its length, what it writes and where, what a device has to hold.
 MAY_CHANGE = Field(json_schema_extra={"may_change": True})
@@ -126,7 +117,7 @@ class EvalData:
 
 @group
 class Data(EvalData):
-    train: Files
+    train: Mixture
     gold: SyntheticTask
 
     @model_validator(mode="after")
@@ -308,7 +299,10 @@ def _refusal(cls: Any, values: dict, prefix: str, error: ValidationError) -> str
     name = first["loc"][0]
     if first["type"] == "missing":
         return f"{prefix}{name}: missing; give it on the command line or in the YAML"
-    return f"{prefix}{name}={values[name]!r}: expected {_expected(cls, name, error)}"
+    value, expected = values[name], _expected(cls, name, error)
+    if isinstance(value, int | float) and any(each["type"] == "string_type" for each in error.errors()):
+        expected += f"; a text of digits needs quotes within quotes: '{prefix}{name}=\"{value}\"'"
+    return f"{prefix}{name}={value!r}: expected {expected}"
 
 
 def read_row(cls: Any, row: Any, place: str) -> Any:
@@ -427,7 +421,7 @@ def set_sweep_dir(cfg: "DictConfig", folder: Path) -> None:
 
     with read_write(cfg), open_dict(cfg):
         cfg.hydra.sweep.dir = str(folder)
-        cfg.hydra.overrides.hydra.append(f"hydra.sweep.dir='{folder}'")
+        cfg.hydra.overrides.hydra.append(f"hydra.sweep.dir={in_quotes(str(folder))}")
 
 
 # ---- one run

@@ -2,8 +2,10 @@
 
 import atexit
 import datetime
+import itertools
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -106,6 +108,13 @@ def broadcast(value: object) -> object:
     return box[0]
 
 
+def highest(value: int) -> int:
+    """The highest `value` of any rank, on every rank."""
+    box = torch.tensor([value])
+    torch_dist.all_reduce(box, torch_dist.ReduceOp.MAX)
+    return int(box)
+
+
 def barrier() -> None:
     torch_dist.barrier()
 
@@ -139,9 +148,38 @@ def together(work: Callable[[], T], group: torch_dist.ProcessGroup | None = None
     return outcomes
 
 
+@until_shutdown
+def _turns() -> Iterator[int]:
+    return itertools.count(1)
+
+
+@contextmanager
+def _waiting_for_main() -> Iterator[None]:
+    """On rank 0 the block; the others end theirs when rank 0 has ended its own.
+
+    They ask the store, which has no limit of time as a collective has: rank 0 may tokenise or ask a judge for hours. It
+    lives as long as rank 0 or its agent, so nobody waits for a rank that is lost.
+    """
+    if world_size() == 1:
+        yield
+        return
+    store, turn, pause = torch_dist.distributed_c10d._get_default_store(), next(_turns()), 0.001
+    try:
+        yield
+    finally:
+        if is_main():
+            store.add("turns of rank 0", 1)
+    while not is_main() and store.add("turns of rank 0", 0) < turn:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.5)
+
+
 def on_main(work: Callable[..., T], *args: object) -> T:
-    """What `work` returns on rank 0, on every rank; where it fails there, all fail alike."""
-    outcome = _outcome(partial(work, *args)) if is_main() else None
+    """What `work` returns on rank 0, on every rank; where it fails there, all fail alike. It may take as long as it likes."""
+    outcome = None
+    with _waiting_for_main():
+        if is_main():
+            outcome = _outcome(partial(work, *args))
     sent = broadcast(_sendable(outcome))
     return _raise_if_error(outcome if is_main() else sent)
 
@@ -194,10 +232,8 @@ def main_first() -> Iterator[None]:
 
     Where rank 0 fails the others follow all the same, and fail alike instead of waiting for it.
     """
-    if not is_main():
-        torch_dist.barrier()
-    try:
-        yield
-    finally:
+    with _waiting_for_main():
         if is_main():
-            torch_dist.barrier()
+            yield
+    if not is_main():
+        yield

@@ -63,6 +63,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def in_quotes(text: str) -> str:
+    """The text as Hydra's quoted string, which reads back as this very text: backslashes count before a quote alone."""
+    doubled = re.sub(r'(\\+)(?="|$)', r"\1\1", text).replace('"', '\\"')
+    return f'"{doubled}"'
+
+
 def significant(x: float, digits: int = 3) -> str:
     """So many significant digits, above 1000 a whole number."""
     return f"{x:.0f}" if abs(x) >= 1000 else f"{x:.{digits}g}"

@@ -9,14 +9,14 @@ from tests.helpers.runs import ROOT, script_env
 
 # A module imports ground files and packages to its left, and those of its own package.
 ORDER = """
-    errors text stats config files dist losses sandbox
+    errors text paths stats config files dist losses sandbox
     data runs model theory judging synthetic training evals overopt reporting tasks
 """.split()
 DOORS = {
     "pydantic": {"config"},
     "omegaconf": {"config"},
     "wandb": {"runs.log"},
-    "hydra": {"training.sweep", "training.memory"},
+    "hydra": {"training.sweep", "training.memory", "training.command_line"},
     "datasets": {"data.sources"},
     "pyarrow": {"data.sources"},
     "openai": {"judging.client"},

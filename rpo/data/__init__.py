@@ -5,6 +5,8 @@ In reading order:
     formats      a raw row, whichever form it has, to an Example
     chat         what a chat template renders, and what it leaves out
     tokenizer    texts to ids: BOS, end of turn, the border between prompt and response
+    parts        tokenising that takes long: kept on disk, seen on screen
+    repeats      rows that say the same as others, or the opposite
     dataset      tokenised rows, cached and reported: Rows, Splits
     batch        rows to a Batch, padded or packed
     schedule     which rows make up step k, and how ranks and micro-batches divide them

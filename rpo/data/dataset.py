@@ -6,9 +6,11 @@ Letters: P, C, R token counts of a row's prompt, chosen and rejected response; m
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import islice
@@ -19,10 +21,12 @@ import numpy as np
 
 from rpo import dist
 from rpo.config import Data, EvalData, Model
+from rpo.data import parts, repeats
 from rpo.data.batch import longest
 from rpo.data.chat import Chat, alike, closing, left_out
 from rpo.data.formats import Example, Messages, RowError, is_empty, parse, parse_prompt
-from rpo.data.sources import UNINFORMATIVE, WELL_FORMED, Source, Tally, check_file, open_sources, parse_rows
+from rpo.data.parts import Kept, Part
+from rpo.data.sources import UNINFORMATIVE, WELL_FORMED, Source, Spec, check_file, open_sources, parse_rows
 from rpo.data.tokenizer import (
     Encoded,
     Facts,
@@ -42,7 +46,7 @@ from rpo.files import digest, read_arrays, sha256, write_arrays
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 3  # raise it when the tokens of the same rows change: it is part of the cache's key
+CODE_VERSION = 4  # raise it when the tokens of the same rows change: it is part of the cache's key
 BATCH = 1024  # rows tokenised in one call
 
 
@@ -89,6 +93,12 @@ class Rows:
         """The first `count` rows (all, where there are fewer)."""
         first = {name: getattr(self, name)[:count] for name in ARRAYS if name != "ids"}
         return replace(self, ids=self.ids[: self.starts[: count + 1][-1]], **first)
+
+    def take(self, indices: np.ndarray) -> Rows:
+        """The rows at `indices`, in their order."""
+        columns = {name: getattr(self, name)[indices] for name in ARRAYS if name != "ids"}
+        ids = [self.ids[self.starts[i] : self.starts[i + 1]] for i in indices]
+        return replace(self, ids=np.concatenate(ids) if ids else self.ids[:0], ref_logps=None, **columns)
 
 
 ARRAYS = ("ids", "prompt", "chosen", "rejected", "file", "line")
@@ -147,79 +157,133 @@ def _settle(
 # ---- all rows
 
 
-def _batches(
-    source: Source, tokenizer: PreTrainedTokenizerBase, chat: Chat, pairs: bool
+def _tokenised(
+    batch: list[tuple[int, Any]], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool
 ) -> Iterator[tuple[int, Example | RowError, list[str], list[list[int]]]]:
-    """Line number, example (or its RowError), its texts and their ids, row by row, tokenised in batches."""
-    rows = iter(source.rows())
-    while batch := list(islice(rows, BATCH)):
-        parsed: list[tuple[int, Example | RowError, list[str]]] = []
-        for line, raw in batch:
-            try:
-                example = parse(raw, pairs, partial(alike, tokenizer, chat))
-                parsed.append((line, example, texts_of(tokenizer, example, chat)))
-            except RowError as error:
-                parsed.append((line, error, []))
-        ids = iter(tokenize(tokenizer, [text for _, _, texts in parsed for text in texts]))
-        for line, example, texts in parsed:
-            yield line, example, texts, list(islice(ids, len(texts)))
+    """Line number, example (or its RowError), its texts and their ids, of each raw row."""
+    chat, parsed = Chat.of(cfg), []
+    for line, raw in batch:
+        try:
+            example = parse(raw, pairs, partial(alike, tokenizer, chat))
+            texts = texts_of(tokenizer, example, chat)
+            _check_size(example, texts, cfg, tokenizer)
+            parsed.append((line, example, texts))
+        except RowError as error:
+            parsed.append((line, error, []))
+    ids = iter(tokenize(tokenizer, [text for _, _, texts in parsed for text in texts]))
+    for line, example, texts in parsed:
+        yield line, example, texts, list(islice(ids, len(texts)))
+
+
+def _check_size(example: Example, texts: list[str], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises RowError for a pair that its length alone says is dropped, before megabytes of it are tokenised."""
+    if example.prompt is None or max(map(len, texts)) <= parts.CHARACTERS * cfg.max_length:
+        return
+    if example.chosen == example.rejected:
+        raise RowError("identical_responses", "chosen and rejected are the same text")
+    responses = texts[1:]
+    if isinstance(example.prompt, list):  # whose texts are of the whole conversation
+        responses = [text.removeprefix(texts[0]) for text in responses if text.startswith(texts[0])]
+    decisive = {"drop": texts, "prompt_left": responses, "response_right": texts[:1]}[cfg.truncation]
+    for text in decisive:
+        if parts.is_over(tokenizer, text, cfg.max_length):
+            raise RowError("too_long", f"{len(text)} characters, data.max_length={cfg.max_length}")
+
+
+def _next_part(
+    rows: Iterator[tuple[int, Any]], place: tuple[int, str, int], cfg: Data | EvalData, tokenizer: Any, pairs: bool
+) -> tuple[Part, bool]:
+    """(what the next rows became, until they or parts.SECONDS are out; whether there may be more).
+
+    `place` is the file's index and name, and how many of its rows came before. Raises UserError as `load`.
+    """
+    file, name, start = place
+    tok, part, end = facts_of(tokenizer), Part(), time.monotonic() + parts.SECONDS
+    plain = None if tokenizer.chat_template is None else closing(tokenizer, Chat.of(cfg))
+    with parts.progress(name, start, part):
+        while batch := list(islice(rows, BATCH)):
+            for line, example, texts, ids in _tokenised(batch, cfg, tokenizer, pairs):
+                part.read += 1
+                try:
+                    if isinstance(example, RowError):
+                        raise example
+                    part.unread |= example.unread
+                    encoded, changes = _settle(tok, cfg, example, texts, ids, plain)
+                except RowError as error:
+                    if cfg.on_bad_row == "error" and error.kind not in WELL_FORMED:
+                        raise UserError(f"{name}:{line}: {error} (or data.on_bad_row=drop)") from None
+                    part.dropped.add(error.kind, (file, line), str(error))
+                    continue
+                for kind, count in changes.items():
+                    why = "a message's part" if kind == "left_out_of_prompt" else f"data.max_length={cfg.max_length}"
+                    part.changed.add(kind, (file, line), why, count)
+                if example.prompt is None:
+                    part.documents, part.blocks = part.documents + 1, part.blocks + len(encoded)
+                part.add(encoded, (file, line))
+                if repeats.echoes(example):
+                    part.noticed.add("response_repeats_prompt", (file, line), "begins with the prompt")
+            if time.monotonic() > end:
+                return part, True
+    return part, False
 
 
 def _build(
-    sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool
+    sources: list[Source], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, pairs: bool, kept: Kept
 ) -> tuple[dict[str, np.ndarray], dict]:
-    """The arrays of `Rows` and the report, from the files. Raises UserError as `load`."""
-    tok, chat, unread = facts_of(tokenizer), Chat.of(cfg), set()
-    plain = None if tokenizer.chat_template is None else closing(tokenizer, chat)
-    pieces: list[np.ndarray] = []  # the ids of each row kept
-    lengths: list[tuple[int, int, int]] = []
-    places: list[tuple[int, int]] = []
-    dropped, changed = Tally(), Tally()
-    read_per_file, documents, blocks = [], 0, 0
+    """The arrays of `Rows` and the report, from the files, or the `kept` parts of an earlier start. UserError as `load`."""
+    whole, read_per_file = Part(), []
     for file, source in enumerate(sources):
-        read, uninformative = 0, dropped.count(*UNINFORMATIVE)
-        for line, example, texts, ids in _batches(source, tokenizer, chat, pairs):
-            read += 1
-            try:
-                if isinstance(example, RowError):
-                    raise example
-                unread |= example.unread
-                rows, changes = _settle(tok, cfg, example, texts, ids, plain)
-            except RowError as error:
-                if cfg.on_bad_row == "error" and error.kind not in WELL_FORMED:
-                    raise UserError(f"{source.name}:{line}: {error} (or data.on_bad_row=drop)") from None
-                dropped.add(error.kind, (file, line), str(error))
-                continue
-            for kind, count in changes.items():
-                why = "a message's part" if kind == "left_out_of_prompt" else f"data.max_length={cfg.max_length}"
-                changed.add(kind, (file, line), why, count)
-            if example.prompt is None:
-                documents, blocks = documents + 1, blocks + len(rows)
-            pieces += [np.array(sum(row, start=[]), np.int32) for row in rows]
-            lengths += [tuple(map(len, row)) for row in rows]
-            places += [(file, line)] * len(rows)
-        check_file(source.name, read, dropped.count(*UNINFORMATIVE) - uninformative)
-        read_per_file.append(read)
-    if not pieces:
+        rows, before, uninformative, more = iter(source.rows()), whole.read, whole.dropped.count(*UNINFORMATIVE), True
+        while more:
+            start = whole.read - before
+            if (part := kept.read(file, start)) is not None:
+                next(islice(rows, part.read - 1, None))  # past what it holds
+            else:
+                part, more = _next_part(rows, (file, source.name, start), cfg, tokenizer, pairs)
+                if more:
+                    kept.write(file, start, part)
+            whole.extend(part)
+        read_per_file.append(whole.read - before)
+        check_file(source.name, read_per_file[-1], whole.dropped.count(*UNINFORMATIVE) - uninformative)
+    if not whole.ids:
         names = ", ".join(source.name for source in sources)
-        counts = ", ".join(f"{entry['count']} {kind}" for kind, entry in dropped.kinds.items())
+        counts = ", ".join(f"{entry['count']} {kind}" for kind, entry in whole.dropped.kinds.items())
         limits = f"data.max_length={cfg.max_length}, data.truncation={cfg.truncation}"
         raise UserError(f"{names}: none of {sum(read_per_file)} rows is left ({counts}; {limits}); change these")
-    columns = np.column_stack([lengths, places]).astype(np.int32).T
-    arrays = dict(zip(ARRAYS, (np.concatenate(pieces), *map(np.ascontiguousarray, columns)), strict=True))
+    columns = np.column_stack([whole.lengths, whole.places]).astype(np.int32).T
+    arrays = dict(zip(ARRAYS, (np.concatenate(whole.ids), *map(np.ascontiguousarray, columns)), strict=True))
+    repeats.notice(Rows(**arrays, files=()), whole.noticed)
     report = {
         "read": sum(read_per_file),
         "read_per_file": read_per_file,
-        "kept": sum(read_per_file) - dropped.count(),
-        "dropped": dropped.kinds,
-        "changed": changed.kinds,
-        "unread_columns": sorted(unread),
-        "text": {"documents": documents, "blocks": blocks},
-        "rows": len(pieces),  # kept, with every block of a document a row
+        "kept": sum(read_per_file) - whole.dropped.count(),
+        "dropped": whole.dropped.kinds,
+        "changed": whole.changed.kinds,
+        "noticed": whole.noticed.kinds,
+        "unread_columns": sorted(whole.unread),
+        "text": {"documents": whole.documents, "blocks": whole.blocks},
+        "rows": len(whole.ids),  # kept, with every block of a document a row
         "tokens": len(arrays["ids"]),
         "lengths": _quantiles(arrays),
     }
     return arrays, report
+
+
+def _weighted(arrays: dict[str, np.ndarray], report: dict, sources: list[Source]) -> tuple[dict, dict]:
+    """Arrays and report with each row as often as its file's weight says. Raises UserError where that is never."""
+    times = np.zeros(len(arrays["file"]), np.int64)
+    for file, source in enumerate(sources):
+        of_file = np.flatnonzero(arrays["file"] == file)
+        weight = Fraction(str(source.weight))
+        ends = [int((i + 1) * weight) for i in range(len(of_file))]
+        if len(of_file) and not ends[-1]:
+            raise UserError(f"{source.name}: weight={source.weight} of {len(of_file)} rows leaves none; raise it")
+        times[of_file] = np.diff([0, *ends])
+    chosen = np.repeat(np.arange(len(times)), times)
+    rows = Rows(**arrays, files=()).take(chosen)
+    arrays = {name: getattr(rows, name) for name in ARRAYS}
+    of_rows = {"rows": len(rows), "tokens": len(rows.ids), "lengths": _quantiles(arrays)}
+    return arrays, report | of_rows | {"weights": [source.weight for source in sources]}
 
 
 def _quantiles(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
@@ -233,7 +297,7 @@ def _quantiles(arrays: dict[str, np.ndarray]) -> dict[str, dict[str, int]]:
 
 
 def load(
-    spec: str | list[str], cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, *, pairs: bool, cache_dir: Path
+    spec: Spec, cfg: Data | EvalData, tokenizer: PreTrainedTokenizerBase, *, pairs: bool, cache_dir: Path
 ) -> tuple[Rows, dict]:
     """The rows of `spec` as tokens, and a JSON-able report in which read = kept + all dropped.
 
@@ -245,17 +309,21 @@ def load(
     `cfg.on_bad_row` is drop; more than 5% uninformative rows in a file; no row left; messages without a chat template.
     """
     sources = open_sources(spec, cfg.revision)
-    parts = [CODE_VERSION, version("transformers"), version("tokenizers"), *identity(tokenizer)]
-    parts += [Chat.of(cfg), cfg.max_length, cfg.truncation, cfg.on_bad_row, pairs, *(s.digest for s in sources)]
-    key = sha256(json.dumps(parts).encode())
+    facts = [CODE_VERSION, version("transformers"), version("tokenizers"), *identity(tokenizer)]
+    facts += [Chat.of(cfg), cfg.max_length, cfg.truncation, cfg.on_bad_row, pairs, *(s.digest for s in sources)]
+    key = sha256(json.dumps(facts).encode())
     folder = Path(cache_dir).expanduser() / "tokens" / key
     if (cached := read_arrays(folder)) is None:
-        cached = _build(sources, cfg, tokenizer, pairs)
+        kept = Kept(folder.with_name(f"{key}.parts"))  # of a start that was killed
+        cached = _build(sources, cfg, tokenizer, pairs, kept)
         write_arrays(folder, *cached)
+        kept.remove()
     arrays, report = cached
+    if any(source.weight != 1 for source in sources):
+        arrays, report = _weighted(arrays, report, sources)
     names = tuple(source.name for source in sources)
     report = {"files": list(names), **report, "cache_key": key}
-    report |= {part: _named(report[part], names) for part in ("dropped", "changed")}
+    report |= {part: _named(report[part], names) for part in parts.TALLIES}
     if useless := {kind: report["dropped"][kind] for kind in UNINFORMATIVE if kind in report["dropped"]}:
         counts = ", ".join(f"{entry['count']} {kind} (first {entry['examples'][0]})" for kind, entry in useless.items())
         warnings.warn(f"dropped of {report['read']} rows: {counts}", stacklevel=2)
@@ -263,7 +331,7 @@ def load(
 
 
 def load_prompts(
-    spec: str | list[str], cfg: EvalData, tokenizer: PreTrainedTokenizerBase
+    spec: Spec, cfg: EvalData, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[list[int]], list[str | Messages], list[str], dict]:
     """The prompts of `spec` as the ids that training would use; as in the file; their places (FILE:LINE); a report.
 
@@ -273,6 +341,10 @@ def load_prompts(
 
     def encoded(row: Any) -> tuple[list[int], str | Messages]:
         example = parse_prompt(row)
+        if len(str(example.prompt)) > parts.CHARACTERS * cfg.max_length:
+            bare = example._replace(chosen="", rejected=None)
+            if parts.is_over(tokenizer, texts_of(tokenizer, bare, Chat.of(cfg))[0], cfg.max_length):
+                raise RowError("too_long", f"the prompt has over data.max_length={cfg.max_length} tokens")
         ids, prompt = prompt_ids(tokenizer, example, Chat.of(cfg)), example.prompt
         if not 1 <= len(ids) <= cfg.max_length:
             raise RowError("too_long", f"the prompt has {len(ids)} tokens, expected 1 to data.max_length")
@@ -353,6 +425,9 @@ def load_splits(cfg: Data, model: Model, *, pairs: bool, cache_dir: str) -> Spli
         train, train_report = load(cfg.train, cfg, tokenizer, pairs=pairs, cache_dir=folder)
         if cfg.eval is not None:
             held_out, held_out_report = load(cfg.eval, cfg, tokenizer, pairs=pairs, cache_dir=folder)
+    if held_out is not None and dist.is_main():
+        noticed = repeats.notice_train(held_out, train).kinds
+        held_out_report["noticed"] |= _named(noticed, held_out.files)
     return Splits(tokenizer, train, held_out, {"train": train_report, "eval": held_out_report})
 
 

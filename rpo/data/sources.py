@@ -4,6 +4,8 @@ What is wrong with one row is a `RowError`, with a file a `UserError`.
 """
 
 import contextlib
+import csv
+import glob
 import gzip
 import hashlib
 import json
@@ -11,7 +13,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -30,6 +32,9 @@ EXAMPLES = 3  # kept in the report for each kind
 MAX_LINE = 2**26  # bytes of a row in a .jsonl; the rest of a longer one is skipped
 MAX_JSON = 2**32  # bytes of a .json, which is read whole
 Row = TypeVar("Row")
+_ENDINGS = ".jsonl, .ndjson, .json, .csv (any of them with .gz) or .parquet"
+_SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test"}  # words in files' names
+_SPLITS |= {"validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,14 @@ class Source:
     name: str
     digest: str
     rows: Callable[[], Iterator[tuple[int, Any]]]  # (1-based line or row number, decoded row or RowError)
+    weight: float = 1  # how often an epoch has each of its rows; of 0.5 every second
 
 
-def rows_of(spec: str | list[str]) -> Iterator[tuple[str, Any]]:
+# What names rows: see `open_sources`.
+Spec = str | list[str | dict[str, Any]]
+
+
+def rows_of(spec: Spec) -> Iterator[tuple[str, Any]]:
     """(FILE:LINE, row) of every row of the files `spec`; a row that cannot be decoded is a RowError."""
     for source in open_sources(spec, None):
         for line, row in source.rows():
@@ -58,36 +68,92 @@ def check_new(places: dict[Any, str], key: Any, place: str, name: str) -> None:
 # ---- files
 
 
-def open_sources(spec: str | list[str], revision: str | None) -> list[Source]:
-    """The sources that `data.train` or `data.eval` names, in order.
+def open_sources(spec: Spec, revision: str | None) -> list[Source]:
+    """The sources that `data.train` or `data.eval` names, in order; those of a pattern or a directory by name.
 
-    An element is a .jsonl, .json (either with .gz) or .parquet file, or NAME:SPLIT with NAME a Hub dataset or a
-    local directory that the datasets library can read. Raises UserError for anything else.
+    An element is a file of FORMS, a pattern of files (*, ?, ** for any folders), a directory of files or one that
+    datasets.save_to_disk wrote, or NAME:SPLIT with NAME a Hub dataset or a local directory that the datasets library can
+    read; or one of these as `path` beside a `weight`. Raises UserError for anything else.
     """
-    return [_open(item, revision) for item in ([spec] if isinstance(spec, str) else spec)]
+    sources = []
+    for item in spec if isinstance(spec, list) else [spec]:
+        path, weight = (item["path"], item["weight"]) if isinstance(item, dict) else (item, 1)
+        sources += [replace(source, weight=weight) for source in _open(path, revision)]
+    return sources
 
 
-def _open(spec: str, revision: str | None) -> Source:
+def _open(spec: str, revision: str | None) -> list[Source]:
     path = Path(os.path.expanduser(spec))
     # A name may be too long, a folder not to be entered.
     with fixable(f"{spec[:300]}: cannot be looked up", "; give a file, or NAME:SPLIT"):
-        is_file = path.is_file()
+        is_file, is_directory = path.is_file(), path.is_dir()
+        matches = [] if is_file else sorted(glob.glob(str(path), recursive=True))
     if is_file:
-        readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-        suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-        if suffix not in readers or path.name.endswith(".parquet.gz"):
-            raise UserError(
-                f"{spec}: expected a .jsonl, .json (either with .gz) or .parquet file; convert or rename it"
-            )
-        with fixable(f"{spec}: cannot be read", "; give a file that can"), path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        return Source(spec, digest, lambda: readers[suffix](path))
-    if path.is_dir():
-        raise UserError(f"{spec}: a directory is read as a dataset and needs a split; write {spec}:train")
+        return [_open_file(spec, path)]
+    if is_directory:
+        return _open_directory(spec, path)
     name, colon, split = spec.partition(":")
     if colon and split and (Path(name).expanduser().is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
-        return _open_dataset(spec, name, split, revision)
-    raise UserError(f"{spec}: no such file; give a .jsonl, .json or .parquet file, or HUB_NAME_OR_DIRECTORY:SPLIT")
+        return [_open_dataset(spec, name, split, revision)]
+    if files := [match for match in matches if os.path.isfile(match)]:
+        return [_open_file(match, Path(match)) for match in files]
+    raise UserError(f"{spec}: no such file; give a {_ENDINGS} file, a directory, or HUB_NAME_OR_DIRECTORY:SPLIT")
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[tuple[int, Any]]] | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    packed = suffixes[-1:] == [".gz"]
+    suffix = "".join(suffixes[-2:-1] if packed else suffixes[-1:])
+    return None if packed and suffix == ".parquet" else _READERS.get(suffix)
+
+
+def _open_file(spec: str, path: Path) -> Source:
+    if (reader := _reader(path)) is None:
+        raise UserError(f"{spec}: expected a {_ENDINGS} file; convert or rename it")
+    with fixable(f"{spec}: cannot be read", "; give a file that can"):
+        digest = _digest([path])
+    return Source(spec, digest, lambda: reader(path))
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    if len(paths) > 1:
+        return hashlib.sha256("".join(_digest([path]) for path in paths).encode()).hexdigest()
+    with paths[0].open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _open_directory(spec: str, path: Path) -> list[Source]:
+    """The data files in it and below, none left out without a word; or what datasets.save_to_disk wrote there."""
+    with fixable(f"{spec}: cannot be read", "; give a directory that can"):
+        if (path / "dataset_dict.json").is_file():
+            raise UserError(f"{spec}: holds several splits; write {spec}:train")
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            return [_open_saved(spec, path)]
+        below = [(file, file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()]
+    below = [(file, part) for file, part in below if not any(name[0] in "._" for name in part.parts)]
+    files = [(file, part) for file, part in below if file.suffix.lower() not in (".md", "")]  # not README.md, LICENSE
+    if not files:
+        raise UserError(f"{spec}: no data file in this directory; give a {_ENDINGS} file, or a dataset as {spec}:train")
+    for file, _ in files:
+        if _reader(file) is None:
+            raise UserError(
+                f"{file}: not a {_ENDINGS} file; remove it, or give files by a pattern such as {spec}/*.jsonl"
+            )
+    words = [{*re.split(r"[^a-z]+", str(part).lower())} for _, part in files]
+    if len(splits := {_SPLITS[word] for of_file in words for word in of_file & _SPLITS.keys()}) > 1:
+        raise UserError(f"{spec}: holds files of several splits ({', '.join(sorted(splits))}); write {spec}:train")
+    return [_open_file(str(file), file) for file, _ in files]
+
+
+def _open_saved(spec: str, path: Path) -> Source:
+    import datasets  # heavy, and not needed for plain files
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # as of load_dataset
+        raise UserError(f"{spec}: cannot be read as a saved dataset ({one_line(error)}); save it again") from None
+    digest = _digest(sorted(file for file in path.iterdir() if file.is_file()))
+    return Source(spec, digest, lambda: _read_dataset(spec, dataset))
 
 
 def _open_dataset(spec: str, name: str, split: str, revision: str | None) -> Source:
@@ -95,6 +161,11 @@ def _open_dataset(spec: str, name: str, split: str, revision: str | None) -> Sou
 
     if (folder := Path(name).expanduser()).is_dir():
         name, revision = str(folder), None
+    if (folder / "dataset_dict.json").is_file():
+        if not (folder / split / "state.json").is_file():
+            names = ", ".join(sorted(file.parent.name for file in folder.glob("*/state.json")))
+            raise UserError(f"{spec}: no such split; it has {names}")
+        return _open_saved(spec, folder / split)
     try:
         dataset = datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # the library raises many unrelated types for a name, split or network it cannot use
@@ -182,6 +253,65 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise _unreadable(path, error) from None
 
 
+def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows under a header; an empty cell is absent. The number is that of a row's first line."""
+    comma, name = ("\t", "tab") if ".tsv" in path.suffixes else (",", "comma")
+    csv.field_size_limit(MAX_LINE)
+    with _opened(path) as stream:
+        reader = csv.reader(_csv_lines(path, stream), delimiter=comma, strict=True)
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise UserError(f"{path}:1: expected a header ({error}); fix the line") from None
+        if len(header) == 1 and any(other in header[0] for other in ",;\t|"):
+            raise UserError(f"{path}:1: expected the header's names with a {name} between them; separate fields by it")
+        if twice := sorted({field for field in header if header.count(field) > 1}):
+            raise UserError(f"{path}:1: the header has {twice[0]!r} twice; rename one")
+        while True:
+            line = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield (
+                    line,
+                    RowError("invalid_csv", f"expected fields in double quotes or without any ({error}); fix the row"),
+                )
+                continue
+            if values:
+                yield line, _csv_row(header, values)
+
+
+def _csv_lines(path: Path, stream: BinaryIO) -> Iterator[str]:
+    encoding = "utf-8-sig"
+    for number, line in enumerate(_lines(stream), start=1):
+        if isinstance(line, RowError):
+            raise UserError(f"{path}:{number}: {line}")
+        yield line.decode(encoding, "surrogateescape")
+        encoding = "utf-8"
+
+
+def _csv_row(header: list[str], values: list[str]) -> Any:
+    if len(values) != len(header):
+        why = f"expected {len(header)} fields as in the header, got {len(values)}; quote fields with commas or newlines"
+        return RowError("invalid_csv", why)
+    row = {}
+    for field, value in zip(header, values, strict=True):
+        if any("\udc80" <= char <= "\udcff" for char in value):
+            return RowError("invalid_utf8", f"field {field}: expected UTF-8; re-encode the file")
+        row[field] = value or None
+        if re.match(
+            r"\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:", value
+        ):  # messages; as text they would be trained
+            try:
+                row[field] = json.loads(value)
+            except (ValueError, RecursionError):
+                why = f"field {field}: expected messages as a JSON list, got another notation; write the file as .jsonl"
+                return RowError("wrong_type", why)
+    return row
+
+
 def _python_rows(batch: "pyarrow.RecordBatch") -> list[Any]:
     try:
         return batch.to_pylist()
@@ -190,6 +320,10 @@ def _python_rows(batch: "pyarrow.RecordBatch") -> list[Any]:
             return [row for i in range(len(batch)) for row in _python_rows(batch.slice(i, 1))]
         kind = "invalid_utf8" if isinstance(error, UnicodeDecodeError) else "wrong_type"
         return [RowError(kind, f"a value cannot be read ({one_line(error)}); fix the row")]
+
+
+_READERS = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".jsonlines": _read_jsonl, ".json": _read_json}
+_READERS |= {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet}
 
 
 # ---- kept and dropped rows
@@ -206,6 +340,12 @@ class Tally:
         entry["count"] += count
         if len(entry["examples"]) < EXAMPLES:
             entry["examples"].append([*place, why])
+
+    def merge(self, later: "Tally") -> None:
+        for kind, entry in later.kinds.items():
+            mine = self.kinds.setdefault(kind, {"count": 0, "examples": []})
+            mine["count"] += entry["count"]
+            mine["examples"] = [*mine["examples"], *entry["examples"]][:EXAMPLES]
 
     def count(self, *kinds: str) -> int:
         return sum(self.kinds[kind]["count"] for kind in kinds or self.kinds if kind in self.kinds)

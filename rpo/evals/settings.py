@@ -13,6 +13,7 @@ from rpo import config
 from rpo.config import MAY_CHANGE, Count, EvalData, Field, Seed, group
 from rpo.errors import UserError, require
 from rpo.judging.settings import Judge
+from rpo.paths import resolved
 
 # Fields that several tasks have.
 Limit = Count | None  # null: all
@@ -75,7 +76,7 @@ def build(cfg: Any, tasks: Mapping[str, ModuleType]) -> Eval:
         raise UserError(f"task.kind={kind}: expected {', '.join(tasks)}")
     task = config.build(tasks[kind].Settings, node["task"], "task")
     typed = config.build(Eval, node, task=task)
-    typed = replace(typed, runs=config.resolved(typed.runs))  # config.yaml means the same from any folder
+    typed = replace(typed, runs=resolved(typed.runs))  # config.yaml means the same from any folder
     tasks[kind].check(typed)
     return typed
 

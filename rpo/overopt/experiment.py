@@ -22,6 +22,8 @@ from rpo.overopt.figures import draw_study
 from rpo.overopt.selection import Limits
 from rpo.runs import groups
 from rpo.runs.groups import Group
+from rpo.runs.process import Interrupt
+from rpo.text import in_quotes
 
 ROOT = Path(__file__).parent.parent.parent
 WORKERS = 2  # arms at once, one thread each: the model is too small for more
@@ -72,24 +74,36 @@ KL_LEVELS = (0.5, 1.0, 2.0)  # nats at which runs are compared
 # ---- training and evaluating
 
 
+_CHILDREN: set[subprocess.Popen] = set()  # that run now
+
+
 def _run(script: str, *args: str) -> None:
     """A script of this project in a process of one thread; its output goes to our own. Raises where it fails."""
     print("python", script, *args, flush=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, str(ROOT / script), *args], check=True, env=env)
+    with subprocess.Popen([sys.executable, str(ROOT / script), *args], env=env) as child:
+        _CHILDREN.add(child)
+        code = child.wait()
+    _CHILDREN.remove(child)
+    if code:
+        raise subprocess.CalledProcessError(code, child.args)
+
+
+def _at(key: str, path: str | Path) -> str:
+    return f"{key}={in_quotes(str(path))}"
 
 
 def _train(folder: Path, arm: str, seeds: list[int]) -> None:
     overrides = ["recipe=overopt", *ARMS[arm]]
     if arm != "sft":
         # The seed is the outer loop: a sweep keeps model, data and reference from one cell to the next.
-        return _run("train.py", "-m", f"seed={','.join(map(str, seeds))}", *overrides, f"run_dir={folder / arm}")
+        return _run("train.py", "-m", f"seed={','.join(map(str, seeds))}", *overrides, _at("run_dir", folder / arm))
     # data=gold with loss=sft would read the corpus: here it is the chosen answers of the pairs.
     paired = {run["seed"]: run for run in map(config.read_yaml, sorted((folder / "dpo").glob("*/config.yaml")))}
     for seed in seeds:
-        files = [f"data.{split}={paired[seed]['data'][split]}" for split in ("train", "eval")]
-        model = f"model.path={paired[seed]['model']['path']}"
-        _run("train.py", f"seed={seed}", *overrides, *files, model, f"run_dir={folder / arm / str(seed)}")
+        files = [_at(f"data.{split}", paired[seed]["data"][split]) for split in ("train", "eval")]
+        model = _at("model.path", paired[seed]["model"]["path"])
+        _run("train.py", f"seed={seed}", *overrides, *files, model, _at("run_dir", folder / arm / str(seed)))
 
 
 def make(folder: Path, seeds: list[int]) -> None:
@@ -97,11 +111,17 @@ def make(folder: Path, seeds: list[int]) -> None:
 
     def one(arm: str) -> None:
         _train(folder, arm, seeds)
-        _run("eval.py", "task=overopt", f"runs={folder / arm}", f"run_dir={folder / 'eval' / arm}")
+        _run("eval.py", "task=overopt", _at("runs", folder / arm), _at("run_dir", folder / "eval" / arm))
 
-    one("dpo")  # first: it makes the pairs' files
     with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(one, [arm for arm in ARMS if arm != "dpo"]))
+        try:
+            one("dpo")  # first: it makes the pairs' files
+            list(pool.map(one, [arm for arm in ARMS if arm != "dpo"]))
+        except BaseException:  # a failed arm, or a signal: neither starts another arm, nor leaves one running
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in list(_CHILDREN):
+                child.terminate()
+            raise
 
 
 # ---- what came out
@@ -203,7 +223,10 @@ def main() -> None:
     if args.seeds < 1:
         sys.exit(f"error: --seeds={args.seeds}: expected at least 1")
     try:
-        make(folder, list(range(args.seeds)))
+        with Interrupt():
+            make(folder, list(range(args.seeds)))
+    except KeyboardInterrupt as stop:
+        sys.exit(128 + stop.args[0])
     except subprocess.CalledProcessError as error:  # it has said why
         sys.exit(f"error: python {' '.join(error.cmd[1:])}: exit code {error.returncode}")
     print(report(folder), (folder / "overoptimisation.md").resolve(), sep="\n")

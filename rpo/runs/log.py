@@ -4,7 +4,6 @@ The only module that imports wandb, and only where a run wants it.
 """
 
 import json
-import netrc
 import os
 import shutil
 import sys
@@ -28,18 +27,28 @@ def wandb_mode(cfg: Wandb) -> str:
 
     Raises UserError where `online` was asked for by name and no key is configured.
     """
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("://")[-1].split("/")[0]
-    try:
-        in_netrc = netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        in_netrc = False
-    has_key = in_netrc or any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
-    if cfg.mode == "online" and not has_key:
+    wanted = os.environ.get("WANDB_MODE", "auto") if cfg.mode == "auto" else cfg.mode
+    if wanted in ("disabled", "offline") or (wanted == "online" and cfg.mode == "auto"):
+        return wanted
+    if _has_key():
+        return "online"
+    if cfg.mode == "online":
         raise UserError(
             "wandb.mode=online: no API key is configured; run `wandb login`, set WANDB_API_KEY, or use wandb.mode=offline"
         )
-    wanted = os.environ.get("WANDB_MODE", "auto") if cfg.mode == "auto" else cfg.mode
-    return ("online" if has_key else "offline") if wanted not in ("disabled", "offline", "online") else wanted
+    return "offline"
+
+
+def _has_key() -> bool:
+    """Whether wandb itself finds a key for its server: in the environment, .netrc or its settings."""
+    import wandb
+    from wandb.sdk.lib import wbauth
+
+    try:
+        host = wandb.setup().settings.base_url
+        return bool(wbauth.authenticate_session(host=host, source="rpo", prompt=False, update_session=False))
+    except Exception:  # a key of the wrong form, settings that cannot be read: when a run begins wandb says which
+        return True
 
 
 @contextmanager
@@ -112,9 +121,11 @@ class RunLog:
                 print(f"wandb: {reason}; {instead}", flush=True)
         else:
             return
+        if self.run.id != earlier["id"]:  # an agent's run takes the agent's id, and has had no event yet
+            sent = self.num_events
         self.num_sent = self.run.starting_step if self.run.resumed else sent
         kept.parent.mkdir(exist_ok=True)
-        write_atomic(kept, json.dumps({"id": earlier["id"], "sent": self.num_sent}))
+        write_atomic(kept, json.dumps({"id": self.run.id, "sent": self.num_sent}))
         self.run.define_metric("pairs")
         self.run.define_metric("*", step_metric="pairs")
 

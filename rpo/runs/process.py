@@ -4,6 +4,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import ClassVar
 
 from rpo.errors import UserError
 from rpo.text import redacted
@@ -19,7 +20,8 @@ def outcome(job: Callable[[], str]) -> tuple[int, str]:
     one line without a traceback; 128 + signal: interrupted; 1: anything else.
     """
     try:
-        ended = job()
+        with Interrupt():
+            ended = job()
         return (0, "") if ended == "finished" else (128 + signal.Signals[ended], ended)
     except (UserError, FloatingPointError) as error:
         reason = redacted(str(error))
@@ -37,12 +39,15 @@ class Interrupt:
     """From `defer` on the first of SIGNALS sets `received`, for the loop to end after the step in hand.
 
     Before, it raises KeyboardInterrupt(signum) at once: while models load and the reference is scored nothing is there to
-    be saved. Ctrl-C after any of them raises at once too; schedulers repeat theirs, which changes nothing.
+    be saved. Ctrl-C after any of them raises at once too; schedulers repeat theirs, which changes nothing. One within
+    another passes on what it received: a signal that comes while a sweep's cell is saving has its sweep to end.
     """
 
+    innermost: ClassVar["Interrupt | None"] = None
     received = 0  # the signal's number
 
     def __enter__(self) -> "Interrupt":
+        self.outer, Interrupt.innermost = Interrupt.innermost, self
         under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         heard = [signum for signum in SIGNALS if not (under_nohup and signum == signal.SIGHUP)]
         self.before = {signum: signal.signal(signum, self._raise) for signum in heard}
@@ -62,3 +67,6 @@ class Interrupt:
     def __exit__(self, *_exc: object) -> None:
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
+        Interrupt.innermost = self.outer
+        if self.outer is not None:
+            self.outer.received = self.outer.received or self.received

@@ -36,6 +36,7 @@ from rpo.model.policy import Policy, load_policy
 from rpo.model.sampling import Completion, Sampling, sample
 from rpo.model.shard import PLAIN
 from rpo.synthetic import grammar
+from rpo.text import in_quotes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -169,7 +170,8 @@ def make_model(folder: Path, settings: dict) -> None:
     overrides = {"loss": "sft", "model.tokenizer": folder / "tokenizer", "model.architecture": f"{{{architecture}}}"}
     overrides |= {"data.train": folder / "corpus.jsonl.gz", "data.eval": folder / "corpus_eval.jsonl.gz"}
     overrides |= {"run_dir": folder / "sft", "eval_every": 0, "wandb.mode": "disabled", "cache_dir": folder / "cache"}
-    _run("train.py", *(f"{key}={value}" for key, value in (overrides | SFT).items()))
+    values = {key: in_quotes(str(value)) if isinstance(value, Path) else value for key, value in overrides.items()}
+    _run("train.py", *(f"{key}={value}" for key, value in (values | SFT).items()))
     shutil.rmtree(folder / "cache")
 
 

@@ -8,6 +8,7 @@ In reading order:
     held_out     evaluation and samples while a run trains
     guards       hangs, out of memory, numbers that are not finite
     gradients    the two terms' gradients
+    command_line  overrides that Hydra would misread
     sweep        Hydra's multirun: what cells share, failed cells, the table
     memory       python -m rpo.training.memory: what a step takes of a GPU (with trace)
     figures      a run's curves

@@ -32,6 +32,7 @@ from rpo.config import Train
 from rpo.errors import UserError
 from rpo.model import hf, shard
 from rpo.model.logprobs import KEPT, TILES
+from rpo.training import command_line
 from rpo.training import trace as training_trace
 from rpo.training.trace import Sizes, Trace
 
@@ -344,6 +345,7 @@ def plan(arguments: list[str]) -> str:
         raise UserError(
             f"{missing[0]}: missing; for example python -m rpo.training.memory recipe=paper_beta gpus=1 gib=139"
         )
+    command_line.check(given, multirun=False)
     try:
         with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "conf"), version_base="1.3"):
             cfg = config.train_config(compose("train", overrides=given))

@@ -22,13 +22,14 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 
 from rpo import dist
-from rpo.config import Train, set_sweep_dir, train_config
+from rpo.config import set_sweep_dir, train_config
 from rpo.errors import UserError
 from rpo.runs import folder as run_folder
 from rpo.runs import log, process
 from rpo.text import redacted
 
 T = TypeVar("T")
+Settings = TypeVar("Settings")  # Train, or Eval
 # Where a rank waits for the others to fail too; past it they are taken to hang in a collective.
 _PATIENCE = datetime.timedelta(seconds=60)
 _SHOWN = tuple(
@@ -66,24 +67,56 @@ def shared(build: Callable[..., T]) -> Callable[..., T]:
     return call
 
 
-def placed(cfg: Train) -> Train:
-    """`cfg` itself, or in a sweep with its numbered child of the sweep's folder and the sweep's wandb group."""
+def placed(cfg: Settings) -> Settings:
+    """`cfg` with the run_dir that Hydra's own keys name, or in a sweep its numbered child, and the sweep's wandb group.
+
+    Raises UserError for keys of Hydra's that would put files or the working directory elsewhere.
+    """
     if not in_sweep():
-        return cfg
+        return replace(cfg, run_dir=_run_dir(cfg.run_dir, HydraConfig.get()))
     folder = Path(HydraConfig.get().sweep.dir)
     wandb = replace(cfg.wandb, group=cfg.wandb.group or folder.name)
     return replace(cfg, run_dir=str(folder / str(HydraConfig.get().job.num)), wandb=wandb)
 
 
+def _run_dir(run_dir: str | None, hydra: Any) -> str | None:
+    """`run_dir`, which Hydra calls hydra.run.dir, and hydra.sweep.dir in a sweep. Raises UserError."""
+    used, other = ("sweep", "run") if hydra.mode == RunMode.MULTIRUN else ("run", "sweep")
+    refused = {
+        f"hydra.{other}.dir": (".", "give run_dir"),
+        "hydra.sweep.subdir": (".", "a cell's folder is its number"),
+        "hydra.output_subdir": ("null", "the run's folder has its config.yaml"),
+        "hydra.job.chdir": ("false", "paths start from the folder of the command"),
+    }
+    for key, _, value in (text.lstrip("+").partition("=") for text in sys.argv[1:]):  # as typed, nothing resolved
+        if key in refused and value.lower() != refused[key][0]:
+            raise UserError(f"{key}={value}: not used here, {refused[key][1]}; remove it")
+    folder = hydra[used].dir
+    if folder == ".":
+        return run_dir
+    if run_dir is not None:
+        raise UserError(
+            f"hydra.{used}.dir={folder} with run_dir={run_dir}: two names for one folder; give run_dir alone"
+        )
+    return folder
+
+
 def run_job(job: Callable[[], str]) -> None:
     """Runs a job to the end of its process, which exits with the code of its `process.outcome`.
 
-    Or as a cell of a sweep, whose failure is a row of the table; an interrupted cell ends its sweep.
+    Or as a cell of a sweep, whose failure is a row of the table. A signal ends the sweep: in a cell, while one ends, and
+    between two.
     """
-    code, reason = process.outcome(job)
     if not in_sweep():
+        code, _ = process.outcome(job)
         dist.leave(code)
         return
+    between = process.Interrupt.innermost  # None in a launcher's own process
+    if between is not None and (signum := dist.highest(between.received)):
+        print(f"interrupted before cell {HydraConfig.get().job.num}", file=sys.stderr, flush=True)
+        code = 128 + signum
+    else:
+        code, reason = process.outcome(job)
     if code >= 128:
         if dist.is_main():
             write_table(Path(HydraConfig.get().sweep.dir))
@@ -116,10 +149,15 @@ def _record_failure(reason: str) -> None:
 class Sweep(Callback):
     """Hydra's hooks around a multirun: all cells are checked before the first starts, the table made after the last.
 
-    SystemExit is how they refuse, because Hydra turns a callback's exceptions into warnings.
+    SystemExit is how they refuse, because Hydra turns a callback's exceptions into warnings. Launchers send a copy to
+    their processes, which needs no lock and no handlers.
     """
 
+    def __getstate__(self) -> dict:
+        return {}
+
     def on_multirun_start(self, config: Any, **_: object) -> None:
+        self.interrupt = process.Interrupt().__enter__()  # as long as this process lives
         try:
             cells = _checked_cells(config)
             dist.init(config.timeout + dist.GRACE)  # kept for all cells; also how ranks agree on the folder
@@ -131,6 +169,10 @@ class Sweep(Callback):
             print(f"error: {redacted(str(error))}", file=sys.stderr, flush=True)
             dist.shutdown()
             sys.exit(2 if isinstance(error, UserError) else 1)
+        except KeyboardInterrupt as stop:
+            print("interrupted before the first cell", file=sys.stderr, flush=True)
+            dist.leave(128 + stop.args[0])
+        self.interrupt.defer()  # between cells, where `run_job` looks
         set_sweep_dir(config, folder)
         torch_dist.barrier()  # the look above comes before rank 0's first file
         if dist.is_main():
@@ -149,7 +191,8 @@ class Sweep(Callback):
 
 def _folder(config: Any, rows: list[dict]) -> Path:
     """The sweep's folder: a new one, or with resume=auto one that holds these very cells. Raises UserError."""
-    folder = run_folder.choose(config.run_dir, "sweep", continues="sweep.json" if config.resume == "auto" else None)
+    run_dir = _run_dir(config.run_dir, config.hydra)
+    folder = run_folder.choose(run_dir, "sweep", continues="sweep.json" if config.resume == "auto" else None)
     held = run_folder.read_json(folder / "sweep.json") if (folder / "sweep.json").exists() else []
     if held and [{key: row.get(key) for key in rows[0]} for row in held] != redacted(rows):
         raise UserError(f"run_dir={folder}: holds a sweep of other cells; give its command again, or another run_dir")

@@ -299,7 +299,7 @@ def test_bad_files(tmp_path: Path, plain, monkeypatch) -> None:
         "empty.jsonl": (b"", "has no rows"),
         "blank.jsonl": (b"\n\n", "has no rows"),
         "empty.json": (b"[]", "has no rows"),
-        "rows.csv": (b"a,b", "expected a .jsonl"),
+        "rows.xlsx": (b"a,b", "expected a .jsonl"),
         "cut.jsonl.gz": (whole[: len(whole) // 2], "damaged or cut short"),
         "cut.json.gz": (whole[: len(whole) // 2], "damaged or cut short"),
         "not.jsonl.gz": (b'{"a": 1}', "damaged or cut short"),
@@ -314,8 +314,6 @@ def test_bad_files(tmp_path: Path, plain, monkeypatch) -> None:
         with pytest.raises(UserError, match=message) as caught:
             load(str(tmp_path / name), plain, tmp_path, on_bad_row="drop")
         assert name in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="needs a split"):
-        load(str(tmp_path), plain, tmp_path)
     with pytest.raises(UserError, match="no such file"):
         load(str(tmp_path / "nowhere") + ":train", plain, tmp_path)
     (tmp_path / "folder").mkdir()

@@ -572,6 +572,35 @@ def test_a_loss_that_is_not_finite_leaves_the_good_checkpoints(tiny, whole, tmp_
     assert kill.differences(run_dir, whole)["weight"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("path", "n", "signum"),
+    [
+        ("0/model.part", 1, signal.SIGTERM),  # the end of a cell, while its model is saved
+        ("multirun.yaml", 3, signal.SIGHUP),  # between two cells
+        ("1/lock", 1, signal.SIGINT),  # before the next one's loop
+    ],
+)
+def test_a_signal_between_cells_ends_the_sweep(path, n, signum, tiny, tmp_path):
+    """Whenever it comes no other cell begins, the table is written, the code says which; the command given again goes on."""
+    folder, args = tmp_path / "sweep", ("-m", "loss.beta=0.1,0.2", "max_steps=3", "checkpoint.every=0", "eval_every=0")
+    code, printed = play(tiny, folder, *args, at=[(path, n, send(signum))])
+    assert code == 128 + signum and "Traceback" not in printed, printed
+    states = [row["state"] for row in run_folder.read_json(folder / "sweep.json")]
+    assert states == ["finished", "absent"], printed
+    assert not (folder / "1/model").exists() and (folder / "sweep.csv").exists()
+    if path == "multirun.yaml":
+        code, printed = play(tiny, folder, *args)
+        assert code == 0 and f"{folder / '0'}: finished after 3 steps already" in printed, printed
+
+
+def test_a_signal_to_one_rank_between_cells_ends_the_sweep_on_all(tiny, tmp_path):
+    """Ranks agree before each cell: one that alone was told takes the other along."""
+    folder, args = tmp_path / "sweep", ("-m", "loss.beta=0.1,0.2", "max_steps=3", "checkpoint.every=0", "eval_every=0")
+    code, printed = play(tiny, folder, *args, ranks=2, at=[("0/plots", 1, send(signal.SIGTERM))])
+    assert code == 143, printed
+    assert [row["state"] for row in run_folder.read_json(folder / "sweep.json")] == ["finished", "absent"]
+
+
 def test_a_sweep_goes_on(tiny, tmp_path):
     """Killed in its second cell: the same command repeats neither the finished cell nor a step before a checkpoint."""
     whole, folder = tmp_path / "whole", tmp_path / "sweep"

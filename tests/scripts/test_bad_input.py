@@ -99,7 +99,7 @@ FILES = {
     "plain.jsonl.gz": (json.dumps(GOOD).encode(), "cannot be read"),
     "fields.jsonl": (b'{"question": "a", "answer": "b"}\n', ":1: field chosen: expected in every pair"),
     "latin.jsonl": (json.dumps(GOOD).encode() + b'\n{"prompt": "\xe9"}\n', ":2: byte 13 of the line: expected UTF-8"),
-    "table.csv": (b"prompt,chosen,rejected\n", "expected a .jsonl, .json"),
+    "table.xlsx": (b"prompt,chosen,rejected\n", "expected a .jsonl, "),
 }
 
 
@@ -115,9 +115,10 @@ def test_files(key, name, tiny, tmp_path):
 
 
 def test_missing_file(tiny, tmp_path):
-    """A path that does not exist is named with what may stand there; a folder needs its split."""
+    """A path that does not exist is named with what may stand there, and so is a folder without data."""
     assert "MISSING.jsonl: no such file; give a" in refusal(tiny, tmp_path, f"data.train={tmp_path}/MISSING.jsonl")
-    assert "a directory is read as a dataset and needs a split" in refusal(tiny, tmp_path, f"data.train={tmp_path}")
+    (tmp_path / "empty").mkdir()
+    assert "no data file in this directory; give a" in refusal(tiny, tmp_path, f"data.train={tmp_path}/empty")
 
 
 ROWS = {

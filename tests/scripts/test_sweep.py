@@ -3,16 +3,21 @@
 import csv
 import gc
 import json
+import runpy
 import subprocess
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
 
+from rpo import dist
+from rpo.errors import UserError
+from rpo.evals import context
 from rpo.model import hf
 from rpo.model.policy import Policy
-from rpo.runs import log
+from rpo.runs import log, process
 from rpo.training import prepare
 from rpo.training import sweep as sweep_module
-from tests.helpers.runs import command, run, script_env, tiny_args
+from tests.helpers.runs import ROOT, command, run, script_env, tiny_args
 
 GRID = ("loss=rpo_sum", "sample_every=2", "data.max_length=512")
 SHORT = ("batch_size=8", "max_steps=3", "log_every=1", "eval_every=0")
@@ -183,3 +188,114 @@ def test_cells_leave_no_model_that_the_next_does_not_need(tiny, tmp_path, monkey
     finally:
         sweep_module._KEPT.clear()
     assert alive == [0, 1, 0, 0]  # the second is the live reference, beside its policy
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Runs a script in this process up to its folder: (exit code, the run_dir of each run that it would have made)."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def stop(cfg):
+        dist.init()
+        seen.append(cfg.run_dir)
+        raise UserError("stopped")
+
+    monkeypatch.setattr(prepare, "check_machine", lambda cfg, device: stop(cfg))
+    monkeypatch.setattr(context.Context, "__init__", lambda self, cfg, device: stop(cfg))
+
+    def play(name, *args):
+        seen.clear()
+        monkeypatch.setattr("sys.argv", [str(ROOT / name), *args])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        HydraConfig.instance().cfg = None
+        while process.Interrupt.innermost:
+            process.Interrupt.innermost.__exit__()
+        dist.shutdown()
+        return left.value.code, list(seen)
+
+    return play
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("-m", "hydra.run.dir=X", "seed=0,1"), "hydra.run.dir=X: not used here, give run_dir; remove it"),
+        (("hydra.sweep.dir=X",), "hydra.sweep.dir=X: not used here, give run_dir; remove it"),
+        (("-m", "hydra.sweep.subdir=a_${hydra.job.num}", "seed=0,1"), "hydra.sweep.subdir=a_"),
+        (("hydra.job.chdir=true",), "hydra.job.chdir=true: not used here, paths start from the folder of the command"),
+        (
+            ("hydra.run.dir=X", "run_dir=Y"),
+            "hydra.run.dir=X with run_dir=Y: two names for one folder; give run_dir alone",
+        ),
+    ],
+)
+def test_hydras_own_folders_that_mean_nothing_here_are_refused(args, message, script, capsys):
+    """In one line, before a model is loaded, and with exit code 2: never read over."""
+    assert script("train.py", *args) == (2, [])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}") and error.count("\n") == 1, error
+
+
+def test_hydras_own_names_of_the_folder_are_obeyed(script, tmp_path):
+    """hydra.run.dir is a run's run_dir, of train.py and eval.py, and hydra.sweep.dir a sweep's, whose cells are its children."""
+    assert script("train.py", "hydra.run.dir=one/${seed}", "seed=7") == (2, ["one/7"])
+    assert script("eval.py", "hydra.run.dir=two", "model.path=M", "data.eval=F") == (2, ["two"])
+    assert script("train.py", "-m", 'hydra.sweep.dir="it\'s"', "seed=0,1") == (1, ["it's/0", "it's/1"])
+    assert (tmp_path / "it's/sweep.csv").exists()
+
+
+LAUNCHER = """
+import multiprocessing, sys
+import cloudpickle as pickle
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
+from hydra.core.utils import run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+
+
+class OwnProcess(Launcher):
+    def setup(self, *, hydra_context, task_function, config):
+        self.context, self.config, self.task = hydra_context, config, task_function
+
+    def launch(self, job_overrides, initial_job_idx):
+        setup_globals()
+        results = []
+        for i, overrides in enumerate(job_overrides):
+            cfg = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+            cfg.hydra.job.num = initial_job_idx + i
+            sent = pickle.dumps((self.context, cfg, Singleton.get_state()))
+            worker = multiprocessing.get_context("spawn").Process(target=work, args=(sent, sys.argv))
+            worker.start(), worker.join()
+            assert worker.exitcode == 0
+        return results
+
+
+def work(sent, argv):
+    sys.argv = argv
+    import train
+    context, cfg, state = pickle.loads(sent)
+    setup_globals()
+    Singleton.set_state(state)
+    run_job(task_function=train.main.__wrapped__, config=cfg, job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir", hydra_context=context)
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher", name="own", node={"_target_": "hydra_plugins.own.OwnProcess"}, provider="own")
+"""
+
+
+@pytest.mark.slow
+def test_a_launcher_of_another_process_runs_all_cells(tiny, tmp_path):
+    """A launcher that sends each cell to a process, as joblib's and submitit's do: the open lock and handlers stay behind."""
+    pytest.importorskip("cloudpickle")  # how those launchers send it
+    (tmp_path / "plugins/hydra_plugins").mkdir(parents=True)
+    (tmp_path / "plugins/hydra_plugins/own.py").write_text(LAUNCHER)
+    args = tiny_args(tiny, *SHORT, f"run_dir={tmp_path / 'sweep'}", "seed=0,1", "hydra/launcher=own")
+    env = script_env(PYTHONPATH=f"{ROOT}:{tmp_path / 'plugins'}")
+    done = subprocess.run(command("train.py", "-m", *args), env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [row["state"] for row in rows(tmp_path / "sweep")] == ["finished"] * 2

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -41,7 +43,7 @@ from rpo.training.meter import (
 )
 from tests.helpers.models import make_lm, prepared
 from tests.helpers.rows import LENGTHS, make_rows, make_tokenizer
-from tests.helpers.runs import ROOT, settings, tiny_args
+from tests.helpers.runs import ROOT, script_env, settings, tiny_args
 from tests.helpers.wandb_file import history_of, key_of, read_wandb
 from train import train
 
@@ -200,6 +202,7 @@ def test_wandb_mode_without_a_key():
 
 def test_wandb_mode_with_a_key(monkeypatch, tmp_path):
     """A key in the environment or in netrc, for the very host, makes auto online."""
+    wandb.teardown()  # its settings are read once
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai login user password {'k' * 40}\n")
     (tmp_path / "other").write_text(f"machine example.org login user password {'k' * 40}\n")
     for name, value, expected in (
@@ -211,9 +214,45 @@ def test_wandb_mode_with_a_key(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             assert log.wandb_mode(wandb_of("auto")) == expected, (name, value)
+            wandb.teardown()
     monkeypatch.setenv("NETRC", str(tmp_path / "other"))
     monkeypatch.setenv("WANDB_BASE_URL", "https://example.org/wandb")
+    wandb.teardown()
     assert log.wandb_mode(wandb_of("online")) == "online"
+    monkeypatch.undo()
+    wandb.teardown()
+
+
+@pytest.mark.parametrize("server", [None, "https://wandb.example.org"])
+def test_what_wandb_login_writes_is_found(server, tmp_path):
+    """After wandb's own login, to its default server or another that it remembers, auto is online in a new process."""
+    env = {name: value for name, value in script_env(HOME=str(tmp_path)).items() if name != "NETRC"}
+    login = f"import wandb; wandb.login(key='{'k' * 40}', host={server!r}, verify=False, relogin=True)"
+    ask = "from rpo.runs import log; from rpo.config import Wandb; print(log.wandb_mode(Wandb('auto', 'rpo', None)))"
+    printed = []
+    for code in (ask, login, ask):
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=env, cwd=tmp_path, check=True, capture_output=True, text=True)
+        printed.append(done.stdout.strip().splitlines()[-1:])
+    assert (printed[0], printed[2]) == (["offline"], ["online"]), (tmp_path / ".netrc").read_text()
+
+
+def test_under_an_agent_the_runs_id_is_the_agents(monkeypatch, tmp_path):
+    """resume.json holds the id that wandb took, and a log that an agent restarts under another id is sent from there on."""
+    kept = tmp_path / "wandb/resume.json"
+    for agent in ("agent001", "agent002"):
+        monkeypatch.setenv("WANDB_SWEEP_ID", "sweep001")
+        monkeypatch.setenv("WANDB_RUN_ID", agent)
+        wandb.teardown()
+        position = {"events": 1, "seconds": 0.0, "metrics.jsonl": 0, "samples.jsonl": 0}
+        after = None if agent == "agent001" else (tmp_path, position)
+        with log.RunLog(tmp_path, wandb_of("offline"), {}, enabled=True, after=after) as writer:
+            assert json.loads(kept.read_text()) == {"id": agent, "sent": 0 if after is None else 1}
+            for step in (1, 2, 3):
+                writer.metrics("train", step, 8, {"loss": 1.0})
+        (path,) = (tmp_path / "wandb").glob(f"offline-run-*-{agent}/*.wandb")
+        wandb.teardown()
+        assert [row["step"] for row in history_of(path)] == [1, 2, 3]
 
 
 def test_offline_run_is_all_there(tiny, tmp_path):

@@ -1,0 +1,210 @@
+"""rpo.data.sources: the same rows from every kind of file, pattern, directory and saved data set; mixtures by weight."""
+
+import csv
+import gzip
+import json
+from collections import Counter
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from rpo import config
+from rpo.data import dataset
+from rpo.data.formats import RowError
+from rpo.data.sources import open_sources, rows_of
+from rpo.errors import UserError
+from tests.helpers.rows import CFG, make_tokenizer
+from tests.helpers.runs import settings
+
+ROWS = [
+    {"prompt": 'a "quoted", word', "chosen": "two\nlines, of it", "rejected": "né; 7"},
+    {"prompt": "b", "chosen": " 1 ", "rejected": "tab\tand \u2028 separator"},
+    {"prompt": "c", "chosen": "[1, 2]", "rejected": "{}"},
+]
+
+
+def lines_of(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def table(path, rows, delimiter=","):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(spec):
+    return [row for _, row in rows_of(spec)]
+
+
+def test_every_kind_of_file_has_the_same_rows(tmp_path):
+    """What json, csv and pyarrow wrote is read back, packed or not, whatever the case of the ending."""
+    for name in ("a.jsonl", "a.ndjson", "a.jsonlines", "a.JSONL"):
+        (tmp_path / name).write_text(lines_of(ROWS))
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    table(tmp_path / "a.csv", ROWS)
+    table(tmp_path / "a.tsv", ROWS, delimiter="\t")
+    for path in list(tmp_path.iterdir()):
+        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    paths = sorted(map(str, tmp_path.iterdir()))
+    assert len(paths) == 15
+    for path in paths:
+        assert read(path) == ROWS, path
+
+
+def test_csv_rows_have_their_first_line_and_empty_cells_are_absent(tmp_path):
+    """A place is where an editor finds the row, newlines within quotes counted; an empty cell is a null."""
+    table(tmp_path / "a.csv", [*ROWS, {"prompt": "d", "chosen": "x", "rejected": ""}])
+    found = list(rows_of(str(tmp_path / "a.csv")))
+    text = (tmp_path / "a.csv").read_text().split("\n")
+    assert [place.rpartition(":")[2] for place, _ in found] == ["2", "4", "5", "6"]
+    assert text[4].startswith("c,") and found[3][1] == {"prompt": "d", "chosen": "x", "rejected": None}
+    (tmp_path / "bom.csv").write_bytes(b"\xef\xbb\xbfprompt,chosen\r\n\r\na,b\r\n")
+    assert list(rows_of(str(tmp_path / "bom.csv"))) == [(f"{tmp_path}/bom.csv:3", {"prompt": "a", "chosen": "b"})]
+
+
+MESSAGES = [{"role": "user", "content": "a, b"}, {"role": "assistant", "content": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"a,b\n1,2,3\n", (2, "invalid_csv", "expected 2 fields as in the header, got 3")),
+        (b"a,b\n1\n", (2, "invalid_csv", "got 1")),
+        (b'a,b\n1,"x"y\n3,4\n', (2, "invalid_csv", "double quotes")),
+        (b'a,b\n1,2\n3,"never closed\n5,6\n', (3, "invalid_csv", "unexpected end of data")),
+        (b"a,b\n1,\xe9\n", (2, "invalid_utf8", "field b")),
+        (b"a,b\n1,\"[{'role': 'user', 'content': 'x'}]\"\n", (2, "wrong_type", "messages as a JSON list")),
+    ],
+)
+def test_a_bad_csv_row_is_named(body, expected, tmp_path):
+    """Too many or few fields, stray quotes, another encoding, a list in Python's notation: never another row silently."""
+    (tmp_path / "a.csv").write_bytes(body)
+    bad = [(place, row) for place, row in rows_of(str(tmp_path / "a.csv")) if isinstance(row, RowError)]
+    line, kind, words = expected
+    assert [(int(place.rpartition(":")[2]), row.kind) for place, row in bad] == [(line, kind)]
+    assert words in str(bad[0][1])
+
+
+def test_csv_cells_with_messages_are_read_as_messages(tmp_path):
+    """A JSON list of messages in a cell is that list; any other text, JSON too, is a text."""
+    row = {"chosen": json.dumps(MESSAGES), "rejected": '[{"answer": 7}]'}
+    table(tmp_path / "a.csv", [row])
+    assert read(str(tmp_path / "a.csv")) == [{"chosen": MESSAGES, "rejected": row["rejected"]}]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [(b"prompt;chosen;rejected\na;b;c\n", "with a comma between them"), (b"a,b,a\n1,2,3\n", "header has 'a' twice")],
+)
+def test_a_csv_that_cannot_be_rows_is_refused(body, message, tmp_path):
+    (tmp_path / "a.csv").write_bytes(body)
+    with pytest.raises(UserError, match=message):
+        read(str(tmp_path / "a.csv"))
+
+
+def test_patterns_and_directories(tmp_path, monkeypatch):
+    """Files in the order of their names, each under its own; hidden files and README.md aside, nothing is left out silently."""
+    for name in ("part/b.jsonl", "part/a.jsonl", "part/deep/c.jsonl.gz", "part/README.md", "part/.git/x.jsonl"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = lines_of([{"name": name}]).encode()
+        path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    part = tmp_path / "part"
+
+    def names(spec):
+        found = open_sources(spec, None)
+        assert all(next(source.rows())[1]["name"] == source.name[len(str(tmp_path)) + 1 :] for source in found)
+        return [source.name.removeprefix(f"{part}/") for source in found]
+
+    assert names(f"{part}/*.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert names(f"{part}/?.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert names(f"{part}/**/*.jsonl*") == ["a.jsonl", "b.jsonl", "deep/c.jsonl.gz"]
+    assert names(str(part)) == ["a.jsonl", "b.jsonl", "deep/c.jsonl.gz"]
+    monkeypatch.chdir(tmp_path)
+    cfg = settings("model.path=M", "data.train=[part/*.jsonl,{path: part, weight: 2}]", "data.eval=part:train")
+    assert cfg.data.train == [f"{part}/*.jsonl", {"path": str(part), "weight": 2}]  # from any folder
+    assert cfg.data.eval == f"{part}:train"
+    (part / "empty").mkdir()
+    for spec, message in (("part/*.csv", "no such file"), ("part/empty", "no data file")):
+        with pytest.raises(UserError, match=message):
+            open_sources(str(tmp_path / spec), None)
+    (part / "more.jsonl.zst").touch()
+    with pytest.raises(UserError, match=r"more.jsonl.zst: not a .*pattern such as"):
+        open_sources(str(part), None)
+    (part / "more.jsonl.zst").unlink()
+    (part / "train.jsonl").touch()
+    (part / "test-0.jsonl").touch()
+    with pytest.raises(UserError, match=r"several splits \(test, train\); write .*/part:train"):
+        open_sources(str(part), None)
+
+
+def test_saved_data_sets(tmp_path):
+    """What save_to_disk wrote, alone or as a split, has its rows; changed files change the digest."""
+    saved = datasets.Dataset.from_list(ROWS)
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=saved, test=saved.select([1])).save_to_disk(tmp_path / "two")
+    assert read(str(tmp_path / "one")) == read(f"{tmp_path}/two:train") == ROWS
+    assert read(f"{tmp_path}/two:test") == ROWS[1:2]
+    with pytest.raises(UserError, match=r"two: holds several splits; write .*/two:train"):
+        read(str(tmp_path / "two"))
+    with pytest.raises(UserError, match=r"two:dev: no such split; it has test, train"):
+        read(f"{tmp_path}/two:dev")
+    digest = [open_sources(str(tmp_path / "one"), None)[0].digest for _ in range(2)]
+    assert digest[0] == digest[1]
+    (arrow,) = (tmp_path / "one").glob("*.arrow")
+    other = datasets.Dataset.from_list(ROWS[::-1])
+    other.save_to_disk(tmp_path / "other")
+    arrow.write_bytes(next((tmp_path / "other").glob("*.arrow")).read_bytes())
+    assert open_sources(str(tmp_path / "one"), None)[0].digest != digest[0]
+
+
+@pytest.mark.parametrize(("weight", "each"), [(2, [2] * 6), (0.5, [0, 1] * 3), (1.5, [1, 2] * 3), (0.1, None)])
+def test_a_mixture_has_rows_by_weight(weight, each, tmp_path):
+    """An epoch has each row of a part as often as its weight says, of a fraction evenly spread; tokens are shared."""
+    words = "ba be bi bo bu da".split()
+    (tmp_path / "a.jsonl").write_text(lines_of([{"prompt": "ga", "chosen": w, "rejected": "gu"} for w in words]))
+    (tmp_path / "b.jsonl").write_text(lines_of([{"prompt": "go", "chosen": w, "rejected": "gu"} for w in words]))
+    tokenizer = make_tokenizer()
+
+    def load(spec):
+        return dataset.load(spec, CFG, tokenizer, pairs=True, cache_dir=tmp_path / "cache")
+
+    plain, _ = load([f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"])
+    spec = [{"path": f"{tmp_path}/a.jsonl", "weight": weight}, f"{tmp_path}/b.jsonl"]
+    if each is None:
+        with pytest.raises(UserError, match="a.jsonl: weight=0.1 of 6 rows leaves none; raise it"):
+            load(spec)
+        return
+    rows, report = load(spec)
+    counts = Counter(map(rows.where, range(len(rows))))
+    assert [counts[f"{tmp_path}/a.jsonl:{i}"] for i in range(1, 7)] == each
+    assert [counts[f"{tmp_path}/b.jsonl:{i}"] for i in range(1, 7)] == [1] * 6
+    places = [plain.where(i) for i in range(len(plain))]
+    for i in range(len(rows)):
+        same = plain.row(places.index(rows.where(i)))
+        assert all(np.array_equal(a, b) for a, b in zip(rows.row(i), same, strict=True))
+    assert (report["rows"], report["read"], report["weights"]) == (6 + sum(each), 12, [weight, 1])
+    assert report["tokens"] == len(rows.ids) and len(list((tmp_path / "cache/tokens").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "part", ["{path: a, weight: 0}", "{path: a, weight: x}", "{file: a, weight: 1}", "{weight: 2}"]
+)
+def test_a_part_that_is_none_is_refused(part):
+    with pytest.raises(UserError, match=r"^data.train=.*expected a file, a list of files or of {path: FILE, weight: "):
+        settings("model.path=M", "data.eval=null", f"data.train=[{part},b]")
+    with pytest.raises(UserError, match=r"^data.eval=.*expected .*a file, a list of files, or NAME:SPLIT"):
+        settings("model.path=M", "data.train=b", f"data.eval=[{part},b]")
+
+
+def test_a_weighted_run_is_in_its_config(tmp_path):
+    """config.yaml says the mixture, and reads back as it."""
+    cfg = settings("model.path=M", "data.eval=null", "data.train=[{path: A, weight: 2},B]")
+    (tmp_path / "config.yaml").write_text(config.to_yaml(cfg))
+    assert config.read_yaml(tmp_path / "config.yaml")["data"]["train"] == [{"path": "A", "weight": 2}, "B"]

@@ -1,0 +1,63 @@
+"""rpo.runs.process: what a signal does to a job, to what the job started, and to the sweep around it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rpo.runs.process import Interrupt
+from tests.helpers.runs import ROOT, script_env
+
+JOB = """
+import subprocess, sys
+from rpo.runs import process
+def job():
+    subprocess.run([sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"])
+sys.exit(process.outcome(job)[0])
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_what_a_job_started_ends_with_it(signum, tmp_path):
+    """A signal to a job alone, while another process works for it (the embedded task's builder): neither is left, quietly."""
+    job = subprocess.Popen(
+        [sys.executable, "-c", JOB],
+        env=script_env(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    child = int(job.stdout.readline())
+    job.send_signal(signum)
+    assert job.wait(20) == 128 + signum
+    assert job.stderr.read() == "interrupted; what was saved is kept\n"
+    for _ in range(200):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the job's own process runs on")
+
+
+def test_one_interrupt_within_another_passes_on():
+    """What comes while the inner defers reaches the outer; what came before it, and the handlers, are as they were."""
+    before = [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)]
+    with Interrupt() as sweep:
+        sweep.defer()
+        with Interrupt() as cell:
+            cell.defer()
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGUSR1)
+            assert (cell.received, sweep.received) == (signal.SIGTERM, 0)
+        assert sweep.received == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt) as caught, Interrupt():
+            signal.raise_signal(signal.SIGHUP)
+        assert caught.value.args == (signal.SIGHUP,) and sweep.received == signal.SIGTERM
+        signal.raise_signal(signal.SIGUSR1)  # is deferred again
+    assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)] == before
+    assert Interrupt.innermost is None

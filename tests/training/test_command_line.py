@@ -1,0 +1,86 @@
+"""Overrides that Hydra would misread: the error's own advice, typed into a shell, reads back as what was meant."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rpo.errors import UserError
+from rpo.text import in_quotes
+from rpo.training import command_line
+from tests.helpers.runs import ROOT, command, script_env, settings
+
+
+def value_of(text):
+    return OverridesParser.create().parse_override(text).value()
+
+
+def advice(*overrides, multirun=False):
+    """The override that the error says to write, as a shell would hand it on."""
+    with pytest.raises(UserError) as caught:
+        command_line.check(overrides, multirun=multirun)
+    message = str(caught.value)
+    assert "\n" not in message and message.startswith(f"{overrides[-1]}: "), message
+    (word,) = shlex.split(message.rpartition("write ")[2])
+    return word
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["/a/b=c.jsonl", "a,b.jsonl", "/a/(1).jsonl", "/a/#1.jsonl", "/données/x.jsonl", "/a/it's.jsonl", "/a/{x}", "a!b",
+     '/a/6".jsonl', "/a=b, c/d.jsonl", "/a/x;y&z", "C:\\a,b\\"],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["data.train", "model.path", "run_dir", "+model.architecture.x"])
+def test_the_advice_reads_back(key, value):
+    """For =, commas, brackets, quotes, letters beyond ASCII: what the error says to write is the value that was typed."""
+    word = advice(f"{key}={value}")
+    assert word.partition("=")[0] == key and value_of(word) == value
+    command_line.check([word], multirun=False)
+
+
+def test_advice_for_lists_spaces_and_sweeps(tmp_path):
+    """Elements of a list are quoted one by one; a value that the shell split is joined; a file is not swept over."""
+    assert value_of(advice("data.train=[/a/b=c.jsonl,/d/e.jsonl]")) == ["/a/b=c.jsonl", "/d/e.jsonl"]
+    with pytest.raises(UserError, match=r"write 'data.train=\"/my data/a.jsonl\"'"):
+        command_line.check(["loss=dpo", "data.train=/my", "data/a.jsonl"], multirun=False)
+    with pytest.raises(UserError, match=r"^loss.beta=0.1,0.2: several values make a sweep: add -m"):
+        command_line.check(["loss.beta=0.1,0.2"], multirun=False)
+    (tmp_path / "a,b.jsonl").touch()
+    assert value_of(advice(f"data.train={tmp_path}/a,b.jsonl", multirun=True)) == f"{tmp_path}/a,b.jsonl"
+    command_line.check(
+        ["loss.beta=0.1,0.2", "data.train=[a,b]", "~optim", "data.train=/my data/a.jsonl"], multirun=True
+    )
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=12))
+def test_in_quotes_reads_back(text):
+    """Any text, backslashes and quotes too, comes back from Hydra's quoted form."""
+    assert value_of(f"key={in_quotes(text)}") == text or "${" in text
+
+
+@pytest.mark.parametrize(("key", "value"), [("run_dir", "2024"), ("wandb.group", "1.5"), ("model.revision", "1e3")])
+def test_digits_where_a_text_is_expected(key, value):
+    """The error says how to write a folder or name that looks like a number, and that is accepted."""
+    with pytest.raises(UserError) as caught:
+        settings(f"{key}={value}")
+    (word,) = shlex.split(re.search("quotes within quotes: (.*)$", str(caught.value))[1])
+    group, _, name = key.rpartition(".")
+    cfg = settings(word)
+    assert float(getattr(getattr(cfg, group) if group else cfg, name)) == float(value)
+
+
+def test_scripts_say_it(tmp_path):
+    """train.py, eval.py and the memory estimate: exit code 2, one line on stderr."""
+    commands = [command(script, "data.eval=/a/b=c.jsonl") for script in ("train.py", "eval.py")]
+    commands += [[sys.executable, "-m", "rpo.training.memory", "data.eval=/a/b=c.jsonl", "gpus=1", "gib=80"]]
+    for args in commands:
+        done = subprocess.run(args, env=script_env(), cwd=tmp_path, capture_output=True, text=True)
+        line = "error: data.eval=/a/b=c.jsonl: special characters need quotes within quotes: write "
+        assert (done.returncode, done.stderr) == (2, line + "'data.eval=\"/a/b=c.jsonl\"'\n"), done.stderr
+    assert os.listdir(tmp_path) == [] and ROOT.is_dir()
