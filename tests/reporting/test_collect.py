@@ -173,4 +173,4 @@ def test_damaged_results_are_one_line_or_a_page(base, tmp_path):
             page = sections.layout(report, "t", ["x"], 5, {})
             html = render.html(page | {"figure": None, "charts": []})  # drawing takes longest
             assert "<h2>Verdicts in words" in html
-    assert 3 < refused < 22
+    assert 0 < refused < 25

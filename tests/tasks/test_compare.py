@@ -79,7 +79,7 @@ def test_two_models_against_plain_arithmetic(tmp_path):
         "n_second": 0,
         "p": pytest.approx(p),
         "p_holm": pytest.approx(p),
-        "detectable": pytest.approx((2.2621571628 + 0.8834038597) * se),
+        "detectable": pytest.approx(3.1496356783 * se),  # P(t of 9 df and this noncentrality > 2.2621571628) = .8
         "needed": 26,
     }
     sigma = se * math.sqrt(10)  # of 25 and 24 degrees of freedom, the .975 and .8-quantiles
