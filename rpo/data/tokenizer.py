@@ -137,7 +137,7 @@ def facts_of(tokenizer: PreTrainedTokenizerBase) -> Facts:
     bos = tokenizer.bos_token_id
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     own, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-    border = next((i for i in range(len(own)) if own[i : i + len(bare)] == bare), 0)
+    border = next((i for i in range(len(own)) if own[i : i + len(bare)] == bare), 0) if bare else own[:1] == [bos]
     eos = tokenizer.eos_token_id
     special = (special | set(tokenizer.all_special_ids)) - ({tokenizer.unk_token_id} - {eos})  # GPT-2: one token
     return Facts(

@@ -223,9 +223,9 @@ def _check_router(lm: PreTrainedModel, where: str) -> None:
 
     One line where the config has a coefficient and does not ask: as in transformers and TRL, training is without it.
     """
-    config = lm.config.get_text_config()
-    coefficient = next((c for name in _ROUTER_LOSSES if (c := getattr(config, name, None))), 0)
-    if getattr(config, "output_router_logits", False):
+    configs = (lm.config.get_text_config(), lm.config)
+    coefficient = next((c for config in configs for name in _ROUTER_LOSSES if (c := getattr(config, name, None))), 0)
+    if any(getattr(config, "output_router_logits", False) for config in configs):
         raise UserError(
             f"{where}: its config asks for the router's balancing loss (output_router_logits=true, coefficient {coefficient}), "
             "which is not part of the objective here; set output_router_logits to false in its config.json to train without"
@@ -237,7 +237,9 @@ def _check_router(lm: PreTrainedModel, where: str) -> None:
         )
 
 
-_NO_WEIGHTS = re.compile(r"(inv_freq|(masked_)?bias|position_ids)$")  # buffers of old files, which classes make anew
+_NO_WEIGHTS = re.compile(
+    r"(inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$"
+)  # buffers of old files, which classes make anew
 
 
 def _check_saveable(lm: PreTrainedModel, unexpected: list[str], where: str) -> None:

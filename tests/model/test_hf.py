@@ -374,6 +374,10 @@ def test_weights_that_would_be_lost_are_refused_before_training(tmp_path):
     inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     save_file(weights | inv_freq, file, metadata={"format": "pt"})
     lm = hf.load(str(tmp_path), None, torch.float32, saved=True)
+    for lost in ("model.layers.0.self_attn.q_proj.bias", "lm_head.bias"):  # of another class
+        save_file(weights | {lost: torch.ones(4)}, file, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=f"does not load {lost} "):
+            hf.load(str(tmp_path), None, torch.float32, saved=True)
     save_file(weights | {"v_head.weight": torch.ones(4)}, file, metadata={"format": "pt"})
     hf.load(str(tmp_path), None, torch.float32)  # to score with, it is as good as any
     with pytest.raises(UserError, match="does not load v_head.weight .* lost from model/"):
