@@ -10,6 +10,7 @@ import hashlib
 import json
 import tempfile
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -214,7 +215,7 @@ def close(ids: list[int], tok: Facts, closing: str | None) -> list[int]:
     Of the first, which follow each other: Phi-3 closes with <|end|> newline <|endoftext|>. EOS is appended where the closing
     has none. Where `ids` do not end with it, the first special token of their trailing run of special and blank ones counts.
     """
-    tail = [] if closing is None else tokenize(tok.tokenizer, [closing])[0]
+    tail = () if closing is None else _tail(tok.tokenizer, closing)
     first = next((i for i, id in enumerate(tail) if id in tok.added), None)
     if closing is not None and first is None:
         end = len(ids)
@@ -235,6 +236,11 @@ def close(ids: list[int], tok: Facts, closing: str | None) -> list[int]:
         elif not _is_blank(ids[i], tok):
             break
     return ids[:once]
+
+
+@lru_cache(maxsize=8)
+def _tail(tokenizer: PreTrainedTokenizerBase, closing: str) -> list[int]:
+    return tokenize(tokenizer, [closing])[0]
 
 
 def _is_blank(id: int, tok: Facts) -> bool:

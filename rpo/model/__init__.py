@@ -2,8 +2,8 @@
 
 In reading order:
     hf           configs checked, weights loaded, built and saved
-    policy       the FSDP root: hidden states, log-probs, pairs under policy and reference
-    logprobs     log-probs of given tokens in tiles, and the naive form that specifies them
+    policy       the FSDP root; pairs scored under policy and reference
+    logprobs     log-probs of given tokens in tiles, and their sum over a response; the naive form that specifies them
     attention    attention over packed rows
     probe        what is verified at load, and the noise floor
     shard        mesh, activation checkpointing, compile, FSDP2

@@ -297,5 +297,5 @@ def _says_better(sentence: str) -> bool:
 
 def asides(report: Report) -> list[str]:
     """What judges prefer, to stand below the headline."""
-    lines = [line for each in report.evaluations if each.task in _ITEMS for line in of_evaluation(each)[:1]]
+    lines = [line for each in report.evaluations for line in of_evaluation(each)[:1]]
     return [line for line in lines if "prefer" in line and line != headline(report)][:2]

@@ -20,6 +20,14 @@ sys.exit(process.outcome(job)[0])
 """
 
 
+@pytest.fixture(autouse=True)
+def as_in_a_terminal():
+    """Where the suite runs under nohup its SIGHUP is ignored, and a job's then is on purpose."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_what_a_job_started_ends_with_it(signum, tmp_path):
     """A signal to a job alone, while another process works for it (the embedded task's builder): neither is left, quietly."""
