@@ -68,6 +68,10 @@ def render(
     given = {**chat.kwargs, **(kwargs or {})}
     if own := sorted(set(given) & _LIBRARY_ARGUMENTS):
         raise RowError("wrong_type", f"chat_template_kwargs: {own[0]} is not the template's to read; remove it")
+    if given and (read := _variables(template)) is not None and (unread := sorted(set(given) - read - {"documents"})):
+        raise RowError(
+            "not_rendered", f"chat_template_kwargs: the template reads no {unread[0]}; remove it, or fix its name"
+        )
     try:
         return tokenizer.apply_chat_template(
             messages,
@@ -89,13 +93,44 @@ _LIBRARY_ARGUMENTS = frozenset(
 )
 
 
-def alike(tokenizer: PreTrainedTokenizerBase, chat: Chat, one: Messages, other: Messages) -> bool:
+def alike(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: Chat,
+    one: Messages,
+    other: Messages,
+    tools: list | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> bool:
     """Whether the chat template renders two beginnings of a conversation as one text."""
+    for more in ([], [{"role": "user", "content": "a"}]):  # some refuse a system message alone
+        try:
+            a, b = (
+                render(tokenizer, messages + more, chat, prompt=False, tools=tools, kwargs=kwargs)
+                for messages in (one, other)
+            )
+        except RowError:
+            continue
+        return a == b
+    return False
+
+
+def unnamed(tools: list | None, text: str) -> str | None:
+    """The name of a tool that is not in the rendered text, if any."""
+    own = [tool.get("function", tool) if isinstance(tool, dict) else {} for tool in tools or ()]
+    names = [tool["name"] for tool in own if isinstance(tool, dict) and isinstance(tool.get("name"), str)]
+    return next((name for name in names if not _is_in(name, text)), None)
+
+
+@lru_cache
+def _variables(template: str) -> frozenset[str] | None:
+    """The names that a template reads; None where jinja2 alone cannot tell."""
+    import jinja2.meta
+
     try:
-        a, b = (render(tokenizer, messages, chat, prompt=False) for messages in (one, other))
-    except RowError:
-        return False
-    return a == b
+        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        return frozenset(jinja2.meta.find_undeclared_variables(parsed))
+    except jinja2.TemplateError:
+        return None
 
 
 def closing(tokenizer: PreTrainedTokenizerBase, chat: Chat, example: Example | None = None) -> str | None:
@@ -104,30 +139,56 @@ def closing(tokenizer: PreTrainedTokenizerBase, chat: Chat, example: Example | N
     Of `example`'s chosen response, else of a plain exchange. None where the text is not rendered, or refused.
     """
     example = example or Example([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}], None)
-    messages, both = [*example.prompt, *example.chosen], []
-    try:
-        for text in ("x", "y"):
-            last = messages[-1] | {"content": text}
-            more = {"tools": example.tools, "kwargs": example.template_kwargs}
-            both.append(render(tokenizer, [*messages[:-1], last], chat, prompt=False, **more))
-    except UserError:
-        return None
-    return os.path.commonprefix([text[::-1] for text in both])[::-1] if both[0] != both[1] else None
+    *before, last = [*example.prompt, *example.chosen]
+    more = {"tools": example.tools, "kwargs": example.template_kwargs}
+    for one, other in zip(_varied(last, "x"), _varied(last, "y"), strict=True):
+        try:
+            both = [render(tokenizer, [*before, message], chat, prompt=False, **more)[::-1] for message in (one, other)]
+        except UserError:
+            continue
+        if both[0] != both[1]:
+            return os.path.commonprefix(both)[::-1]
+    return None
+
+
+def _varied(message: dict[str, Any], text: str) -> list[dict[str, Any]]:
+    """The message with other arguments of its last call, and with another content."""
+    varied = [message | {"content": text}]
+    calls = message.get("tool_calls")
+    if calls and isinstance(calls[-1], dict):
+        last, own = calls[-1], calls[-1].get("function", calls[-1])
+        new = own | {"arguments": json.dumps({text: text}) if isinstance(own.get("arguments"), str) else {text: text}}
+        varied.insert(
+            0, message | {"tool_calls": [*calls[:-1], last | ({"function": new} if "function" in last else new)]}
+        )
+    return varied
 
 
 def left_out(messages: Messages, text: str) -> str | None:
     """A part of the messages that is not in their rendered `text`, white space aside; None if all is there."""
-    fields = ("content", "reasoning_content", "reasoning", "thinking")
     for message in messages:
-        for part in (message[field] for field in fields if isinstance(message.get(field), str)):
+        said = [message.get(field) for field in _SAID]
+        for part in sorted((part for part in said if isinstance(part, str)), key=len, reverse=True):
             if not _is_in(part, text):
                 return part
-        for call in message.get("tool_calls") or ():
-            call = call.get("function", call) if isinstance(call, dict) else call
-            said = [call.get("name"), call.get("arguments")] if isinstance(call, dict) else call
-            if (part := _lost_of(said, text)) is not None:
-                return part
+            text = text.replace(part, "", 1)  # or one place would vouch for two parts
+        calls = [
+            call.get("function", call) if isinstance(call, dict) else call for call in message.get("tool_calls") or ()
+        ]
+        calls += [message[field] for field in _CALLED if message.get(field)]
+        said = [
+            [call.get("name"), call.get("arguments")] if isinstance(call, dict) and "name" in call else call
+            for call in calls
+        ]
+        if (
+            lost := _lost_of(said + [message[field] for field in _SAID if isinstance(message.get(field), list)], text)
+        ) is not None:
+            return lost
     return None
+
+
+_SAID = ("content", "reasoning_content", "reasoning", "reasoning_details", "thinking", "thoughts", "tool_plan")
+_CALLED = ("function_call",)
 
 
 def _is_in(part: str, text: str) -> bool:
@@ -145,5 +206,7 @@ def _lost_of(value: Any, text: str) -> str | None:
         except (ValueError, RecursionError):
             return value
         return _lost_of(value, text) if isinstance(value, dict | list) else str(value)
+    if isinstance(value, bool | int | float):
+        return None if any(form in text for form in (json.dumps(value), str(value))) else json.dumps(value)
     parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
     return next((lost for part in parts if (lost := _lost_of(part, text)) is not None), None)

@@ -7,6 +7,7 @@ A null says that a field is absent, at every depth: parquet and Arrow write one 
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from rpo.errors import UserError
@@ -107,18 +108,37 @@ def _messages(row: dict, field: str) -> Messages:
 
 
 _SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
+_SHAREGPT |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+_SHAREGPT |= {role: role for role in ("system", "user", "assistant", "tool")}
 
 
 def _message(message: Any, name: str, which: str, expected: str) -> dict[str, Any]:
     """A message with a role and, as text, its content: parts of text joined, ShareGPT's names replaced."""
-    if isinstance(message, dict) and {"from", "value"} <= set(message) and "role" not in message:
+    if (
+        isinstance(message, dict)
+        and isinstance(message.get("from"), str)
+        and "value" in message
+        and "role" not in message
+    ):
         own = {key: part for key, part in message.items() if key not in ("from", "value")}
-        message = own | {"role": _SHAREGPT.get(message["from"], message["from"]), "content": message["value"]}
+        role = _SHAREGPT.get(message["from"].lower())
+        if role is None:
+            raise bad_row(
+                name, "from human, gpt, system or observation", f"{message['from'][:40]!r} in {which}", "wrong_roles"
+            )
+        message = own | {"role": role, "content": message["value"]}
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise bad_row(name, expected, f"{which} without a role")
     content, calls = message.get("content"), message.get("tool_calls")
+    if seen := next((field for field in _NOT_TEXT if message.get(field)), None):
+        raise bad_row(name, "messages of text alone", f"{seen} in {which}", kind="not_text")
     if isinstance(content, list):
-        if other := [part for part in content if not isinstance(part, dict) or not isinstance(part.get("text"), str)]:
+        texts = (None, "text", "input_text", "output_text")
+        if other := [
+            part
+            for part in content
+            if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type") not in texts
+        ]:
             what = other[0].get("type") if isinstance(other[0], dict) else type_name(other[0])
             raise bad_row(name, expected, f"{which} with a part that is no text ({what})", kind="not_text")
         content = "".join(part["text"] for part in content)
@@ -250,7 +270,7 @@ def _with_columns(row: _Fields, example: Example) -> Example:
     return example._replace(prompt=prompt, tools=tools, template_kwargs=kwargs, unread=frozenset(set(row) - row.read))
 
 
-def parse(row: Any, pairs: bool, alike: Callable[[Messages, Messages], bool] = lambda *_: False) -> Example:
+def parse(row: Any, pairs: bool, alike: Callable[..., bool] = lambda *_, **__: False) -> Example:
     """The row as an `Example`.
 
     With `pairs` a row has `chosen` and `rejected`; without, `rejected` is ignored, and the supervised forms
@@ -258,7 +278,8 @@ def parse(row: Any, pairs: bool, alike: Callable[[Messages, Messages], bool] = l
     beginnings of a conversation that are not equal are rendered alike. Raises RowError, `row` itself where it is one.
     """
     fields = _fields(row)
-    return _with_columns(fields, _of_form(fields, pairs, alike))
+    more = {"tools": _json(fields, "tools", list), "kwargs": _json(fields, "chat_template_kwargs", dict)}
+    return _with_columns(fields, _of_form(fields, pairs, partial(alike, **more)))
 
 
 def _of_form(row: _Fields, pairs: bool, alike: Callable[[Messages, Messages], bool]) -> Example:
@@ -276,6 +297,11 @@ def _of_form(row: _Fields, pairs: bool, alike: Callable[[Messages, Messages], bo
         return Example(asked, _response(row, "chosen"), _response(row, "rejected") if pairs else None)
     if any(isinstance(row[field], list) for field in fields):  # UltraFeedback repeats its prompt as a string
         chosen = _messages(row, "chosen")
+        if isinstance(prompt, str) and chosen[0]["role"] == "assistant":
+            asked = [{"role": "user", "content": prompt}]
+            return Example(asked, _check_response(chosen, "chosen"), _response(row, "rejected") if pairs else None)
+        if isinstance(prompt, str) and prompt.strip() not in [(m["content"] or "").strip() for m in chosen]:
+            row.read.discard("prompt")  # it says something else, and is not used
         return _split_shared(chosen, _messages(row, "rejected"), alike) if pairs else _split_last(chosen, "chosen")
     if prompt is None and isinstance(row["chosen"], str) and row["chosen"].lstrip().startswith("Human:"):
         return _transcripts(row, pairs)

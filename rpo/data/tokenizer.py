@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rpo.data.chat import Chat, closing, left_out, render
+from rpo.data.chat import Chat, closing, left_out, render, unnamed
 from rpo.data.formats import Example, Messages, RowError
 from rpo.errors import UserError
 from rpo.text import one_line
@@ -161,8 +161,14 @@ def with_bos(ids: list[int], tok: Facts) -> list[int]:
 
 
 def with_eos(ids: list[int], tok: Facts) -> list[int]:
-    """The ids with one EOS at their end."""
-    return ids if ids[-1:] == [tok.eos] else [*ids, tok.eos]
+    """The ids with one EOS at their end, in place of a run of them and blank tokens."""
+    end = None
+    for i in range(len(ids) - 1, -1, -1):
+        if ids[i] == tok.eos:
+            end = i
+        elif not _is_blank(ids[i], tok):
+            break
+    return [*ids, tok.eos] if end is None else ids[: end + 1]
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, chat: Chat) -> list[int]:
@@ -210,20 +216,20 @@ def unknown_share(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) 
 
 
 def close(ids: list[int], tok: Facts, closing: str | None) -> list[int]:
-    """The response up to its end-of-turn, which is there once: the last of the first added tokens in the template's `closing`.
+    """The response up to its end-of-turn, which is there once: the first token in the template's `closing` that ends turns.
 
-    Of the first, which follow each other: Phi-3 closes with <|end|> newline <|endoftext|>. EOS is appended where the closing
-    has none. Where `ids` do not end with it, the first special token of their trailing run of special and blank ones counts.
+    These are EOS and what follows a user's text, else any added token; those that follow it directly belong to it, no other:
+    Phi-3 closes with <|end|> newline <|endoftext|>. EOS is appended where the closing has none. Where `ids` do not end with
+    it, the first special token of their trailing run of special and blank ones counts.
     """
     tail = () if closing is None else _tail(tok.tokenizer, closing)
-    first = next((i for i, id in enumerate(tail) if id in tok.added), None)
-    if closing is not None and first is None:
-        end = len(ids)
-        while end and ids[end - 1] != tok.eos and _is_blank(ids[end - 1], tok):
-            end -= 1
-        return ids[:end] if ids[:end][-1:] == [tok.eos] else [*ids, tok.eos]
-    if first is not None and ids[first - len(tail) :] == tail[first:]:
-        run = next((i for i, id in enumerate(tail[first:]) if id not in tok.added), len(tail) - first)
+    added = next((i for i, id in enumerate(tail) if id in tok.added), None)
+    if closing is not None and added is None:
+        return with_eos(ids, tok)
+    if added is not None and ids[added - len(tail) :] == tail[added:]:
+        enders = _enders(tok.tokenizer) & {*tail} or tok.added
+        first = next(i for i, id in enumerate(tail) if id in enders)
+        run = next((i for i, id in enumerate(tail[first:]) if id not in enders), len(tail) - first)
         end = len(ids) - len(tail) + first + run
     else:
         end = _first_of_run(ids, tok)
@@ -236,6 +242,14 @@ def close(ids: list[int], tok: Facts, closing: str | None) -> list[int]:
         elif not _is_blank(ids[i], tok):
             break
     return ids[:once]
+
+
+@lru_cache(maxsize=8)
+def _enders(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """EOS, and the first added token that the template puts after a user's text."""
+    tok, asked = facts_of(tokenizer), Example([], [{"role": "user", "content": ""}], None)
+    after = _tail(tokenizer, closing(tokenizer, Chat("2024-01-01", {}), asked) or "")
+    return frozenset([tok.eos, *[id for id in after if id in tok.added][:1]])
 
 
 @lru_cache(maxsize=8)
@@ -279,6 +293,9 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, example: Example, chat: Chat) -
     if isinstance(example.prompt, list):
         more = {"tools": example.tools, "kwargs": example.template_kwargs}
         texts = [render(tokenizer, example.prompt, chat, prompt=True, **more)]
+        if lost := unnamed(example.tools, texts[0]):
+            why = f"the chat template does not print the tool {lost!r}"
+            raise RowError("not_rendered", f"field tools: {why}; give a data.chat_template that does")
         for field, side in responses.items():
             text = render(tokenizer, example.prompt + side, chat, prompt=False, **more)
             if part := left_out(side, text.removeprefix(texts[0])):

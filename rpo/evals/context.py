@@ -190,7 +190,7 @@ class Context:
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """model.tokenizer, or the first model's. Raises UserError where another model's contradicts it."""
         tokenizer = tokenizer_of(self.cfg, self.paths[0])
-        for path in self.paths[1:]:
+        for path in self.paths[1:] if self.cfg.model.tokenizer is None else self.paths:
             self._check_vocabulary(tokenizer, path, "model.path", self.cfg.model.revision)
         return tokenizer
 
@@ -199,8 +199,7 @@ class Context:
     ) -> None:
         from rpo.data.tokenizer import check_vocabulary
 
-        if self.cfg.model.tokenizer is None:
-            check_vocabulary(tokenizer, path, revision, key=key, trust=self.cfg.model.trust_remote_code)
+        check_vocabulary(tokenizer, path, revision, key=key, trust=self.cfg.model.trust_remote_code)
 
     @cached_property
     def positions(self) -> int:

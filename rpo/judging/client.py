@@ -306,9 +306,9 @@ def _refused(response: Any) -> set[str]:
     """The parts of its request that a server's error says it does not take, whatever the status."""
     if response.status_code < 400 and '"choices"' in response.text:
         return set()
-    reason, body = _message(response).lower(), json.loads(response.request.content)
+    reason, body = _message(response).lower(), json.loads(response.request.content or "{}")  # empty after a redirect
     sent = {name for name in _REFUSALS if name in body}
-    sent |= {"system"} if any(message["role"] == "system" for message in body["messages"]) else set()
+    sent |= {"system"} if any(message["role"] == "system" for message in body.get("messages", ())) else set()
     named = {name for name in sent if _REFUSALS[name].search(reason)}
     if _TOO_LONG.search(reason):
         named -= {"max_tokens", "system"}
@@ -371,6 +371,8 @@ def _first_token(choice: dict) -> dict[str, float] | None:
             token, logprob = entry["token"], entry["logprob"]
             if isinstance(token, str) and type(logprob) in (int, float) and math.isfinite(logprob):
                 logprobs.setdefault(token, set()).add(float(logprob))  # a token that is listed twice counts once
+    if any(one > 1e-3 for each in logprobs.values() for one in each):  # probabilities, or percents: no log-probs
+        return None
     return {token: log_sum(each) for token, each in logprobs.items()} or None
 
 

@@ -71,10 +71,34 @@ def _plain(text: str) -> str:
     return re.sub(r"\\{1,4}(?=[\[\]])", "", spoken(text))
 
 
+_ENDED = {
+    "stop",
+    "eos",
+    "eos_token",
+    "end_turn",
+    "end_of_turn",
+    "stop_sequence",
+    "complete",
+    "completed",
+    "tool_calls",
+    "",
+}
+
+
 def pair_letter(text: str) -> str | None:
-    """A, B or C by the last [[A]], [[B]], [[C]] or [[Tie]] of the reply (earlier ones may quote the instructions), or None."""
-    letter = next(reversed(_LETTER.findall(_plain(text))), None)
-    return letter and {"TIE": "C", "DRAW": "C"}.get(letter.upper(), letter.upper())
+    """A, B or C by the last sentence with [[A]], [[B]], [[C]] or [[Tie]]; None without one, or where it has several.
+
+    The last, because earlier ones may quote the instructions; several ("[[A]] is better than [[B]]") are not guessed at.
+    """
+    sentences = [found for part in re.split(r"[.;:!?\n]", _plain(text)) if (found := _LETTER.findall(part))]
+    last = sentences[-1] if sentences else ()
+    letters = {{"TIE": "C", "DRAW": "C"}.get(letter.upper(), letter.upper()) for letter in last}
+    return letters.pop() if len(letters) == 1 else None
+
+
+def is_cut(finish_reason: str | None) -> bool:
+    """Whether a server's reason says that the reply was ended before its end, by whatever name."""
+    return finish_reason is not None and finish_reason.lower() not in _ENDED
 
 
 def rating(text: str) -> float | None:
@@ -164,7 +188,7 @@ def first_score(form: str, reply: Mapping[str, Any], min_mass: float = 0.5) -> t
         return None, reply["error"]
     if form == "logprobs":
         return letter_score(reply["top_logprobs"], min_mass=min_mass)
-    if reply["finish_reason"] == "length":  # a letter before the cut may not be the verdict
+    if is_cut(reply["finish_reason"]):  # a letter before the cut may not be the verdict
         return None, CUT
     letter = pair_letter(reply["text"])
     if letter is None:

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def check(
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     folder = os.path.expanduser(path)
-    if os.path.isfile(os.path.join(folder, "adapter_config.json")):
+    if _has_adapter(path, revision):
         raise UserError(
             f"{key}={path}: has a PEFT adapter (adapter_config.json), which is not read; merge it into its base model "
             "(peft: merge_and_unload, save_pretrained) and give that"
@@ -84,6 +85,18 @@ def check(
     if os.path.isdir(folder) and not any(_holds(folder, pattern) for pattern in weights):
         raise UserError(f"{key}={path}: has a config but no weights (*.safetensors or *.bin); give a complete model")
     return config
+
+
+def _has_adapter(path: str, revision: str | None) -> bool:
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if os.path.isdir(folder := os.path.expanduser(path)):
+        return _holds(folder, "adapter_config.json")
+    try:
+        return cached_file(path, "adapter_config.json", revision=revision, **quiet) is not None
+    except OSError:  # no such name, or no network: what loads the config says so
+        return False
 
 
 def _holds(folder: str, pattern: str) -> bool:
@@ -202,9 +215,12 @@ def load(
     if info["missing_keys"]:
         name = sorted(info["missing_keys"])[0]
         raise UserError(f"{key}={path}: the checkpoint lacks {name}; it is incomplete or not a causal LM")
+    if lost := lost_of(info["unexpected_keys"]):
+        what = f"does not load {lost[0]} ({len(lost)} such tensors), so it is not the model that the file is of"
+        raise UserError(f"{key}={path}: {type(lm).__name__} {what}; give a model of this class alone")
     if saved:
         _check_router(lm, f"{key}={path}")
-        _check_saveable(lm, sorted(info["unexpected_keys"]), f"{key}={path}")
+        _check_saveable(lm, f"{key}={path}")
     probe(lm, key=f"{key}={path}")
     return lm
 
@@ -242,8 +258,13 @@ _NO_WEIGHTS = re.compile(
 )  # buffers of old files, which classes make anew
 
 
-def _check_saveable(lm: PreTrainedModel, unexpected: list[str], where: str) -> None:
-    """Raises UserError where the file has weights that `lm` has not, or `lm` those that its class does not write.
+def lost_of(unexpected: Iterable[str]) -> list[str]:
+    """The weights among the names that a class did not take from a file."""
+    return sorted(name for name in unexpected if not _NO_WEIGHTS.search(name))
+
+
+def _check_saveable(lm: PreTrainedModel, where: str) -> None:
+    """Raises UserError where `lm` has weights that its class does not write.
 
     A head of its own under a config that says tied is written as its own: the config is put right.
     """
@@ -251,11 +272,6 @@ def _check_saveable(lm: PreTrainedModel, unexpected: list[str], where: str) -> N
     if head is not None and head.weight is not embedding.weight:
         for config in (lm.config, lm.config.get_text_config()):
             config.tie_word_embeddings = False
-    if lost := [name for name in unexpected if not _NO_WEIGHTS.search(name)]:
-        raise UserError(
-            f"{where}: {type(lm).__name__} does not load {lost[0]} ({len(lost)} such tensors), which would be lost from "
-            "model/; give a model of this class alone"
-        )
     with torch.device("meta"):
         whole = type(lm)(lm.config)
     whole.tie_weights()

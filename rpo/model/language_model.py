@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from rpo.errors import UserError
+from rpo.model.hf import lost_of
 from rpo.text import first_line
 
 
@@ -23,12 +24,17 @@ def take_out(path: str, folder: str) -> None:
     if Path(folder).exists():
         raise UserError(f"{folder}: is there already; give a new folder")
     try:
-        whole = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", weights_only=True, trust_remote_code=False
-        ).eval()
+        whole, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", weights_only=True, trust_remote_code=False, output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # files and the library: each its own type
         raise UserError(f"{path}: cannot be loaded ({first_line(error)}); give a folder or Hub name") from None
+    if bad := sorted(info["missing_keys"]) + lost_of(info["unexpected_keys"]):
+        raise UserError(
+            f"{path}: {type(whole).__name__} and the file differ by {bad[0]} ({len(bad)} such); give a whole model"
+        )
+    whole.eval()
     inner = [module for name, module in whole.named_modules() if name.rpartition(".")[2] == "language_model"]
     if not inner:
         raise UserError(f"{path}: {type(whole).__name__} has no language_model; give it as model.path as it is")

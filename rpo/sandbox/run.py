@@ -193,8 +193,10 @@ def _jail_argv(settings: str) -> list[str]:
 @lru_cache
 def _see(python: str) -> list[str]:
     """The folders that the interpreter needs: its own, and the system's libraries."""
-    own = [*map(os.path.realpath, (sys.base_prefix, sys.base_exec_prefix)), os.path.dirname(python)]
-    paths = [path for path in ("/usr", "/lib", "/lib32", "/lib64", *own) if os.path.exists(path)]
+    prefixes = [*map(os.path.realpath, (sys.base_prefix, sys.base_exec_prefix)), "/usr", "/"]
+    # Not the whole of a prefix: under /usr/src or /usr/local a container keeps its user's files, answers and keys among them.
+    own = [os.path.join(prefix, name) for prefix in prefixes for name in ("lib", "lib32", "lib64")]
+    paths = [path for path in (*own, os.path.dirname(python)) if os.path.exists(path)]
     return [path for path in dict.fromkeys(paths) if not any(path.startswith(f"{other}/") for other in paths)]
 
 

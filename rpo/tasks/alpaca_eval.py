@@ -250,7 +250,7 @@ def first_preferred(reply: Reply, form: str, min_mass: float = 0.5) -> tuple[flo
         return None, reply.error
     if form != "text":
         return verdicts.letter_score(reply.top_logprobs, LETTERS, min_mass)
-    if reply.finish_reason == "length":
+    if verdicts.is_cut(reply.finish_reason):
         return None, verdicts.CUT
     text = verdicts.spoken(reply.text)
     named = _NAMED.fullmatch(text)

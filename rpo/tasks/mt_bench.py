@@ -244,7 +244,7 @@ def _asked(
 def _rating_of(reply: Reply) -> dict:
     """The fields of a single judgment that the reply fills."""
     score, why = verdicts.rating(reply.text), reply.error
-    if reply.finish_reason == "length":  # a number so far may be one that the judge only quotes
+    if verdicts.is_cut(reply.finish_reason):  # a number so far may be one that the judge only quotes
         score, why = None, verdicts.CUT
     if reply.error is None and score is not None:
         return {"judgment": reply.text, "score": score}

@@ -80,8 +80,10 @@ def check_fit(cfg: Train, configs: dict[str, PreTrainedConfig], data: Splits) ->
     """`configs`, and that of a model to be built. Raises UserError where tokens, positions or the budget do not fit."""
     if cfg.model.path is None:
         configs = configs | {"model.architecture": hf.config_for(cfg.model.architecture, data.tokenizer)}
+    trust = cfg.model.trust_remote_code
+    if cfg.model.tokenizer is not None and cfg.model.path is not None:
+        check_vocabulary(data.tokenizer, cfg.model.path, cfg.model.revision, key="model.path", trust=trust)
     if cfg.reference.path is not None:
-        trust = cfg.model.trust_remote_code
         check_vocabulary(data.tokenizer, cfg.reference.path, None, key="reference.path", trust=trust)
     hf.check_fit(configs, data.longest, data.largest_id)
     check_budgets(data, "padded" if cfg.layout.kind == "padded" else "packed", cfg.tokens_per_microbatch)
