@@ -330,3 +330,91 @@ def test_templates_by_name_without_a_default_are_one_line(tmp_path):
     tokenizer = make({"chat": CHATML, "rag": CHATML})
     with pytest.raises(UserError, match="^data.chat_template=null: the tokenizer's chat templates have no default"):
         load(tmp_path, tokenizer, {"prompt": [user("a")], "chosen": "b", "rejected": "c"})
+
+
+# ---- what a hostile review found
+
+
+@pytest.mark.parametrize(
+    ("template", "ids"),
+    [
+        # The generation prompt is always appended (the first Llama 3 release).
+        (CHATML.replace("{% if add_generation_prompt %}", "").removesuffix("{% endif %}"), ["4", "<|im_end|>"]),
+        (
+            CHATML.replace(
+                "m.content + '<|im_end|>", "m.content + ('</a>\n' if m.role == 'assistant' else '') + '<|im_end|>"
+            ),
+            ["4", "</a>", "\n", "<|im_end|>"],
+        ),
+    ],
+)
+def test_a_turn_ends_as_the_templates_turns_do(template, ids, tmp_path):
+    """What ends a user's turn ends an answer, whatever added tokens stand around it; it is the stop token too."""
+    tokenizer = make(template, (*IM, "</a>"), eos="<|endoftext|>")
+    ((_, chosen, _),), _ = load(tmp_path, tokenizer, {"prompt": [user("2+2?")], "chosen": "4", "rejected": "5"})
+    assert chosen == "".join(ids)
+    assert tokenizer.decode(stop_ids(tokenizer, Chat("2024-01-01", {}))) == "<|endoftext|><|im_end|>"
+
+
+def test_calls_that_close_otherwise_are_whole(tmp_path):
+    """Command-R ends actions and answers by two tokens, of which the first differ: both are trained to the last."""
+    closing = "{{ '<|action|><|im_end|>' if m.tool_calls else '<|end|><|im_end|>' }}"
+    tokenizer = make(TOOLS.replace("{{ '<|im_end|>\n' }}", closing), (*IM, "<|action|>", "<|end|>"))
+    row = {
+        "prompt": [user("weather?")],
+        "chosen": [call("weather", city="Oslo")],
+        "rejected": [call("weather", city="Rome")],
+    }
+    ((_, chosen, rejected),), _ = load(tmp_path, tokenizer, row)
+    assert chosen == '<tool_call>weather {"city": "Oslo"}</tool_call><|action|><|im_end|>' and "Rome" in rejected
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"chosen": [said("a", function_call={"name": "f", "arguments": "{}"})]}, "leaves out a part of the response"),
+        ({"chosen": [said("a", thoughts="hmm")]}, "leaves out a part of the response"),
+        ({"chosen": [said("a", reasoning_content=["hmm"])]}, "leaves out a part of the response"),
+        ({"chosen": [said([{"type": "reasoning", "text": "hmm"}])]}, "a part that is no text"),
+        ({"chosen": [said("a", images=["a.png"])]}, "messages of text alone, got images"),
+        ({"tools": [{"function": {"name": "weather"}}]}, "does not print the tool 'weather'"),
+        ({"chat_template_kwargs": {"enable_thinkin": False}}, "the template reads no enable_thinkin"),
+        ({"prompt": [{"from": ["human"], "value": "x"}]}, "message 1 without a role"),
+        ({"prompt": [{"from": "function_call", "value": "x"}]}, "got 'function_call' in message 1"),
+    ],
+)
+def test_what_no_template_prints_is_refused(row, words, tmp_path):
+    """Other fields of a message, tools and arguments that the template does not read, and names that are no roles."""
+    with pytest.raises(UserError, match=words):
+        load(tmp_path, make(CHATML), {"prompt": [user("q")], "chosen": "b", "rejected": "c"} | row)
+
+
+def test_one_place_does_not_vouch_for_two_parts(tmp_path):
+    """A template that prints the reasoning in place of the answer is found out, though the answer stands in the reasoning."""
+    template = CHATML.replace("m.content +", "(m.reasoning_content or m.content) +")
+    row = {"prompt": [user("2+2?")], "chosen": [said("4", reasoning_content="2+2 is 4")], "rejected": "5"}
+    with pytest.raises(UserError, match="leaves out a part of the response"):
+        load(tmp_path, make(template), row)
+    numbers = TOOLS.replace("(c.function.arguments | tojson)", "(c.function.arguments.keys() | join(' '))")
+    with pytest.raises(UserError, match=r"leaves out a part of the response \('7'"):
+        load(tmp_path, make(numbers), row | {"chosen": [call("add", a=7)]})
+
+
+def test_a_plain_text_with_a_line_end_behind_its_eos_has_one(tmp_path):
+    """EOS and what is blank around it become one EOS."""
+    tokenizer = make(special=("<s>", "</s>"), eos="</s>")
+    own, _ = load(tmp_path, tokenizer, {"prompt": "Q:", "chosen": " yes</s>\n", "rejected": " no</s></s>"})
+    assert own == [["Q:", " yes</s>", " no</s>"]]
+
+
+def test_a_string_prompt_beside_messages_is_used_or_named(tmp_path):
+    """It is the user's turn where the lists hold answers alone; one that says something else is named as not read."""
+    tokenizer = make(CHATML)
+    asked = {"prompt": "What?", "chosen": [said("a")], "rejected": [said("b")]}
+    whole = {
+        "prompt": "The cat is red. What?",
+        "chosen": [user("What?"), said("a")],
+        "rejected": [user("What?"), said("b")],
+    }
+    (first, second), report = load(tmp_path, tokenizer, asked, whole)
+    assert first == second and report["unread_columns"] == ["prompt"]

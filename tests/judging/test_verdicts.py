@@ -231,3 +231,20 @@ def test_reading_takes_a_moment_however_long_the_reply():
         began = time.process_time()
         verdicts.pair_letter(text), verdicts.rating(text)
         assert time.process_time() - began < 2, part
+
+
+@pytest.mark.parametrize(
+    "text", ["My verdict: [[A]] is better than [[B]].", "I cannot choose [[A]] or [[B]]", "[[A]] > [[B]]"]
+)
+def test_a_sentence_of_two_letters_is_no_verdict(text):
+    """Which of them is meant is not guessed."""
+    assert verdicts.pair_letter(text) is None
+
+
+@pytest.mark.parametrize(
+    "reason", ["length", "model_length", "max_tokens", "MAX_TOKENS", "content_filter", "error", "abort"]
+)
+def test_a_reply_that_was_cut_is_no_verdict_by_any_name(reason):
+    """Servers have many names for it; a letter so far may be the one that is about to be rejected."""
+    reply = {"text": "My prior is [[B]]", "top_logprobs": None, "finish_reason": reason, "error": None}
+    assert verdicts.first_score("text", reply) == (None, verdicts.CUT)

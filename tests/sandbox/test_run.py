@@ -533,3 +533,9 @@ def test_refuses_where_it_cannot_be_made(monkeypatch):
         patch.setattr(sys, "platform", "darwin")
         with pytest.raises(UserError, match="the sandbox needs Linux's namespaces, this is darwin"):
             check(LIMITS)
+
+
+def test_what_a_container_keeps_under_usr_is_not_seen():
+    """The interpreter's libraries are, and no whole prefix: /usr/src/app may hold the answers and a key."""
+    seen = run._see(os.path.realpath(sys.executable))
+    assert not {"/", "/usr", "/usr/local", "/usr/src"} & {*seen}
