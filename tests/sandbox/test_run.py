@@ -537,5 +537,5 @@ def test_refuses_where_it_cannot_be_made(monkeypatch):
 
 def test_what_a_container_keeps_under_usr_is_not_seen():
     """The interpreter's libraries are, and no whole prefix: /usr/src/app may hold the answers and a key."""
-    seen = run._see(os.path.realpath(sys.executable))
+    seen = sandbox_run._see(os.path.realpath(sys.executable))
     assert not {"/", "/usr", "/usr/local", "/usr/src"} & {*seen}
