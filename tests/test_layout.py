@@ -22,7 +22,7 @@ DOORS = {
     "openai": {"judging.client"},
     "lm_eval": {"tasks.lm_eval"},
     "matplotlib": {"*.figures", "synthetic.demo", "theory.__main__"},
-    "jinja2": {"reporting.render"},
+    "jinja2": {"reporting.render", "data.chat"},
     "scipy": {"stats"},
 }
 
