@@ -18,6 +18,11 @@ _FORMS = [
     (re.compile(r"\bsk-(?=[\w-]*\d)[\w-]*[A-Za-z0-9]{16}[\w-]*"), "***"),  # sk-learn-some-model has no such run
 ]
 
+# What wraps a model's thinking: <think> of DeepSeek and Qwen, [THINK] of Mistral, and the like.
+_TAGS = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|\u25c1(/?)think\u25b7", re.I)
+_ENDS = re.compile(r"(?:<\|\w{1,30}\|>\s{0,9}){1,9}\Z")  # special tokens that a server leaves behind the text
+_FINAL = "<|channel|>final<|message|>"  # of gpt-oss where the server does not read its channels
+
 
 def redacted(value: Any) -> Any:
     """`value` with `***` for every secret in its strings; lists, tuples and dicts (their keys too) all the way down.
@@ -82,6 +87,26 @@ def sentence(phrases: Sequence[str]) -> str:
     """Phrases as one sentence; "" of none."""
     text = "; ".join(phrases)
     return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
+# ---- what a model says
+
+
+def spoken(text: str) -> str:
+    """A model's reply without its thinking, of which no answer is a part; "" where it was cut while it thought."""
+    text = (text[:-300] + _ENDS.sub("", text[-300:])).rpartition(_FINAL)[2]
+    kept, start, opened = [], 0, None
+    for tag in _TAGS.finditer(text):
+        if not any(tag.groups()):
+            opened = tag.start() if opened is None else opened
+            continue
+        if opened is None:  # the prompt opened what the reply only closes
+            kept.clear()
+        else:
+            kept.append(text[start:opened])
+        start, opened = tag.end(), None
+    is_cut = opened is not None and not text[start:opened].strip()  # else it is a word of the reply's
+    return "".join(kept) + ("" if is_cut else text[start:])
 
 
 # ---- for a page

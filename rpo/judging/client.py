@@ -64,7 +64,7 @@ class Request:
 class Reply:
     """The judge's `text`, or `error`: why there is none after all retries. `top_logprobs` (nats) are of the first token, None if
     the server gives none; `model` is the server's name for it. Tokens are the server's count, else an estimate. `dropped`
-    are the parts of the request that the server refused: logprobs, temperature, system."""
+    are the parts of the request that the server refused: logprobs, temperature, system; `base_url` is where it came from."""
 
     text: str
     top_logprobs: dict[str, float] | None
@@ -75,6 +75,7 @@ class Reply:
     error: str | None
     cached: bool = False
     dropped: tuple[str, ...] = ()
+    base_url: str | None = None
 
 
 @dataclass
@@ -144,10 +145,10 @@ class Server:
 
     async def reply(self, request: Request) -> Reply:
         """The reply, or one with `error`. Raises MalformedError, and UserError if all requests would fail."""
-        openai, account = self._openai, self._account
+        openai, account, refused = self._openai, self._account, set()
         while True:
             reached, replies = account.reached, account.replies
-            messages, options, dropped = self._parts(request)
+            messages, options, dropped = self._parts(request, account.refused | refused)
             client = self._client if reached else self._first_client
             try:
                 response = await client.chat.completions.with_raw_response.create(
@@ -156,14 +157,16 @@ class Server:
                     stream=False,
                     extra_body=options,
                 )
-                if refused := _refused(response.http_response):
-                    account.refused |= refused
+                if more := _refused(response.http_response):
+                    refused |= more
                     continue
-                return self._parsed(request, response.http_response.text, dropped)
+                reply = self._parsed(request, response.http_response.text, dropped)
+                account.refused |= refused  # only now: an error may quote the words of this request alone
+                return reply
             except openai.APIStatusError as error:
                 status, response = error.status_code, error.response
-                if refused := _refused(response):
-                    account.refused |= refused
+                if more := _refused(response):
+                    refused |= more
                     continue
                 if fatal := self._fatal(response):
                     raise UserError(f"{self._name}, judge.model={self._judge.model}: {fatal}; {KEPT}") from None
@@ -208,9 +211,9 @@ class Server:
 
     # ---- outcomes
 
-    def _parts(self, request: Request) -> tuple[list[dict[str, str]], dict, tuple[str, ...]]:
-        """(messages, the other fields of the body that depend on the judge, what of the request the server refuses)."""
-        judge, refused, dropped = self._judge, self._account.refused, []
+    def _parts(self, request: Request, refused: set[str]) -> tuple[list[dict[str, str]], dict, tuple[str, ...]]:
+        """(messages, the other fields of the body that depend on the judge, what of the request is left out as `refused`)."""
+        judge, dropped = self._judge, []
         messages, fields = list(request.messages), dict(judge.extra_body or {})
         newer = judge.base_url is None or "max_tokens" in refused  # the vendor's later models
         fields["max_completion_tokens" if newer else "max_tokens"] = request.max_tokens or judge.max_tokens
@@ -284,6 +287,7 @@ class Server:
             model=model if isinstance(model, str) else None,
             error=None,
             dropped=dropped,
+            base_url=redacted(url_of(self._judge)),
         )
 
     def _without_key(self, text: str) -> str:

@@ -65,6 +65,7 @@ def facts(requests: Sequence[Request], replies: Sequence[Reply], judge: Judge) -
         "model": judge.model,
         "served": sorted({reply.model for reply in distinct if reply.model}),
         "base_url": redacted(url_of(judge)),
+        "servers": sorted({reply.base_url for reply in distinct if reply.base_url}),
         "temperature": None if "temperature" in dropped else judge.temperature,
         "max_tokens": judge.max_tokens,
         "extra_body": redacted(judge.extra_body),
@@ -81,10 +82,17 @@ def facts(requests: Sequence[Request], replies: Sequence[Reply], judge: Judge) -
 
 
 def notes(about: dict) -> list[str]:
-    """What a reader of the numbers has to know of the judge, from its `facts`: several models' replies, a refused temperature."""
-    served, temperature = about["served"], "temperature" in about["dropped"]
-    several = f"judge.model={about['model']} was served as {' and as '.join(served)}: verdicts may be of several models"
-    return [several] * (len(served) > 1) + ["the judge's temperature was the server's own"] * temperature
+    """What a reader of the numbers has to know of the judge, from its `facts`: several models' replies or another server's,
+    a refused temperature."""
+    named, served, earlier = (
+        f"judge.model={about['model']}",
+        about["served"],
+        set(about["servers"]) - {about["base_url"]},
+    )
+    several = f"{named} was served as {' and as '.join(served)}: verdicts may be of several models"
+    moved = f"{named} was asked at {', '.join(sorted(earlier))}: its replies were cached"
+    temperature = "the judge's temperature was the server's own"
+    return [several] * (len(served) > 1) + [moved] * bool(earlier) + [temperature] * ("temperature" in about["dropped"])
 
 
 def _tokens(replies: Sequence[Reply]) -> tuple[int, int]:
@@ -188,6 +196,12 @@ def _note(replies: Sequence[Reply], judge: Judge, account: Account) -> None:
         notes.append(f"{named} is served as {' and as '.join(served)}")
     if len(served) > 1:
         notes.append(f"{named}: if these are several models, judge.cache_as=NAME keeps the replies of each apart")
+    url = redacted(url_of(judge))
+    if earlier := Counter(reply.base_url for reply in replies if reply.base_url not in (None, url)):
+        given = (
+            f"{named}: {earlier.total()} of {len(replies)} replies were cached, given at {', '.join(sorted(earlier))}"
+        )
+        notes.append(f"{given}; if {url} serves another model by that name, judge.cache_as=NAME asks it")
     for note in notes:
         if note not in account.notes:
             account.notes.add(note)

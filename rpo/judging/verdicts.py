@@ -12,7 +12,7 @@ from rpo.data.formats import Messages
 from rpo.judging import judge, prompts
 from rpo.judging.client import Reply, Request, log_sum
 from rpo.judging.settings import Judge
-from rpo.text import redacted
+from rpo.text import redacted, spoken
 
 LETTERS = ("A", "B")
 LOWEST, HIGHEST = 1.0, 10.0  # of MT-Bench's scale
@@ -22,48 +22,30 @@ TRIAL = 2  # requests that show whether a judge's log-probs are verdicts
 MOST_UNREAD = 0.05  # share of replies without a verdict by log-probs above which all are asked for in words
 NEARLY_ALL = 0.9  # mean mass of the letters below which it is noted
 
-# What wraps a judge's thinking, its verdict apart: <think> of DeepSeek and Qwen, [THINK] of Mistral, and the like.
-_TAGS = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|\u25c1(/?)think\u25b7", re.I)
-_ENDS = re.compile(r"(?:<\|\w{1,30}\|>\s{0,9}){1,9}\Z")  # special tokens that a server leaves behind the text
-_FINAL = "<|channel|>final<|message|>"  # of gpt-oss where the server does not read its channels
-
 # Repetitions have bounds: a judge may go on with white space until judge.max_tokens.
 _MARKUP = r"[\s*_`\"']{0,9}"
 # Not [[a]], which is code: x[[a]].
 _LETTER = re.compile(rf"\[\[{_MARKUP}(?:(?i:assistant|answer|verdict)\W{{1,3}})?([ABC]|(?i:tie|draw)){_MARKUP}\]\]")
-_NUMBER = r"([0-9]{1,9}(?:\.[0-9]{0,9}|,[0-9]{1,2})?)(?:\s{0,3}(?:/|out of)\s{0,3}([0-9]{1,9}))?"
+_SCALE = r"(?:\s{0,3}(?:/|out of)\s{0,3}([0-9]{1,9}))?"
+_NUMBER = r"([0-9]{1,9}(?:\.[0-9]{0,9}|,[0-9]{1,2})?)" + _SCALE
 _LABEL = r"(?:rating|score)"
+_BRACKETS = rf"\[\[{_MARKUP}(?:{_LABEL}\W{{1,3}})?{_NUMBER}{_MARKUP}\]\]{_MARKUP}{_SCALE}"
+# Where a line or sentence begins: "Rating:", "**My final score (of 10)** =". Within quotes it is the instructions' example.
+_LABELLED = (
+    rf"(?:^|[.!?:]\s)[ \t*_#]{{0,9}}(?:(?:final|overall|my|the)\s{{1,3}}){{0,3}}{_LABEL}[\s*_]{{0,9}}"
+    rf"(?:\([^()\n]{{1,30}}\)[\s*_]{{0,9}})?[:=]{_MARKUP}"
+)
 _END = r"[ \t*_`.]{0,9}$"
 _RATINGS = (
-    re.compile(rf"\[\[{_MARKUP}(?:{_LABEL}\W{{1,3}})?{_NUMBER}{_MARKUP}\]\]", re.I),
-    # A line or sentence "Rating: [8]", "Score: 8/10", or [8] alone on a line: other numbers in brackets may be footnotes.
-    re.compile(
-        rf"(?:^|[.!?:]\s)[ \t*_#]{{0,9}}(?:(?:final|overall|my|the)\s{{1,3}}){{0,3}}{_LABEL}[\s*_]{{0,9}}"
-        rf"(?:\([^()\n]{{1,30}}\)[\s*_]{{0,9}})?[:=]{_MARKUP}\[?{_NUMBER}\]?(?:[\s*_]{{0,3}}/\s{{0,3}}10)?{_END}",
-        re.I | re.M,
-    ),
-    re.compile(rf"^[ \t*_`]{{0,9}}\[{_NUMBER}\]{_END}", re.M),
+    re.compile(_LABELLED + _BRACKETS, re.I | re.M),
+    re.compile(_BRACKETS, re.I),
+    # "Rating: [8]", "Score: 8/10", or [8] alone on a line: other numbers in brackets may be footnotes.
+    re.compile(rf"{_LABELLED}\[?{_NUMBER}\]?[\s*_]{{0,3}}{_SCALE}{_END}", re.I | re.M),
+    re.compile(rf"^[ \t*_`]{{0,9}}\[{_NUMBER}\]{_SCALE}{_END}", re.M),
 )
 
 
 # ---- one reply
-
-
-def spoken(text: str) -> str:
-    """The reply without the judge's thinking, of which a verdict is no part; "" where it was cut while it thought."""
-    text = (text[:-300] + _ENDS.sub("", text[-300:])).rpartition(_FINAL)[2]
-    kept, start, opened = [], 0, None
-    for tag in _TAGS.finditer(text):
-        if not any(tag.groups()):
-            opened = tag.start() if opened is None else opened
-            continue
-        if opened is None:  # the prompt opened what the reply only closes
-            kept.clear()
-        else:
-            kept.append(text[start:opened])
-        start, opened = tag.end(), None
-    is_cut = opened is not None and not text[start:opened].strip()  # else it is a word of the reply's
-    return "".join(kept) + ("" if is_cut else text[start:])
 
 
 def _plain(text: str) -> str:
@@ -102,16 +84,17 @@ def is_cut(finish_reason: str | None) -> bool:
 
 
 def rating(text: str) -> float | None:
-    """The rating from 1 to 10: the last [[7]] or [[7.5]] (also [[7,5]], [[7/10]]), else the last line "Rating: [7]" or "[7]".
+    """The rating from 1 to 10: the last "Rating: [[7]]", else the last [[7]] or [[7.5]] (also [[7,5]], [[7/10]], [[7]]/10),
+    else the last line "Rating: [7]" or "[7]".
 
     The last, because the reasons before it may quote a rating in the answer; FastChat takes the first, and where there are
     no double brackets any number in single ones, which may be a footnote. None if there is none or it is outside the scale.
     """
     for pattern in _RATINGS:
         if numbers := pattern.findall(_plain(text)):
-            number, scale = numbers[-1]
+            number, *scales = numbers[-1]
             value = float(number.replace(",", "."))
-            return value if LOWEST <= value <= HIGHEST and scale in ("", "10") else None
+            return value if LOWEST <= value <= HIGHEST and {*scales} <= {"", "10"} else None
     return None
 
 

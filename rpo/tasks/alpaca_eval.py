@@ -30,7 +30,7 @@ from rpo.judging import alpaca_files, length_control, verdicts
 from rpo.judging.alpaca_files import Judgment
 from rpo.judging.client import Reply, Request
 from rpo.stats import clustered_mean, with_errors
-from rpo.text import redacted
+from rpo.text import redacted, spoken
 
 PROMPT = [
     {
@@ -252,7 +252,7 @@ def first_preferred(reply: Reply, form: str, min_mass: float = 0.5) -> tuple[flo
         return verdicts.letter_score(reply.top_logprobs, LETTERS, min_mass)
     if verdicts.is_cut(reply.finish_reason):
         return None, verdicts.CUT
-    text = verdicts.spoken(reply.text)
+    text = spoken(reply.text)
     named = _NAMED.fullmatch(text)
     if named is None:
         return None, f"the judge said {' '.join(text.split())!r:.60}, expected m or M"

@@ -13,8 +13,9 @@ import importlib.util
 import logging
 import random
 import re
+import unicodedata
 from collections.abc import Sequence
-from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,16 +31,22 @@ from rpo.evals.pairing import with_differences
 from rpo.evals.results import Cells, Evaluation, Item, mean_of
 from rpo.evals.settings import Eval, Limit, check_subjects, listed
 from rpo.files import short_hash
-from rpo.text import one_line
+from rpo.text import one_line, spoken
 
 BOOTSTRAP = 1000  # draws, where a metric is not the mean over questions (F1, perplexity); it is the harness that draws
 STANDARD = {"gsm8k": 5, "arc_challenge": 25, "arc_easy": 25}  # of the other tasks the harness's own number
 _LAST_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 NORMALISED = "gsm8k/exact_match,normalised"  # our own rule's score, beside those of the harness's
-# A number as people write it: a minus that is no difference, a currency, thousands apart, decimals.
-_MONEY = r"[$\u00a3\u20ac]?"
+# A number as people write it: a minus that is no difference, a currency, thousands apart, decimals, a divisor.
 _WRITTEN = re.compile(
-    rf"(?<!\w)(-?{_MONEY}-?)([0-9]{{1,3}}(?:[,\u202f\u2009\u00a0'][0-9]{{3}})+|[0-9]+)?(\.[0-9]+)?(?![0-9])"
+    r"(?<!\w)(-?[$\u00a3\u20ac]?-?)([0-9]{1,3}(?:[,'][0-9]{3}){1,9}|[0-9]{1,99})?((?<!\.)\.[0-9]{1,99})?"
+    r"(?:/([0-9]{1,99}))?(?![0-9])"
+)
+_DASHES = str.maketrans(dict.fromkeys("\u2212\u2010\u2011\u2012\u2013", "-"))
+_THIN = re.compile(r"(?<=[0-9])(?:[\u00a0\u2009\u202f]|\\[ ,;:!]|\{,\})(?=[0-9]{3}(?![0-9]))")
+_TEX = (
+    (re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}"), r"\1/\2"),
+    (re.compile(r"\\(?:[ ,;:!]|(?:text|mathrm|mathbf|textbf|mbox)\b)|\{,\}|\\(?=[$%])"), ""),
 )
 # Files below task.data, and what in the harness's task is another name there.
 _ARC = {"doc_to_target": "gold", "doc_to_choice": "choices", "validation_split": None}
@@ -322,22 +329,45 @@ def gsm8k_same(answer: str | None, target: str) -> bool:
     return answer is not None and plain[0] == plain[1]
 
 
-def gsm8k_number(text: str) -> Decimal | None:
-    """The value of the answer, however it is written: after the first ####, else in the last \\boxed{}, else the last number
-    there is. Money's signs, thousands' separators, a unicode minus and decimals that are 0 make no difference; None: no number.
+def gsm8k_number(text: str) -> Fraction | None:
+    """The value of the answer, however it is written: behind the last #### with a number, else in the last \\boxed{} with one,
+    else the last number there is; of an equation its right side. Signs of money, what sets thousands apart, TeX's commands,
+    Unicode's signs and decimals that are 0 make no difference; None: no number outside the thinking.
     """
-    text = (
-        re.sub("[\u2212\u2012\u2013\ufe63\uff0d]", "-", text).replace("\\$", "$").replace("{,}", ",").replace("\\!", "")
-    )
-    _, marked, answer = text.partition("####")
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    for part, place in ((answer if marked else "", 0), (boxed[-1] if boxed else "", -1), (text, -1)):
-        written = [match for match in _WRITTEN.findall(part) if match[1] or match[2]]
-        if written:
-            sign, whole, decimals = written[place]
-            value = Decimal(re.sub("[^0-9]", "", whole or "0") + decimals)
-            return -value if "-" in sign else value
-    return None
+    text = _THIN.sub(",", spoken(text))
+    for command, instead in _TEX:
+        text = command.sub(instead, text)
+    text = unicodedata.normalize("NFKC", text).translate(_DASHES)
+    for part in reversed([*_boxed(text), *text.split("####")[1:]]):
+        part = re.sub(r"^([\s*$]*-) ", r"\1", re.sub(r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", "", part.strip()))
+        line = part.partition("\n")[0]
+        for side in (line.rpartition("=")[2], line, part):
+            if values := _values(side):
+                return values[0]
+    values = _values(text)
+    return values[-1] if values else None
+
+
+def _boxed(text: str) -> list[str]:
+    """What stands in each \\boxed{}, braces within it balanced."""
+    parts = []
+    for begun in re.finditer(r"\\f?boxed\s*\{", text):
+        depth, end = 1, begun.end()
+        while end < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            end += 1
+        parts.append(text[begun.end() : end - (depth == 0)])
+    return parts
+
+
+def _values(text: str) -> list[Fraction]:
+    """The numbers in a text, by value."""
+    values = []
+    for sign, whole, decimals, divisor in _WRITTEN.findall(text):
+        if (whole or decimals) and int(divisor or 1):
+            value = Fraction(re.sub("[^0-9]", "", whole or "0") + decimals) / int(divisor or 1)
+            values.append(-value if "-" in sign else value)
+    return values
 
 
 def gsm8k_right(response: str, target: str) -> bool:

@@ -353,6 +353,40 @@ def test_one_name_for_two_models_is_noted(tmp_path, capsys):
     )
 
 
+def test_replies_of_another_server_are_noted(tmp_path, capsys):
+    """Cached replies that came from another URL, where another model may be served by the same name: on screen, and in the notes."""
+    with JudgeServer() as host:
+        judge.ask(requests(2), settings(base_url=host.url), tmp_path)
+        here = judge.ask(requests(2), settings(base_url=host.url), tmp_path)
+        assert judge.notes(judge.facts(requests(2), here, settings(base_url=host.url))) == []
+        assert "cached, given at" not in capsys.readouterr().out
+        old = host.url
+    with JudgeServer() as host:
+        cfg = settings(base_url=host.url)
+        replies = judge.ask(requests(3), cfg, tmp_path)
+    (note,) = judge.notes(judge.facts(requests(3), replies, cfg))
+    assert note == f"judge.model=gpt-test was asked at {old}: its replies were cached"
+    given = (
+        f"2 of 3 replies were cached, given at {old}; if {host.url} serves another model by that name, judge.cache_as"
+    )
+    assert given in capsys.readouterr().out
+
+
+def test_an_error_that_quotes_a_request_changes_no_other(tmp_path):
+    """A filter's refusal that repeats a prompt's words (temperature, system message) fails that request; the rest are sent whole."""
+    words = "The prompt was flagged: 'the system message says that temperature is not supported'"
+
+    def flagged(_number, body):
+        if body["messages"][-1]["content"] == requests(3)[1].messages[-1]["content"]:
+            return server.status(400, words)
+        return None
+
+    replies, host = run(tmp_path, requests(6), flagged, concurrency=1)
+    assert [reply.error is None for reply in replies] == [True, False, True, True, True, True]
+    assert "flagged" in replies[1].error and not any(reply.dropped for reply in replies if reply.error is None)
+    assert all("temperature" in body for body in host.bodies[4:])
+
+
 def test_two_that_ask_the_same_at_once_pay_once(tmp_path):
     """Two clients with overlapping requests over one cache: each reply is delivered once, both have all of theirs."""
 
@@ -557,7 +591,7 @@ def test_a_field_that_is_refused_is_left_out_at_once(tmp_path, name, capsys):
     assert {reply.dropped for reply in replies} == {dropped}
     noted = {"temperature": "takes no judge.temperature=0.0", "logprobs": "gives no log-probs", "max_tokens": ""}
     assert noted[field] in capsys.readouterr().out
-    summary = judge.facts(asked, replies, settings())
+    summary = judge.facts(asked, replies, settings(base_url=host.url))
     own = ["the judge's temperature was the server's own"]
     assert judge.notes(summary) == (own if field == "temperature" else [])
     assert summary["dropped"] == list(dropped) and summary["temperature"] == (None if field == "temperature" else 0.0)
