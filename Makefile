@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := outputs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo theory overopt test test-slow check fix bench
+.PHONY: help demo theory overopt real test test-slow check fix bench
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -31,6 +31,19 @@ theory: $(VENV)/.ready ## check the theorem, number by number; draw the toy of o
 
 overopt: $(VENV)/.ready ## the study of overoptimisation: 160 runs over 5 seeds, 90 minutes; begun again it goes on
 	@$(BIN)/python -m rpo.overopt.experiment outputs/overopt
+
+# Each sweep goes on where an earlier call was stopped: a run's folder is named by what the call was given.
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+DATA ?= $(if $(RPO_TEST_DATA),$(RPO_TEST_DATA)/rasbt_polite_1100/pairs.jsonl.gz)
+SEEDS ?= 0
+REAL ?= outputs/real
+REAL_RUN = $(BIN)/python train.py -m recipe=real model.path=$(MODEL) data.train=$(REAL)/data/train.jsonl data.eval=$(REAL)/data/eval.jsonl seed=$(SEEDS)
+real: $(VENV)/.ready ## DPO and RPO of a real chat model: MODEL=, DATA= its pairs, SEEDS=0,1,2; 15 minutes a seed on two cores
+	@test -n "$(DATA)" || { echo "error: DATA is not given: expected a file of preference pairs (docs/real_run.md has one); make real DATA=FILE" >&2; exit 2; }
+	@$(BIN)/python -m rpo.data.split $(DATA) $(REAL)/data eval=100 train=320
+	@$(REAL_RUN) loss=dpo loss.beta=0.1,0.5 run_dir=$(REAL)/dpo
+	@$(REAL_RUN) loss=rpo_sum,rpo_avg loss.beta=0.1 loss.eta=0.25 run_dir=$(REAL)/rpo
+	@$(BIN)/python eval.py task=report runs=[$(REAL)/dpo,$(REAL)/rpo] run_dir=$(REAL)/report
 
 # Two processes of one thread each: most tests are too small for more. A file stays in one, for its fixtures.
 test: $(VENV)/.ready ## the test suite
