@@ -6,12 +6,14 @@
 
 In the same process as its tests a program could exit before they run, patch their comparisons, read expected values off a
 frame or print what a pass prints. In another process it cannot: it receives arguments and returns values, and only the
-tests' side, which runs no code of the program, compares them. Values are of Python's own types; anything else that a
-function returns can only be passed back to the program, and equals nothing.
+tests' side, which runs no code of the program, compares them. Values of Python's own types cross whole, their subclasses as
+that type. Any other stays with the program, and what tests do to it is done there (its truth, length, items, attributes,
+calls), except for whatever takes a value to compare with (==, <, in, arithmetic): it equals nothing but itself.
 """
 
 import builtins
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -20,86 +22,154 @@ import types
 LONGEST = 2**24  # bytes of one reply
 _PLAIN = (bool, int, float, str)
 _GROUPS = {"tuple": tuple, "list": list, "set": set, "frozenset": frozenset}
+_VIEWS = {
+    "dict_keys": lambda items: dict.fromkeys(items).keys(),
+    "dict_values": lambda items: dict(enumerate(items)).values(),
+    "dict_items": lambda items: dict(items).items(),
+}
+_MADE = (
+    {  # type: its module, the arguments that make an equal one
+        "complex": ("builtins", lambda v: [v.real, v.imag]),
+        "range": ("builtins", lambda v: [v.start, v.stop, v.step]),
+        "bytearray": ("builtins", lambda v: [bytes(v)]),
+        "Fraction": ("fractions", lambda v: [v.numerator, v.denominator]),
+        "Decimal": ("decimal", lambda v: [str(v)]),
+        "array": ("array", lambda v: [v.typecode, v.tolist()]),
+        "deque": ("collections", lambda v: [list(v), v.maxlen]),
+        "Counter": ("collections", lambda v: [dict(v)]),
+        "OrderedDict": ("collections", lambda v: [list(v.items())]),
+        "defaultdict": ("collections", lambda v: [v.default_factory, dict(v)]),
+        "timedelta": ("datetime", lambda v: [v.days, v.seconds, v.microseconds]),
+        "timezone": ("datetime", lambda v: [v.utcoffset(None)]),
+        "date": ("datetime", lambda v: [v.year, v.month, v.day]),
+        "time": ("datetime", lambda v: [v.hour, v.minute, v.second, v.microsecond, v.tzinfo]),
+        "datetime": ("datetime", lambda v: [*v.timetuple()[:6], v.microsecond, v.tzinfo]),
+    }
+    | {view: ("builtins", lambda v: [list(v)]) for view in _VIEWS}
+)
+# What tests may do to a value that stays with the program, where its type can: nothing that is given an expected value.
+_DONE_THERE = [
+    f"__{name}__"
+    for name in "bool len iter next reversed getitem setitem delitem call int float index round abs neg str repr enter exit".split()
+]
 
 
-def encode(value: object, held: list | None = None) -> object:
-    """A value in JSON, with its type's name where JSON has no such type; subclasses as their plain type.
+def encode(value: object, held: dict | None = None) -> object:
+    """A value in JSON, with its type's name where JSON has no such type.
 
-    The program's side passes `held`: values without such a form are appended to it and sent as their number.
+    The program's side passes `held`: values without such a form are kept there, by a number that is sent. Raises TypeError
+    on the tests' side, where there is no such way.
     """
     if value is None or type(value) in _PLAIN:
         return value
+    if held is None and hasattr(type(value), "_held"):
+        return {"held": type(value)._held}
+    for kind in type(value).__mro__:
+        if (made := _MADE.get(kind.__name__)) and made[0] == kind.__module__:
+            return {kind.__name__: encode(made[1](value), held)["list"]}
+    if (
+        isinstance(value, memoryview) and value.format == "B" and value.ndim == 1
+    ):  # of others equality is by their items
+        return {"bytes": value.hex()}
+    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+        return {"type": value.__name__}
+    plain = _plain(value, held)
+    if held is None:
+        if hasattr(value, "__next__"):
+            return {"iter": encode(list(value))}
+        if plain is _NONE:
+            raise TypeError(f"a test's {type(value).__name__} cannot be passed to the program")
+        return plain
+    if plain is not _NONE and (type(value) in _WHOLE or isinstance(value, list | set | dict)):
+        return plain
+    held[id(value)] = value  # kept, so no other has its number
+    able = [name for name in _DONE_THERE if getattr(type(value), name, None) not in (None, getattr(object, name, None))]
+    return {"other": [type(value).__name__, id(value), able, None if plain is _NONE else [plain]]}
+
+
+_NONE = object()
+_WHOLE = (*_PLAIN, bytes, *_GROUPS.values())
+
+
+def _plain(value: object, held: dict | None) -> object:
+    """A value of a built-in type or a subclass as that type in JSON, or _NONE."""
     for plain in _PLAIN:
         if isinstance(value, plain):
             return plain(value)
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
-    if hasattr(type(value), "as_integer_ratio"):  # Fraction, Decimal: equal to what they are worth
-        return {"ratio": list(value.as_integer_ratio())}
-    if isinstance(value, bytes | bytearray):
+    if isinstance(value, bytes):
         return {"bytes": value.hex()}
     if isinstance(value, dict):
         return {"dict": [[encode(k, held), encode(v, held)] for k, v in value.items()]}
     for name, group in _GROUPS.items():
         if isinstance(value, group):
             return {name: [encode(item, held) for item in value]}
-    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-        return {"type": value.__name__}
-    if isinstance(value, Remote):
-        return {"name": value._name}
-    if isinstance(value, Other):
-        return {"held": value._number}
-    held.append(value)
-    return {"other": [type(value).__name__, len(held) - 1]}
+    return _NONE
 
 
-def decode(value: object, names: dict | None = None, held: list | None = None) -> object:
-    """The value that `encode` encoded. The program's side passes its own `names` and `held`."""
+def decode(value: object, held: dict | None = None, ask=None) -> object:
+    """The value that `encode` encoded. The program's side passes what it has `held`, the tests' side how to `ask` it."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
     if kind in _GROUPS:
-        return _GROUPS[kind](decode(item, names, held) for item in content)
+        return _GROUPS[kind](decode(item, held, ask) for item in content)
+    if kind in _MADE:
+        make = _VIEWS.get(kind) or getattr(importlib.import_module(_MADE[kind][0]), kind)
+        return make(*(decode(item, held, ask) for item in content))
     match kind:
         case "dict":
-            return {decode(k, names, held): decode(v, names, held) for k, v in content}
-        case "complex":
-            return complex(*content)
-        case "ratio":
-            from fractions import Fraction  # takes longer than most exams
-
-            return Fraction(*content)
+            return {decode(k, held, ask): decode(v, held, ask) for k, v in content}
         case "bytes":
             return bytes.fromhex(content)
+        case "iter":
+            return iter(decode(content, held, ask))
         case "type" if isinstance(own := getattr(builtins, content), type):
             return own
-        case "name":
-            return names[content]
         case "held":
             return held[content]
         case "other":
-            return Other(*content)
+            return _other(*content, ask)
     raise ValueError(kind)
 
 
 class Other:
-    """A value of the program that has none of Python's own types: it can be passed back, and equals nothing else."""
+    """A value of the program that has none of Python's own types: equal only to itself, and used only there."""
 
-    def __init__(self, kind: str, number: int):
-        self._kind, self._number = kind, number
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Other) and self._held == other._held
+
+    def __hash__(self) -> int:
+        return hash(self._held)
 
     def __repr__(self) -> str:
-        return f"<{self._kind}>"
+        return f"<{type(self).__name__}>"
 
 
-class Remote:
-    """A function of the program, or any other value with that name there."""
+def _other(kind: str, number: int, able: list[str], plain: list | None, ask) -> object:
+    """The stand-in of a value that stays with the program: an `Other`, or where it has a `plain` form that with attributes."""
 
-    def __init__(self, name: str, ask):
-        self._name, self._ask = name, ask
+    def done_there(name: str):
+        return lambda self, *args, **more: ask({"do": name, "on": number, "args": encode(args), "more": encode(more)})
 
-    def __call__(self, *args, **kwargs):
-        return self._ask({"call": self._name, "args": encode(args), "kwargs": encode(kwargs)})
+    if plain is None:
+        known = {name: done_there(name) for name in {*able} & {*_DONE_THERE}} | {
+            "__setattr__": done_there("__setattr__")
+        }
+        return type(kind, (Other,), known | {"_held": number, "__getattr__": done_there("__getattr__")})()
+    value = decode(plain[0], None, ask)
+    return type(kind, (type(value),), {"_held": number, "__getattr__": done_there("__getattr__")})(value)
+
+
+class Names(dict):
+    """What tests know by name: their own, and what the program has by `theirs` at that moment."""
+
+    def __init__(self, theirs: list[str], ask):
+        self._theirs, self._ask = theirs, ask
+
+    def __missing__(self, name: str) -> object:
+        if name not in self._theirs:
+            raise KeyError(name)
+        return self._ask({"get": name})
 
 
 class ProgramError(Exception):
@@ -107,7 +177,21 @@ class ProgramError(Exception):
 
 
 class RaisedError(ProgramError):
-    """An exception of the program; its name is the program's to choose."""
+    """An exception of the program, as text; its name is the program's to choose."""
+
+    def __init__(self, text: str):
+        Exception.__init__(self, text)
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+def _raised(text: str, kind: str) -> RaisedError:
+    """That exception, of the built-in class `kind` too, for tests that expect one and for what ends an iteration."""
+    own = getattr(builtins, kind, None)
+    if not isinstance(own, type) or not issubclass(own, Exception) or issubclass(own, BaseExceptionGroup):
+        return RaisedError(text)
+    return type(kind, (RaisedError,) if own is Exception else (RaisedError, own), {})(text)
 
 
 # ---- the program's side
@@ -122,23 +206,30 @@ def serve() -> None:
     _send(replies, "ready")
     # In a module not named __main__, so that code for scripts does not run; dataclasses look their module up.
     sys.modules["program"] = types.ModuleType("program")
-    names, held = vars(sys.modules["program"]), []
+    names, held = vars(sys.modules["program"]), {}
     for request in map(json.loads, requests):
-        try:
-            reply = json.dumps({"to": request["number"], "value": encode(_answer(request, names, held), held)})
-        except BaseException as error:  # SystemExit too
-            reply = json.dumps({"to": request["number"], "raised": f"{type(error).__name__}: {error}"[:300]})
-        replies.write(reply.encode() + b"\n")
+        replies.write(_reply(request, names, held).encode() + b"\n")
         replies.flush()
 
 
-def _answer(request: dict, names: dict, held: list) -> object:
+def _reply(request: dict, names: dict, held: dict) -> str:
+    try:
+        return json.dumps({"to": request["number"], "value": encode(_answer(request, names, held), held)})
+    except BaseException as error:  # SystemExit too
+        own = (kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
+        return json.dumps({"to": request["number"], "raised": [f"{type(error).__name__}: {error}"[:300], next(own)]})
+
+
+def _answer(request: dict, names: dict, held: dict) -> object:
     if "run" in request:
         with contextlib.suppress(SystemExit):  # the end of a script, and its functions are there
             exec(compile(request["run"], "program", "exec"), names)
         return None
-    function = eval(request["call"], names)
-    return function(*decode(request["args"], names, held), **decode(request["kwargs"], names, held))
+    if "get" in request:
+        return eval(request["get"], names)
+    value, action = held[request["on"]], request["do"]
+    do = getattr if action == "__getattr__" else getattr(type(value), action)
+    return do(value, *decode(request["args"], held), **decode(request["more"], held))
 
 
 # ---- the tests' side
@@ -156,12 +247,7 @@ def examine(give: int, take: int) -> dict:
         line = replies.readline(LONGEST)
         if not line.endswith(b"\n"):
             raise ProgramError("a value too large" if line else "it ended")
-        reply = json.loads(line)
-        if not isinstance(reply, dict) or reply.get("to") != number:
-            raise ProgramError("a reply out of turn")
-        if "raised" in reply:
-            raise RaisedError(str(reply["raised"]))
-        return decode(reply["value"])
+        return _taken(line, number, ask)
 
     if replies.readline(100) != b'"ready"\n':
         return {"error": "the program's side did not start"}
@@ -169,21 +255,39 @@ def examine(give: int, take: int) -> dict:
     print(json.dumps(stopped), flush=True)  # counts unless another follows
     at = "the program"
     try:
-        names = {name: Remote(name, ask) for name in exam["names"]}
+        names = Names(exam["names"], ask)
         exec("\n".join(exam["imports"]), names)
         ask({"run": exam["program"]})
         ask({"run": exam["setup"]})
         for at in exam["tests"]:
             exec(compile(at, "test", "exec"), names)
     except Exception as error:
-        name = {ProgramError: "", RaisedError: "", AssertionError: "not so"}.get(type(error), type(error).__name__)
-        text = ": ".join(filter(None, (name, str(error))))
-        if isinstance(error, AssertionError):
+        own = isinstance(error, ProgramError)
+        name = "" if own else "not so" if isinstance(error, AssertionError) else type(error).__name__
+        text = ": ".join(filter(None, (name, _text(error))))
+        if isinstance(error, AssertionError) and not own:
             kind = "failed a test"
         else:  # the program names its own exceptions, and none of ours
             kind = text if type(error) is ProgramError else f"raised {text.partition(':')[0]}"
         return {"passed": False, "why": f"{at}: {text}"[:500], "kind": kind[:100]}
     return {"passed": True, "why": None, "kind": None}
+
+
+def _taken(line: bytes | str, number: int, ask) -> object:
+    """The value in a reply. Raises ProgramError: an exception there, or no reply to that request."""
+    reply = json.loads(line)
+    if not isinstance(reply, dict) or reply.get("to") != number:
+        raise ProgramError("a reply out of turn")
+    if "raised" in reply:
+        raise _raised(*map(str, reply["raised"]))
+    return decode(reply["value"], None, ask)
+
+
+def _text(error: Exception) -> str:
+    try:
+        return str(error)
+    except Exception:  # of a value that stays with the program, which may have ended
+        return ""
 
 
 def _send(file, message: object) -> None:
