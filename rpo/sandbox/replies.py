@@ -9,6 +9,7 @@ import contextlib
 import html
 import json
 import re
+import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,21 +18,39 @@ BEGIN, END = "[BEGIN]", "[DONE]"
 LONGEST = 50_000  # characters of a reply that is looked through; a longer one is a program as it stands
 MOST = 64  # fences, and runs of lines, of one reply that are looked at; a loop of repetitions has many
 _OPEN = r"<(?:think|thinking|thought|reasoning)>|\[THINK\]|<\|channel\|>analysis"
-_CLOSE = r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|channel\|>final<\|message\|>"
+_CLOSE = r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|channel\|>(?:final|commentary)[^<\n]*<\|message\|>"
 _THOUGHT = re.compile(f"({_OPEN})|(?:{_CLOSE})", re.IGNORECASE)
-_SPECIAL = re.compile(r"<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end_of_turn|end|return)\|>|<end_of_turn>|</s>")
+_SPECIAL = re.compile(
+    r"<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end_of_turn|end|return|call)\|>|<end_of_turn>|</s>"
+)
 # A marker is one where a line begins; within a program it is part of a string.
 _BEGIN, _END = (re.compile(rf"^[ \t]*{re.escape(marker)}", re.MULTILINE) for marker in (BEGIN, END))
 _FENCE = re.compile("`{3,}|~{3,}")
 _TAGGED = re.compile(
-    r"[<\[](python3?|py|code|pre|answer|solution|program)\b[^>\]\n]*[>\]](.*?)(?:[<\[]/\1[>\]]|\Z)",
+    r"[<\[](python3?|py|code|pre|answer|solution|program|tool_call|function|invoke|parameter|arg_value)\b[^>\]\n]*[>\]](.*?)"
+    r"(?:[<\[]/\1[>\]]|\Z)",
     re.DOTALL | re.IGNORECASE,
 )
+_HEREDOC = re.compile(r"^[ \t$]*(?:cat|tee|python3?)\b[^\n]*<<-?[ \t]*[\"']?(\w+)[\"']?[^\n]*\n", re.MULTILINE)
+# What stands before code: a token of a chat format, or a label on the same line.
+_MARK = re.compile(
+    r"<[|\uff5c][^<>\n]{1,60}?[|\uff5c]>|\[(?:TOOL_CALLS|ARGS)\]|<!\[CDATA\[|\]\]>"
+    r"|^[^\n]{0,80}?\w:\**[ \t]+(?=(?:async )?def \w+\(|class \w+[(:]|from [\w.]+ import |import \w)",
+    re.MULTILINE,
+)
+_QUOTE = re.compile(r"^ {0,3}(?:>{1,2}(?!>) ?)+", re.MULTILINE)
+_FENCE_LINE = re.compile(r"(^[ \t>]*(?:`{3}|~{3})[^\n]*(?:\n|\Z))", re.MULTILINE)
+_DIFF = re.compile(
+    r"^\+[ \t]*(?:@\w|(?:def|class|import|from|async) )|^@@ -\d|^-[ \t]{2,}\S.*\n\+[ \t]{2,}\S", re.MULTILINE
+)
+_NOT_ADDED = re.compile(r"^(?:-|@@ |\+\+\+ |diff --git |index |\\ No newline).*\n?|^[+ ]", re.MULTILINE)
+_NUMBERED = re.compile(r"[ \t]*(\d+)(?:[ \t]*[:|)\u2502]|\.?(?=[ \t]|$))")
+_OBJECT = re.compile(r"\A\s*\"|[{\[](?=\s*[\"{\[])")
 _CODE_LINE = re.compile(r"([ \t]*)(?:(?:def|class|import|from|async)\b|@|\w+[ \t]*=)")
 _INLINE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 _AS_TYPED = {
     **dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff")),
-    **{0xA0: " ", 0x201C: '"', 0x201D: '"', 0x2018: "'", 0x2019: "'"},
+    **{0xA0: " ", 0x2212: "-", 0x201C: '"', 0x201D: '"', 0x2018: "'", 0x2019: "'"},
 }
 
 
@@ -39,9 +58,9 @@ def program_of(reply: str, names: Sequence[str] = ()) -> str:
     """The program in `reply`, of which tests call `names`: the last text in it that parses and binds most of them.
 
     A reply that is itself a program is taken whole, up to a line [DONE]. Otherwise what is looked at are code in fences,
-    of which the last may be cut, in tags ([PYTHON], <code>, ...), in a JSON string or behind >>>, and lines that parse
-    amid prose; after a line [BEGIN] first. What a reasoning model thinks before it answers does not count. Where nothing
-    binds a name, the last fenced code, or else the reply.
+    of which the last may be cut, in tags ([PYTHON], <code>, ...), in the strings of a tool call, of JSON or of Python, behind
+    >>> or line numbers, as a diff or a quote, and lines that parse amid prose; after a line [BEGIN] first. What a reasoning
+    model thinks before it answers does not count. Where nothing binds a name, the last fenced code, or else the reply.
     """
     reply = _SPECIAL.split(_without_thoughts(reply).replace("\r\n", "\n"))[0]
     said = _END.split(reply)[0]
@@ -50,18 +69,18 @@ def program_of(reply: str, names: Sequence[str] = ()) -> str:
     amid_lines = said.partition(END)[0]
     regions = list(dict.fromkeys((_BEGIN.split(said)[-1], said, amid_lines.rpartition(BEGIN)[2], amid_lines)))
     best, most = None, 0
-    for region, text in ((of, text) for of in regions for text in _candidates(of)):
+    for within, text in (found for region in regions for found in _candidates(region)):
         functions, others = _bound(text)
         if names:  # a function is worth more than an alias of it
             worth = 2 * len(functions.intersection(names)) + len(others.intersection(names))
         else:
             worth = min(len(functions), 1)
         if worth > most:
-            best, most = (region, text), worth
+            best, most = (within, text), worth
         if functions.issuperset(names or functions) and most:
             break
     if best is not None:
-        return _with_what_it_uses(*best)
+        return _without_words(_with_what_it_uses(*best))
     fenced = [code for region in regions for code in _fenced(region)]
     return textwrap.dedent(fenced[0]) if fenced else regions[-1]
 
@@ -78,25 +97,52 @@ def _without_thoughts(reply: str) -> str:
     return "".join(aloud if thinking else [*aloud, reply[at:]])
 
 
-def _with_what_it_uses(region: str, text: str) -> str:
-    """The program `text` with, before it, the other fenced code of its reply that has names which it uses and lacks."""
+def _with_what_it_uses(within: str, text: str) -> str:
+    """The program `text` with, before it, the other code of its reply that has names which it uses and lacks."""
     parts, lacking = [text], _lacking(text)
-    for code in map(textwrap.dedent, _fenced(region)):
+    if not lacking or text == textwrap.dedent(within):
+        return text
+    others = [textwrap.dedent(code) for code in (*_fenced(within), *_tagged(within), *_runs(within))]
+    for code in others:
         if code.strip() not in text and lacking & set().union(*_bound(code)):
             parts.append(code)
             lacking = (lacking | _lacking(code)) - set().union(*_bound(code))
-    return "\n".join(reversed(parts))
+    stars = dict.fromkeys(star for code in others if lacking for star in _stars(code) if star not in text)
+    return "\n".join([*stars, *reversed(parts)])
 
 
-def _candidates(text: str) -> Iterator[str]:
-    """All that may be the program, the likeliest first."""
-    yield from _readings(text)
-    for code in _fenced(text):
-        yield from _readings(code)
-    for code in _tagged(text):
-        yield from _readings(code)
-    yield from reversed(_INLINE.findall(text)[:MOST])
-    yield from _runs(text)
+def _without_words(text: str) -> str:
+    """A program without the lines that are a word of prose or of a shell: `Done`, `EOF`, `Complexity: O(n)`."""
+    lines, lacking = text.split("\n"), _lacking(text)
+    for node in _parse(text).body if lacking else ():
+        match node:
+            case ast.Expr(value=ast.Name()) | ast.AnnAssign(value=None):
+                if lacking & {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}:
+                    lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "\n".join(lines)
+
+
+def _candidates(text: str, depth: int = 0) -> Iterator[tuple[str, str]]:
+    """(text, what may be the program in it), the likeliest first."""
+    if not _HEREDOC.match(text):  # a shell's command may be Python too
+        yield text, textwrap.dedent(text)
+    text = _plain(text)
+    marked = _MARK.sub("\n", text)
+    texts = list(dict.fromkeys((text, marked, _QUOTE.sub("", marked))))
+    inner = list(_quoted(marked))[:MOST] if depth < 3 else []
+    whole = text.lstrip()[:1] in ("{", "[", '"')
+    for one in texts:
+        yield from ((one, code) for code in _heredocs(one))
+        yield from ((one, code) for code in _readings(one))
+        if whole:
+            yield from (found for string in inner for found in _candidates(string, depth + 1))
+        for code in (*_fenced(one), *_tagged(one)):
+            yield from ((one, reading) for reading in _readings(code))
+        yield from ((one, code) for code in reversed(_INLINE.findall(one)[:MOST]))
+        whole = False
+    yield from (found for string in inner for found in _candidates(string, depth + 1))
+    for one in texts:
+        yield from ((one, code) for code in _runs(one))
 
 
 def _readings(text: str) -> Iterator[str]:
@@ -106,19 +152,72 @@ def _readings(text: str) -> Iterator[str]:
         yield textwrap.dedent(typed)
     if "\\n" in text and "\n" not in text.strip():
         yield text.replace("\\n", "\n")
-    if ">>>" in text:
-        yield "\n".join(line[4:] for line in plain.split("\n") if line[:4].rstrip() in (">>>", "..."))
-    if text.lstrip()[:1] in ("{", "[", '"'):
-        with contextlib.suppress(ValueError, RecursionError):
-            for string in _strings(json.loads(text)):
-                yield from map(textwrap.dedent, (string, *_fenced(string)))
+    typed_in = re.sub(r"^\s*\.\.\.: ?", "... ", re.sub(r"^In \[\d+\]: ?", ">>> ", plain, flags=re.M), flags=re.M)
+    if ">>>" in typed_in:
+        yield "\n".join(line[4:] for line in typed_in.split("\n") if line[:4].rstrip() in (">>>", "..."))
+
+
+def _plain(text: str) -> str:
+    """`text` with each diff in it as the lines that it leaves, and numbered lines of code without their numbers."""
+    parts = _FENCE_LINE.split(text)  # text between fences, a fence, and so on
+    for i in range(0, len(parts), 2):
+        if any(_bound(textwrap.dedent(parts[i]))):
+            continue
+        if _DIFF.search(parts[i]) or (i and re.search("(?:diff|patch)\\s*$", parts[i - 1])):
+            parts[i] = _NOT_ADDED.sub("", parts[i])
+        parts[i] = _unnumbered(parts[i])
+    return "".join(parts)
+
+
+def _unnumbered(text: str) -> str:
+    """`text` without the numbers before lines that are code without them."""
+    lines, at, tries = text.split("\n"), 0, 0
+    while at < len(lines) and tries < MOST:
+        end, first = at, _NUMBERED.match(lines[at])
+        while first and end < len(lines) and (number := _NUMBERED.match(lines[end])):
+            if int(number[1][:9]) != int(first[1][:9]) + end - at:
+                break
+            end += 1
+        tries += end > at
+        for blank in ("", " ") if end > at else ():
+            block = [_NUMBERED.sub(lambda m, blank=blank: blank * len(m[0]), line, count=1) for line in lines[at:end]]
+            if any(_bound(code := textwrap.dedent("\n".join(block)))):
+                lines[at:end] = code.split("\n")
+                break
+        at = max(end, at + 1)
+    return "\n".join(lines)
+
+
+def _heredocs(text: str) -> Iterator[str]:
+    """What a shell's command writes to a file, or has Python run."""
+    for begun in list(_HEREDOC.finditer(text))[:MOST]:
+        if ended := re.compile(rf"^[ \t]*{begun[1]}\b", re.MULTILINE).search(text, begun.end()):
+            yield text[begun.end() : ended.start()]
+
+
+def _quoted(text: str) -> Iterator[str]:
+    """The strings of JSON in `text`, then of Python where it or code in fences in it is that, the last first."""
+    values, at = [], 0
+    for begun in list(_OBJECT.finditer(text))[:MOST]:
+        if begun.start() >= at:
+            with contextlib.suppress(ValueError, RecursionError):  # strict: without \n escaped, as models write it
+                value, at = json.JSONDecoder(strict=False).raw_decode(text, begun.end() - 1)
+                values.append(value)
+    yield from (string for string in _strings(values) if string != text)
+    for code in (text, *_fenced(text)):
+        with contextlib.suppress(*_NO_PYTHON):
+            constants = [node.value for node in ast.walk(_parse(code)) if isinstance(node, ast.Constant)]
+            yield from reversed([value for value in constants if isinstance(value, str) and value != text])
 
 
 def _strings(value: object) -> Iterator[str]:
-    """The strings in a JSON value, the last first."""
+    """The strings in a JSON value that can be code, the last first; a list of them also as one (a notebook's lines)."""
     if isinstance(value, str):
-        yield value
+        if re.search(r"def |class |import |lambda|=", value):
+            yield value
     elif isinstance(value, dict | list):
+        if isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value):
+            yield from _strings("".join(value))
         for item in reversed(list(value.values()) if isinstance(value, dict) else value):
             yield from _strings(item)
 
@@ -155,12 +254,13 @@ def _without_language(content: str) -> Iterator[str]:
         yield ""
 
 
-def _tagged(text: str) -> Iterator[str]:
-    """The code in tags, the last first, with and without one within it (<pre><code>)."""
+def _tagged(text: str, depth: int = 0) -> Iterator[str]:
+    """The code in tags, the last first, before it that in tags within it (<pre><code>)."""
     for tagged in list(_TAGGED.finditer(text))[:MOST][::-1]:
-        for match in (_TAGGED.search(tagged[2]), tagged):
-            if match:  # HTML's own tags hold HTML, where `&amp;` is an operator
-                yield html.unescape(match[2]) if match[1].lower() in ("code", "pre") else match[2]
+        if depth < 3:
+            yield from _tagged(tagged[2], depth + 1)
+        is_html = tagged[1].lower() in ("code", "pre")  # where `&amp;` is an operator
+        yield html.unescape(re.sub(r"<br\s*/?>", "\n", tagged[2])) if is_html else tagged[2]
 
 
 def _runs(text: str) -> list[str]:
@@ -246,3 +346,12 @@ def _lacking(text: str) -> set[str]:
             case ast.alias():
                 bound.add((node.asname or node.name).partition(".")[0])
     return used - bound
+
+
+def _stars(text: str) -> list[str]:
+    """The imports of everything in a module of Python's own."""
+    try:
+        found = [node for node in _parse(text).body if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"]
+    except _NO_PYTHON:
+        return []
+    return [ast.unparse(node) for node in found if (node.module or "").partition(".")[0] in sys.stdlib_module_names]

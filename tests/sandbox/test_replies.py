@@ -10,6 +10,14 @@ from rpo.sandbox.replies import LONGEST, program_of
 CODE = "def f(x):\n    return 2 * x\n"
 DRAFT = "def f(x):\n    return 3 * x\n"
 INDENTED = CODE.replace("\n", "\n    ")
+LONG = "def f(x):\n" + "    x = x\n" * 9 + "\n    return 2 * x\n"
+CALL = {"name": "python", "arguments": {"code": CODE}}
+
+
+def each_line(form, code=CODE):
+    """The lines of `code`, each in the form {line} with its {number}."""
+    return "\n".join(form.format(line=line, number=i) for i, line in enumerate(code.strip().split("\n"), 1))
+
 
 FORMS = {
     "as asked": f"{CODE}[DONE]\n",
@@ -70,6 +78,60 @@ FORMS = {
     "CRLF": CODE.replace("\n", "\r\n"),
     "CRLF in a fence": f"```python\r\n{CODE}```".replace("\n", "\r\n"),
     "indented": f"    {INDENTED}",
+    "a quoted fence": each_line("> {line}", f"```python\n{CODE}```"),
+    "a quote within a quote": f"So:\n{each_line('> > {line}', f'```{chr(10)}{CODE}```')}\nOK?",
+    "a quote without a fence": f"So:\n{each_line('> {line}')}\nIt doubles.",
+    "a quoted draft": f"You have:\n{each_line('> {line}', DRAFT)}\nBetter:\n\n{CODE}",
+    "a quoted draft at the end": f"Take:\n\n{CODE}\nYou had:\n{each_line('> {line}', DRAFT)}\n",
+    "a tool call": f"I run it.\n<tool_call>\n{json.dumps(CALL)}\n</tool_call>",
+    "a tool call whose arguments are JSON": json.dumps({"name": "python", "arguments": json.dumps({"code": CODE})}),
+    "a tool call after a token": f"<|python_tag|>{json.dumps(CALL)}",
+    "code after a token": f"<|python_tag|>{CODE}<|eom_id|>",
+    "a tool call of Mistral": f"[TOOL_CALLS] {json.dumps([CALL])}",
+    "a tool call of Mistral, newer": f"[TOOL_CALLS]python[ARGS]{json.dumps(CALL['arguments'])}",
+    "a tool call of Qwen3-Coder": f"<tool_call>\n<function=python>\n<parameter=code>\n{CODE}</parameter>\n</function>",
+    "its parameters on one line": f"<function=run><parameter=lang>py</parameter><parameter=code>{CODE}</parameter></function>",
+    "a tool call of GLM": f"<tool_call>run\n<arg_key>code</arg_key>\n<arg_value>{CODE}</arg_value>\n</tool_call>",
+    "a tool call in attributes": f'<invoke name="run"><parameter name="code">{CODE}</parameter></invoke>',
+    "a tool call of DeepSeek": f"<\uff5ctool\u2581sep\uff5c>python\n```json\n{json.dumps(CALL)}\n```<\uff5cend\uff5c>",
+    "a tool call in a channel": f"<|channel|>analysis<|message|>{DRAFT}<|end|><|channel|>commentary to=python "
+    f"code<|message|>{CODE}<|call|>",
+    "a tool call in Python": f"[python(code={CODE!r})]",
+    "a tool call in a fence": f"```tool_code\nprint(python.run(code={CODE!r}))\n```",
+    "a tool call of a shell": json.dumps({"cmd": ["bash", "-lc", f"cat > f.py <<'EOF'\n{CODE}EOF\npython f.py"]}),
+    "JSON of many lines": f'{{"code": "{CODE}"}}',
+    "JSON amid prose": f"The answer is {json.dumps({'code': CODE})}, as asked.",
+    "a dict of Python": str({"code": CODE}),
+    "a string of Python": f"```python\nsolution = '''\n{CODE}'''\n```",
+    "an answer that is called": f"final_answer({CODE!r})",
+    "files": json.dumps({"files": {"f.py": CODE, "test_f.py": "from f import f\nassert f(2) == 4"}}),
+    "a notebook": json.dumps({"cells": [{"source": CODE.splitlines(True)}, {"source": ["f(2)"]}]}),
+    "a file that a shell writes": f"```bash\ncat > f.py << EOF\n{CODE}EOF\npython f.py\n```",
+    **{
+        f"lines numbered {form}": each_line(f"{form}{{line}}", LONG)
+        for form in ("{number} ", "{number}: ", "{number:>4} | ")
+    },
+    **{
+        f"lines numbered {form}": each_line(f"{form}{{line}}", LONG)
+        for form in ("{number}\t", "{number}. ", "{number:<4}")
+    },
+    "numbered lines in a fence": f"```python\n{each_line('{number:>2}  {line}', LONG)}\n```",
+    "numbered lines amid prose": f"So:\n{each_line('{number}: {line}', LONG)}\nOK?",
+    "a draft of numbered lines": f"{each_line('{number}: {line}', DRAFT)}\n\nNo:\n```\n{CODE}```",
+    "a numbered list": f"1. We take x.\n2. We double it.\n\n{CODE}",
+    "a diff of added lines": f"```diff\n{each_line('+{line}')}\n```",
+    "added lines": f"So:\n\n{each_line('+{line}')}\n\nOK?",
+    "a diff": "```diff\n--- a/f.py\n+++ b/f.py\n@@ -1,3 +1,3 @@\n def f(x):\n     y = x\n-    return 3 * y\n+    return 2 * y\n```",
+    "a diff without a head": "def f(x):\n     y = x\n-    return 3 * y\n+    return 2 * y\n".replace("def", " def"),
+    "a diff after its old code": f"You have:\n```python\n{DRAFT}```\nSo:\n```diff\n{each_line('-{line}', DRAFT)}\n"
+    f"{each_line('+{line}')}\n```",
+    "IPython": "In [1]: def f(x):\n   ...:     return 2 * x\n   ...:\n\nIn [2]: f(2)\nOut[2]: 4",
+    "a label": f"Thought: easy\nAction: python\nAction Input: {CODE}",
+    "a bold label": f"**Answer:** {CODE}",
+    "lines of HTML": "<pre><code>def f(x):<br>&nbsp;&nbsp;return 2 * x</code></pre>",
+    "a word before": f"python\n{CODE}",
+    "words after": f"{CODE}\nComplexity: O(n)\nDone\n",
+    "a typographer's minus": "def f(x):\n    return x \u2212 (0 \u2212 x)\n",
 }
 
 
@@ -85,6 +147,9 @@ def test_the_program_is_found(reply, names):
 WHOLE = {
     "the end marker in a string": "MARK = '[DONE]'\n" + CODE,
     "ticks in a string": "DOC = '''\n```\nexample\n```\n'''\n" + CODE,
+    "a diff and numbers in a string": "DOC = '''\n+def f(x):\n1: def f(x): pass\n'''\n" + CODE,
+    "terms on lines like a diff's": "x = (1\n-  2\n+  3)\n" + CODE,
+    "a word and a shell's lines in a string": "DOC = '''\nDone\ncat << EOF\nEOF\n'''\n" + CODE,
     "a tag in a string": "TAG = '<code>def f(x): pass</code>'\n" + CODE,
 }
 
@@ -100,6 +165,26 @@ def test_blocks_that_need_each_other():
     """Imports and helpers that stand in blocks of their own are there; a usage example is not run."""
     blocks = ["import math", "def half(x): return math.floor(x / 2)", "def f(x): return 4 * half(x)", "print(f(1 / 0))"]
     reply = "\n".join(f"Step:\n```python\n{block}\n```" for block in blocks)
+    exec(program_of(reply, ["f"]), known := {})
+    assert known["f"](2) == 4
+
+
+USES_STAR = "def f(x):\n    return 2 * floor(x)\n"
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"```python\nfrom math import *\n```\nand\n```python\n{USES_STAR}```",
+        f"```python\n{USES_STAR}```\n```python\nfrom f import *\nfrom math import *\nassert f(floor(2.5)) == 0\n```",
+        f"First:\n\nfrom math import *\n\nThen:\n\n{USES_STAR}\nThat is all.",
+        f"First:\n\nfrom math import floor\n\nThen:\n\n{USES_STAR}\nThat is all.",
+        "<code>from math import floor</code> and <code>def f(x): return 2 * floor(x)</code>",
+        each_line("> {line}", "```\nimport math\n```\n```\ndef f(x): return 2 * math.floor(x)\n```"),
+    ],
+)
+def test_imports_apart(reply):
+    """An import in a block, tag or run of lines of its own is there, also one of everything in a module of Python's."""
     exec(program_of(reply, ["f"]), known := {})
     assert known["f"](2) == 4
 
@@ -141,7 +226,28 @@ def test_no_program(reply):
         "if x:\n ",
         "\0",
     ]
-    + ["def f(:\n", "lambda:", "not ", "[BEGIN]\n", "<think>", "&lt;"],
+    + ["def f(:\n", "lambda:", "not ", "[BEGIN]\n", "<think>", "&lt;"]
+    + [
+        "cat <<EOF\n",
+        "-  a\n",
+        "-  a\n+  a\n",
+        "+def f(:\n",
+        "1: def f(:\n",
+        "1 def f(x): 0\n",
+        '{"a": ',
+        '["def f(x):",',
+    ]
+    + [
+        "<tool_call>",
+        "> ",
+        ">",
+        "In [1]: f\n",
+        "a: def f(x)\n",
+        "<|",
+        "1\n",
+        "<function=f><parameter=g>",
+        "f('def f(')\n",
+    ],
 )
 def test_replies_of_any_text_are_read_in_time(text):
     """Endless repetitions, deep nesting and half-open brackets cost no more than a moment and raise nothing."""
