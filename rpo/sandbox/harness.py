@@ -1,8 +1,7 @@
-"""Both sides of an exam: one process holds a program, another its tests. A script for `run.py`, standard library only.
+"""Both sides of an exam: one process holds a program, another its tests. For `jail.py`, standard library only.
 
-    python -c "$(cat harness.py)" serve      the program's side: requests on stdin, replies on stdout, a JSON line each
-    python -c "$(cat harness.py)" examine    the tests' side: the exam on stdin, the verdict on stdout, the program's
-                                             side by two further file descriptors
+`serve` is the program's side: requests on its standard input, replies on its output, a JSON line each. `verdict` is the tests'
+side: the exam on its input, the verdict on its output, the program's side by two further file descriptors.
 
 In the same process as its tests a program could exit before they run, patch their comparisons, read expected values off a
 frame or print what a pass prints. In another process it cannot: it receives arguments and returns values, and only the
@@ -235,9 +234,14 @@ def _answer(request: dict, names: dict, held: dict) -> object:
 # ---- the tests' side
 
 
-def examine(give: int, take: int) -> dict:
-    """{"passed", "why", "kind"}, or {"error"} if the program's side did not start. Prints a failing verdict first."""
-    exam = json.loads(sys.stdin.read())
+def verdict(give: int, take: int) -> None:
+    """Reads an exam and writes the verdict: what `examine` returns."""
+    with os.fdopen(os.dup(0), "rb") as exam, os.fdopen(os.dup(1), "wb") as verdicts:
+        _send(verdicts, examine(json.load(exam), give, take, lambda early: _send(verdicts, early)))
+
+
+def examine(exam: dict, give: int, take: int, say) -> dict:
+    """{"passed", "why", "kind"}, or {"error"} if the program's side did not start. Says a failing verdict first."""
     requests, replies = os.fdopen(give, "wb"), os.fdopen(take, "rb")
 
     def ask(request: dict) -> object:
@@ -252,7 +256,7 @@ def examine(give: int, take: int) -> dict:
     if replies.readline(100) != b'"ready"\n':
         return {"error": "the program's side did not start"}
     stopped = {"passed": False, "why": "the tests' side was stopped at a limit", "kind": "tests stopped"}
-    print(json.dumps(stopped), flush=True)  # counts unless another follows
+    say(stopped)  # counts unless another follows
     at = "the program"
     try:
         names = Names(exam["names"], ask)
@@ -293,11 +297,3 @@ def _text(error: Exception) -> str:
 def _send(file, message: object) -> None:
     file.write(json.dumps(message).encode() + b"\n")
     file.flush()
-
-
-if __name__ == "__main__":
-    sys.set_int_max_str_digits(0)  # CPU time has its own limit
-    if sys.argv[1] == "serve":
-        serve()
-    else:
-        print(json.dumps(examine(*map(int, sys.argv[2:]))))

@@ -1,6 +1,7 @@
 """Runs a program against its tests in a sandbox.
 
-Program and tests run in two processes (`harness`), each in a jail of its own (`jail`): namespaces without network or other
+Program and tests run in two processes (`harness`), each in a jail of its own (`jail`), made by a process that makes many:
+namespaces without network or other
 processes, a read-only root with only Python in it, 16 MiB of scratch in memory, an empty environment, hard limits on CPU
 time, memory, files, processes (none) and wall time, and only those system calls that Python needs (`syscalls`). Isolation is
 only as strong as the kernel's.
@@ -8,21 +9,22 @@ only as strong as the kernel's.
 
 import builtins
 import contextlib
-import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from queue import SimpleQueue
 
 from rpo.errors import UserError
 from rpo.sandbox import jail
-from rpo.sandbox.syscalls import filter_of, somewhere
+from rpo.sandbox.syscalls import filter_of
 
 WALL = 4  # seconds of wall time per second of CPU time, beside 10 seconds to start on a busy machine
 _HERE = Path(__file__).parent
@@ -69,51 +71,52 @@ class Outcome:
     kind: str | None = None
 
 
-def examine(exam: Exam, limits: Limits) -> Outcome:
+def examine_all(exams: Sequence[Exam], limits: Limits) -> list[Outcome]:
+    """The outcome of each, as many at once as there are processors."""
+    workers = os.cpu_count()
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(workers) as pool:  # threads that wait for processes
+        free = SimpleQueue()
+        for _ in range(workers):
+            free.put(stack.enter_context(contextlib.closing(Jailer(limits))))
+
+        def tried(exam: Exam) -> Outcome:
+            jailer = free.get()
+            try:
+                return examine(exam, limits, jailer)
+            finally:
+                free.put(jailer)
+
+        return list(pool.map(tried, exams))
+
+
+def examine(exam: Exam, limits: Limits, jailer: "Jailer | None" = None) -> Outcome:
     """The outcome of one exam: passed only if every test holds for the values that the program returned.
 
     Never raises for what the program does; if the system refuses a sandbox, the outcome has an error.
     """
+    if jailer is None:
+        with contextlib.closing(Jailer(limits)) as own:
+            return examine(exam, limits, own)
     try:
-        return _examine(exam, limits)
+        return _outcome(*jailer.hold(exam))
+    except TimeoutError:
+        return Outcome(False, None, "the sandbox did not end in time")
     except OSError as error:
         return Outcome(False, None, f"no sandbox can be made here ({error})")
 
 
-def _examine(exam: Exam, limits: Limits) -> Outcome:
-    source = (_HERE / "harness.py").read_text()
-    with contextlib.ExitStack() as stack:
-        requests, replies = _pipe(stack), _pipe(stack)
-        serve = _jailed([source, "serve"], limits, limits.wall, stdin=requests[0], stdout=replies[1])
-        program = stack.enter_context(serve)
-        ends, pipe = (requests[1].fileno(), replies[0].fileno()), subprocess.PIPE
-        # The tests' side outlives the program's, whose end it reports.
-        argv = [source, "examine", *map(str, ends)]
-        tests = stack.enter_context(_jailed(argv, limits, limits.wall + 5, stdin=pipe, stdout=pipe, pass_fds=ends))
-        for end in (*requests, *replies):  # or neither side would see the other end
-            end.close()
-        try:
-            verdicts, _ = tests.process.communicate(json.dumps(vars(exam)).encode(), timeout=limits.wall + 60)
-        except subprocess.TimeoutExpired:
-            return Outcome(False, None, "the sandbox did not end in time")
-        with contextlib.suppress(subprocess.TimeoutExpired):  # without more requests it ends
-            program.process.wait(timeout=1)
-    return _outcome(verdicts, program, tests)
-
-
-def _outcome(verdicts: bytes, program: "_Jailed", tests: "_Jailed") -> Outcome:
-    for jailed in (program, tests):
-        if jailed.refusal:
-            return Outcome(False, None, f"no sandbox can be made here ({jailed.refusal})")
-    lines = verdicts.decode().split("\n")[:-1]  # a line that a kill cut off does not count
+def _outcome(verdicts: str, ended: dict) -> Outcome:
+    if ended["refused"]:
+        return Outcome(False, None, f"no sandbox can be made here ({ended['refused']})")
+    lines = verdicts.split("\n")[:-1]  # a line that a kill cut off does not count
     if not lines:
-        return Outcome(False, None, f"the tests' side ended with status {tests.process.returncode}")
+        return Outcome(False, None, f"the tests' side ended with status {ended['tests']}")
     verdict = json.loads(lines[-1])
     if "error" in verdict:
-        return Outcome(False, None, f"{verdict['error']} (status {program.process.returncode})")
+        return Outcome(False, None, f"{verdict['error']} (status {ended['program']})")
     why, kind = verdict["why"], verdict["kind"]
     if kind == "it ended":
-        end, kind = _ENDS.get(program.process.returncode, ("", "left early"))
+        end, kind = _ENDS.get(ended["program"], ("", "left early"))
         why += end
     return Outcome(verdict["passed"], why, None, None if why is None else _kind(kind))
 
@@ -128,66 +131,73 @@ def _kind(reported: str) -> str:
     return "out of memory" if name == "MemoryError" else name if is_error else "another error"
 
 
-def _pipe(stack: contextlib.ExitStack) -> list[io.FileIO]:
-    """(end to read from, end to write to), both closed with `stack` at the latest."""
-    ends = zip(os.pipe(), ("rb", "wb"), strict=True)
-    return [stack.enter_context(open(end, mode, buffering=0)) for end, mode in ends]
-
-
 # ---- jails
 
 
-@dataclass
-class _Jailed:
-    """A process in a jail, and after its end the reason if no jail could be made."""
+class Jailer:
+    """A process that makes sandboxes, one after another, from the first exam until `close`."""
 
-    process: subprocess.Popen
-    refusal: str = ""
+    def __init__(self, limits: Limits):
+        self.limits, self._process, self._wire = limits, None, None
 
-
-@contextlib.contextmanager
-def _jailed(argv: list[str], limits: Limits, wall: int, *, pass_fds: tuple[int, ...] = (), **pipes):
-    """`python -c argv...` in a jail, killed with all its processes when the block is left."""
-    python = os.path.realpath(sys._base_executable)  # outside of any virtual environment
-    path_at = somewhere(machine := os.uname().machine)
-    with tempfile.TemporaryDirectory() as root, contextlib.ExitStack() as stack:
-        report, writer = _pipe(stack)
-        settings = {
-            "root": root,
-            "see": _see(python),
-            "argv": [python, "-s", "-S", "-B", "-P", "-X", "utf8", "-c", *argv],
-            "env": {"PYTHONHASHSEED": "0"},  # sets in the same order each time
-            "seconds": limits.seconds,
-            "wall": wall,
-            "memory": int(limits.memory_gib * 2**30),
-            "path_at": path_at,
-            "filter": filter_of(machine, path_at).hex(),
-            "parent": os.getpid(),
-            "report": writer.fileno(),
-        }
-        process = subprocess.Popen(
-            _jail_argv(json.dumps(settings)),
-            env={},
-            pass_fds=(*pass_fds, writer.fileno()),
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            **pipes,
-        )
-        writer.close()
-        jailed = _Jailed(process)
+    def hold(self, exam: Exam) -> tuple[str, dict]:
+        """(verdicts, how the exam ended, as `jail` says). Raises OSError: no process can be made, or it did not end in time."""
         try:
-            yield jailed
-        finally:
-            process.terminate()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe:
-                    pipe.close()
-            jailed.refusal = report.read().decode(errors="replace")
+            if self._process is None:
+                self._start()
+            with contextlib.ExitStack() as stack:
+                paper = stack.enter_context(open(os.memfd_create("exam"), "w+b", buffering=0))
+                paper.write(json.dumps(vars(exam)).encode())
+                paper.seek(0)
+                take, give = (stack.enter_context(open(end, mode)) for end, mode in zip(os.pipe(), "rw", strict=True))
+                ended = b""
+                with contextlib.suppress(ConnectionError):
+                    socket.send_fds(self._wire, [b"."], [paper.fileno(), give.fileno()])
+                    ended = self._wire.recv(2**16)
+                give.close()
+                if not ended:
+                    raise OSError(f"its process ended with status {self._process.wait()}")
+                verdicts, answer = take.read(), json.loads(ended)
+            if answer["refused"]:
+                self.close()
+            return verdicts, answer
+        except BaseException:  # what it was at is unknown
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        python = os.path.realpath(sys._base_executable)  # outside of any virtual environment
+        settings = {
+            "harness": str(_HERE / "harness.py"),
+            "see": _see(python),
+            "seconds": self.limits.seconds,
+            "wall": self.limits.wall,
+            "memory": int(self.limits.memory_gib * 2**30),
+            "filter": filter_of(os.uname().machine).hex(),
+        }
+        self._wire, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+        with theirs:
+            self._wire.settimeout(self.limits.wall + 60)
+            self._process = subprocess.Popen(
+                [python, "-s", "-S", "-B", "-P", "-X", "utf8", *_jail_argv(json.dumps(settings))],
+                env={"PYTHONHASHSEED": "0"},  # sets in the same order each time
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def close(self) -> None:
+        """Ends it, and all that it holds."""
+        if self._wire is not None:
+            self._wire.close()
+        if self._process is not None:
+            self._process.wait()
+        self._process = self._wire = None
 
 
 def _jail_argv(settings: str) -> list[str]:
-    return [sys.executable, "-I", "-S", "-B", jail.__file__, settings]
+    return [jail.__file__, settings]
 
 
 @lru_cache

@@ -1,13 +1,12 @@
 """The system calls that a jailed program may make, and the kernel's filter that refuses all others.
 
 What Python and its standard library need for calculating, for files in /scratch and for their own signals, on each machine
-by its own numbers. Not there: other processes and threads, sockets of any family, tracing, namespaces, keys, and what
+by its own numbers. Not there: other programs, processes and threads, sockets of any family, tracing, namespaces, keys, and what
 takes kernel memory that no limit counts (System V and POSIX queues and semaphores, memory files, locks on ranges of a file,
 timers, io_uring, larger pipes) or burdens the machine's disks and files (locks and flushes of what is only read).
 """
 
 import errno
-import secrets
 import struct
 
 # Audit architecture; calls of any other are refused, since they have other numbers.
@@ -45,7 +44,6 @@ _BY_ARGUMENT = {
     "fcntl 72 25": (0, 1, 2, 3, 4, 1030, 1032),
     "ioctl 16 29": (0x5401, 0x802C542A, 0x5413, 0x5451, 0x5450, 0x541B, 0x5421),
 }
-_EXECVE = "execve 59 221"  # of the path at one address, which the program that it starts cannot know
 # Not made, with the answer that a program gets on a machine without the thing: done (there is nothing to flush in memory), no
 # more processes, no address family.
 _REFUSED = {
@@ -56,7 +54,7 @@ _REFUSED = {
 X32, NEWER = 0x40000000, 451  # numbers from here on: x86's x32 calls; calls that this table is too old to know
 
 _LOAD, _IS, _FROM, _RETURN = 0x20, 0x15, 0x35, 0x06  # classic BPF: load a word, jump if equal, jump if not less, return
-_NUMBER, _ARCHITECTURE, _ARGUMENT = 0, 4, (16, 24)  # offsets into struct seccomp_data, both machines little-endian
+_NUMBER, _ARCHITECTURE, _SECOND = 0, 4, 24  # offsets into struct seccomp_data, both machines little-endian
 _ALLOW = (_RETURN, 0, 0, 0x7FFF0000)
 
 
@@ -72,16 +70,11 @@ def allowed(machine: str) -> dict[str, int]:
     return numbers(", ".join((_ALLOWED, *_BY_ARGUMENT)), machine)
 
 
-def somewhere(machine: str) -> int:
-    """An address at random, which no process has in use, nor a program the time to find."""
-    return 2**32 + secrets.randbelow({"x86_64": 2**45}.get(machine, 2**37)) & ~4095 | secrets.randbelow(2048)
-
-
-def filter_of(machine: str, path_at: int) -> bytes:
+def filter_of(machine: str) -> bytes:
     """The filter as seccomp(2) takes it, instructions of classic BPF. Raises OSError on a machine whose numbers are unknown.
 
-    The one program that can be started is that whose path is at address `path_at`. A call that is neither listed nor has an error of its own is EPERM; one that is newer than the table is ENOSYS, on
-    which C libraries use an older one.
+    A call that is neither listed nor has an error of its own is EPERM; one that is newer than the table is ENOSYS, on which C
+    libraries use an older one.
     """
     if machine not in MACHINES:
         raise OSError(f"no filter of system calls is known for {machine}")
@@ -91,13 +84,10 @@ def filter_of(machine: str, path_at: int) -> bytes:
         rules += [(_IS, 0, 1, number), _ALLOW]  # a jump is by so many instructions if true, so many if false
     for names, values in _BY_ARGUMENT.items():
         (number,) = numbers(names, machine).values()
-        rules += [(_IS, 0, 2 * len(values) + 2, number), (_LOAD, 0, 0, _ARGUMENT[1])]
+        rules += [(_IS, 0, 2 * len(values) + 2, number), (_LOAD, 0, 0, _SECOND)]
         for value in values:
             rules += [(_IS, 0, 1, value), _ALLOW]
         rules += [_refuse(errno.EPERM)]
-    (number,) = numbers(_EXECVE, machine).values()
-    rules += [(_IS, 0, 6, number), (_LOAD, 0, 0, _ARGUMENT[0]), (_IS, 0, 3, path_at % 2**32)]
-    rules += [(_LOAD, 0, 0, _ARGUMENT[0] + 4), (_IS, 0, 1, path_at >> 32), _ALLOW, _refuse(errno.EPERM)]
     for code, names in _REFUSED.items():
         for number in numbers(names, machine).values():
             rules += [(_IS, 0, 1, number), _refuse(code)]

@@ -7,11 +7,9 @@ continue, so no chat template is used. Which part of a reply is the program is s
 import ast
 import builtins
 import math
-import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal
 
 from rpo import dist
@@ -239,17 +237,11 @@ def _outcomes(exams: Sequence[sandbox_run.Exam], limits: sandbox_run.Limits, sto
         chunk = exams[start : start + CHUNK]
         key = short_hash([vars(exam) for exam in chunk], vars(limits))
         if (rows := store.get(key)) is None:
-            rows = [vars(outcome) for outcome in dist.on_main(_tried, chunk, limits)]
+            rows = [vars(outcome) for outcome in dist.on_main(sandbox_run.examine_all, chunk, limits)]
             if not any(row["error"] for row in rows):
                 store.add(key, rows)
         outcomes += [sandbox_run.Outcome(**row) for row in rows]
     return outcomes
-
-
-def _tried(exams: Sequence[sandbox_run.Exam], limits: sandbox_run.Limits) -> list[sandbox_run.Outcome]:
-    """The outcome of each, as many at once as there are processors."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # threads that wait for processes
-        return list(pool.map(lambda exam: sandbox_run.examine(exam, limits), exams))
 
 
 def exam_of(problem: Problem, text: str) -> sandbox_run.Exam:

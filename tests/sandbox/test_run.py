@@ -348,17 +348,30 @@ def test_kind_of_failure(program, kind):
     assert tried(program).kind == kind
 
 
+def changed(code):
+    """What starts the process that makes jails with `code` run first; `own` are its names."""
+    begin = f"import json, runpy, sys\nown = runpy.run_path({jail.__file__!r})['main'].__globals__\n"
+    return lambda settings: ["-c", f"{begin}{code}\nown['main'](json.loads(sys.argv[1]))", settings]
+
+
 def test_killed_from_outside_is_not_out_of_time(monkeypatch):
     """A kill long before the CPU time is over, as by a system short of memory, is reported apart from one at the limit."""
-    killing = (
-        f"import json, os, runpy, sys, time\nmain, fork = runpy.run_path({jail.__file__!r})['main'], os.fork\n"
-        "def forked():\n    pid = fork()\n    if pid and sys.argv[1].count('\"serve\"'):\n        time.sleep(2)\n"
-        "        os.kill(pid, 9)\n    return pid\n"
-        "os.fork = forked\nsys.exit(main(json.loads(sys.argv[1])))"
-    )
-    monkeypatch.setattr(
-        sandbox_run, "_jail_argv", lambda settings: [sys.executable, "-I", "-S", "-c", killing, settings]
-    )
+    killing = """
+import os, time
+fork, forks, depth = os.fork, 0, 0
+def forked():
+    global forks, depth
+    forks += 1
+    pid = fork()
+    if not pid:
+        depth += 1
+    elif depth and forks == 2:  # in the first process that keeps a jail's time, the program's
+        time.sleep(2)
+        os.kill(pid, 9)
+    return pid
+os.fork = forked
+"""
+    monkeypatch.setattr(sandbox_run, "_jail_argv", changed(killing))
     outcome = tried("import time\ntime.sleep(100)")
     assert outcome.kind == "killed by the system" and "short of memory" in outcome.why, outcome
 
@@ -474,18 +487,23 @@ def fit(python):
         return False
 
 
-def test_a_sandbox_ends_with_who_made_it():
-    """A process that is killed while it tries a program leaves none behind."""
+def test_a_sandbox_ends_with_who_made_it(tmp_path):
+    """A process that is killed while it tries a program leaves none behind, nor a folder; in its jail no capability is left."""
     mark = 6000 + os.getpid() % 1000
     code = f"from rpo.sandbox.run import *\nexamine(Exam('import time; time.sleep(999)', [], []), Limits({mark}, 0.5))"
-    maker = subprocess.Popen([sys.executable, "-c", code], cwd=Path(sandbox_run.__file__).parents[2])
+    root = Path(sandbox_run.__file__).parents[2]
+    maker = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=os.environ | {"TMPDIR": str(tmp_path)})
     try:
-        wait_until(lambda: len(survivors(mark)) >= 4)  # two jailed, two outside
+        wait_until(lambda: len(survivors(mark)) >= 5)  # two jailed, two that keep their time, and what makes them
         time.sleep(1.5)  # until the program sleeps; before that they end as their pipes do
+        status = [(Path("/proc") / pid / "status").read_text() for pid in survivors(mark)]
+        jailed = [text for text in status if "Seccomp:\t2" in text]
+        assert len(jailed) == 2 and all(re.search(r"CapEff:\t0{16}\nCapBnd", text) for text in jailed)
     finally:
         maker.kill()
         maker.wait()
     wait_until(lambda: not survivors(mark))
+    assert not list(tmp_path.iterdir())
 
 
 def wait_until(true):
@@ -511,24 +529,24 @@ def test_a_system_that_is_short_of_something(monkeypatch):
 
 def test_refuses_where_it_cannot_be_made(monkeypatch):
     """Without namespaces, on another system, or where the jail would leak, nothing is run and one line says why."""
-    broken = "import os, sys, json\nos.write(json.loads(sys.argv[1])['report'], b'OSError: unshare: no'); sys.exit(125)"
     with monkeypatch.context() as patch:
-        patch.setattr(sandbox_run, "_jail_argv", lambda settings: [sys.executable, "-c", broken, settings])
+        broken = "def separate(): raise OSError('unshare: no')\nown['separate'] = separate"
+        patch.setattr(sandbox_run, "_jail_argv", changed(broken))
         with pytest.raises(
             UserError, match=r"no sandbox can be made here \(OSError: unshare: no\), and programs run only in one"
         ):
             check(LIMITS)
         assert tried("def f(x): return 4").error == "no sandbox can be made here (OSError: unshare: no)"
-    leaky = (
-        "import json, os, sys\ns = json.loads(sys.argv[1])\nos.close(s['report'])\nos.execv(s['argv'][0], s['argv'])"
-    )
     with monkeypatch.context() as patch:
-        patch.setattr(sandbox_run, "_jail_argv", lambda settings: [sys.executable, "-c", leaky, settings])
+        patch.setattr(sandbox_run, "_jail_argv", changed("own['enter'] = lambda *_: None"))
         patch.setattr(
             sandbox_run, "_BREAK_OUT", "def escapes(): return [n for n in __import__('os').listdir('/') if n == 'etc']"
         )
         with pytest.raises(UserError, match=r"the sandbox does not hold here .*'etc'.*; nothing is run"):
             check(LIMITS)
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox_run, "_jail_argv", lambda settings: ["-c", "raise SystemExit(3)"])
+        assert tried("def f(x): return 4").error == "no sandbox can be made here (its process ended with status 3)"
     with monkeypatch.context() as patch:
         patch.setattr(sys, "platform", "darwin")
         with pytest.raises(UserError, match="the sandbox needs Linux's namespaces, this is darwin"):

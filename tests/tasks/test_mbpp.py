@@ -44,7 +44,7 @@ def unsandboxed(monkeypatch):
     """Outcomes by what a program says of itself, for tests of what is made of them."""
     said = {"right": Outcome(True, None, None), "broken": Outcome(False, None, "no sandbox")}
     monkeypatch.setattr(run, "check", lambda limits: None)
-    monkeypatch.setattr(run, "examine", lambda e, limits: said.get(e.program, WRONG))
+    monkeypatch.setattr(run, "examine", lambda e, limits, jailer: said.get(e.program, WRONG))
 
 
 def configured(data, *more):
@@ -117,11 +117,11 @@ def test_what_was_tried_is_not_tried_again(group, data, tmp_path, unsandboxed, m
     examine, seen = run.examine, []
 
     def killed_at(number):
-        def counting(exam, limits):
+        def counting(exam, limits, jailer):
             if len(seen) == number:
                 raise KeyboardInterrupt
             seen.append(exam.program)
-            return examine(exam, limits)
+            return examine(exam, limits, jailer)
 
         return counting
 
