@@ -1,5 +1,6 @@
 """Programs that try to do harm, or to pass without being right, in the sandbox."""
 
+import contextlib
 import json
 import os
 import re
@@ -281,6 +282,42 @@ def test_scratch_is_there_and_empty():
             "import os\nbefore = os.listdir()\nopen('x', 'w').write('y')\ndef f(x): return before, open('x').read()"
         )
         assert tried(program, "assert f(0) == ([], 'y')").passed
+
+
+def test_one_exam_leaves_nothing_to_the_next():
+    """Of exams that one process holds, each begins as the first: no patch, file or descriptor of another's is there."""
+    seen = """
+import json, os, sys
+def f():
+    def is_open(fd):
+        try: return os.fstat(fd)
+        except OSError: return None
+    more = [name for name in ("mine", "exam") if hasattr(json, name) or name in vars(sys.modules["__main__"])]
+    return os.listdir(), more, len(list(filter(None, map(is_open, range(3, 1000))))), os.getpid()
+"""
+    leaves = f"{seen}json.mine = open('x', 'w')\nsys.modules['__main__'].exam = 1\n"
+    with contextlib.closing(sandbox_run.Jailer(LIMITS)) as jailer:
+        for _ in range(2):
+            assert examine(Exam(leaves, ["assert f()[1] == ['mine', 'exam']"], ["f"]), LIMITS, jailer).passed
+            fresh = examine(Exam(seen, ["assert f() == ([], [], 2, 1), f()"], ["f"]), LIMITS, jailer)
+            assert fresh == Outcome(True, None, None)
+
+
+def test_a_killed_process_of_jails_is_replaced():
+    """Where what makes jails is killed, one exam has an error that says so, and the next is held."""
+    exam = Exam("def f(x): return 4", ["assert f(2) == 4"], ["f"])
+    with contextlib.closing(sandbox_run.Jailer(LIMITS)) as jailer:
+        assert examine(exam, LIMITS, jailer).passed
+        jailer._process.kill()
+        assert examine(exam, LIMITS, jailer).error == "no sandbox can be made here (its process ended with status -9)"
+        assert examine(exam, LIMITS, jailer).passed
+
+
+def test_many_exams_keep_their_order():
+    """Outcomes of exams that are held side by side come in the order of the exams."""
+    programs = [f"def f(x): return {x}" for x in (4, 5, 4, 6, 4, 7)]
+    outcomes = sandbox_run.examine_all([Exam(program, ["assert f(2) == 4"], ["f"]) for program in programs], LIMITS)
+    assert [outcome.passed for outcome in outcomes] == [True, False] * 3
 
 
 def test_environment_is_empty(monkeypatch):
