@@ -21,7 +21,8 @@ _FORMS = [
 # What wraps a model's thinking: <think> of DeepSeek and Qwen, [THINK] of Mistral, and the like.
 _TAGS = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|\u25c1(/?)think\u25b7", re.I)
 _ENDS = re.compile(r"(?:<\|\w{1,30}\|>\s{0,9}){1,9}\Z")  # special tokens that a server leaves behind the text
-_FINAL = "<|channel|>final<|message|>"  # of gpt-oss where the server does not read its channels
+# Of gpt-oss where the server does not read its channels: its answer's, and its calls' of tools.
+_FINAL = re.compile(r"\A.*<\|channel\|>(?:final|commentary)[^<\n]{0,99}<\|message\|>", re.S)
 
 
 def redacted(value: Any) -> Any:
@@ -94,7 +95,7 @@ def sentence(phrases: Sequence[str]) -> str:
 
 def spoken(text: str) -> str:
     """A model's reply without its thinking, of which no answer is a part; "" where it was cut while it thought."""
-    text = (text[:-300] + _ENDS.sub("", text[-300:])).rpartition(_FINAL)[2]
+    text = _FINAL.sub("", text[:-300] + _ENDS.sub("", text[-300:]))
     kept, start, opened = [], 0, None
     for tag in _TAGS.finditer(text):
         if not any(tag.groups()):
@@ -105,8 +106,8 @@ def spoken(text: str) -> str:
         else:
             kept.append(text[start:opened])
         start, opened = tag.end(), None
-    is_cut = opened is not None and not text[start:opened].strip()  # else it is a word of the reply's
-    return "".join(kept) + ("" if is_cut else text[start:])
+    is_cut = opened is not None and text[start:opened].rstrip(" \t")[-1:] in ("", "\n")  # else it is a word of the reply's
+    return "".join(kept) + text[start : opened if is_cut else None]
 
 
 # ---- for a page

@@ -14,12 +14,11 @@ import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 
+from rpo.text import spoken
+
 BEGIN, END = "[BEGIN]", "[DONE]"
 LONGEST = 50_000  # characters of a reply that is looked through; a longer one is a program as it stands
 MOST = 64  # fences, and runs of lines, of one reply that are looked at; a loop of repetitions has many
-_OPEN = r"<(?:think|thinking|thought|reasoning)>|\[THINK\]|<\|channel\|>analysis"
-_CLOSE = r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|channel\|>(?:final|commentary)[^<\n]*<\|message\|>"
-_THOUGHT = re.compile(f"({_OPEN})|(?:{_CLOSE})", re.IGNORECASE)
 _SPECIAL = re.compile(
     r"<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end_of_turn|end|return|call)\|>|<end_of_turn>|</s>"
 )
@@ -62,7 +61,7 @@ def program_of(reply: str, names: Sequence[str] = ()) -> str:
     >>> or line numbers, as a diff or a quote, and lines that parse amid prose; after a line [BEGIN] first. What a reasoning
     model thinks before it answers does not count. Where nothing binds a name, the last fenced code, or else the reply.
     """
-    reply = _SPECIAL.split(_without_thoughts(reply).replace("\r\n", "\n"))[0]
+    reply = _SPECIAL.split(spoken(reply).replace("\r\n", "\n"))[0]
     said = _END.split(reply)[0]
     if len(said) > LONGEST:
         return said
@@ -83,18 +82,6 @@ def program_of(reply: str, names: Sequence[str] = ()) -> str:
         return _without_words(_with_what_it_uses(*best))
     fenced = [code for region in regions for code in _fenced(region)]
     return textwrap.dedent(fenced[0]) if fenced else regions[-1]
-
-
-def _without_thoughts(reply: str) -> str:
-    """What is said aloud: not what stands in a thought, nor before the end of one that the prompt began, nor in one cut off."""
-    aloud, at, thinking = [], 0, False
-    for tag in _THOUGHT.finditer(reply):
-        if not tag[1]:
-            aloud, at, thinking = aloud if thinking else [], tag.end(), False
-        elif not thinking:
-            aloud.append(reply[at : tag.start()])
-            thinking = True
-    return "".join(aloud if thinking else [*aloud, reply[at:]])
 
 
 def _with_what_it_uses(within: str, text: str) -> str:
