@@ -270,15 +270,16 @@ def _build(
 
 
 def _weighted(arrays: dict[str, np.ndarray], report: dict, sources: list[Source]) -> tuple[dict, dict]:
-    """Arrays and report with each row as often as its file's weight says. Raises UserError where that is never."""
-    times = np.zeros(len(arrays["file"]), np.int64)
-    for file, source in enumerate(sources):
-        of_file = np.flatnonzero(arrays["file"] == file)
-        weight = Fraction(str(source.weight))
-        ends = [int((i + 1) * weight) for i in range(len(of_file))]
-        if len(of_file) and not ends[-1]:
-            raise UserError(f"{source.name}: weight={source.weight} of {len(of_file)} rows leaves none; raise it")
-        times[of_file] = np.diff([0, *ends])
+    """Arrays and report with each row as often as its part's weight says. Raises UserError where that is never."""
+    times, part_of_file = np.zeros(len(arrays["file"]), np.int64), np.array([source.part for source in sources])
+    for part in dict.fromkeys(part_of_file.tolist()):  # all files of a pattern together: rounded once
+        of_part = np.flatnonzero(part_of_file[arrays["file"]] == part)
+        first = sources[np.flatnonzero(part_of_file == part)[0]]
+        weight = Fraction(str(first.weight))
+        ends = [int((i + 1) * weight) for i in range(len(of_part))]
+        if len(of_part) and not ends[-1]:
+            raise UserError(f"{first.name}: weight={first.weight} of {len(of_part)} rows leaves none; raise it")
+        times[of_part] = np.diff([0, *ends])
     chosen = np.repeat(np.arange(len(times)), times)
     rows = Rows(**arrays, files=()).take(chosen)
     arrays = {name: getattr(rows, name) for name in ARRAYS}

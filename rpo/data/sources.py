@@ -44,7 +44,8 @@ class Source:
     name: str
     digest: str
     rows: Callable[[], Iterator[tuple[int, Any]]]  # (1-based line or row number, decoded row or RowError)
-    weight: float = 1  # how often an epoch has each of its rows; of 0.5 every second
+    weight: float = 1  # how often an epoch has each row of its part; of 0.5 every second
+    part: int = 0  # which element of the mixture named it
 
 
 # What names rows: see `open_sources`.
@@ -76,9 +77,9 @@ def open_sources(spec: Spec, revision: str | None) -> list[Source]:
     read; or one of these as `path` beside a `weight`. Raises UserError for anything else.
     """
     sources = []
-    for item in spec if isinstance(spec, list) else [spec]:
+    for part, item in enumerate(spec if isinstance(spec, list) else [spec]):
         path, weight = (item["path"], item["weight"]) if isinstance(item, dict) else (item, 1)
-        sources += [replace(source, weight=weight) for source in _open(path, revision)]
+        sources += [replace(source, weight=weight, part=part) for source in _open(path, revision)]
     return sources
 
 

@@ -193,6 +193,30 @@ def test_a_mixture_has_rows_by_weight(weight, each, tmp_path):
     assert report["tokens"] == len(rows.ids) and len(list((tmp_path / "cache/tokens").iterdir())) == 1
 
 
+@pytest.mark.parametrize(("weight", "each"), [(1.5, [1, 2] * 3), (0.5, [0, 1] * 3), (0.1, None)])
+@pytest.mark.parametrize("shards", ["part/*.jsonl", "part", "part:train"])
+def test_a_weight_is_of_a_parts_rows_together(shards, weight, each, tmp_path):
+    """Six shards of one row have as many rows, and the same, as one file of six; another start chooses the same."""
+    (tmp_path / "part").mkdir()
+    for i, word in enumerate("ba be bi bo bu da".split()):
+        row = {"prompt": "ga", "chosen": word, "rejected": "gu"}
+        (tmp_path / f"part/train-{i}.jsonl").write_text(lines_of([row]))
+    (tmp_path / "b.jsonl").write_text(lines_of([{"prompt": "go", "chosen": "ba", "rejected": "gu"}]))
+    tokenizer, spec = make_tokenizer(), [f"{tmp_path}/b.jsonl", {"path": f"{tmp_path}/{shards}", "weight": weight}]
+
+    def load():
+        return dataset.load(spec, CFG, tokenizer, pairs=True, cache_dir=tmp_path / "cache")[0]
+
+    if each is None:
+        with pytest.raises(UserError, match="weight=0.1 of 6 rows leaves none; raise it"):
+            load()
+        return
+    rows = load()
+    wanted = [word for word, times in zip("ba be bi bo bu da".split(), each, strict=True) for _ in range(times)]
+    assert [tokenizer.decode(rows.row(i)[1][:-1]) for i in range(len(rows))] == ["ba", *wanted]
+    assert rows.ids.tolist() == load().ids.tolist()
+
+
 @pytest.mark.parametrize(
     "part", ["{path: a, weight: 0}", "{path: a, weight: x}", "{file: a, weight: 1}", "{weight: 2}"]
 )
