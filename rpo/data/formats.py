@@ -67,7 +67,9 @@ class _Fields(dict[str, Any]):
 
     def __getitem__(self, field: str) -> Any:
         self.read.add(field)
-        return super().__getitem__(field)
+        if isinstance(value := super().__getitem__(field), str):
+            self[field] = value = _messages_in(value, field)
+        return value
 
     def get(self, field: str, default: Any = None) -> Any:
         return self[field] if field in self else default
@@ -77,6 +79,30 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(part) for key, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+_MAY_BE_MESSAGES = re.compile(r"\s*(\[\s*)?\{")
+_BEGIN_AS_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+
+
+def _messages_in(text: str, field: str) -> Any:
+    """The messages that the text is as JSON, a list or one alone; else the text. As text their JSON would be learned."""
+    if not _MAY_BE_MESSAGES.match(text):
+        return text
+    try:
+        value = _without_nulls(json.loads(text))
+    except (ValueError, RecursionError):
+        if not _BEGIN_AS_MESSAGES.match(text):
+            return text
+        raise bad_row(f"field {field}: ", "messages as JSON", "another notation, or a part of it") from None
+    if isinstance(value, dict):
+        return value if _looks_like_message(value) and str(value.get("role", value.get("from"))) in _SHAREGPT else text
+    return value if all(map(_looks_like_message, value)) else text
+
+
+def _looks_like_message(value: Any) -> bool:
+    pairs = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+    return isinstance(value, dict) and any(pair <= value.keys() for pair in pairs)
 
 
 def _string(row: dict, field: str) -> str:

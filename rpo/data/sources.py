@@ -302,14 +302,6 @@ def _csv_row(header: list[str], values: list[str]) -> Any:
         if any("\udc80" <= char <= "\udcff" for char in value):
             return RowError("invalid_utf8", f"field {field}: expected UTF-8; re-encode the file")
         row[field] = value or None
-        if re.match(
-            r"\[\s*\{\s*['\"](role|content|from|value)['\"]\s*:", value
-        ):  # messages; as text they would be trained
-            try:
-                row[field] = json.loads(value)
-            except (ValueError, RecursionError):
-                why = f"field {field}: expected messages as a JSON list, got another notation; write the file as .jsonl"
-                return RowError("wrong_type", why)
     return row
 
 

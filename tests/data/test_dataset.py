@@ -1,5 +1,6 @@
 """Rows of every form become the tokens that they should, bad ones are named, and every row read is accounted for."""
 
+import csv
 import gzip
 import json
 import os
@@ -187,6 +188,36 @@ def test_chat_forms(row: dict, tmp_path: Path, chatml) -> None:
     assert encode_prompt(chatml, USER, CHAT) == rows.row(0)[0].tolist()
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_messages_as_json_text_are_messages(kind: str, tmp_path: Path, chatml) -> None:
+    """In any field and kind of file; other JSON, and JSON within a message, is a text like any other."""
+    shared = {"chosen": [*USER, assistant("yes")], "rejected": [*USER, assistant("no")]}
+    sharegpt = [{"from": "human", "value": "Hi there"}]
+    table = [
+        {"prompt": None} | shared,
+        {"prompt": USER, "chosen": "yes", "rejected": assistant("no")},
+        {"prompt": sharegpt, "chosen": "yes", "rejected": "no"},
+        {"prompt": "[{}]", "chosen": '{"role": [1], "content": 7}', "rejected": "{1}"},
+        {"prompt": USER, "chosen": [assistant(json.dumps(USER))], "rejected": "no"},
+    ]
+    table = [{k: v if v is None or isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in table]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"])
+            writer.writeheader()
+            writer.writerows(table)
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(table), path)
+    else:
+        path.write_text(json.dumps(table) if kind == "json" else "\n".join(map(json.dumps, table)))
+    rows, _ = load(str(path), chatml, tmp_path)
+    for i in range(3):
+        assert texts(rows, chatml, i) == [CHATML_PROMPT, "yes<|im_end|>", "no<|im_end|>"], i
+    assert texts(rows, chatml, 3)[:2] == ["[{}]", '{"role": [1], "content": 7}<|im_end|>']
+    assert texts(rows, chatml, 4)[1] == json.dumps(USER) + "<|im_end|>"
+
+
 def test_shared_prefix_and_transcripts(tmp_path: Path, chatml) -> None:
     """The shared messages are the prompt, never the last one; a transcript's turns become messages."""
     chosen = [*USER, assistant("a"), *USER, assistant("b")]
@@ -346,6 +377,12 @@ MALFORMED = {
     "no fields": ({}, "missing_field", "field chosen: "),
     "number": (GOOD | {"chosen": 3}, "wrong_type", "field chosen: expected a string, got a number"),
     "prompt object": (GOOD | {"prompt": {}}, "wrong_type", "field prompt: expected a string, got an object"),
+    "messages in Python": (
+        GOOD | {"chosen": str(USER)},
+        "wrong_type",
+        "field chosen: expected messages as JSON, got another notation",
+    ),
+    "messages, cut": (GOOD | {"prompt": json.dumps(USER)[:-3]}, "wrong_type", "field prompt: .*or a part of it"),
     "empty prompt": (GOOD | {"prompt": ""}, "no_prompt", "field prompt: expected at least one token"),
     "empty list": (GOOD | {"prompt": []}, "wrong_type", "field prompt: .*got an empty list"),
     "no role": (GOOD | {"prompt": [{"content": "a"}]}, "wrong_type", "field prompt: .*message 1 without a role"),

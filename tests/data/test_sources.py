@@ -68,9 +68,6 @@ def test_csv_rows_have_their_first_line_and_empty_cells_are_absent(tmp_path):
     assert list(rows_of(str(tmp_path / "bom.csv"))) == [(f"{tmp_path}/bom.csv:3", {"prompt": "a", "chosen": "b"})]
 
 
-MESSAGES = [{"role": "user", "content": "a, b"}, {"role": "assistant", "content": "c"}]
-
-
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
@@ -79,23 +76,15 @@ MESSAGES = [{"role": "user", "content": "a, b"}, {"role": "assistant", "content"
         (b'a,b\n1,"x"y\n3,4\n', (2, "invalid_csv", "double quotes")),
         (b'a,b\n1,2\n3,"never closed\n5,6\n', (3, "invalid_csv", "unexpected end of data")),
         (b"a,b\n1,\xe9\n", (2, "invalid_utf8", "field b")),
-        (b"a,b\n1,\"[{'role': 'user', 'content': 'x'}]\"\n", (2, "wrong_type", "messages as a JSON list")),
     ],
 )
 def test_a_bad_csv_row_is_named(body, expected, tmp_path):
-    """Too many or few fields, stray quotes, another encoding, a list in Python's notation: never another row silently."""
+    """Too many or few fields, stray quotes, another encoding: never another row silently."""
     (tmp_path / "a.csv").write_bytes(body)
     bad = [(place, row) for place, row in rows_of(str(tmp_path / "a.csv")) if isinstance(row, RowError)]
     line, kind, words = expected
     assert [(int(place.rpartition(":")[2]), row.kind) for place, row in bad] == [(line, kind)]
     assert words in str(bad[0][1])
-
-
-def test_csv_cells_with_messages_are_read_as_messages(tmp_path):
-    """A JSON list of messages in a cell is that list; any other text, JSON too, is a text."""
-    row = {"chosen": json.dumps(MESSAGES), "rejected": '[{"answer": 7}]'}
-    table(tmp_path / "a.csv", [row])
-    assert read(str(tmp_path / "a.csv")) == [{"chosen": MESSAGES, "rejected": row["rejected"]}]
 
 
 @pytest.mark.parametrize(
