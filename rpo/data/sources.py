@@ -33,8 +33,11 @@ MAX_LINE = 2**26  # bytes of a row in a .jsonl; the rest of a longer one is skip
 MAX_JSON = 2**32  # bytes of a .json, which is read whole
 Row = TypeVar("Row")
 _ENDINGS = ".jsonl, .ndjson, .json, .csv (any of them with .gz) or .parquet"
-_SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test"}  # words in files' names
-_SPLITS |= {"validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
+_SPLITS = {"train": "train", "training": "train", "heldout": "held-out"}  # words in files' names
+_SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+_SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+# Beside a dataset's files.
+_METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def _open(spec: str, revision: str | None) -> list[Source]:
     # A name may be too long, a folder not to be entered.
     with fixable(f"{spec[:300]}: cannot be looked up", "; give a file, or NAME:SPLIT"):
         is_file, is_directory = path.is_file(), path.is_dir()
-        matches = [] if is_file else sorted(glob.glob(str(path), recursive=True))
+        matches = [] if is_file or is_directory else glob.glob(str(path), recursive=True)
     if is_file:
         return [_open_file(spec, path)]
     if is_directory:
@@ -96,8 +99,8 @@ def _open(spec: str, revision: str | None) -> list[Source]:
     name, colon, split = spec.partition(":")
     if colon and split and (Path(name).expanduser().is_dir() or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
         return [_open_dataset(spec, name, split, revision)]
-    if files := [match for match in matches if os.path.isfile(match)]:
-        return [_open_file(match, Path(match)) for match in files]
+    if matches:
+        return _open_matches(spec, path, [Path(match) for match in matches])
     raise UserError(f"{spec}: no such file; give a {_ENDINGS} file, a directory, or HUB_NAME_OR_DIRECTORY:SPLIT")
 
 
@@ -130,20 +133,62 @@ def _open_directory(spec: str, path: Path) -> list[Source]:
             raise UserError(f"{spec}: holds several splits; write {spec}:train")
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             return [_open_saved(spec, path)]
-        below = [(file, file.relative_to(path)) for file in sorted(path.rglob("*")) if file.is_file()]
-    below = [(file, part) for file, part in below if not any(name[0] in "._" for name in part.parts)]
-    files = [(file, part) for file, part in below if file.suffix.lower() not in (".md", "")]  # not README.md, LICENSE
+        files = _below(path)
+    return _open_files(spec, path, files)
+
+
+def _below(folder: Path) -> list[Path]:
+    """The files in it and below, hidden ones aside; links are followed, and no directory is entered twice."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    files, seen = [], {os.path.realpath(folder)}
+    for at, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = {name: os.path.realpath(os.path.join(at, name)) for name in sorted(folders) if name[0] not in "._"}
+        folders[:] = [name for name, path in real.items() if path not in seen]
+        seen.update(real.values())
+        files += [Path(at, name) for name in names if name[0] not in "._"]
+    return sorted(files)
+
+
+def _open_matches(spec: str, pattern: Path, matches: list[Path]) -> list[Source]:
+    """The files that match a pattern, none twice where a link leads back; a directory that matches it is refused."""
+    start = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+    folders = [match for match in matches if match.is_dir() and match.name[:1] not in "._"]
+    if folders and "**" not in pattern.parts:
+        fix = "give it, or a pattern of files such as *.jsonl"
+        raise UserError(f"{spec}: matches the directory {min(folders)}, which a pattern does not enter; {fix}")
+    by_place = {}
+    for match in sorted(matches, key=lambda match: len(match.parts), reverse=True):
+        if not match.is_dir():
+            by_place[os.path.realpath(match.parent), match.name] = match
+    return _open_files(spec, Path(*pattern.parts[:start]), sorted(by_place.values()))
+
+
+def _open_files(spec: str, root: Path, files: list[Path]) -> list[Source]:
+    """All of them but README.md and the like, by name. Raises UserError for another kind of file, and for several splits."""
+    files = [file for file in files if file.suffix.lower() not in (".md", "") and file.name not in _METADATA]
     if not files:
         raise UserError(f"{spec}: no data file in this directory; give a {_ENDINGS} file, or a dataset as {spec}:train")
-    for file, _ in files:
-        if _reader(file) is None:
+    for file in files:
+        if _reader(file) is None or not file.is_file():
             raise UserError(
-                f"{file}: not a {_ENDINGS} file; remove it, or give files by a pattern such as {spec}/*.jsonl"
+                f"{file}: not a {_ENDINGS} file; remove it, or give files by a pattern such as {root}/*.jsonl"
             )
-    words = [{*re.split(r"[^a-z]+", str(part).lower())} for _, part in files]
-    if len(splits := {_SPLITS[word] for of_file in words for word in of_file & _SPLITS.keys()}) > 1:
-        raise UserError(f"{spec}: holds files of several splits ({', '.join(sorted(splits))}); write {spec}:train")
-    return [_open_file(str(file), file) for file, _ in files]
+    first = {split: file for file in reversed(files) for split in _splits_of(file.relative_to(root)) or {"no split"}}
+    if len(first) > 1 and first.keys() != {"train", "no split"}:
+        named = ", ".join(f"{split}: {first[split].relative_to(root)}" for split in sorted(first))
+        is_directory = root == Path(spec).expanduser()
+        fix = f"write {spec}:train" if is_directory and "train" in first else "give the files of one"
+        raise UserError(f"{spec}: holds files of several splits ({named}); {fix}")
+    return [_open_file(str(file), file) for file in files]
+
+
+def _splits_of(part: Path) -> set[str]:
+    """The splits that a file's name, or those of the directories that it is in, speak of."""
+    text = re.sub("h[eo]ld[^a-z]?out", "heldout", str(part).lower())
+    return {_SPLITS[word] for each in re.split("[^a-z]+", text) if (word := each.removesuffix("set")) in _SPLITS}
 
 
 def _open_saved(spec: str, path: Path) -> Source:
@@ -167,6 +212,11 @@ def _open_dataset(spec: str, name: str, split: str, revision: str | None) -> Sou
             names = ", ".join(sorted(file.parent.name for file in folder.glob("*/state.json")))
             raise UserError(f"{spec}: no such split; it has {names}")
         return _open_saved(spec, folder / split)
+    if folder.is_dir():  # where no name says train, the library takes all for it that it does not know as another
+        splits = {file: _splits_of(file.relative_to(folder)) for file in _below(folder) if _reader(file)}
+        held_out = [file for file, names in splits.items() if "held-out" in names]
+        if split == "train" and held_out and not any("train" in names for names in splits.values()):
+            raise UserError(f"{spec}: would have the rows of {held_out[0]} too; give the files to be trained on")
     try:
         dataset = datasets.load_dataset(name, split=split, revision=revision)
     except Exception as error:  # the library raises many unrelated types for a name, split or network it cannot use
@@ -186,7 +236,9 @@ def _read_dataset(spec: str, dataset: Any) -> Iterator[tuple[int, Any]]:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file as a stream of bytes. Raises UserError if it cannot be read."""
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+            if (start := stream.peek(4)[:4])[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+                raise UserError(f"{path}: is UTF-16 or UTF-32; re-encode it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
             yield stream
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from None
@@ -256,7 +308,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
     """Rows under a header; an empty cell is absent. The number is that of a row's first line."""
-    comma, name = ("\t", "tab") if ".tsv" in path.suffixes else (",", "comma")
+    comma, name = ("\t", "tab") if ".tsv" in path.name.lower() else (",", "comma")
     csv.field_size_limit(MAX_LINE)
     with _opened(path) as stream:
         reader = csv.reader(_csv_lines(path, stream), delimiter=comma, strict=True)
@@ -275,13 +327,15 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
             except StopIteration:
                 return
             except csv.Error as error:
-                yield (
-                    line,
-                    RowError("invalid_csv", f"expected fields in double quotes or without any ({error}); fix the row"),
-                )
-                continue
-            if values:
-                yield line, _csv_row(header, values)
+                why = f"expected fields in double quotes or without any ({error}); fix the row"
+                row = RowError("invalid_csv", why)
+            else:
+                row = _csv_row(header, values) if values else None
+            if isinstance(row, RowError) and row.kind == "invalid_csv" and reader.line_num > line:
+                until = f"takes lines {line} to {reader.line_num} for one row ({row})"
+                raise UserError(f"{path}:{line}: a double quote that is not closed {until}")  # others are lost with it
+            if row is not None:
+                yield line, row
 
 
 def _csv_lines(path: Path, stream: BinaryIO) -> Iterator[str]:

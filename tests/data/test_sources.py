@@ -46,13 +46,16 @@ def test_every_kind_of_file_has_the_same_rows(tmp_path):
     for name in ("a.jsonl", "a.ndjson", "a.jsonlines", "a.JSONL"):
         (tmp_path / name).write_text(lines_of(ROWS))
     (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    table(tmp_path / "A.TSV", ROWS, delimiter="\t")
     table(tmp_path / "a.csv", ROWS)
     table(tmp_path / "a.tsv", ROWS, delimiter="\t")
     for path in list(tmp_path.iterdir()):
-        (tmp_path / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        (tmp_path / f"{path.name}.{'GZ' if path.name.isupper() else 'gz'}").write_bytes(
+            gzip.compress(path.read_bytes())
+        )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     paths = sorted(map(str, tmp_path.iterdir()))
-    assert len(paths) == 15
+    assert len(paths) == 17
     for path in paths:
         assert read(path) == ROWS, path
 
@@ -74,7 +77,7 @@ def test_csv_rows_have_their_first_line_and_empty_cells_are_absent(tmp_path):
         (b"a,b\n1,2,3\n", (2, "invalid_csv", "expected 2 fields as in the header, got 3")),
         (b"a,b\n1\n", (2, "invalid_csv", "got 1")),
         (b'a,b\n1,"x"y\n3,4\n', (2, "invalid_csv", "double quotes")),
-        (b'a,b\n1,2\n3,"never closed\n5,6\n', (3, "invalid_csv", "unexpected end of data")),
+        (b'a,b\n1,2\n3,"never closed', (3, "invalid_csv", "unexpected end of data")),
         (b"a,b\n1,\xe9\n", (2, "invalid_utf8", "field b")),
     ],
 )
@@ -85,6 +88,34 @@ def test_a_bad_csv_row_is_named(body, expected, tmp_path):
     line, kind, words = expected
     assert [(int(place.rpartition(":")[2]), row.kind) for place, row in bad] == [(line, kind)]
     assert words in str(bad[0][1])
+
+
+@pytest.mark.parametrize(
+    ("body", "lines"),
+    [
+        (b'a,b\n1,2\n3,"never closed\n5,6\n7,8\n', "3 to 5"),
+        (b'a,b\n1,"never closed\n3,4\n5,"x"\n7,8\n', "2 to 4"),
+        (b'a,b,c\n1,"never closed,2\n3,4,5\n6,7,"end"\n', "2 to 4"),
+        (b'a,b,c\n1,"never closed,2\n3,4,5\n6,end",7,8\n', "2 to 4"),
+    ],
+)
+def test_rows_within_an_open_quote_are_never_dropped(body, lines, tmp_path):
+    """Whatever data.on_bad_row says: how many rows are lost in one cell is not known."""
+    (tmp_path / "a.csv").write_bytes(body)
+    place = f"^{tmp_path}/a.csv:{lines[0]}: a double quote that is not closed takes lines {lines} for one row"
+    with pytest.raises(UserError, match=place) as caught:
+        read(str(tmp_path / "a.csv"))
+    assert not isinstance(caught.value, RowError)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.jsonl.gz"])
+def test_utf_16_is_one_line(name, encoding, tmp_path):
+    """Files of another encoding, with its mark or without, are refused whole with the command that makes them UTF-8."""
+    content = 'prompt,chosen\n{"prompt": "a"}\n'.encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(UserError, match=f"^{tmp_path}/{name}: is UTF-16 or UTF-32; re-encode it as UTF-8"):
+        read(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
@@ -127,9 +158,66 @@ def test_patterns_and_directories(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"more.jsonl.zst: not a .*pattern such as"):
         open_sources(str(part), None)
     (part / "more.jsonl.zst").unlink()
-    (part / "train.jsonl").touch()
-    (part / "test-0.jsonl").touch()
-    with pytest.raises(UserError, match=r"several splits \(test, train\); write .*/part:train"):
+    with pytest.raises(UserError, match=rf"part/\*: matches the directory {part}/deep, .*give it, or a pattern"):
+        open_sources(f"{part}/*", None)
+
+
+@pytest.mark.parametrize(
+    ("names", "fix"),
+    [
+        ("train.jsonl test-0.jsonl", "; write DIR:train"),
+        ("train.jsonl held_out.jsonl", r"held-out: held_out.jsonl, train: train.jsonl\); write DIR:train"),
+        ("a.jsonl test.jsonl", r"no split: a.jsonl, test: test.jsonl\); give the files of one"),
+        ("a.jsonl devset/a.jsonl", r"validation: devset/a.jsonl\); give the files of one"),
+        ("test.jsonl validation.jsonl", "give the files of one"),
+        ("trainset.jsonl HOLDOUT.jsonl", "write DIR:train"),
+        ("a.jsonl train.jsonl", None),
+        ("validation-0.jsonl valid/1.jsonl", None),
+        ("latest.jsonl contest.jsonl", None),
+    ],
+)
+def test_files_of_several_splits_are_not_read_together(names, fix, tmp_path):
+    """Held-out files beside others are named in a refusal, in a directory and by a pattern; one split is read."""
+    for name in names.split():
+        (tmp_path / "part" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "part" / name).write_text(lines_of(ROWS))
+    for spec in (f"{tmp_path}/part", f"{tmp_path}/part/**/*.jsonl"):
+        if fix is None:
+            assert len(read(spec)) == 6
+            continue
+        end = fix.replace("DIR", f"{tmp_path}/part") if spec.endswith("part") else "give the files of one"
+        with pytest.raises(UserError, match=f"holds files of several splits .*{end}"):
+            open_sources(spec, None)
+
+
+def test_a_split_of_a_directory_has_no_held_out_rows(tmp_path):
+    """DIR:train has the rows of train.jsonl alone; where no file is called so, what is held out stays out."""
+    for name in ("train.jsonl", "held_out.jsonl"):
+        (tmp_path / name).write_text(lines_of(ROWS[: 1 + (name == "train.jsonl")]))
+    assert read(f"{tmp_path}:train") == ROWS[:2]
+    (tmp_path / "train.jsonl").rename(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r":train: would have the rows of .*/held_out.jsonl too; give the files"):
+        read(f"{tmp_path}:train")
+
+
+def test_links_are_followed_and_metadata_is_no_data(tmp_path):
+    """Linked files and directories are read, once where a link leads back; what describes a dataset is not."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/b.jsonl").write_text(lines_of(ROWS[:1]))
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / "A.JSONL").write_text(lines_of(ROWS[1:]))
+    for name in ("README.md", "dataset_infos.json", "state.json", "LICENSE"):
+        (part / name).write_text("{}")
+    (part / "linked").symlink_to(tmp_path / "far")
+    (part / "back").symlink_to(part)
+    for spec in (part, f"{part}/**"):
+        assert [source.name for source in open_sources(str(spec), None)] == [
+            f"{part}/A.JSONL",
+            f"{part}/linked/b.jsonl",
+        ]
+    (part / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    with pytest.raises(UserError, match=r"gone.jsonl: not a"):
         open_sources(str(part), None)
 
 
