@@ -395,14 +395,16 @@ class Splits:
 
     @property
     def summary(self) -> str:
-        """The rows kept and dropped in each split, in one line."""
-        parts = []
+        """The rows kept and dropped in each split, and the columns that are not read, in one line."""
+        parts, unread = [], set()
         for name, report in self.reports.items():
             if report:
                 dropped = ", ".join(f"{entry['count']} {kind}" for kind, entry in report["dropped"].items())
                 note = f" ({report['read']} read, dropped: {dropped})" if dropped else ""
                 parts.append(f"{name} {report['rows']} rows{note}")
-        return ", ".join(parts)
+                unread |= set(report["unread_columns"])
+        more = ", ..." if len(unread) > 9 else ""
+        return ", ".join(parts) + (f"; columns not read: {', '.join(sorted(unread)[:9])}{more}" if unread else "")
 
     def with_reference(self, logps: dict[str, np.ndarray]) -> Splits:
         """These splits with the reference's log-probs of each (float64, rows x 2)."""

@@ -156,7 +156,7 @@ def _message(message: Any, name: str, which: str, expected: str) -> dict[str, An
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise bad_row(name, expected, f"{which} without a role")
     content, calls = message.get("content"), message.get("tool_calls")
-    if seen := next((field for field in _NOT_TEXT if message.get(field)), None):
+    if seen := next((field for field in message if _is_media(field) and message[field]), None):
         raise bad_row(name, "messages of text alone", f"{seen} in {which}", kind="not_text")
     if isinstance(content, list):
         texts = (None, "text", "input_text", "output_text")
@@ -187,6 +187,11 @@ def _check_response(messages: Messages, field: str) -> Messages:
         if message["role"] != "assistant":
             expected = f"the {place} message of the response from the assistant"
             raise bad_row(f"field {field}: ", expected, f"role {message['role'][:40]!r}", kind="wrong_roles")
+    for key in ("weight", "train", "training"):
+        if other := [message[key] for message in messages if message.get(key, 1) != 1]:
+            raise bad_row(
+                f"field {field}: ", "a response that is scored whole", f"a message with {key} {other[0]!r:.40}"
+            )
     return messages
 
 
@@ -246,9 +251,31 @@ _ASKED = ("instruction", "question", "input")
 
 def _asked(row: dict) -> Messages:
     """The user's turn in instruction or question, with what input adds to it."""
-    fields = dict.fromkeys([next(field for field in _ASKED if field in row), "input"])
+    asked = [field for field in ("instruction", "question") if _has(row, field)]
+    if len({_string(row, field).strip() for field in asked}) > 1:
+        raise bad_row("fields instruction, question: ", "one of them", "two texts", kind="ambiguous")
+    fields = dict.fromkeys([*(asked or [field for field in _ASKED if field in row])[:1], "input"])
     parts = [_string(row, field) for field in fields if field in row]
-    return [{"role": "user", "content": "\n\n".join(part for part in parts if part)}]
+    return [*_history(row), {"role": "user", "content": "\n\n".join(part for part in parts if part)}]
+
+
+def _history(row: dict) -> Messages:
+    """The earlier turns that Alpaca's history has as [user, assistant] each; or messages."""
+    turns, roles = _json(row, "history", list) or [], ("user", "assistant")
+    if turns and isinstance(turns[0], dict):
+        return _messages(row, "history")
+    if any(not isinstance(turn, list) or list(map(type, turn)) != [str, str] for turn in turns):
+        raise bad_row("field history: ", "a list of [user, assistant] texts", "other turns")
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+
+
+def _string_prompt(row: dict) -> str:
+    prompt = _string(row, "prompt")
+    for field in _ASKED:  # a text that is part of the prompt is said already
+        text = dict.get(row, field)
+        if isinstance(text, str) and text.strip() not in prompt:
+            raise bad_row(f"fields prompt, {field}: ", "the whole prompt in prompt", "two texts", kind="ambiguous")
+    return prompt
 
 
 def _supervised(row: dict) -> Example:
@@ -266,7 +293,7 @@ def _supervised(row: dict) -> Example:
     )
 
 
-_NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+_is_media = re.compile(r"(image|video|audio)s?(_(path|url|file|bytes|base64)s?)?").fullmatch
 
 
 def _fields(row: Any) -> _Fields:
@@ -275,24 +302,41 @@ def _fields(row: Any) -> _Fields:
     if not isinstance(row, dict):
         raise bad_row("", "a JSON object with named fields", type_name(row))
     fields = _Fields(row)
-    if seen := next((field for field in _NOT_TEXT if fields.get(field)), None):
+    if seen := next((field for field in filter(_is_media, fields) if _has(fields, field)), None):
         raise bad_row(f"field {seen}: ", "a row of text alone", kind="not_text")
+    if seen := next((field for field in ("functions", "function_list") if _has(fields, field)), None):
+        raise bad_row(f"field {seen}: ", "the definitions of tools in a column called tools", kind="ambiguous")
     return fields
 
 
+def _has(row: dict, field: str) -> bool:
+    """Whether the row has more in it than an empty value, or the JSON of one."""
+    value = row.get(field)
+    return bool(value) and (not isinstance(value, str) or value.strip() not in ("[]", "{}"))
+
+
+_SYSTEM = ("system", "system_prompt", "system_message")
+
+
 def _with_columns(row: _Fields, example: Example) -> Example:
-    """The example with what the row's system, tools and chat_template_kwargs say of it."""
-    system = _string(row, "system") if "system" in row else ""
+    """The example with what the row's system message, tools and chat_template_kwargs say of it."""
+    systems = {text: field for field in _SYSTEM if field in row and (text := _string(row, field))}
+    if len(systems) > 1:
+        raise bad_row(f"fields {', '.join(systems.values())}: ", "one system message", "two", kind="ambiguous")
+    if "history" not in row.read and _has(row, "history"):
+        why = "earlier turns in the prompt's messages, or beside an instruction"
+        raise bad_row("field history: ", why, kind="ambiguous")
+    system, name = next(iter(systems.items()), ("", "system"))
     tools, kwargs = _json(row, "tools", list), _json(row, "chat_template_kwargs", dict)
     prompt = example.prompt
     if not isinstance(prompt, list):
-        given = {"system": system, "tools": tools, "chat_template_kwargs": kwargs}
+        given = {name: system, "tools": tools, "chat_template_kwargs": kwargs}
         if name := next((name for name, value in given.items() if value), None):
             raise bad_row(f"field {name}: ", "a prompt of messages, which a chat template renders", type_name(prompt))
     elif system and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": system}, *prompt]
-    elif system and prompt[0]["content"] != system:
-        raise bad_row("field system: ", "the text of the prompt's own system message", "another; keep one")
+    elif system and (prompt[0]["content"] or "").strip() != system.strip():
+        raise bad_row(f"field {name}: ", "the text of the prompt's own system message", "another; keep one")
     return example._replace(prompt=prompt, tools=tools, template_kwargs=kwargs, unread=frozenset(set(row) - row.read))
 
 
@@ -335,7 +379,7 @@ def _of_form(row: _Fields, pairs: bool, alike: Callable[[Messages, Messages], bo
         return Example(_asked(row), _response(row, "chosen"), _response(row, "rejected") if pairs else None)
     if prompt is None:
         raise bad_row("field prompt: ", "a string or a list of messages", "none", kind="missing_field")
-    return Example(_string(row, "prompt"), _string(row, "chosen"), _string(row, "rejected") if pairs else None)
+    return Example(_string_prompt(row), _string(row, "chosen"), _string(row, "rejected") if pairs else None)
 
 
 def parse_prompt(row: Any) -> Example:
@@ -356,7 +400,7 @@ def _of_prompt(row: _Fields) -> Example:
     if isinstance(row.get("prompt"), list):
         return Example(_check_prompt(_messages(row, "prompt"), "prompt"), "", None)
     if "prompt" in row:
-        return Example(_string(row, "prompt"), "", None)
+        return Example(_string_prompt(row), "", None)
     for field in ("messages", "conversations"):
         if field in row:
             messages = _messages(row, field)

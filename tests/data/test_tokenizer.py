@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rpo.data import dataset
 from rpo.data.chat import Chat
+from rpo.data.formats import parse, parse_prompt
 from rpo.data.tokenizer import check_vocabulary, encode_prompt, load_tokenizer, stop_ids, tokenize, why_other_ids
 from rpo.errors import UserError
 from tests.helpers.rows import CFG
@@ -225,10 +226,37 @@ def test_columns_that_change_the_prompt_are_read(tmp_path):
         ({"prompt": [{"role": "system", "content": "Other."}, user("a")], "system": "Be brief."}, "field system:"),
         ({"prompt": "plain", "system": "Be brief."}, "field system: expected a prompt of messages"),
         ({"chosen": [said([{"type": "image", "url": "a"}])]}, r"message 1 with a part that is no text \(image\)"),
+        *[
+            ({name: "a.png"}, f"field {name}: expected a row of text alone")
+            for name in ("image_path", "image_url", "audio", "video_path", "videos", "audio_files")
+        ],
+        ({"chosen": [said("b", image_url="a.png")]}, "expected messages of text alone, got image_url"),
+        (
+            {"functions": '[{"name": "f"}]'},
+            "field functions: expected the definitions of tools in a column called tools",
+        ),
+        ({"function_list": [{"name": "f"}]}, "field function_list: "),
+        ({"system": "A", "system_prompt": "B"}, "fields system, system_prompt: expected one system message, got two"),
+        ({"prompt": "plain", "system_prompt": "A"}, "field system_prompt: expected a prompt of messages"),
+        (
+            {"history": [["a", "b"]]},
+            "field history: expected earlier turns in the prompt's messages, or beside an instr",
+        ),
+        ({"prompt": "plain", "history": [["a", "b"]]}, "field history: "),
+        ({"prompt": None, "question": "a", "history": "before"}, "field history: expected a list"),
+        (
+            {"prompt": None, "question": "a", "history": [["b"]]},
+            r"field history: expected a list of \[user, assistant\]",
+        ),
+        ({"prompt": None, "question": "a", "instruction": "b"}, "fields instruction, question: expected one of them"),
+        ({"prompt": "Sum up:", "input": "a text"}, "fields prompt, input: expected the whole prompt in prompt"),
+        ({"prompt": "Sum up:", "question": "What?"}, "fields prompt, question: "),
+        ({"chosen": [said("b", weight=0)]}, "field chosen: expected a response that is scored whole, got .* weight 0"),
+        ({"rejected": [said("b", train=False)]}, "field rejected: .*train False"),
     ],
 )
 def test_columns_that_cannot_be_obeyed_are_refused(more, words, tmp_path):
-    """Pictures, malformed tools and arguments, two system messages, and a system message for a prompt without roles."""
+    """What changes a row's meaning and cannot be read, or can be read in two ways, stops the run: it is no unread column."""
     with pytest.raises(UserError, match=words):
         load(tmp_path, make(TOOLS), {"prompt": [user("a")], "chosen": "b", "rejected": "c"} | more)
 
@@ -260,7 +288,18 @@ def test_a_storage_format_changes_no_token(tmp_path):
         {"prompt": [{"role": "system", "content": "S"}, user("Q\n\nI")], "chosen": "A", "rejected": "B"},
         {"system": "S", "question": "Q", "input": "I", "chosen": "A", "rejected": "B"},
         {"system": "S", "instruction": "Q\n\nI", "input": "", "chosen": "A", "rejected": "B"},
-        {"system": "S", "input": "Q\n\nI", "chosen": "A", "rejected": "B"},
+        {"system_prompt": "S", "system": "", "input": "Q\n\nI", "chosen": "A", "rejected": "B", "history": []},
+        {"system_message": "S", "instruction": "", "question": "Q", "input": "I", "chosen": "A", "rejected": "B"},
+        {
+            "system": "S",
+            "instruction": "Q",
+            "question": "Q",
+            "input": "I",
+            "chosen": "A",
+            "rejected": "B",
+            "images": "[]",
+        },
+        {"system": "S", "system_prompt": "S", "question": "Q", "input": "I", "chosen": "A", "rejected": "B"},
         {
             "system": "S",
             "conversations": [{"from": "human", "value": "Q\n\nI"}],
@@ -282,6 +321,47 @@ def test_forms_of_one_pair(row, tmp_path):
     ((prompt, chosen, rejected),), report = load(tmp_path, make(CHATML), row)
     assert prompt == "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nQ\n\nI<|im_end|>\n<|im_start|>assistant\n"
     assert (chosen, rejected, report["unread_columns"]) == ("A<|im_end|>", "B<|im_end|>", [])
+
+
+@pytest.mark.parametrize(
+    "history", [[["a", "b"], ["c", "d"]], '[["a", "b"], ["c", "d"]]', [user("a"), said("b"), user("c"), said("d")]]
+)
+def test_history_is_earlier_turns(history, tmp_path):
+    """Alpaca's history comes before the instruction, behind the system message; in supervised rows too."""
+    turns = [user("a"), said("b"), user("c"), said("d"), user("Q")]
+    row = {"instruction": "Q", "history": history, "chosen": "A", "rejected": "B", "system": "S"}
+    asked = parse(row, True).prompt
+    assert asked == [{"role": "system", "content": "S"}, *turns]
+    assert parse({"instruction": "Q", "history": history, "output": "A"}, False).prompt == turns
+    assert parse_prompt({"instruction": "Q", "history": history}).prompt == turns
+
+
+def test_what_a_prompt_repeats_is_no_second_text(tmp_path):
+    """A string prompt made of an instruction, or with a system prompt that is empty, is read as ever."""
+    row = {
+        "prompt": "Do: sum up",
+        "instruction": "sum up ",
+        "input": "",
+        "system_prompt": "",
+        "chosen": "A",
+        "rejected": "B",
+    }
+    assert parse(row, True)[:3] == ("Do: sum up", "A", "B")
+
+
+def test_columns_that_are_not_read_are_on_screen(tmp_path):
+    """The line with a run's rows names those of train and eval together, a few of many; none where all is read."""
+    row, tokenizer = {"prompt": [user("a")], "chosen": "b", "rejected": "c"}, make(CHATML)
+
+    def shown(*reports):
+        splits = dataset.Splits(tokenizer, None, None, dict(zip(("train", "eval"), (*reports, None), strict=False)))
+        return splits.summary
+
+    _, plain = load(tmp_path, tokenizer, row)
+    assert shown(plain) == "train 1 rows"
+    reports = [load(tmp_path, tokenizer, row, row | {name: 1})[1] for name in ("score", "id")]
+    assert shown(*reports) == "train 2 rows, eval 2 rows; columns not read: id, score"
+    assert shown(plain | {"unread_columns": [str(i) for i in range(20)]}).endswith(" 15, 16, ...")
 
 
 # ---- tokenizers
