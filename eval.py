@@ -78,4 +78,4 @@ def main(cfg) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    command_line.run(main, Eval)

@@ -47,7 +47,7 @@ def _is_date(value: str) -> str:
 Source = Annotated[str, AfterValidator(lambda spec: resolved(spec, follow=True))]
 _FILES = Field(min_length=1, description="a file, a list of files, or NAME:SPLIT")
 Files = Annotated[str | list[str], _FILES, AfterValidator(resolved)]
-_PARTS = "a file, a list of files or of {path: FILE, weight: a number > 0}, or NAME:SPLIT"
+_PARTS = "a file, a list of files or of {path: FILE, weight: a number > 0, < 10000}, or NAME:SPLIT"
 Part = Annotated[dict[str, Any], AfterValidator(part_of_mixture)]
 Mixture = Annotated[str | list[str | Part], Field(min_length=1, description=_PARTS), AfterValidator(resolved)]
 Date = Annotated[str, AfterValidator(_is_date), Field(description="a date as YYYY-MM-DD")]
@@ -390,6 +390,13 @@ def may_change(cls: Any, prefix: str = "") -> set[str]:
         elif is_dataclass(hint):
             found |= may_change(hint, f"{prefix}{name}.")
     return found
+
+
+def takes_text(hint: Any, key: str) -> bool:
+    """Whether the value of `key`, or an element of it, is a text and no number, by the group `hint`'s own fields."""
+    for name in key.split("."):
+        hint = typing.get_type_hints(hint).get(name) if is_dataclass(hint) else None
+    return any(one is str or str in typing.get_args(one) for one in (hint, *typing.get_args(hint)))
 
 
 def differences(there: dict, here: dict, apart_from: Collection[str] = (), prefix: str = "") -> list[str]:

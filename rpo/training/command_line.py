@@ -1,33 +1,39 @@
 """What stands behind train.py and eval.py on the command line, checked before Hydra reads it: its errors name no fix."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from rpo.config import takes_text
 from rpo.errors import UserError
 from rpo.text import in_quotes, one_line
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs the script's `main`, whose arguments Hydra reads; exits with 2 and one line where it would misread them."""
+def run(main: Callable[[], None], settings: type) -> None:
+    """Runs the script's `main`, whose arguments Hydra reads; exits with 2 and one line where it would misread them.
+
+    `settings`: the group that they fill.
+    """
     try:
         args = get_args_parser().parse_args()
-        check(args.overrides, multirun=args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
+        check(args.overrides, settings, multirun=args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     main()
 
 
-def check(overrides: Sequence[str], *, multirun: bool) -> None:
-    """Raises UserError for an override that Hydra cannot read, or would take apart at a comma, with its quoted form."""
+def check(overrides: Sequence[str], settings: type, *, multirun: bool) -> None:
+    """Raises UserError for an override that Hydra cannot read, or reads as numbers or several values, with its quoted form."""
     parser = OverridesParser.create()
-    for text, previous in zip(overrides, ["", *overrides], strict=False):
+    for i, text in enumerate(overrides):
         key, equals, value = text.partition("=")
         try:
             override = parser.parse_override(text)
@@ -35,12 +41,17 @@ def check(overrides: Sequence[str], *, multirun: bool) -> None:
             why = "special characters need quotes within quotes"
             if not equals and not key.startswith("~"):
                 why = "expected KEY=VALUE"
-                if "=" in previous:  # a space that the shell has split at
+                if "=" in (previous := overrides[i - 1] if i else ""):  # a space that the shell has split at
                     key, _, value = f"{previous} {text}".partition("=")
                     why += "; if a space in a value was meant"
+            elif value.startswith(("[", "{")):  # the same within brackets
+                ends = [" ".join([value, *overrides[i + 1 : j]]) for j in range(i + 1, len(overrides) + 1)]
+                value = next(filter(_is_closed, ends), value)
             quoted = _quoted(parser, key, value)
             fix = f": write {quoted}" if quoted else f" ({one_line(error)})"
             raise UserError(f"{text}: {why}{fix}") from None
+        if not override.is_sweep_override() and takes_text(settings, key.lstrip("+")) and _has_number(override.value()):
+            raise UserError(f"{text}: reads as a number or true, not as text; write {_quoted(parser, key, value)}")
         if not override.is_sweep_override() or override.is_hydra_override():
             continue
         if os.path.exists(os.path.expanduser(value)):
@@ -51,14 +62,21 @@ def check(overrides: Sequence[str], *, multirun: bool) -> None:
             )
 
 
+def _is_closed(value: str) -> bool:
+    return all(value.count(one) == value.count(other) for one, other in ("[]", "{}"))
+
+
+def _has_number(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(_has_number(item.get("path") if isinstance(item, dict) else item) for item in value)
+    return isinstance(value, bool | int | float)
+
+
 def _quoted(parser: OverridesParser, key: str, value: str) -> str | None:
-    """KEY=VALUE for a shell, the value (of a list each element that needs it) in Hydra's quotes; None for a bad key."""
+    """KEY=VALUE for a shell, the value (of a list or braces each part that needs it) in Hydra's quotes; None for a bad key."""
     bare = value.strip()
-    if bare.startswith("[") and bare.endswith("]"):
-        elements = [element.strip() for element in bare[1:-1].split(",")]
-        text = f"{key}=[{','.join(_in_quotes(parser, element) for element in elements)}]"
-    else:
-        text = f"{key}={in_quotes(value)}"
+    in_brackets = bare[:1] + bare[-1:] in ("[]", "{}")
+    text = f"{key}={_parts_quoted(parser, bare) if in_brackets else in_quotes(value)}"
     try:
         parser.parse_override(text)
     except HydraException:
@@ -66,9 +84,26 @@ def _quoted(parser: OverridesParser, key: str, value: str) -> str | None:
     return shlex.quote(text)
 
 
-def _in_quotes(parser: OverridesParser, element: str) -> str:
+_GROUP = re.compile(r"(\{\s*\w+\s*:[^{}]*\})")
+_PAIR = re.compile(r"((?<=[{,])\s*(\w+)\s*:\s*)(.*?)(?=\s*(?:\}|,\s*\w+\s*:))")  # a comma before no key is of the value
+_ELEMENT = re.compile(r"""(\s*)("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|[^\[\],\s](?:[^\[\],]*[^\[\],\s])?)""")
+
+
+def _parts_quoted(parser: OverridesParser, text: str) -> str:
+    def of_pair(match: re.Match) -> str:
+        return match[1] + _in_quotes(parser, match[3], is_text=match[2] == "path")
+
+    def of_element(match: re.Match) -> str:
+        return match[1] + _in_quotes(parser, match[2], is_text=True)
+
+    pieces = enumerate(_GROUP.split(text))
+    return "".join(_PAIR.sub(of_pair, piece) if i % 2 else _ELEMENT.sub(of_element, piece) for i, piece in pieces)
+
+
+def _in_quotes(parser: OverridesParser, element: str, *, is_text: bool) -> str:
     try:
-        parser.parse_override(f"key={element}")
-        return element
+        override = parser.parse_override(f"key={element}")
     except HydraException:
         return in_quotes(element)
+    is_other = override.is_sweep_override() or (is_text and _has_number(override.value()))
+    return in_quotes(element) if is_other else element

@@ -345,7 +345,7 @@ def plan(arguments: list[str]) -> str:
         raise UserError(
             f"{missing[0]}: missing; for example python -m rpo.training.memory recipe=paper_beta gpus=1 gib=139"
         )
-    command_line.check(given, multirun=False)
+    command_line.check(given, config.Train, multirun=False)
     try:
         with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "conf"), version_base="1.3"):
             cfg = config.train_config(compose("train", overrides=given))

@@ -295,10 +295,18 @@ def test_a_weight_is_of_a_parts_rows_together(shards, weight, each, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "part", ["{path: a, weight: 0}", "{path: a, weight: x}", "{file: a, weight: 1}", "{weight: 2}"]
+    "part",
+    [
+        *[f"{{path: a, weight: {weight}}}" for weight in ("0", "-1", "nan", "inf", "1e4", "x", "true", "null")],
+        "{file: a, weight: 1}",
+        "{weight: 2}",
+    ],
 )
 def test_a_part_that_is_none_is_refused(part):
-    with pytest.raises(UserError, match=r"^data.train=.*expected a file, a list of files or of {path: FILE, weight: "):
+    with pytest.raises(
+        UserError,
+        match=r"^data.train=.*expected a file, a list of files or of {path: FILE, weight: a number > 0, < 10000}, ",
+    ):
         settings("model.path=M", "data.eval=null", f"data.train=[{part},b]")
     with pytest.raises(UserError, match=r"^data.eval=.*expected .*a file, a list of files, or NAME:SPLIT"):
         settings("model.path=M", "data.train=b", f"data.eval=[{part},b]")

@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rpo.config import Train
 from rpo.errors import UserError
 from rpo.text import in_quotes
 from rpo.training import command_line
@@ -24,7 +25,7 @@ def value_of(text):
 def advice(*overrides, multirun=False):
     """The override that the error says to write, as a shell would hand it on."""
     with pytest.raises(UserError) as caught:
-        command_line.check(overrides, multirun=multirun)
+        command_line.check(overrides, Train, multirun=multirun)
     message = str(caught.value)
     assert "\n" not in message and message.startswith(f"{overrides[-1]}: "), message
     (word,) = shlex.split(message.rpartition("write ")[2])
@@ -41,21 +42,64 @@ def test_the_advice_reads_back(key, value):
     """For =, commas, brackets, quotes, letters beyond ASCII: what the error says to write is the value that was typed."""
     word = advice(f"{key}={value}")
     assert word.partition("=")[0] == key and value_of(word) == value
-    command_line.check([word], multirun=False)
+    command_line.check([word], Train, multirun=False)
 
 
 def test_advice_for_lists_spaces_and_sweeps(tmp_path):
     """Elements of a list are quoted one by one; a value that the shell split is joined; a file is not swept over."""
     assert value_of(advice("data.train=[/a/b=c.jsonl,/d/e.jsonl]")) == ["/a/b=c.jsonl", "/d/e.jsonl"]
     with pytest.raises(UserError, match=r"write 'data.train=\"/my data/a.jsonl\"'"):
-        command_line.check(["loss=dpo", "data.train=/my", "data/a.jsonl"], multirun=False)
+        command_line.check(["loss=dpo", "data.train=/my", "data/a.jsonl"], Train, multirun=False)
     with pytest.raises(UserError, match=r"^loss.beta=0.1,0.2: several values make a sweep: add -m"):
-        command_line.check(["loss.beta=0.1,0.2"], multirun=False)
+        command_line.check(["loss.beta=0.1,0.2"], Train, multirun=False)
     (tmp_path / "a,b.jsonl").touch()
     assert value_of(advice(f"data.train={tmp_path}/a,b.jsonl", multirun=True)) == f"{tmp_path}/a,b.jsonl"
-    command_line.check(
-        ["loss.beta=0.1,0.2", "data.train=[a,b]", "~optim", "data.train=/my data/a.jsonl"], multirun=True
-    )
+    texts = ["loss.beta=0.1,0.2", "data.train=[a,b]", "~optim", "data.train=/my data/a.jsonl"]
+    command_line.check(texts, Train, multirun=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("[{path: a=b.jsonl}]", [{"path": "a=b.jsonl"}]),
+        ("[{path: a,b=c.jsonl, weight: 2},d=e.jsonl]", [{"path": "a,b=c.jsonl", "weight": 2}, "d=e.jsonl"]),
+        ('["a,b", /c/{x}.jsonl, {weight: .5, path: d (1).csv}]', ["a,b", "/c/{x}.jsonl", {"weight": 0.5, "path": "d (1).csv"}]),
+        ("[{path: a,b.jsonl}]", [{"path": "a,b.jsonl"}]),
+        ("[hub/name:tr=ain]", ["hub/name:tr=ain"]),
+        ("[2024_11_30,{path: 1e3, weight: 1e1}]", ["2024_11_30", {"path": "1e3", "weight": 10.0}]),
+    ],
+)  # fmt: skip
+def test_the_advice_for_mixtures_reads_back(value, meant):
+    """Within braces and lists each value that needs quotes has them; weights stay numbers."""
+    word = advice(f"data.train={value}")
+    assert value_of(word) == meant
+    command_line.check([word], Train, multirun=False)
+
+
+def test_brackets_that_the_shell_split_are_joined():
+    """A space in braces ends the argument: the error shows the whole, quoted."""
+    split = ["data.train=[{path:", "my", "data/a=b.jsonl,", "weight:", "2}]", "seed=1"]
+    with pytest.raises(UserError, match=r"^data.train=\[{path:: special .*write ") as caught:
+        command_line.check(split, Train, multirun=False)
+    (word,) = shlex.split(str(caught.value).rpartition("write ")[2])
+    assert value_of(word) == [{"path": "my data/a=b.jsonl", "weight": 2}]
+
+
+@pytest.mark.parametrize("value", ["2024_11_30", "1e3", "true", "1_0.5", "nan", "inf", ".5", "2024"])
+@pytest.mark.parametrize("key", ["run_dir", "wandb.group", "model.path", "data.train", "cache_dir", "+run_dir"])
+def test_a_text_that_reads_as_a_number_keeps_its_letters(key, value):
+    """The error says how to write the very text that was typed, underscores and exponents as they are."""
+    word = advice(f"{key}={value}")
+    assert value_of(word) == value
+    command_line.check([word], Train, multirun=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["run_dir=on", "run_dir=007", "run_dir=null", "run_dir=2024-11-30", "seed=1_0", "optim.lr=1e-6", "compile=true",
+             "checkpoint.keep=3", "epochs=2", "data.chat_template_kwargs={x: 1}", "+model.architecture.x=1e3", "data.train=[a]"],
+)  # fmt: skip
+def test_what_hydra_reads_as_it_is_meant_is_accepted(text):
+    command_line.check([text], Train, multirun=False)
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\n\r"), max_size=12))
