@@ -385,6 +385,14 @@ class Splits:
         return max(int(rows.ids.max()) for rows in self.by_name.values())
 
     @cached_property
+    def used_ids(self) -> np.ndarray:
+        """int64, each token id of any row once, in order."""
+        is_used = np.zeros(self.largest_id + 1, bool)
+        for rows in self.by_name.values():
+            is_used[rows.ids] = True
+        return np.flatnonzero(is_used)
+
+    @cached_property
     def facts(self) -> dict[str, str]:
         """Digests of tokenizer and rows, by key, for a checkpoint to compare."""
         facts = {"model.tokenizer": digest(json.dumps(identity(self.tokenizer)).encode())}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import tempfile
 import warnings
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -103,14 +104,29 @@ def why_other_ids(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizer
 
 
 def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, path: str, revision: str | None, *, key: str, trust: bool
+    tokenizer: PreTrainedTokenizerBase,
+    path: str,
+    revision: str | None,
+    *,
+    key: str,
+    trust: bool,
+    used: Iterable[int] | None = None,
 ) -> None:
-    """Raises UserError where the model at `path` comes with a tokenizer that contradicts `tokenizer`: equal size is not enough."""
+    """Raises UserError where the model at `path` comes with a tokenizer that contradicts `tokenizer`: equal size is not enough.
+
+    With `used`, the ids of the data, where one of these is another token in it, or none; other tokens do not matter.
+    """
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
     if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in files):
         return
     other = load_tokenizer(path, revision=revision, trust_remote_code=trust)
-    if why := why_other_ids(tokenizer, other):
+    if used is None:
+        why = why_other_ids(tokenizer, other)
+    else:
+        ours, theirs = ({id: token for token, id in each.get_vocab().items()} for each in (tokenizer, other))
+        differing = next((int(id) for id in used if ours.get(int(id)) != theirs.get(int(id))), None)
+        why = differing is not None and f"{differing} is {ours.get(differing)!r} here, {theirs.get(differing)!r} there"
+    if why:
         raise UserError(f"{key}={path}: its tokenizer maps tokens to other ids ({why}); give a model of one vocabulary")
 
 

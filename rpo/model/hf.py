@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -145,13 +146,16 @@ def _positions(config: PreTrainedConfig) -> int:
     return max([own, *scaled])
 
 
-def check_fit(configs: dict[str, PreTrainedConfig], longest: int, largest_id: int) -> None:
-    """Raises UserError where the models' vocabularies differ, or tokens or positions would not fit them.
+def check_fit(
+    configs: dict[str, PreTrainedConfig], longest: int, largest_id: int, *, distributions: bool = False
+) -> None:
+    """Raises UserError where tokens or positions would not fit the models.
 
-    `longest` and `largest_id` are of the data: a tokenizer may know more tokens than a model, or fewer.
+    `longest` and `largest_id` are of the data: a tokenizer may know more tokens than a model, or fewer, and embeddings may
+    be padded to different sizes, save where whole `distributions` of the next token are compared, as for a KL.
     """
     sizes = {key: config.get_text_config().vocab_size for key, config in configs.items()}
-    if len(set(sizes.values())) > 1:
+    if distributions and len(set(sizes.values())) > 1:
         listed = ", ".join(f"{key} has {size}" for key, size in sizes.items())
         raise UserError(f"reference.path: policy and reference have different vocabularies ({listed} tokens)")
     for key, config in configs.items():
@@ -212,6 +216,10 @@ def load(
         ) from None
     except Exception as error:  # files, the library and a model's own code: each its own type
         raise _unreadable(key, path, error, "the weights could not be loaded") from None
+    if integer := _integer_weight(path, revision):
+        raise UserError(
+            f"{key}={path}: {integer}, but its config.json has no quantization_config to read it by; give the original model"
+        )
     if info["missing_keys"]:
         name = sorted(info["missing_keys"])[0]
         raise UserError(f"{key}={path}: the checkpoint lacks {name}; it is incomplete or not a causal LM")
@@ -223,6 +231,33 @@ def load(
         _check_saveable(lm, f"{key}={path}")
     probe(lm, key=f"{key}={path}")
     return lm
+
+
+def _integer_weight(path: str, revision: str | None) -> str | None:
+    """A weight in the model's files of a type that needs a scale, as integers and 8-bit floats do; None if there is none."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    for whole in ("model.safetensors", "pytorch_model.bin"):
+        index = cached_file(path, f"{whole}.index.json", revision=revision, **quiet)
+        names = sorted({*json.loads(Path(index).read_text())["weight_map"].values()}) if index else [whole]
+        files = [cached_file(path, name, revision=revision, **quiet) for name in names]
+        for file in filter(None, files):
+            if whole.endswith(".bin"):
+                state = torch.load(file, map_location="meta", weights_only=True)
+                types = {name: (str(t.dtype), t.ndim) for name, t in state.items() if isinstance(t, Tensor)}
+            else:
+                with safe_open(file, "pt") as tensors:
+                    slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+                    types = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
+            for name, (dtype, ndim) in types.items():
+                is_scaled = re.match(r"(torch\.)?(u?int|float8|[IU]\d|F[48])", dtype)
+                if is_scaled and ndim > 1 and not _NO_WEIGHTS.search(name):
+                    return f"{name} is stored as {dtype.removeprefix('torch.')}"
+        if any(files):
+            return None
+    return None
 
 
 _ROUTER_LOSSES = (

@@ -104,7 +104,8 @@ def questions(run: Run, cfg: Eval, source: rewards.Gold | None) -> Questions:
     check_room(positions, longest_prompt, max_new_tokens, f" of {run.folder}")
     rows = _pairs(run, spec, read_as, cfg, tokenizer)
     longest_row, largest_id = (longest(rows), int(rows.ids.max())) if rows else (0, 0)
-    hf.check_fit(configs, max(longest_prompt, longest_row), max(largest_id, *map(max, prompts)))
+    largest_id = max(largest_id, *map(max, prompts))
+    hf.check_fit(configs, max(longest_prompt, longest_row), largest_id, distributions=True)
     parts = [json.dumps([prompts, task.gold, str(weights)]).encode(), rewards.identity(task.gold, source)]
     return Questions(
         tokenizer=tokenizer,

@@ -76,7 +76,9 @@ def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
     return configs
 
 
-def check_fit(cfg: Train, configs: dict[str, PreTrainedConfig], data: Splits) -> dict[str, PreTrainedConfig]:
+def check_fit(
+    cfg: Train, configs: dict[str, PreTrainedConfig], data: Splits, *, embedded: bool
+) -> dict[str, PreTrainedConfig]:
     """`configs`, and that of a model to be built. Raises UserError where tokens, positions or the budget do not fit."""
     if cfg.model.path is None:
         configs = configs | {"model.architecture": hf.config_for(cfg.model.architecture, data.tokenizer)}
@@ -84,8 +86,9 @@ def check_fit(cfg: Train, configs: dict[str, PreTrainedConfig], data: Splits) ->
     if cfg.model.tokenizer is not None and cfg.model.path is not None:
         check_vocabulary(data.tokenizer, cfg.model.path, cfg.model.revision, key="model.path", trust=trust)
     if cfg.reference.path is not None:
-        check_vocabulary(data.tokenizer, cfg.reference.path, None, key="reference.path", trust=trust)
-    hf.check_fit(configs, data.longest, data.largest_id)
+        path, used = cfg.reference.path, data.used_ids
+        check_vocabulary(data.tokenizer, path, None, key="reference.path", trust=trust, used=used)
+    hf.check_fit(configs, data.longest, data.largest_id, distributions=embedded)  # whose KL is measured
     check_budgets(data, "padded" if cfg.layout.kind == "padded" else "packed", cfg.tokens_per_microbatch)
     return configs
 

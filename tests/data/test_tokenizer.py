@@ -401,6 +401,12 @@ def test_vocabularies_are_compared_by_their_ids(tmp_path):
     other.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=f"^reference.path={tmp_path}: its tokenizer maps tokens to other ids"):
         check_vocabulary(ours, str(tmp_path), None, key="reference.path", trust=False)
+    a, c = vocabulary["a"], vocabulary["c"]
+    check_vocabulary(ours, str(tmp_path), None, key="reference.path", trust=False, used=[c])  # the data have no other
+    with pytest.raises(UserError, match=rf"{a} is '\w' here, '\w' there"):
+        check_vocabulary(ours, str(tmp_path), None, key="reference.path", trust=False, used=[a, c])
+    with pytest.raises(UserError, match=r"is '<image>' here, None there"):
+        check_vocabulary(more, str(tmp_path), None, key="reference.path", trust=False, used=[len(more) - 1])
     (tmp_path / "bare").mkdir()  # a model without a tokenizer of its own
     check_vocabulary(ours, str(tmp_path / "bare"), None, key="reference.path", trust=False)
 

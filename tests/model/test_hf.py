@@ -288,7 +288,7 @@ def test_load_refuses_missing_weights(tmp_path):
 
 
 def test_check_fit():
-    """Different vocabularies, ids beyond the embeddings and rows too long are each refused with the fix; a match passes."""
+    """Ids beyond the embeddings and rows too long are each refused with the fix; a match passes."""
     configs = {"model.path": make_lm().config, "reference.path": make_lm(seed=1).config}
     hf.check_fit(configs, 128, VOCABULARY - 1)
     with pytest.raises(UserError, match="a row of 129 tokens is left, model.path has 128 .*data.max_length=128"):
@@ -297,8 +297,31 @@ def test_check_fit():
     hf.check_fit(small, 8, VOCABULARY - 2)  # whatever else the tokenizer knows
     with pytest.raises(UserError, match=f"a token of id {VOCABULARY - 1}, the model {VOCABULARY - 1} embeddings"):
         hf.check_fit(small, 8, VOCABULARY - 1)
+    padded = {**configs, **small}
+    hf.check_fit(padded, 8, VOCABULARY - 2)
     with pytest.raises(UserError, match="different vocabularies"):
-        hf.check_fit({**configs, **small}, 8, 0)
+        hf.check_fit(padded, 8, 0, distributions=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("kind", ["safetensors", "shards", "bin"])
+def test_weights_that_need_a_scale_are_refused_without_a_config_of_it(kind, dtype, tmp_path):
+    """Read as numbers they would be another model; the first such weight is named. Integer buffers are none."""
+    lm, name = make_lm(), "model.layers.1.mlp.up_proj.weight"
+    lm.save_pretrained(tmp_path, max_shard_size="20KB" if kind == "shards" else "1GB")
+    (file,) = [f for f in tmp_path.glob("*.safetensors") if name in load_file(f)]
+    weights = load_file(file)
+    weights[name] = (weights[name] * 50).to(dtype)
+    if kind == "bin":
+        file.unlink()
+        torch.save(weights | {"lm.attn.bias": torch.ones(2, 2, dtype=torch.uint8)}, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(weights, file, metadata={"format": "pt"})
+    assert (kind == "shards") == (tmp_path / "model.safetensors.index.json").is_file()
+    with pytest.raises(
+        UserError, match=rf"^model.path={tmp_path}: {name} is stored as \w+, but its config.json has no qu"
+    ):
+        hf.load(str(tmp_path), None, torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
