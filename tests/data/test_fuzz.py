@@ -339,4 +339,4 @@ def test_any_file(suffix):
 @pytest.mark.parametrize("suffix", FILES)
 def test_very_many_files(suffix):
     """The same with many more files."""
-    fuzz(suffix, 1000)
+    fuzz(suffix, 300)
