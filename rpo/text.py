@@ -18,11 +18,18 @@ _FORMS = [
     (re.compile(r"\bsk-(?=[\w-]*\d)[\w-]*[A-Za-z0-9]{16}[\w-]*"), "***"),  # sk-learn-some-model has no such run
 ]
 
-# What wraps a model's thinking: <think> of DeepSeek and Qwen, [THINK] of Mistral, and the like.
-_TAGS = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|\u25c1(/?)think\u25b7", re.I)
+# What wraps a model's thinking: <think> of DeepSeek and Qwen, [THINK] of Mistral, and the like; not where it is quoted.
+_TAGS = re.compile(
+    r"(?<!['\"`])(?:<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|\u25c1(/?)think\u25b7"
+    r"|<\|(?:begin_of_thought|START_THINKING)\|>|<\|(end_of_thought|END_THINKING)\|>"
+    r"|(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>)(?!['\"`])",
+    re.I,
+)
 _ENDS = re.compile(r"(?:<\|\w{1,30}\|>\s{0,9}){1,9}\Z")  # special tokens that a server leaves behind the text
-# Of gpt-oss where the server does not read its channels: its answer's, and its calls' of tools.
-_FINAL = re.compile(r"\A.*<\|channel\|>(?:final|commentary)[^<\n]{0,99}<\|message\|>", re.S)
+# Of gpt-oss where the server does not read its channels: what begins its answer, or a call of a tool.
+_FINAL = re.compile(
+    r"\A(?:.*<\|channel\|>(?:final|commentary)[^<\n]{0,99}<\|message\|>|analysis.{0,99999}?assistantfinal)", re.S
+)
 
 
 def redacted(value: Any) -> Any:
@@ -106,7 +113,10 @@ def spoken(text: str) -> str:
         else:
             kept.append(text[start:opened])
         start, opened = tag.end(), None
-    is_cut = opened is not None and text[start:opened].rstrip(" \t")[-1:] in ("", "\n")  # else it is a word of the reply's
+    is_cut = opened is not None and text[start:opened].rstrip(" \t")[-1:] in (
+        "",
+        "\n",
+    )  # else it is a word of the reply's
     return "".join(kept) + text[start : opened if is_cut else None]
 
 

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from rpo.errors import UserError
 from rpo.judging.settings import Judge
-from rpo.text import redacted
+from rpo.text import LEAST, redacted
 
 if TYPE_CHECKING:
     import openai
@@ -46,6 +46,7 @@ _REFUSALS = {
 _REFUSING = re.compile(
     r"support|not (allowed|enabled|permitted|implemented)|unknown|unrecognized|deprecated|roles must"
 )
+_MODERATED = re.compile(r"moderat|flagged|guidelines|content.{0,20}(policy|filter|violat)|safety", re.I)
 _TOO_LONG = re.compile(r"too large|too long|context (length|window|size)|exceed")  # of a value, or of the text
 
 
@@ -236,6 +237,8 @@ class Server:
     def _fatal(self, response: Any) -> str | None:
         """The reason, if every request would be refused like this one, else None."""
         status, reason, wait = response.status_code, self._reason(response), _retry_after(response)
+        if status == 403 and _MODERATED.search(reason):
+            return None
         if status in (401, 403):
             name = self._judge.api_key_env
             key = f"the key in {name}" if self._key else f"no key: {name} is not set"
@@ -269,6 +272,8 @@ class Server:
         try:
             data = json.loads(content)
             choice = data["choices"][0]
+            if choice.get("error") or choice.get("finish_reason") == "error":  # of the server behind a router
+                raise ValueError(str(choice.get("error") or data.get("error") or "finish_reason: error"))
             message, usage = choice["message"], data.get("usage") or {}
             text = _text(message)
             read, written = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
@@ -291,7 +296,7 @@ class Server:
         )
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+        return text.replace(self._key, "***") if len(self._key) >= LEAST else text  # a shorter one is in any text
 
     def _line(self, text: str) -> str:
         """The text on one line, short, without the key: servers repeat it in their messages."""

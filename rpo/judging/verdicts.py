@@ -25,11 +25,14 @@ NEARLY_ALL = 0.9  # mean mass of the letters below which it is noted
 # Repetitions have bounds: a judge may go on with white space until judge.max_tokens.
 _MARKUP = r"[\s*_`\"']{0,9}"
 # Not [[a]], which is code: x[[a]].
-_LETTER = re.compile(rf"\[\[{_MARKUP}(?:(?i:assistant|answer|verdict)\W{{1,3}})?([ABC]|(?i:tie|draw)){_MARKUP}\]\]")
+_LETTER = re.compile(
+    rf"(?<![\w)\]])\[\[{_MARKUP}(?:(?i:assistant|answer|verdict)\W{{1,3}})?([ABC]|(?i:tie|draw)){_MARKUP}\]\]"
+)
 _SCALE = r"(?:\s{0,3}(?:/|out of)\s{0,3}([0-9]{1,9}))?"
 _NUMBER = r"([0-9]{1,9}(?:\.[0-9]{0,9}|,[0-9]{1,2})?)" + _SCALE
 _LABEL = r"(?:rating|score)"
-_BRACKETS = rf"\[\[{_MARKUP}(?:{_LABEL}\W{{1,3}})?{_NUMBER}{_MARKUP}\]\]{_MARKUP}{_SCALE}"
+_BRACKETS = rf"(?<![\w)\]])\[\[{_MARKUP}(?:{_LABEL}\W{{1,3}})?{_NUMBER}{_MARKUP}\]\](?!\(){_MARKUP}{_SCALE}"
+_BETWEEN = re.compile(r"\]\]\s{0,3}(?:-|\u2013|to|or|and)\s{0,3}\[\[")
 # Where a line or sentence begins: "Rating:", "**My final score (of 10)** =". Within quotes it is the instructions' example.
 _LABELLED = (
     rf"(?:^|[.!?:]\s)[ \t*_#]{{0,9}}(?:(?:final|overall|my|the)\s{{1,3}}){{0,3}}{_LABEL}[\s*_]{{0,9}}"
@@ -90,9 +93,12 @@ def rating(text: str) -> float | None:
     The last, because the reasons before it may quote a rating in the answer; FastChat takes the first, and where there are
     no double brackets any number in single ones, which may be a footnote. None if there is none or it is outside the scale.
     """
+    text = _plain(text)
     for pattern in _RATINGS:
-        if numbers := pattern.findall(_plain(text)):
-            number, *scales = numbers[-1]
+        if found := list(pattern.finditer(text)):
+            number, *scales = found[-1].groups("")
+            if _BETWEEN.search(text, max(0, found[-1].start() - 20), found[-1].end() + 20):
+                return None
             value = float(number.replace(",", "."))
             return value if LOWEST <= value <= HIGHEST and {*scales} <= {"", "10"} else None
     return None

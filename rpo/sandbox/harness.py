@@ -19,7 +19,8 @@ import sys
 import types
 
 LONGEST = 2**24  # bytes of one reply
-_PLAIN = (bool, int, float, str)
+# With what makes each of a subclass, whose own __str__ may say otherwise (an Enum's).
+_PLAIN = {bool: bool, int: int.__int__, float: float.__float__, str: str.__str__}
 _GROUPS = {"tuple": tuple, "list": list, "set": set, "frozenset": frozenset}
 _VIEWS = {
     "dict_keys": lambda items: dict.fromkeys(items).keys(),
@@ -92,16 +93,16 @@ _WHOLE = (*_PLAIN, bytes, *_GROUPS.values())
 
 def _plain(value: object, held: dict | None) -> object:
     """A value of a built-in type or a subclass as that type in JSON, or _NONE."""
-    for plain in _PLAIN:
+    for plain, made in _PLAIN.items():
         if isinstance(value, plain):
-            return plain(value)
+            return made(value)
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
     if isinstance(value, dict):
-        return {"dict": [[encode(k, held), encode(v, held)] for k, v in value.items()]}
+        return {"dict": [[encode(k, held), encode(v, held)] for k, v in dict.items(value)]}
     for name, group in _GROUPS.items():
         if isinstance(value, group):
-            return {name: [encode(item, held) for item in value]}
+            return {name: [encode(item, held) for item in group.__iter__(value)]}
     return _NONE
 
 

@@ -19,9 +19,10 @@ from rpo.text import spoken
 BEGIN, END = "[BEGIN]", "[DONE]"
 LONGEST = 50_000  # characters of a reply that is looked through; a longer one is a program as it stands
 MOST = 64  # fences, and runs of lines, of one reply that are looked at; a loop of repetitions has many
-_SPECIAL = re.compile(
-    r"<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end_of_turn|end|return|call)\|>|<end_of_turn>|</s>"
+_SPECIAL = re.compile(  # not within a string
+    r"(?<!['\"])(?:<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end_of_turn|end|return|call)\|>|<end_of_turn>|</s>)(?!['\"])"
 )
+_NOTEBOOK = re.compile(r"^(?:[!%]{1,2}\w|print [^(=\n]).*\n?", re.MULTILINE)  # of IPython, and of Python 2
 # A marker is one where a line begins; within a program it is part of a string.
 _BEGIN, _END = (re.compile(rf"^[ \t]*{re.escape(marker)}", re.MULTILINE) for marker in (BEGIN, END))
 _FENCE = re.compile("`{3,}|~{3,}")
@@ -139,6 +140,8 @@ def _readings(text: str) -> Iterator[str]:
         yield textwrap.dedent(typed)
     if "\\n" in text and "\n" not in text.strip():
         yield text.replace("\\n", "\n")
+    if _NOTEBOOK.search(plain):
+        yield _NOTEBOOK.sub("", plain)
     typed_in = re.sub(r"^\s*\.\.\.: ?", "... ", re.sub(r"^In \[\d+\]: ?", ">>> ", plain, flags=re.M), flags=re.M)
     if ">>>" in typed_in:
         yield "\n".join(line[4:] for line in typed_in.split("\n") if line[:4].rstrip() in (">>>", "..."))
@@ -306,17 +309,42 @@ def _bound(text: str) -> tuple[set[str], set[str]]:
         return functions, others  # `x [DONE]` is Python too
     if any(isinstance(node, ast.Return) for node in body):
         return functions, others  # the lines below a `def` that was left behind
-    for node in body:
+    for node in _statements(body):
         match node:
+            case ast.FunctionDef() if all(map(_says_nothing, node.body)):
+                others.add(node.name)
             case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
                 functions.add(node.name)
-            case ast.Assign():
-                others |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            case ast.Assign(targets=targets, value=value):
+                named = {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+                makes = isinstance(value, ast.Lambda | ast.Attribute) or "partial" in ast.dump(
+                    getattr(value, "func", value)
+                )
+                (functions if makes else others).update(named)
             case ast.AnnAssign(target=ast.Name(id=name)):
                 others.add(name)
             case ast.Import() | ast.ImportFrom():
                 others |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
     return functions, others
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements that run when the program does: those in its `if`, `try`, `with` and loops too."""
+    for node in body:
+        yield node
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            for field in ("body", "handlers", "orelse", "finalbody"):
+                yield from _statements(getattr(node, field, None) or [])
+
+
+def _says_nothing(node: ast.stmt) -> bool:
+    """Whether it is what a stub's body has: pass, ..., a docstring, raise NotImplementedError."""
+    match node:
+        case ast.Pass() | ast.Expr(value=ast.Constant()):
+            return True
+        case ast.Raise(exc=ast.Name(id="NotImplementedError") | ast.Call(func=ast.Name(id="NotImplementedError"))):
+            return True
+    return False
 
 
 def _lacking(text: str) -> set[str]:

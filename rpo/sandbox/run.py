@@ -73,7 +73,7 @@ class Outcome:
 
 def examine_all(exams: Sequence[Exam], limits: Limits) -> list[Outcome]:
     """The outcome of each, as many at once as there are processors."""
-    workers = os.cpu_count()
+    workers = len(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(workers) as pool:  # threads that wait for processes
         free = SimpleQueue()
         for _ in range(workers):

@@ -37,17 +37,23 @@ BOOTSTRAP = 1000  # draws, where a metric is not the mean over questions (F1, pe
 STANDARD = {"gsm8k": 5, "arc_challenge": 25, "arc_easy": 25}  # of the other tasks the harness's own number
 _LAST_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 NORMALISED = "gsm8k/exact_match,normalised"  # our own rule's score, beside those of the harness's
-# A number as people write it: a minus that is no difference, a currency, thousands apart, decimals, a divisor.
+# A number as people write it: a minus that is no difference, a currency, thousands apart, decimals, a fraction behind it.
 _WRITTEN = re.compile(
-    r"(?<!\w)(-?[$\u00a3\u20ac]?-?)([0-9]{1,3}(?:[,'][0-9]{3}){1,9}|[0-9]{1,99})?((?<!\.)\.[0-9]{1,99})?"
-    r"(?:/([0-9]{1,99}))?(?![0-9])"
+    r"(?:(?<![\w)])(-))?(?:[$\u00a3\u20ac](-)?)?(?<![0-9])"
+    r"([0-9]{1,3}(?:[,'\u2019][0-9]{2,3}){0,9}[,'\u2019][0-9]{3}|[0-9]{1,99})?((?<!\.)\.[0-9]{1,99})?"
+    r"(?: {1,2}([0-9]{1,9})(?=/))?(?:/([0-9]{1,99}))?(?![0-9])"
 )
-_DASHES = str.maketrans(dict.fromkeys("\u2212\u2010\u2011\u2012\u2013", "-"))
+_SIGNS = str.maketrans(
+    {**dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-"), "\uff0e": ".", "\uff0c": ",", "\uff04": "$"}
+    | {0xFF10 + digit: str(digit) for digit in range(10)}
+)
 _THIN = re.compile(r"(?<=[0-9])(?:[\u00a0\u2009\u202f]|\\[ ,;:!]|\{,\})(?=[0-9]{3}(?![0-9]))")
 _TEX = (
-    (re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}"), r"\1/\2"),
+    (re.compile(r"\\[dt]?frac\s?(?:\{([0-9]+)\}|([0-9]))\s?(?:\{([0-9]+)\}|([0-9]))"), r" \1\2/\3\4"),
     (re.compile(r"\\(?:[ ,;:!]|(?:text|mathrm|mathbf|textbf|mbox)\b)|\{,\}|\\(?=[$%])"), ""),
 )
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
+_EQUATION = re.compile(r"[0-9\s.,$()%x\u00d7\u00f7+*/=-]*[x\u00d7\u00f7+*/-][0-9\s.,$()%x\u00d7\u00f7+*/=-]*=(?!.*=)")
 # Files below task.data, and what in the harness's task is another name there.
 _ARC = {"doc_to_target": "gold", "doc_to_choice": "choices", "validation_split": None}
 LOCAL: dict[str, tuple[str, dict]] = {
@@ -330,18 +336,20 @@ def gsm8k_same(answer: str | None, target: str) -> bool:
 
 
 def gsm8k_number(text: str) -> Fraction | None:
-    """The value of the answer, however it is written: behind the last #### with a number, else in the last \\boxed{} with one,
-    else the last number there is; of an equation its right side. Signs of money, what sets thousands apart, TeX's commands,
-    Unicode's signs and decimals that are 0 make no difference; None: no number outside the thinking.
+    """The value of the answer, however it is written: behind the last #### that a number follows, else in the last \\boxed{}
+    with one, else the last number there is; of an equation its right side. Signs of money, what sets thousands apart, TeX's
+    commands, Unicode's signs and decimals that are 0 make no difference; None: no number outside the thinking.
     """
-    text = _THIN.sub(",", spoken(text))
+    text = _THIN.sub(",", spoken(text).translate(_SIGNS))
+    text = _VULGAR.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"), text)
     for command, instead in _TEX:
         text = command.sub(instead, text)
-    text = unicodedata.normalize("NFKC", text).translate(_DASHES)
-    for part in reversed([*_boxed(text), *text.split("####")[1:]]):
-        part = re.sub(r"^([\s*$]*-) ", r"\1", re.sub(r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", "", part.strip()))
+    # A heading of Markdown is no answer: that begins with its number.
+    answers = [part for part in text.split("####")[1:] if re.match(r"[\s*_$\u00a3\u20ac(-]*\.?[0-9]", part)]
+    for part in reversed([*_boxed(text), *answers]):
+        part = re.sub(r"^([\s*$]*-) ", r"\1", re.sub(r"(?<=[0-9]) (?=[0-9]{3}(?![0-9/]))", "", part.strip()))
         line = part.partition("\n")[0]
-        for side in (line.rpartition("=")[2], line, part):
+        for side in (_EQUATION.sub("", line, 1), line, part):
             if values := _values(side):
                 return values[0]
     values = _values(text)
@@ -363,10 +371,11 @@ def _boxed(text: str) -> list[str]:
 def _values(text: str) -> list[Fraction]:
     """The numbers in a text, by value."""
     values = []
-    for sign, whole, decimals, divisor in _WRITTEN.findall(text):
-        if (whole or decimals) and int(divisor or 1):
-            value = Fraction(re.sub("[^0-9]", "", whole or "0") + decimals) / int(divisor or 1)
-            values.append(-value if "-" in sign else value)
+    for minus, other_minus, whole, decimals, above, below in _WRITTEN.findall(text):
+        if (whole or decimals) and int(below or 1):
+            value = Fraction(re.sub("[^0-9]", "", whole or "0") + decimals)
+            value = value + Fraction(int(above), int(below)) if above else value / int(below or 1)
+            values.append(-value if minus or other_minus else value)
     return values
 
 

@@ -387,6 +387,36 @@ def test_an_error_that_quotes_a_request_changes_no_other(tmp_path):
     assert all("temperature" in body for body in host.bodies[4:])
 
 
+@pytest.mark.parametrize("status", [400, 403])
+def test_a_text_that_a_server_moderates_fails_alone(tmp_path, status):
+    """A refusal of what one request says, by 403 too, is that request's error."""
+    words = "Content violates usage guidelines. Failed check: SAFETY_CHECK"
+    replies, _ = run(
+        tmp_path, requests(4), lambda n, body: server.status(status, words) if n == 1 else None, concurrency=1
+    )
+    assert [reply.error is None for reply in replies] == [True, False, True, True] and words in replies[1].error
+
+
+def test_an_error_in_a_choice_is_asked_again(tmp_path):
+    """HTTP 200 whose choice holds the error of a server behind the router is no reply: it is not kept."""
+
+    def routed(number, body):
+        broken = completion(body, "")
+        broken["choices"][0] |= {"finish_reason": "error", "error": {"code": 502, "message": "Upstream"}}
+        return server.text(json.dumps(broken)) if number == 1 else None
+
+    replies, host = run(tmp_path, requests(3), routed, concurrency=1)
+    assert texts(replies) == expected(requests(3)) and host.tried == 4
+
+
+def test_a_key_of_one_sign_hides_nothing(tmp_path, monkeypatch):
+    """Servers that need no key get a dummy one, which is in any text: replies keep it."""
+    monkeypatch.setenv("TEST_JUDGE_CREDENTIAL", "0")
+    with JudgeServer(answer=lambda body: "Rating: [[10]]") as host:
+        (reply,) = judge.ask(requests(1), settings(base_url=host.url), tmp_path)
+    assert reply.text == "Rating: [[10]]"
+
+
 def test_two_that_ask_the_same_at_once_pay_once(tmp_path):
     """Two clients with overlapping requests over one cache: each reply is delivered once, both have all of theirs."""
 

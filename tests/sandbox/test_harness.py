@@ -13,6 +13,10 @@ from decimal import Decimal
 from fractions import Fraction
 class Color(enum.Enum): RED = "red"; BLUE = "blue"
 class Int(enum.IntEnum): ONE = 1
+class Name(str, enum.Enum): RED = "red"
+class Odd(int):
+    def __int__(self): return 9
+    def __str__(self): return "nine"
 class Truth:
     def __init__(self, truth): self.truth = truth
     def __bool__(self): return self.truth
@@ -34,6 +38,8 @@ def own(): raise Own("why")
 
 ALIKE = {
     "True": ["f()"],
+    "Name.RED": ["f() == 'red'", "f() == 'Name.RED'"],
+    "Odd(3)": ["f() == 3", "f() == 9"],
     "Truth(False)": ["not f()"],
     "Truth(True)": ["f()"],
     "Sized(0)": ["not f()", "len(f()) == 0"],

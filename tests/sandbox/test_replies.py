@@ -53,6 +53,17 @@ FORMS = {
     "HTML": f"<pre><code>{CODE}</code></pre>",
     "HTML of an operator": "<pre><code>def f(x): return 2 * x &amp; ~0 if x &lt; 9 else x</code></pre>",
     "HTML with attributes": f'<code class="language-python">\n{CODE}</code>',
+    "a correction with a command in it": f"```python\n{DRAFT}```\nRight:\n```python\n!pip install x\n%timeit f(3)\n{CODE}```",
+    "a correction in Python 2": f"```python\n{DRAFT}```\nRight:\n```python\n{CODE}print f(3)\n```",
+    "a correction within try": f"```python\n{DRAFT}```\nRight:\n```python\ntry:\n    import math\nexcept ImportError:\n    pass\n"
+    "if True:\n    def f(x):\n        return 2 * x\n```",
+    "a correction by lambda": f"```python\n{DRAFT}```\nRight:\n```python\nf = lambda x: 2 * x\n```",
+    "a correction by partial": f"```python\n{DRAFT}```\nRight:\n```python\nfrom functools import partial\n"
+    "f = partial(lambda a, x: a * x, 2)\n```",
+    "a correction as a method": f"```python\n{DRAFT}```\nRight:\n```python\nclass S:\n    def f(self, x):\n        return 2 * x\n"
+    "f = S().f\n```",
+    "a stub after it": f"```python\n{CODE}```\nIts form:\n```python\ndef f(x): ...\n```",
+    "another stub after it": f"```python\n{CODE}```\nTo fill in:\n```python\ndef f(x):\n    # TODO\n    pass\n```",
     "drafts in thoughts": f"<think>\nTry:\n```python\n{DRAFT}```\nno\n</think>\n\n```python\n{CODE}```",
     "thoughts without a fence": f"<think>\nI need def f.\n{DRAFT}</think>\n{CODE}",
     "thoughts that the prompt opened": f"Let me see: {DRAFT}\n</think>\n\n{CODE}",
@@ -150,6 +161,7 @@ WHOLE = {
     "a diff and numbers in a string": "DOC = '''\n+def f(x):\n1: def f(x): pass\n'''\n" + CODE,
     "terms on lines like a diff's": "x = (1\n-  2\n+  3)\n" + CODE,
     "a word and a shell's lines in a string": "DOC = '''\nDone\ncat << EOF\nEOF\n'''\n" + CODE,
+    "tokens in strings": "A = ['<s>', '</s>', r'<think>.*?</think>', '</think>', '<|im_end|>']\n" + CODE,
     "a tag in a string": "TAG = '<code>def f(x): pass</code>'\n" + CODE,
 }
 
@@ -197,7 +209,9 @@ def test_names_decide():
 
 
 @pytest.mark.parametrize(
-    "reply", ["", "I can't help with that.", "<think>\nTry:\n" + CODE, "```\ndef f(\n```", "\0", "f(2)"]
+    "reply",
+    [f"<|channel|>analysis<|message|>Try:\n```python\n{CODE}```", f"<|START_THINKING|>\n{CODE}"]
+    + ["", "I can't help with that.", "<think>\nTry:\n" + CODE, "```\ndef f(\n```", "\0", "f(2)"],
 )
 def test_no_program(reply):
     """A reply without a program, or one cut amid its thoughts, gives a text that defines no f."""
