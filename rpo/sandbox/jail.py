@@ -15,6 +15,7 @@ this one ends, and this one ends when the socket closes; none of it can be undon
 
 import ctypes
 import gc
+import importlib.machinery
 import json
 import os
 import resource
@@ -209,8 +210,8 @@ def hold(settings: dict, harness: types.ModuleType, wire: socket.socket, exam: i
 
 def main(settings: dict) -> None:
     """Holds exams until the socket closes."""
-    with open(settings["harness"]) as file:
-        exec(compile(file.read(), "harness", "exec"), vars(harness := types.ModuleType("harness")))
+    harness = types.ModuleType("harness")
+    importlib.machinery.SourceFileLoader("harness", settings["harness"]).exec_module(harness)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     sys.set_int_max_str_digits(0)  # CPU time has its own limit
     wire = socket.socket(fileno=os.dup(0))
