@@ -6,5 +6,5 @@ reporting, tasks; before them the files beside this one, losses.py first to read
 
 from importlib.metadata import version
 
-if tuple(map(int, version("torch").split(".")[:2])) < (2, 10):
-    raise ImportError(f"torch {version('torch')} is too old: rpo needs 2.10 or newer; pip install -U torch")
+if tuple(map(int, version("torch").split(".")[:2])) < (2, 11):
+    raise ImportError(f"torch {version('torch')} is too old: rpo needs 2.11 or newer; pip install -U torch")

@@ -94,7 +94,7 @@ def flash(
     assert softcap is None, softcap
     query_THD, key_THD, value_THD = (x[0].transpose(0, 1) for x in (query, key, value))
     options = {"window_size": (-1, 0)} if "window_size" in VARLEN_OPTIONS else {"is_causal": True}
-    if "scale" in VARLEN_OPTIONS:  # torch 2.10 to 2.12 lack some of these
+    if "scale" in VARLEN_OPTIONS:  # torch 2.11 and 2.12 lack some of these
         options["scale"] = scale
     else:
         query_THD = query_THD * (scale * query.shape[-1] ** 0.5)

@@ -216,16 +216,12 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: Path, cfg: config.Checkpoint, resume: Checkpoint | None = None):
-        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-
         self.folder, self.cfg = run_dir / "checkpoints", cfg
         self.start = resume.folder if resume and resume.run_dir == run_dir else None  # not a fork's
         best = resume.state["best"] if self.start else None
         self.best = best if best and best["by"] == cfg.best else None
         self.group = dist.aside()
-        cuda = torch.cuda.is_available()
-        # By position, for a name has changed: pinned memory, shared memory, in a thread, copies that overlap one another.
-        self.stager = DefaultStager(StagingOptions(cuda, False, False, cuda))
+        self.stager = _stager()
         self.worker, self.pending = dist.thread(), None
         if cfg.every:
             dist.on_main(self._clean)
@@ -276,6 +272,8 @@ class Checkpoints:
         best = self._best_with(state.step, held_out)
         shared = state.counts() | {"best": best, "position": position}
         staged = self.stager.stage(state.tensors)  # a copy on the host: the loop may change the tensors from here on
+        if torch.__version__ < (2, 13):  # it closes itself after one use, and the pinned memory goes with it
+            self.stager = _stager()
         self.pending = best, self.worker.submit(self._write, state.step, staged, shared, state.own())
         return self.wait() if wait or self.cfg.blocking else written
 
@@ -385,6 +383,14 @@ class Checkpoints:
                 shutil.rmtree(part, ignore_errors=True)
                 folder.rename(part)
                 shutil.rmtree(part, ignore_errors=True)
+
+
+def _stager() -> Any:
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    cuda = torch.cuda.is_available()
+    # By position, for a name has changed: pinned memory, shared memory, in a thread, copies that overlap one another.
+    return DefaultStager(StagingOptions(cuda, False, False, cuda))
 
 
 def _files_of(tensors: Tensors) -> dict[str, int]:

@@ -99,7 +99,7 @@ def slow_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=No
     return torch.cat(out)
 
 
-# What varlen_attn takes by keyword: torch 2.13, one between, and 2.10.
+# What varlen_attn takes by keyword: torch 2.13 and two older ones.
 @pytest.mark.parametrize("options", [("window_size", "scale", "enable_gqa"), ("window_size", "scale"), ("is_causal",)])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("row", ROWS)

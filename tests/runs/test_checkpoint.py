@@ -11,6 +11,7 @@ import pytest
 import torch
 import wandb
 from safetensors.torch import load_file
+from torch.torch_version import TorchVersion
 
 import train
 from rpo import dist
@@ -403,6 +404,23 @@ def test_what_changes_after_save_is_not_saved(device, saved):
         tensor.zero_()
     checkpoint.find(folder.parent, "auto").load(tensors)
     assert all(torch.all(tensor == i + 100) for i, tensor in enumerate(tensors.values()))
+
+
+def test_a_stager_of_torch_2_11_is_used_once(saved, monkeypatch):
+    """Where torch's stager closes itself after one use (before 2.13), later saves still succeed."""
+    from torch.distributed.checkpoint.staging import DefaultStager
+
+    def stage_once(self, *args, stage=DefaultStager._stage, **kwargs):
+        staged = stage(self, *args, **kwargs)
+        self._state_dict_stager._deepcopy_dispatch.clear()  # as `close` does there
+        return staged
+
+    monkeypatch.setattr(DefaultStager, "_stage", stage_once)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.11.0+cu130"))
+    folder, begin, save = saved
+    with begin() as checkpoints:
+        assert all(save(checkpoints, step, 1.0) for step in (1, 2, 3))
+    assert (folder / "latest").resolve().name == "step_00000003"
 
 
 def kept(folder):
