@@ -94,7 +94,7 @@ def train(cfg: Train) -> str:
         budget = cfg.tokens_per_microbatch
         loader = load_steps(data.train, plan, layout=layout, budget=budget, device=device, start=first)
         later.callback(loader.close)
-        clock, vote = Throughput(policy.size, device), dist.Vote()
+        clock, vote = Throughput(policy.size, device, policy.model), dist.Vote()
         interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file gets few lines
         bar = tqdm(total=plan.total_steps, initial=first, unit="step", mininterval=interval, disable=not dist.is_main())
         later.enter_context(bar)  # or an error ends up in its line

@@ -52,6 +52,7 @@ class Policy(nn.Module):
         self.attention = attention  # of packed rows; all else goes the model's own way
         self._own_attention = lm.config._attn_implementation
         self.compute_dtype = lm.dtype
+        self.compiled_layers = 0  # that ran as compiled code in the last forward pass
         self.neighbours: str | None = None  # what `sampling` has measured of its batches
         self.eval()  # for good: train mode would only switch dropout on, and a reference has none
 
@@ -62,7 +63,11 @@ class Policy(nn.Module):
             # branch off its prompt. Under a name it has no mask for, it makes none.
             packed = {"position_ids": batch.position_BT, "segments": batch.segments, "backend": self.attention}
         self._attend_by(PACKED if packed else self._own_attention)
+        eager = shard.eager_calls()
         hidden_BTD = self.lm.base_model(input_ids=batch.input_ids_BT, use_cache=False, **packed).last_hidden_state
+        if self.compile_tiles:
+            eager = shard.eager_calls() - eager
+            self.compiled_layers = self.lm.config.get_text_config().num_hidden_layers - eager
         return hidden_BTD.flatten(0, 1).index_select(0, batch.source_N)
 
     def _attend_by(self, name: str) -> None:
@@ -91,7 +96,9 @@ class Policy(nn.Module):
         own, self.lm.generation_config = self.lm.generation_config, generation_config
         self._attend_by(self._own_attention)
         try:
-            return self.lm.generate(generation_config=generation_config, **inputs)
+            # Eagerly: a layer's number in the KV cache is a guard, so each would be compiled by itself and use up the limit.
+            with torch.compiler.set_stance("force_eager"):
+                return self.lm.generate(generation_config=generation_config, **inputs)
         finally:
             self.lm.generation_config = own
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.utils.checkpoint import CheckpointPolicy
 
+RECOMPILATIONS = 64  # of one layer's code, before torch gives up on it and all layers run eagerly
+
 # Weights cut over all ranks and nothing else: for what only scores and generates, and has no such keys.
 PLAIN = Fsdp(
     shard_degree=None,
@@ -131,11 +133,16 @@ def shard(
         param_dtype=compute_dtype if half else None, reduce_dtype=master if half else None, cast_forward_inputs=False
     )
     offload = CPUOffloadPolicy() if cfg.cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
+    if (
+        compile
+    ):  # all layers are one code object: with two kinds of them, a live reference and padded rows, 8 are used up
+        torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
     fully = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, offload_policy=offload)
     for i, layer in enumerate(layers):
         if cfg.activation_checkpointing != "none":
             layer = layers[i] = checkpointed(layer, cfg.activation_checkpointing)
         if compile:
+            next(layer.children()).register_forward_pre_hook(_note_eager)
             layer.compile(dynamic=True)
         fully(layer, reshard_after_forward=cfg.reshard_after_forward)
     # The root holds embedding, final norm and head. The head's backward reads its weight again, so it stays gathered.
@@ -145,6 +152,19 @@ def shard(
             module.set_gradient_divide_factor(1.0)
             # Gloo has no PREMUL_SUM, which the divide factor would otherwise be sent as.
             module.set_force_sum_reduction_for_comms(True)
+
+
+_eager_calls = [0]  # of layers that are meant to run compiled
+
+
+def _note_eager(_child: nn.Module, _args: object) -> None:
+    if not torch.compiler.is_compiling():  # compiled code does not contain this hook
+        _eager_calls[0] += 1
+
+
+def eager_calls() -> int:
+    """How often, in this process, a layer that is meant to run compiled did not."""
+    return _eager_calls[0]
 
 
 def sync_gradients(root: FSDPModule, *, last: bool, accumulate: str) -> None:
@@ -174,6 +194,11 @@ def gathered(root: FSDPModule, *, reshard_after_forward: bool) -> Iterator[None]
     for unit in units:
         unit.set_reshard_after_forward(reshard_after_forward, recurse=False)
         unit.reshard()
+
+
+def compiles(setting: bool | str, device_type: str) -> bool:
+    """What `compile` comes to on this kind of device: auto is on for CUDA and off for a CPU."""
+    return device_type == "cuda" if setting == "auto" else setting
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -164,7 +164,7 @@ def activations(cfg: Train, place: Place) -> tuple[float, float, float]:
     how = cfg.fsdp.activation_checkpointing
     found = place.trace(how)
     kept = found.kept
-    if cfg.compile and how == "none":
+    if shard.compiles(cfg.compile, place.device) and how == "none":
         middle = widths(cfg, place)[0] * place.sizes.width * place.sizes.layers
         kept = min(kept, found.products + place.trace("full").kept + middle)
     return kept, found.working, found.scored
@@ -305,7 +305,7 @@ def table(cfg: Train, place: Place) -> str:
         other = replace(cfg, fsdp=replace(cfg.fsdp, activation_checkpointing=how))
         return f"{how} {activations(other, place)[0] / 1e6:.2f} MB"
 
-    layers = "compiled" if cfg.compile else "eager"
+    layers = "compiled" if shard.compiles(cfg.compile, place.device) else "eager"
     each = ", ".join(map(per_token, ("none", "selective", "full")))
     lines.append(f"activations per token of {layers} layers by fsdp.activation_checkpointing: {each}")
     of_share = place.sizes.all / shards / GIB

@@ -19,6 +19,7 @@ from rpo.config import Loss
 from rpo.data.schedule import StepPlan
 from rpo.errors import UserError
 from rpo.losses import PairLogps
+from rpo.model.policy import Policy
 
 # Means over pairs, and means over chosen tokens; the order is that of `_sums`.
 PER_PAIR_SUPERVISED = ("loss", "loss/preference", "loss/sft", "logps/chosen")
@@ -33,7 +34,7 @@ PER_PAIR_PREFERENCE = (
     "displacement_rate",
 )
 PER_CHOSEN_TOKEN = ("nll/chosen", "shift_per_token/chosen")
-PERF = ("perf/pairs_per_second", "perf/tokens_per_second", "perf/mfu", "perf/memory_gib")
+PERF = ("perf/pairs_per_second", "perf/tokens_per_second", "perf/mfu", "perf/memory_gib", "perf/compiled_layers")
 TRAIN_ONLY = ("grad_norm", "lr", *PERF)
 GRADIENT_SPLIT = ("grad_norm/preference", "grad_norm/sft", "grad_cosine")  # every log.gradient_split steps
 GOLD = ("gold", "kl", "samples/length", "samples/ended")
@@ -136,8 +137,9 @@ def performance(rates: dict[str, float], device: torch.device, world_size: int) 
 class Throughput:
     """Pairs, tokens and FLOPs per second of updates alone: `paused` blocks do not count."""
 
-    def __init__(self, size: ModelSize, device: torch.device):
-        self.size, self.device = size, device
+    def __init__(self, size: ModelSize, device: torch.device, policy: Policy):
+        self.size, self.device, self.policy = size, device, policy
+        self.compiled_layers: int | None = None  # as of the last read
         self._reset()
 
     def _reset(self) -> None:
@@ -161,4 +163,14 @@ class Throughput:
         rates = self.done / (time.perf_counter() - self.began)
         self._reset()
         names = ("pairs_per_second", "tokens_per_second", "mfu")
-        return performance(dict(zip(names, rates.tolist(), strict=True)), self.device, dist.world_size())
+        values = performance(dict(zip(names, rates.tolist(), strict=True)), self.device, dist.world_size())
+        return values | {"perf/compiled_layers": self._compiled_layers()}
+
+    def _compiled_layers(self) -> int:
+        """How many layers ran compiled in the last forward pass; printed by a run that compiles where it has changed."""
+        compiled, of = self.policy.compiled_layers, self.size.layers
+        if self.policy.compile_tiles and compiled != self.compiled_layers and dist.is_main():
+            why = "" if compiled == of else "; TORCH_LOGS=graph_breaks,recompiles says why the others do not"
+            print(f"compile: {compiled} of {of} layers run compiled{why}", flush=True)
+        self.compiled_layers = compiled
+        return compiled

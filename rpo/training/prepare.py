@@ -113,7 +113,7 @@ class Spec:
     model: config.Model
     layout: config.Layout
     fsdp: config.Fsdp
-    compile: bool
+    compile: bool | str
     tokens_per_microbatch: int
     seed: int
     positions: int  # context length of policy and reference
@@ -176,7 +176,7 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
         shard.mesh(device, spec.fsdp),
         spec.fsdp,
         compute_dtype=compute,
-        compile=spec.compile,
+        compile=shard.compiles(spec.compile, device.type),
         trainable=spec.trainable,
         attention=spec.layout.attention if layout == "packed" else "sdpa",
     )

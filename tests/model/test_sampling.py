@@ -1,11 +1,14 @@
 """rpo.model.sampling: samples of the model's own distribution, whatever the library's and the checkpoint's defaults."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from rpo.model.sampling import Sampling, sample
-from tests.helpers.models import make_lm, prepared
+from tests.helpers.like_cuda import compile_by
+from tests.helpers.models import make_lm, prepared, ragged
 
 PROMPTS = [
     [2, 5, 6],
@@ -118,6 +121,18 @@ def test_the_stop_tokens_that_a_model_lists_are_stops(group):
     policy = prepared(lm, group)
     lm.generation_config.eos_token_id = [48, free[3]]
     assert ask(policy, PROMPTS[:1], GREEDY)[0].ids == free[: free.index(free[3]) + 1]
+
+
+def test_answers_compile_nothing(group, monkeypatch):
+    """Sampling from a compiled policy makes no graph: its layers, also more than 8, then still run compiled."""
+    compile_by(monkeypatch, "aot_eager")
+    lm = make_lm(num_hidden_layers=9)
+    eager, policy = prepared(copy.deepcopy(lm), group), prepared(lm, group, compile=True)
+    assert ask(policy, PROMPTS, PLAIN) == ask(eager, PROMPTS, PLAIN)
+    assert not torch._dynamo.utils.counters["stats"]
+    batch, _ = ragged()
+    torch.testing.assert_close(policy(batch), eager(batch))
+    assert (policy.compiled_layers, eager.compiled_layers) == (9, 0)
 
 
 @pytest.mark.parametrize(("family", "kind"), [("llama", "any"), ("mamba", "any"), ("rwkv", "none")])

@@ -155,7 +155,8 @@ def test_throughput_counts_the_time_of_updates_alone(group, monkeypatch):
     """Two steps in 4 seconds of which 1 is a pause: two thirds of a step's pairs and tokens a second; then from zero."""
     now = [100.0]
     monkeypatch.setattr(meter_module.time, "perf_counter", lambda: now[0])
-    clock = Throughput(ModelSize(trunk=10, head=7, layers=2, attention_width=5), group)
+    policy = SimpleNamespace(compile_tiles=False, compiled_layers=0)
+    clock = Throughput(ModelSize(trunk=10, head=7, layers=2, attention_width=5), group, policy)
     plan = SimpleNamespace(pairs=6, unique_tokens=90, lengths=[np.array([3]), np.array([2]), np.array([1])])
     clock.count(plan)
     now[0] += 1.5
@@ -168,6 +169,20 @@ def test_throughput_counts_the_time_of_updates_alone(group, monkeypatch):
     clock.count(plan)
     now[0] += 2.0
     assert clock.read()["perf/pairs_per_second"] == 3.0
+
+
+def test_compiled_layers_are_said_once(group, capsys):
+    """A run that compiles prints how many layers do, at first and when that changes; one that does not prints nothing."""
+    size, policy = ModelSize(1, 1, layers=9, attention_width=1), SimpleNamespace(compile_tiles=True, compiled_layers=0)
+    clock, read = Throughput(size, group, policy), []
+    for policy.compiled_layers in (0, 0, 9):
+        read.append(clock.read()["perf/compiled_layers"])
+    assert read == [0, 0, 9]
+    none, all_of_them = capsys.readouterr().out.splitlines()
+    assert none.startswith("compile: 0 of 9 layers run compiled; TORCH_LOGS=")
+    assert all_of_them == "compile: 9 of 9 layers run compiled"
+    policy.compile_tiles = False
+    assert Throughput(size, group, policy).read()["perf/compiled_layers"] == 9 and not capsys.readouterr().out
 
 
 def test_performance_on_a_cpu():
