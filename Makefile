@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO := outputs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo theory overopt real test test-slow check fix bench
+.PHONY: help demo theory overopt real test test-slow test-gpu check fix bench
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -47,10 +47,13 @@ real: $(VENV)/.ready ## DPO and RPO of a real chat model: MODEL=, DATA= its pair
 
 # Two processes of one thread each: most tests are too small for more. A file stays in one, for its fixtures.
 test: $(VENV)/.ready ## the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.ready ## the tests that start many processes or take long
-	$(BIN)/python -m pytest -m slow
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.ready ## the tests that need a CUDA device; all others run on CPUs
+	$(BIN)/python -m pytest -m gpu
 
 check: $(VENV)/.ready ## lint and format, reporting only
 	$(BIN)/ruff check .

@@ -42,6 +42,7 @@ from rpo.errors import UserError
 
 SYSTEMS = ["padded+live", "padded+cached", "packed+live", BEST, CEILING]
 SYSTEMS += [f"{name}+compile" for name in SYSTEMS]
+ON_CUDA = [SYSTEMS[0], BEST, CEILING, f"{BEST}+compile", f"{CEILING}+compile"]  # minutes, where all take half an hour
 # Gates: |log-prob difference| per scored token (bf16: what rounding alone explains), |loss - ln 2|, cosine.
 LOGPS, STEP_0, COSINE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}, 1e-3, 0.999
 CELLS = list(itertools.product((0.02, 0.05, 0.1), (0.0, 0.005, 0.02, 0.1)))  # beta x eta of a sweep, rpo_sum
@@ -77,14 +78,14 @@ class Gates:
         return float((np.abs(logps - self.logps) / np.stack([chosen, rejected], axis=1)).max())
 
     def cosine(self, named: Iterator[tuple[str, Tensor]]) -> float:
-        grads = {name: grad.float().cpu() for name, grad in named}
-        if not self.gradient:
-            self.gradient = {name: grad.clone() for name, grad in grads.items()}
-        both, mine, kept = (
-            sum((a[name].flatten() @ b[name].flatten()).item() for name in self.gradient)
-            for a, b in ((grads, self.gradient), (grads, grads), (self.gradient, self.gradient))
-        )
-        return both / math.sqrt(mine * kept)
+        is_twin, sums = not self.gradient, np.zeros(3)
+        for name, grad in named:  # one at a time: at 7b a gradient takes 30 GB
+            grad = grad.float().flatten().cpu()
+            if is_twin:
+                self.gradient[name] = grad.clone()
+            kept = self.gradient[name]
+            sums += [(a @ b).item() for a, b in ((grad, kept), (grad, grad), (kept, kept))]
+        return sums[0] / math.sqrt(sums[1] * sums[2])
 
     def judge(self, result: Result, twin: Result, noise: float) -> str | None:
         """Why a speed does not count; None where it does. `noise`: how far seeds' last losses lie apart."""
@@ -268,7 +269,8 @@ def parse() -> argparse.Namespace:
         nargs="+",
         choices=SYSTEMS,
         metavar="NAME",
-        help=f"of {', '.join(SYSTEMS)}; the first padded one is what the others are held to",
+        help=f"of {', '.join(SYSTEMS)}; the first padded one is what the others are held to; default on CUDA "
+        + ", ".join(ON_CUDA),
     )
     add("--compare", choices=("trl",), help="TRL's DPOTrainer at its defaults and at the best of a written grid")
     add("--trl-compile", action="store_true", help="torch.compile in TRL's grid too")
@@ -276,8 +278,8 @@ def parse() -> argparse.Namespace:
     add("--sweep-steps", type=int, default=4, help="steps of each cell")
     add("--pairs-per-step", type=int, help="default 8 on a CPU, 64 on CUDA")
     add("--warmup", type=int, default=2, help="steps that are not timed")
-    add("--steps", type=int, help="steps that are; default 8 on a CPU, 50 on CUDA")
-    add("--visits", type=int, default=2, help="CUDA: how often each system is built and timed, in turn")
+    add("--steps", type=int, default=8, help="steps that are")
+    add("--visits", type=int, default=1, help="CUDA: how often each system is built and timed, in turn")
     add("--tokens-per-microbatch", type=int, default=16_384)
     add("--activation-checkpointing", choices=("none", "selective", "full"), default="none", help="not TRL's")
     add("--lr", type=float, default=1e-4)
@@ -295,8 +297,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--sweep {args.sweep}: expected 1 to {len(CELLS)} cells")
     args.model = args.model or ("0.5b" if cuda else "11m")
     args.pairs_per_step = args.pairs_per_step or (64 if cuda else 8)
-    args.steps = args.steps or (50 if cuda else 8)
-    chosen = args.systems or (SYSTEMS if cuda else SYSTEMS[: SYSTEMS.index(CEILING) + 1])
+    chosen = args.systems or (ON_CUDA if cuda else SYSTEMS[: SYSTEMS.index(CEILING) + 1])
     twin = next((name for name in chosen if name.startswith("padded")), SYSTEMS[0])
     args.systems = list(dict.fromkeys([twin, *chosen]))
     return args

@@ -10,6 +10,7 @@ from bench import data, logprobs, report, step, systems
 from rpo.errors import UserError
 from rpo.model.logprobs import token_logps_naive
 from rpo.training.meter import ModelSize
+from tests.helpers import like_cuda
 
 TINY = {"model_type": "llama", "vocab_size": data.VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
 TINY |= {"num_hidden_layers": 2, "num_attention_heads": 2}
@@ -76,6 +77,29 @@ def test_all_forms_run_and_agree(group, monkeypatch):
     unique = sum(map(np.sum, work.lengths(1)))
     tokens = sum(batch_BT.numel() for batch_BT in systems.dense_rows(work, 1))
     assert rates["pairs_per_second"] is None and tokens <= unique < tokens + 2
+
+
+def test_packed_rows_are_timed_by_cudas_backend(group, monkeypatch):
+    """A packed system takes the backend that `attention.choose` picks for a device with varlen, not the CPU's loop."""
+    monkeypatch.setitem(systems.MODELS, "tiny", TINY)
+    like_cuda.admit(monkeypatch, "varlen")
+    work = systems.Work(data.first(data.made("hh"), 2), 2, "tiny", group, torch.float32, 1024, "none", lr=1e-3)
+    system = systems.Ours(work, layout="packed", cached=False, compile=False)
+    assert system.policy.attention == system.live.attention == "varlen"
+    system.step(0)
+    assert like_cuda.CALLS == {"forward": 4, "backward": 2}
+    system.close()
+
+
+def test_cosine_with_the_twins_gradient(group):
+    """The first gradient is the twin's: 1 with itself; a later one by hand."""
+    gates = step.Gates(None, None)
+    twin = {"a": torch.tensor([[3.0, 0.0]]), "b": torch.tensor([4.0])}
+    assert gates.cosine(iter(twin.items())) == 1
+    twin["a"].zero_()  # the optimizer's, and gone by then
+    assert gates.cosine(iter({"a": torch.tensor([[1.0, 1.0]]), "b": torch.ones(1)}.items())) == pytest.approx(
+        7 / (5 * 3**0.5)
+    )
 
 
 # (300, 16, 4000): large enough for our tiles, a million logits.

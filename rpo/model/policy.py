@@ -138,7 +138,7 @@ def prepare(
     compute_dtype: torch.dtype,
     compile: bool,
     trainable: bool,
-    attention: str = "sdpa",
+    attention: str = "auto",
 ) -> Policy:
     """`lm` as a sharded `Policy` on the mesh's device; frozen where it is a reference.
 
@@ -193,7 +193,8 @@ def load_policy(
         )
     lm = hf.load(path, revision, master, key=key, trust_remote_code=trust_remote_code)
     digest, mesh = weights_digest(lm), shard.mesh(device, fsdp)
-    policy = prepare(lm, mesh, fsdp, compute_dtype=computed, compile=False, trainable=False)
+    # An evaluation's rows are padded, so no fused backend is looked for.
+    policy = prepare(lm, mesh, fsdp, compute_dtype=computed, compile=False, trainable=False, attention="sdpa")
     return Loaded(policy, digest, computed)
 
 

@@ -103,7 +103,7 @@ def own_logps(lm, alone):
     return torch.cat(logps)
 
 
-def prepared(lm, device, *, compile=False, attention="sdpa", **fsdp):
-    options = {"compute_dtype": torch.float32, "compile": compile, "trainable": True, "attention": attention}
+def prepared(lm, device, *, compile=False, **fsdp):
+    options = {"compute_dtype": torch.float32, "compile": compile, "trainable": True}
     fsdp = dataclasses.replace(shard.PLAIN, **fsdp)
     return prepare(lm, shard.mesh(device, fsdp), fsdp, **options)

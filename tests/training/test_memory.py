@@ -218,14 +218,22 @@ def test_compiled_activations(group, family):
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_peak_on_a_gpu(group, layout, how):
-    """The CUDA allocator's own peak of a step: the planner's is from 5% below to 15% above."""
+    """The CUDA allocator's own peak of a step: the planner's is from 5% below to 15% above.
+
+    Without cuBLAS's workspaces, of forward and of backward, which are a third of so small a peak and are not planned.
+    """
+    x = torch.ones(64, 64, device=group, dtype=torch.bfloat16, requires_grad=True)
+    (x @ x).sum().backward()
+    del x
+    gc.collect()
+    workspaces = torch.cuda.memory_allocated()
     run = Run("gemma", group, LONG, f"layout={layout}", checkpointing(how))
     run.begin()
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     run.step()
     predicted = sum(memory.peak(run.cfg, run.place)[1].values())
-    assert 0.95 <= predicted / torch.cuda.max_memory_allocated() <= 1.15
+    assert 0.95 <= predicted / (torch.cuda.max_memory_allocated() - workspaces) <= 1.15
 
 
 # ---- the command
