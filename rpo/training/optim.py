@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rpo.config import Optim
+from rpo.errors import UserError
 
 
 def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
@@ -28,6 +29,17 @@ def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
         moments = {name: torch.zeros_like(p, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     return optimizer
+
+
+def check_moments(state_dtype: str, device_type: str) -> None:
+    """Raises UserError where the fused AdamW of this torch has no such moments on this kind of device."""
+    if state_dtype == "bfloat16" and device_type == "cpu":
+        raise UserError("optim.state_dtype=bfloat16: the CPU's fused AdamW has no such moments; use float32")
+    if state_dtype == "bfloat16" and torch.__version__ < (2, 12):
+        raise UserError(
+            f"optim.state_dtype=bfloat16: needs torch 2.12 or newer, this is {torch.__version__}; use float32, or "
+            "pip install -U torch"
+        )
 
 
 def lr_at(step: int, total_steps: int, cfg: Optim) -> float:

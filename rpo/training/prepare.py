@@ -28,7 +28,7 @@ from rpo.model.policy import Policy
 from rpo.model.probe import mean_gap, why_not_packed
 from rpo.runs import folder as run_folder
 from rpo.runs import log
-from rpo.training import meter
+from rpo.training import meter, optim
 from rpo.training import reference as reference_cache
 from rpo.training.meter import ModelSize
 from rpo.training.sweep import in_sweep, shared
@@ -54,8 +54,7 @@ def check_machine(cfg: Train, device: torch.device) -> None:
     shard.mesh(device, cfg.fsdp)  # its degrees must fit the world size
     if cfg.fsdp.cpu_offload and device.type == "cpu":
         raise UserError("fsdp.cpu_offload=true: there is no GPU to offload from; set it to false")
-    if cfg.optim.state_dtype == "bfloat16" and (device.type == "cpu" or cfg.fsdp.cpu_offload):
-        raise UserError("optim.state_dtype=bfloat16: the CPU's fused AdamW has no such moments; use float32")
+    optim.check_moments(cfg.optim.state_dtype, "cpu" if cfg.fsdp.cpu_offload else device.type)
     if cfg.layout.kind != "padded" and cfg.layout.attention != "auto":
         attention.choose(cfg.layout.attention, device, shard.compute_dtype(cfg.model.dtype, device))
 

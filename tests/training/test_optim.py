@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.torch_version import TorchVersion
 
 from rpo import losses
 from rpo.config import Optim
+from rpo.errors import UserError
 from rpo.model.shard import PLAIN, mesh
 from rpo.training import optim
 from tests.helpers.runs import settings, tiny_args
@@ -153,8 +156,26 @@ def test_moments_are_what_the_first_update_makes(group):
     assert all(torch.equal(whole(a), whole(b)) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("device_type", "version", "message"),
+    [
+        ("cpu", "2.13.0", "the CPU's fused"),
+        ("cuda", "2.11.0+cu130", "torch 2.12 or newer, this is 2.11"),
+        ("cuda", "2.12.1", None),
+    ],
+)
+def test_moments_that_a_kernel_lacks_are_refused(device_type, version, message, monkeypatch):
+    """bfloat16 moments need CUDA and torch 2.12: else one line; float32 ones are always there."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    optim.check_moments("float32", device_type)
+    with pytest.raises(UserError, match=f"optim.state_dtype=bfloat16: .*{message}") if message else nullcontext():
+        optim.check_moments("bfloat16", device_type)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.__version__ < (2, 12), reason="needs a CUDA device, torch 2.12"
+)
 def test_bfloat16_moments(group):
     """Updates by moments that stay bfloat16 leave fp32 weights within 2% of the way that fp32 moments take them.
 
