@@ -9,10 +9,12 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from rpo import dist, files
@@ -33,7 +35,7 @@ def check(
     """The config of the causal LM at `path` (folder or Hub name), without loading a weight.
 
     Raises UserError: nothing there, not a causal LM, one whose weights are not all its own (an adapter) or not numbers to be
-    trained (quantised), or one that needs code from elsewhere without `trust_remote_code`.
+    trained (quantised), one that needs code from elsewhere without `trust_remote_code`, or whose soft-cap this transformers would leave out.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -82,10 +84,22 @@ def check(
                 f"python -m rpo.model.language_model {path} DIR, and give DIR"
             )
         raise UserError(f"{key}={path}: holds {kind}, not a causal LM; give a model for AutoModelForCausalLM")
+    check_softcap(config, f"{key}={path}")
     weights = ("*.safetensors", "*.bin", "*.index.json")
     if os.path.isdir(folder) and not any(_holds(folder, pattern) for pattern in weights):
         raise UserError(f"{key}={path}: has a config but no weights (*.safetensors or *.bin); give a complete model")
     return config
+
+
+def check_softcap(config: PreTrainedConfig, where: str) -> None:
+    """Raises UserError for a soft-cap of attention scores that this transformers leaves out: by sdpa, before 5.21.1."""
+    text = config.get_text_config()
+    softcap, kernel = getattr(text, "attn_logit_softcapping", None), text._attn_implementation
+    if softcap and kernel in (None, "sdpa") and Version(version("transformers")) < Version("5.21.1"):
+        raise UserError(
+            f"{where}: its attention caps scores at {softcap:g} (attn_logit_softcapping), which transformers "
+            f"{version('transformers')} leaves out; pip install -U 'transformers>=5.21.1'"
+        )
 
 
 def _has_adapter(path: str, revision: str | None) -> bool:
@@ -329,6 +343,7 @@ def build(config: PreTrainedConfig, seed: int, master: torch.dtype) -> PreTraine
     """A causal LM of that config with random weights, a function of `seed`."""
     from transformers import AutoModelForCausalLM
 
+    check_softcap(config, f"model.architecture={config.model_type}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)

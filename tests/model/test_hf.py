@@ -455,6 +455,23 @@ def test_what_is_no_model_to_train_is_refused_by_its_kind(file, content, words, 
         hf.check(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("family", "release"),
+    [("gemma2", "5.20.0"), ("vaultgemma", "5.17.0"), ("gemma2", "5.21.1"), ("gemma3_text", "5.17.0")],
+)
+def test_a_softcap_that_transformers_leaves_out_is_refused(family, release, tmp_path, monkeypatch):
+    """Before 5.21.1 sdpa ignored attn_logit_softcapping: any config that has one is refused, loaded or built."""
+    config = AutoConfig.for_model(family, **SIZES | FAMILIES.get(family, {}), vocab_size=VOCABULARY)
+    config.architectures = ["XForCausalLM"]
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(hf, "version", lambda _: release)
+    dropped = config.attn_logit_softcapping and release != "5.21.1"
+    for load in (lambda: hf.check(str(tmp_path)), lambda: hf.build(config, 0, torch.float32)):
+        with pytest.raises(UserError, match="caps scores at 50 .*>=5.21.1") if dropped else nullcontext():
+            load()
+
+
 def test_the_language_model_of_a_multimodal_checkpoint_is_taken_out(tmp_path):
     """Gemma 3 4B's class is refused with a command, which writes a causal LM of the same logits."""
     text = {"vocab_size": VOCABULARY, "head_dim": 8, "pad_token_id": 0, **SIZES}
