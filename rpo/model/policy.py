@@ -61,6 +61,8 @@ class Policy(nn.Module):
         if batch.segments is not None:
             # Packed positions without a mask of their own would pass for documents: transformers would cut the rejected
             # branch off its prompt. Under a name it has no mask for, it makes none.
+            if self.attention == "flex":
+                _ = batch.segments.block_mask  # made now: within a compiled layer it would break each layer's graph
             packed = {"position_ids": batch.position_BT, "segments": batch.segments, "backend": self.attention}
         self._attend_by(PACKED if packed else self._own_attention)
         eager = shard.eager_calls()

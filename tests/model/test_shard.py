@@ -1,10 +1,11 @@
-"""rpo.model.shard: layers that are meant to run compiled do, and as many are counted as do."""
+"""rpo.model.shard: layers that are meant to run compiled do, and as many are counted as do; what is gathered when."""
 
 import numpy as np
 import pytest
 import torch
 
 from rpo.data.batch import packed_batch, padded_batch
+from rpo.model import attention
 from tests.helpers import like_cuda
 from tests.helpers.models import VOCABULARY, make_lm, prepared
 from tests.helpers.rows import LENGTHS, make_rows
@@ -40,6 +41,20 @@ def test_layers_stay_compiled(group, monkeypatch):
     assert like_cuda.CALLS["forward"] and like_cuda.CALLS["backward"]
     eager = prepared(make_lm("gemma3_text", **layers), group)
     torch.testing.assert_close(compiled, gradient(eager, batch))
+
+
+def test_the_block_mask_is_there_before_the_layers(group, monkeypatch):
+    """FlexAttention's mask of a row is made before the first layer, whose graph making it would break."""
+
+    def flex(*args, scale, softcap):
+        assert "block_mask" in vars(args[-1])
+        return attention.sdpa(*args, scale=scale, softcap=softcap)
+
+    like_cuda.admit(monkeypatch, "flex")
+    monkeypatch.setitem(attention.BACKENDS, "flex", flex)
+    policy = prepared(make_lm(), group)
+    assert policy.attention == "flex"
+    gradient(policy, packed_batch(make_rows(LENGTHS, vocab_size=VOCABULARY), np.arange(2)))
 
 
 @pytest.mark.slow
