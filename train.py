@@ -146,7 +146,7 @@ def train(cfg: Train) -> str:
                     )
                 watch(f"step {step}")
             for i, batch in enumerate(batches, start=1):
-                shard.sync_gradients(policy.model, last=i == len(batches), accumulate=cfg.fsdp.accumulate)
+                shard.sync_gradients(policy.model, last=i == len(batches), fsdp=cfg.fsdp)
                 with guards.naming_memory(data.train, share.microbatches[i - 1][0], cfg):
                     pairs = model_policy.score(policy.model, reference.live, batch.to(device))
                     preference_P, sft_P = losses.objective(

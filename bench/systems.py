@@ -113,7 +113,8 @@ class Ours:
         self.work, self.layout, self.rows = work, layout, work.rows
         lm = build(work)
         weights = fingerprint.weights_digest(lm.cpu()) if cached else None
-        self.policy = prepare(lm, **_sharding(work, compile), trainable=True)
+        sharding = _sharding(work, compile)
+        self.fsdp, self.policy = sharding["fsdp"], prepare(lm, **sharding, trainable=True)
         self.live = None if cached else prepare(build(work), **_sharding(work, compile), trainable=False)
         self.ref_seconds = None
         if cached:
@@ -159,7 +160,7 @@ class Ours:
         counts = {"step_pairs": plan.pairs, "step_chosen_tokens": plan.chosen_tokens}
         total = torch.zeros((), device=self.work.device)
         for i, batch in enumerate(batches, start=1):
-            self.policy.set_requires_gradient_sync(i == len(batches))
+            shard.sync_gradients(self.policy, last=i == len(batches), fsdp=self.fsdp)
             pairs = score(self.policy, self.live, batch.to(self.work.device))
             preference_P, sft_P = losses.objective(self.loss, pairs, **counts)
             loss = (preference_P + sft_P).sum() / plan.pairs
@@ -218,7 +219,8 @@ class CrossEntropy:
         self.work = work
         lm = build(work)
         self.root, sharding = _Causal(lm), _sharding(work, compile)
-        shard.shard(self.root, layers_of(lm), sharding.pop("mesh"), sharding.pop("fsdp"), **sharding)
+        self.fsdp = sharding.pop("fsdp")
+        shard.shard(self.root, layers_of(lm), sharding.pop("mesh"), self.fsdp, **sharding)
         self.optimizer = _adamw(self.root, work)
 
     def step(self, k: int, inspect: Inspect | None = None) -> Tensor:
@@ -226,7 +228,7 @@ class CrossEntropy:
         rows = sum(map(len, batches))
         total = torch.zeros((), device=self.work.device)
         for i, batch_BT in enumerate(batches, start=1):
-            self.root.set_requires_gradient_sync(i == len(batches))
+            shard.sync_gradients(self.root, last=i == len(batches), fsdp=self.fsdp)
             loss = self.root(batch_BT.to(self.work.device)) * (len(batch_BT) / rows)
             loss.backward()
             total += loss.detach()

@@ -167,10 +167,14 @@ def eager_calls() -> int:
     return _eager_calls[0]
 
 
-def sync_gradients(root: FSDPModule, *, last: bool, accumulate: str) -> None:
-    """Before a micro-batch: whether its backward pass reduces gradients over the ranks (`accumulate`: fsdp.accumulate)."""
-    root.set_requires_gradient_sync(last or accumulate == "sharded")
+def sync_gradients(root: FSDPModule, *, last: bool, fsdp: Fsdp) -> None:
+    """Before a micro-batch: whether its backward pass reduces gradients over the ranks, and frees the gathered weights.
+
+    Until the `last` the root stays gathered, and so do layers that do not reshard after forward.
+    """
+    root.set_requires_gradient_sync(last or fsdp.accumulate == "sharded")
     root.set_requires_all_reduce(last)  # over replicas, of which there may be one
+    root.set_reshard_after_backward(last, recurse=not fsdp.reshard_after_forward)
 
 
 def reshard(root: nn.Module) -> None:

@@ -53,7 +53,7 @@ def gradient_split(
         """Of one term alone, by parameter, cut and summed as the update's is; it leaves none behind."""
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):  # the update draws the same
             for i, batch in enumerate(batches, start=1):
-                shard.sync_gradients(policy, last=i == len(batches), accumulate=cfg.fsdp.accumulate)
+                shard.sync_gradients(policy, last=i == len(batches), fsdp=cfg.fsdp)
                 with guards.naming_memory(rows, plan.microbatches[i - 1][0], cfg):
                     pairs = model_policy.score(policy, reference, batch.to(device))
                     (term(pairs).sum() * (batch.weight / plan.pairs)).backward()

@@ -123,9 +123,12 @@ def moments(cfg: Train, place: Place) -> Iterator[tuple[str, Parts]]:
         share = 2 * m if shards == 1 else m / shards
         return unit * (m + (max(0, share - m) if sums_whole else max(c, share)))
 
+    # Until the last micro-batch the root stays gathered, and layers that do not reshard; before it only `sharded` reduces.
+    stays = c * (root if reshards else whole) * (several and cfg.fsdp.accumulate == "sharded")
+
     def gathered(layers: int) -> Parts:
         """The root and, where layers do not reshard, so many of them; beyond degree 1 the next one's buffer."""
-        return {"gathered": c * (root + (1 if reshards else layers) * layer + (shards > 1) * layer)}
+        return {"gathered": max(stays, c * (root + (1 if reshards else layers) * layer)) + c * (shards > 1) * layer}
 
     if shards > 1:
         in_two = c * root * (2 + (c < m) / shards)  # the collective's output, its copy, and the share in another dtype
@@ -146,13 +149,13 @@ def moments(cfg: Train, place: Place) -> Iterator[tuple[str, Parts]]:
         yield f"layer {left}'s reduction", live | gathered(left - 1) | reduced
     live = state | gradients(whole - root)
     both = root + sizes.tied * head  # a tied weight's two gradients are added up only here
-    yield "the embedding's backward", live | {"gathered": c * root, "in flight": c * both + m * layer}
+    yield "the embedding's backward", live | {"gathered": max(stays, c * root), "in flight": c * both + m * layer}
     reduced = reduction(root)
     if place.device == "cpu" and c < m:  # the CPU casts a matrix at a time into sums or buffer, while all others wait
         cast = c * root + m * layer + sums_whole * m * head
-        yield "the root's cast", live | {"gathered": c * root, "in flight": cast}
+        yield "the root's cast", live | {"gathered": max(stays, c * root), "in flight": cast}
         reduced = max(reduced, (shards > 1) * (not sums_whole) * ((m + c) * root + c * head))
-    yield "the root's reduction", live | {"in flight": reduced}
+    yield "the root's reduction", live | {"in flight": reduced, "gathered": stays}
 
 
 def activations(cfg: Train, place: Place) -> tuple[float, float, float]:

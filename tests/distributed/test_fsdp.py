@@ -89,7 +89,8 @@ def expected_traffic(case, shard, replicate, microbatches):
     layers = 8 * sum(p.numel() for p in lm.model.layers.parameters())
     traffic = {}
     if shard > 1:
-        traffic["allgather_base"] = microbatches * (psi + (layers if case.get("reshard_after_forward", True) else 0))
+        times = 2 * microbatches if case.get("reshard_after_forward", True) else 1
+        traffic["allgather_base"] = psi + (times - 1) * layers
         traffic["reduce_scatter_base"] = psi * (microbatches if case.get("accumulate") == "sharded" else 1)
     return traffic | ({"allreduce": psi // shard} if replicate > 1 else {})
 
@@ -101,12 +102,12 @@ COUNTED = {"dtype": "float64", **PADDED, "cached": True, "count": True}  # of th
 
 def check_gradients(group, ranks, cases, tmp_path):
     """Each case has the naive loop's gradient and norm, the group's timeout, the formula's traffic where counted, and,
-    where it was split before, the naive loop's norms and cosine of its two terms.
+    where it was split before, the naive loop's norms and cosine of its two terms. Returns the gradients.
     """
     expected = naive_gradient()
     norm = sum((grad**2).sum() for grad in expected.values()).sqrt().item()
-    pulls = naive_split()
-    for case, (gradient, facts) in zip(cases, run_on(ranks, cases, tmp_path), strict=True):
+    pulls, results = naive_split(), run_on(ranks, cases, tmp_path)
+    for case, (gradient, facts) in zip(cases, results, strict=True):
         tolerance = TOLERANCE[getattr(torch, case["dtype"])]
         assert relative(gradient, expected) <= tolerance, case
         assert facts["norm"] == pytest.approx(norm, rel=tolerance), case
@@ -117,6 +118,7 @@ def check_gradients(group, ranks, cases, tmp_path):
             assert facts["traffic"] == expected_traffic(case, ranks // replicate, replicate, facts["microbatches"]), (
                 case
             )
+    return [gradient for gradient, _ in results]
 
 
 def test_two_ranks_have_the_gradient_of_one(group, tmp_path):
@@ -132,8 +134,10 @@ def test_two_ranks_have_the_gradient_of_one(group, tmp_path):
     cases = [SPLIT | PACKED, SPLIT | PADDED | {"dtype": "float32", "accumulate": "sharded"}, COUNTED]
     cases += [SPLIT | PACKED | {"replicate_degree": 2}, COUNTED | {"accumulate": "sharded"}]
     cases += [SPLIT | COUNTED | {"accumulate": how, "replicate_degree": 2} for how in ("unsharded", "sharded")]
-    cases += [COUNTED | {"reshard_after_forward": False}]
-    check_gradients(group, 2, cases, tmp_path)
+    cases += [COUNTED | {"reshard_after_forward": False, "accumulate": how} for how in ("unsharded", "sharded")]
+    gradients = check_gradients(group, 2, cases, tmp_path)
+    for i, j in ((2, -2), (4, -1)):  # weights gathered once, and twice a micro-batch
+        assert all(torch.equal(grad, gradients[j][name]) for name, grad in gradients[i].items())
 
 
 @pytest.mark.slow

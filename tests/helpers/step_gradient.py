@@ -23,7 +23,7 @@ from rpo.config import Loss
 from rpo.data import schedule
 from rpo.data.batch import make_batch
 from rpo.model.policy import prepare, score
-from rpo.model.shard import PLAIN, mesh
+from rpo.model.shard import PLAIN, mesh, sync_gradients
 from rpo.training import gradients, meter, optim
 from tests.helpers.models import float64_throughout, make_lm
 from tests.helpers.rows import make_rows
@@ -155,8 +155,7 @@ def _step_gradient(
         pulls = gradients.gradient_split(policy, live, pairs, plan, batches, cfg, device)
     with Traffic() if count else nullcontext() as traffic:
         for i, (members, weight) in enumerate(microbatches, start=1):
-            policy.set_requires_gradient_sync(i == len(microbatches) or fsdp.accumulate == "sharded")
-            policy.set_requires_all_reduce(i == len(microbatches))
+            sync_gradients(policy, last=i == len(microbatches), fsdp=fsdp)
             batch = make_batch(pairs, members, layout, weight=weight).to(device)
             scored = score(policy, live, batch)
             terms = losses.objective(loss, scored, step_pairs=plan.pairs, step_chosen_tokens=plan.chosen_tokens)

@@ -89,7 +89,7 @@ class Run:
 
     def backward(self):
         for i, batch in enumerate(self.batches, start=1):
-            self.policy.set_requires_gradient_sync(i == len(self.batches) or self.cfg.fsdp.accumulate == "sharded")
+            shard.sync_gradients(self.policy, last=i == len(self.batches), fsdp=self.cfg.fsdp)
             pairs = score(self.policy, self.reference, batch)
             terms = losses.objective(self.cfg.loss, pairs, step_pairs=self.pairs, step_chosen_tokens=100)
             (sum(terms).sum() / self.pairs).backward()
