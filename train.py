@@ -41,7 +41,7 @@ def train(cfg: Train) -> str:
     finite; no update was made from it on.
     """
     # ---- 1. before a model is loaded: every mistake that can be seen without weights ---------------------------------
-    device = dist.init(cfg.timeout + dist.GRACE)
+    device = dist.init(cfg.timeout + dist.GRACE, deterministic=cfg.deterministic)
     prepare.check_machine(cfg, device)
     embedded, has_reference = cfg.data.train == "gold", cfg.loss.preference != "none"
     run = RunFolder.open(cfg)

@@ -214,6 +214,7 @@ class Train:
     max_steps: Annotated[Count | None, MAY_CHANGE]
     batch_size: Count
     tokens_per_microbatch: Annotated[Count, MAY_CHANGE]
+    deterministic: bool
     compile: Annotated[bool | Literal["auto"], Field(description="auto, true or false")]
     eval_every: Annotated[Every, MAY_CHANGE]
     sample_every: Annotated[Every, MAY_CHANGE]

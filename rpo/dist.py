@@ -31,11 +31,16 @@ def until_shutdown(make: Callable[..., T]) -> Callable[..., T]:
     return _CACHES[-1]
 
 
-def init(timeout: int = 1800) -> torch.device:
+def init(timeout: int = 1800, *, deterministic: bool = False) -> torch.device:
     """This process's device, with the default process group up: torchrun's, or a group of one in plain python.
 
     A collective may take `timeout` seconds. A group that exists already (an earlier job of the same sweep) is kept.
+    `deterministic`: whether torch's operators have to give the same bits again, where the default ones on CUDA do not.
     """
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is not, and torch raises
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # for code that reads it; ours does not
     use_cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
     if use_cuda:

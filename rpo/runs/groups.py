@@ -19,7 +19,7 @@ SEEDS = ("seed", "data.gold.seed")
 # What does not change what is learnt, or only its rounding; a key stands for everything below it.
 IGNORED = SEEDS + tuple(
     "run_dir cache_dir reference.kind reference.cache_dir wandb checkpoint resume eval_every log log_every sample_every "
-    "timeout tokens_per_microbatch fsdp layout compile data.gold.samples optim.state_dtype".split()
+    "timeout tokens_per_microbatch fsdp layout compile deterministic data.gold.samples optim.state_dtype".split()
 )
 _EMBEDDED = re.compile(r"(^|/)gold/[0-9a-f]{16}/")  # where the embedded task's files lie
 LEVEL = 0.95  # of the intervals

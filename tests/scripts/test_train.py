@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -109,6 +110,23 @@ def test_one_seed_makes_one_run(finished, tiny, tmp_path):
     other = timeless(run(tiny, tmp_path / "other", *again, "seed=1"))
     assert other[1]["logps/chosen"] != expected[1]["logps/chosen"]
     assert other[0]["loss"] == expected[0]["loss"]  # the held-out pairs are the same
+
+
+def test_deterministic_holds_for_its_run(tiny, tmp_path, monkeypatch):
+    """deterministic=true trains by torch's deterministic algorithms, cuBLAS's too; the next run in the process does not."""
+    seen, step_if_finite = [], optim.step_if_finite
+
+    def noting(*args):
+        seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+        return step_if_finite(*args)
+
+    monkeypatch.setattr(optim, "step_if_finite", noting)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")  # as it is afterwards too
+    for value in ("true", "false"):
+        run(tiny, tmp_path / value, "max_steps=1", f"deterministic={value}")
+    assert seen[0] == (True, ":4096:8") and not seen[1][0]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("loss", ["dpo", "rpo_sum", "rpo_avg", "rpo_token", "ipo", "hinge"])
