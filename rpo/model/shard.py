@@ -111,9 +111,11 @@ def not_recomputing(root: nn.Module) -> Iterator[None]:
     kept = [wrapper.checkpoint_fn for wrapper in wrappers]
     for wrapper in wrappers:
         wrapper.checkpoint_fn = lambda layer, *args, **kwargs: layer(*args, **kwargs)
-    yield
-    for wrapper, recomputing in zip(wrappers, kept, strict=True):
-        wrapper.checkpoint_fn = recomputing
+    try:
+        yield
+    finally:
+        for wrapper, recomputing in zip(wrappers, kept, strict=True):
+            wrapper.checkpoint_fn = recomputing
 
 
 def shard(
@@ -194,10 +196,12 @@ def gathered(root: FSDPModule, *, reshard_after_forward: bool) -> Iterator[None]
     units = [m for m in root.modules() if isinstance(m, FSDPModule) and m is not root]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
-    yield
-    for unit in units:
-        unit.set_reshard_after_forward(reshard_after_forward, recurse=False)
-        unit.reshard()
+    try:
+        yield
+    finally:  # also where memory ran out: a sweep's next cell trains the same model
+        for unit in units:
+            unit.set_reshard_after_forward(reshard_after_forward, recurse=False)
+            unit.reshard()
 
 
 def compiles(setting: bool | str, device_type: str) -> bool:

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from rpo.data.batch import packed_batch, padded_batch
-from rpo.model import attention
+from rpo.model import attention, shard
 from tests.helpers import like_cuda
 from tests.helpers.models import VOCABULARY, make_lm, prepared
 from tests.helpers.rows import LENGTHS, make_rows
@@ -55,6 +56,23 @@ def test_the_block_mask_is_there_before_the_layers(group, monkeypatch):
     policy = prepared(make_lm(), group)
     assert policy.attention == "flex"
     gradient(policy, packed_batch(make_rows(LENGTHS, vocab_size=VOCABULARY), np.arange(2)))
+
+
+def test_an_error_leaves_no_layer_gathered(group):
+    """Where memory runs out while it samples, or compares gradients, a policy's layers are resharded and recompute again."""
+    policy = prepared(make_lm(), group, activation_checkpointing="full")
+    wrappers = [module for module in policy.modules() if hasattr(module, "checkpoint_fn")]
+    recomputing = [wrapper.checkpoint_fn for wrapper in wrappers]
+    batch = padded_batch(make_rows(LENGTHS, vocab_size=VOCABULARY), np.arange(2))
+    blocks = (shard.gathered(policy, reshard_after_forward=True), shard.not_recomputing(policy))
+    for block in blocks:
+        with pytest.raises(MemoryError), torch.no_grad(), block:
+            policy(batch)
+            raise MemoryError
+        with torch.no_grad():
+            policy(batch)  # with reshard_after_forward again
+        assert len(wrappers) == 2 and [wrapper.checkpoint_fn for wrapper in wrappers] == recomputing
+        assert all(isinstance(p, DTensor) for wrapper in wrappers for p in wrapper.parameters())
 
 
 @pytest.mark.slow
