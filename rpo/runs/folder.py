@@ -221,7 +221,7 @@ def write_environment(folder: Path, device: torch.device, *, first_step: int = 0
 
     Where a run resumes at `first_step`, `before` has the same of its earlier starts.
     """
-    packages = ("torch", "transformers", "tokenizers", "numpy", "datasets", "wandb", "hydra-core")
+    packages = ("transformers", "tokenizers", "numpy", "datasets", "wandb", "hydra-core")
     git_status = _git("status", "--porcelain")
     path = folder / "environment.json"
     before = []
@@ -234,7 +234,7 @@ def write_environment(folder: Path, device: torch.device, *, first_step: int = 0
         "git_revision": _git("rev-parse", "HEAD"),
         "git_dirty": None if git_status is None else bool(git_status),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": {"torch": torch.__version__} | {name: importlib.metadata.version(name) for name in packages},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "world_size": dist.world_size(),
         "threads": torch.get_num_threads(),
