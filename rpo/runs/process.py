@@ -3,7 +3,8 @@
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from rpo.errors import UserError
@@ -13,6 +14,17 @@ from rpo.text import redacted
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
+@contextmanager
+def _naming_determinism() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        operator = str(error).split()[0]
+        raise UserError(f"deterministic=true: {operator} has no deterministic form here; set it to false") from None
+
+
 def outcome(job: Callable[[], str]) -> tuple[int, str]:
     """(exit code, reason in one line) of one job, whose error it prints.
 
@@ -20,7 +32,7 @@ def outcome(job: Callable[[], str]) -> tuple[int, str]:
     one line without a traceback; 128 + signal: interrupted; 1: anything else.
     """
     try:
-        with Interrupt():
+        with Interrupt(), _naming_determinism():
             ended = job()
         return (0, "") if ended == "finished" else (128 + signal.Signals[ended], ended)
     except (UserError, FloatingPointError) as error:

@@ -7,8 +7,9 @@ import sys
 import time
 
 import pytest
+import torch
 
-from rpo.runs.process import Interrupt
+from rpo.runs.process import Interrupt, outcome
 from tests.helpers.runs import ROOT, script_env
 
 JOB = """
@@ -69,3 +70,18 @@ def test_one_interrupt_within_another_passes_on():
         signal.raise_signal(signal.SIGUSR1)  # is deferred again
     assert [signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)] == before
     assert Interrupt.innermost is None
+
+
+def test_an_operator_that_is_not_deterministic_is_named(capsys):
+    """What torch refuses under deterministic=true is a user's error in one line; another RuntimeError is not."""
+
+    def job():
+        torch.use_deterministic_algorithms(True)
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+
+    try:
+        assert outcome(job) == (2, "deterministic=true: put_ has no deterministic form here; set it to false")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert capsys.readouterr().err.count("\n") == 1
+    assert outcome(lambda: torch.ones(2) @ torch.ones(3))[0] == 1
