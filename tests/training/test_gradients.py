@@ -12,6 +12,7 @@ from rpo.data import schedule
 from rpo.data.batch import make_batch
 from rpo.model import policy as model_policy
 from rpo.model.policy import score
+from rpo.model.shard import PLAIN
 from rpo.training import gradients, meter
 from tests.helpers.models import make_lm, prepared
 from tests.helpers.runs import run, timeless, weights
@@ -48,9 +49,7 @@ def test_a_zero_gradient_has_no_direction(group):
     beaten = dataclasses.replace(rows(), ref_logps=np.tile([-1e4, 0.0], (TOTAL, 1)))
     plan = schedule.plan_step(beaten, np.arange(TOTAL), layout="padded", budget=10**6)
     batches = [make_batch(beaten, members, "padded") for members, _ in plan.microbatches]
-    cfg = SimpleNamespace(
-        loss=dataclasses.replace(LOSS, preference="hinge"), fsdp=SimpleNamespace(accumulate="unsharded")
-    )
+    cfg = SimpleNamespace(loss=dataclasses.replace(LOSS, preference="hinge"), fsdp=PLAIN)
     found = gradients.gradient_split(policy, None, beaten, plan, batches, cfg, group)
     assert set(found) == {NORM, SFT_NORM} and found[NORM] == 0 < found[SFT_NORM]
     assert all(param.grad is None for param in policy.parameters())
