@@ -62,7 +62,7 @@ class Run:
     """A tiny run as train.py makes it, step by step, and the planner's view of it. Random weights; a cut per micro-batch."""
 
     def __init__(self, family, device, lengths, *overrides, cuts=TWO):
-        self.cfg = settings("model.path=DIR", "data=files", "data.train=FILE", *overrides)
+        self.cfg = settings("model.path=DIR", "data=files", "data.train=FILE", "compile=false", *overrides)
         self.family, self.device, self.pairs, layout = family, device, len(lengths), self.cfg.layout.kind
         self.compute = shard.compute_dtype(self.cfg.model.dtype, device)
         rows = make_rows(lengths, vocab_size=SHAPES[family][1])
@@ -240,8 +240,9 @@ def test_peak_on_a_gpu(group, layout, how):
 
 
 def planned(*overrides, gpus=1):
-    """Settings for Qwen2.5-7B and its place, with made-up activations: 6, 3 and 0.3 MB per token."""
-    cfg = settings("model=hub", "model.path=NAME", "data=files", "data.train=FILE", "batch_size=512", *overrides)
+    """Settings for Qwen2.5-7B and its place, with made-up activations of eager layers: 6, 3 and 0.3 MB per token."""
+    fixed = ("model=hub", "model.path=NAME", "data=files", "data.train=FILE", "batch_size=512", "compile=false")
+    cfg = settings(*fixed, *overrides)
     kept = dict(zip(HOW, (6e6, 3e6, 3e5), strict=True))
     sizes = training_trace.sizes(hf.config_for(QWEN))
     return cfg, Place(gpus, "cuda", sizes, lambda how: training_trace.Trace(kept[how], 0.0, 2e5, 0.5))
