@@ -240,9 +240,7 @@ class Train:
         best, every = self.checkpoint.best, self.checkpoint.every
         if best is None:
             return
-        require(
-            self.data.eval is not None, f"checkpoint.best={best} with data.eval=null: nothing is there to choose by"
-        )
+        require(self.data.eval is not None, f"checkpoint.best={best} with data.eval=null: nothing to choose by")
         require(
             every > 0 and self.eval_every > 0 and every % self.eval_every == 0,
             f"checkpoint.best={best} with checkpoint.every={every}, eval_every={self.eval_every}: each checkpoint needs an "

@@ -82,8 +82,29 @@ def render(
             **given,
         )
     except Exception as error:  # the template is a program of the user's and may raise anything
+        if (as_text := _arguments_as_text(messages)) != messages:  # of a template that adds them to a text
+            return render(tokenizer, as_text, chat, prompt=prompt, tools=tools, kwargs=kwargs)
         text = f"the chat template refuses the messages ({one_line(error)}); fix them or data.chat_template"
         raise RowError("template_error", text) from None
+
+
+def _arguments_as_text(messages: Messages) -> Messages:
+    """The messages with the arguments of calls as JSON, as OpenAI's API has them."""
+
+    def as_text(call: Any) -> Any:
+        if not isinstance(call, dict):
+            return call
+        if isinstance(call.get("function"), dict):
+            return call | {"function": as_text(call["function"])}
+        arguments = call.get("arguments")
+        return call | {"arguments": json.dumps(arguments)} if isinstance(arguments, dict) else call
+
+    return [
+        message | {"tool_calls": [as_text(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
 
 
 # Names that apply_chat_template keeps to itself.
@@ -153,15 +174,49 @@ def closing(tokenizer: PreTrainedTokenizerBase, chat: Chat, example: Example | N
 
 def _varied(message: dict[str, Any], text: str) -> list[dict[str, Any]]:
     """The message with other arguments of its last call, and with another content."""
-    varied = [message | {"content": text}]
-    calls = message.get("tool_calls")
-    if calls and isinstance(calls[-1], dict):
-        last, own = calls[-1], calls[-1].get("function", calls[-1])
-        new = own | {"arguments": json.dumps({text: text}) if isinstance(own.get("arguments"), str) else {text: text}}
-        varied.insert(
-            0, message | {"tool_calls": [*calls[:-1], last | ({"function": new} if "function" in last else new)]}
-        )
-    return varied
+    called = [_called_with(message, -1, text)] if _is_call(message.get("tool_calls")) else []
+    return [*called, message | {"content": text}]
+
+
+def _is_call(calls: Any) -> bool:
+    return bool(calls) and all(isinstance(call, dict) for call in calls)
+
+
+def _called_with(message: dict[str, Any], which: int, text: str) -> dict[str, Any]:
+    """The message with other arguments of one of its calls."""
+    calls = list(message["tool_calls"])
+    call, own = calls[which], calls[which].get("function", calls[which])
+    new = own | {"arguments": json.dumps({text: text}) if isinstance(own.get("arguments"), str) else {text: text}}
+    calls[which] = call | ({"function": new} if "function" in call else new)
+    return message | {"tool_calls": calls}
+
+
+def lost_call(tokenizer: PreTrainedTokenizerBase, chat: Chat, example: Example, side: Messages) -> str | None:
+    """The name of one of several calls of a message whose arguments the template does not print."""
+    more = {"prompt": False, "tools": example.tools, "kwargs": example.template_kwargs}
+    for at, message in enumerate(side):
+        calls = message.get("tool_calls") or []
+        for which in range(len(calls) if len(calls) > 1 and _is_call(calls) else 0):
+            one, other = ([*side[:at], _called_with(message, which, text), *side[at + 1 :]] for text in "xy")
+            if render(tokenizer, example.prompt + one, chat, **more) == render(
+                tokenizer, example.prompt + other, chat, **more
+            ):
+                return str(calls[which].get("function", calls[which]).get("name"))
+    return None
+
+
+def unheard(prompt: Messages, text: str) -> str | None:
+    """The role of a message, of the user's and the system's, of which nothing is in the rendered `text`."""
+    for message in prompt:
+        content = message.get("content")
+        if (
+            message["role"] != "assistant"
+            and isinstance(content, str)
+            and content.strip()
+            and not _is_in(content, text)
+        ):
+            return message["role"]
+    return None
 
 
 def left_out(messages: Messages, text: str) -> str | None:

@@ -7,6 +7,7 @@ A null says that a field is absent, at every depth: parquet and Arrow write one 
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -172,7 +173,22 @@ def _message(message: Any, name: str, which: str, expected: str) -> dict[str, An
         raise bad_row(name, expected, f"{type_name(content)} in {which}")
     if calls and not isinstance(calls, list):
         raise bad_row(name, "tool_calls as a list", f"{type_name(calls)} in {which}")
-    return message | {"content": content}
+    called = {"tool_calls": list(map(_with_arguments, calls))} if calls else {}
+    lower = message["role"].lower()  # human, gpt and User are nobody's own roles
+    return message | {"role": _SHAREGPT.get(lower, message["role"]), "content": content} | called
+
+
+def _with_arguments(call: Any) -> Any:
+    """A call with its arguments as an object, which templates print, where they are the JSON of one, as OpenAI's API has them."""
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_arguments(call["function"])}
+    if isinstance(text := call.get("arguments"), str):
+        with suppress(ValueError, RecursionError):
+            if isinstance(value := json.loads(text), dict):
+                return call | {"arguments": value}
+    return call
 
 
 def _response(row: dict, field: str) -> Messages:

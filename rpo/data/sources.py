@@ -34,8 +34,8 @@ MAX_JSON = 2**32  # bytes of a .json, which is read whole
 Row = TypeVar("Row")
 _ENDINGS = ".jsonl, .ndjson, .json, .csv (any of them with .gz) or .parquet"
 _SPLITS = {"train": "train", "training": "train", "heldout": "held-out"}  # words in files' names
-_SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
-_SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+_SPLITS |= dict.fromkeys(("test", "tests", "testing", "devtest", "eval", "evals", "evaluation", "unseen"), "test")
+_SPLITS |= dict.fromkeys(("validation", "validate", "valid", "val", "dev"), "validation")
 # Beside a dataset's files.
 _METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 
@@ -148,7 +148,7 @@ def _below(folder: Path) -> list[Path]:
         real = {name: os.path.realpath(os.path.join(at, name)) for name in sorted(folders) if name[0] not in "._"}
         folders[:] = [name for name, path in real.items() if path not in seen]
         seen.update(real.values())
-        files += [Path(at, name) for name in names if name[0] not in "._"]
+        files += [Path(at, name) for name in names if name[0] != "." and name != "_SUCCESS"]
     return sorted(files)
 
 
@@ -168,7 +168,7 @@ def _open_matches(spec: str, pattern: Path, matches: list[Path]) -> list[Source]
 
 def _open_files(spec: str, root: Path, files: list[Path]) -> list[Source]:
     """All of them but README.md and the like, by name. Raises UserError for another kind of file, and for several splits."""
-    files = [file for file in files if file.suffix.lower() not in (".md", "") and file.name not in _METADATA]
+    files = [file for file in files if not _is_beside(file)]
     if not files:
         raise UserError(f"{spec}: no data file in this directory; give a {_ENDINGS} file, or a dataset as {spec}:train")
     for file in files:
@@ -185,9 +185,19 @@ def _open_files(spec: str, root: Path, files: list[Path]) -> list[Source]:
     return [_open_file(str(file), file) for file in files]
 
 
+def _is_beside(file: Path) -> bool:
+    """Whether a file is one that datasets come with: README.md, LICENSE, state.json; not part-00000."""
+    return (
+        file.suffix.lower() == ".md"
+        or file.name in _METADATA
+        or (not file.suffix and (file.name.isupper() or not file.is_file()))
+    )
+
+
 def _splits_of(part: Path) -> set[str]:
     """The splits that a file's name, or those of the directories that it is in, speak of."""
-    text = re.sub("h[eo]ld[^a-z]?out", "heldout", str(part).lower())
+    text = re.sub("([a-z])([A-Z])", r"\1 \2", str(part))  # MyTestData
+    text = re.sub("h[eo]ld[^a-z]?out", "heldout", text.lower())
     return {_SPLITS[word] for each in re.split("[^a-z]+", text) if (word := each.removesuffix("set")) in _SPLITS}
 
 

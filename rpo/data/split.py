@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rpo.data import formats
 from rpo.data.sources import rows_of
 from rpo.errors import UserError, fixable, require
 from rpo.files import write_atomic
@@ -19,12 +20,8 @@ USAGE = "python -m rpo.data.split DATA FOLDER eval=150 [train=1000]"
 
 def split(spec: str, folder: Path, *, num_eval: int, num_train: int | None = None) -> tuple[int, int]:
     """(rows for training, held-out rows) that were written. Raises UserError: what cannot be read, too few rows."""
-    rows = []
-    for place, row in rows_of(spec):
-        if isinstance(row, UserError):
-            raise UserError(f"{place}: {row}")
-        rows.append(row)
-    prompts = [_prompt(row, i) for i, row in enumerate(rows)]
+    placed = list(rows_of(spec))
+    rows, prompts = [row for _, row in placed], [_prompt(row, place) for place, row in placed]
     order = [int(i) for i in np.random.default_rng(0).permutation(len(rows))]
     asked = {prompts[i] for i in order[:num_eval]}
     others = [i for i in order[num_eval:] if prompts[i] not in asked]
@@ -34,19 +31,34 @@ def split(spec: str, folder: Path, *, num_eval: int, num_train: int | None = Non
         f"{spec}: has {len(rows)} rows, of which eval={num_eval} leaves {len(others)} with other prompts; "
         f"expected at least {wanted}; lower eval or train",
     )
-    for name, members in (("train", others[:num_train]), ("eval", order[:num_eval])):
-        with fixable(f"{folder}: cannot be written", "; give another FOLDER"):
-            folder.mkdir(parents=True, exist_ok=True)
-            lines = "".join(json.dumps(rows[i], default=str) + "\n" for i in sorted(members))
-            write_atomic(folder / f"{name}.jsonl", lines)
+    chosen = {"train": others[:num_train], "eval": order[:num_eval]}
+    files = {
+        folder / f"{name}.jsonl": "".join(json.dumps(rows[i], default=str) + "\n" for i in sorted(members))
+        for name, members in chosen.items()
+    }
+    with fixable(f"{folder}: cannot be written", "; give another FOLDER"):
+        for file, lines in files.items():  # the data's own, it may be
+            require(
+                not file.exists() or file.read_bytes() == lines.encode(),
+                f"{file}: is there already, and holds other rows; give another FOLDER",
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, lines in files.items():
+            write_atomic(file, lines)
     return len(others[:num_train]), num_eval
 
 
-def _prompt(row: object, number: int) -> str:
-    """What rows of one question have in common; the row's number where that cannot be told."""
-    names = ("prompt", "system", "instruction", "question", "input") if isinstance(row, dict) else ()
-    asked = {name: row[name] for name in names if row.get(name)}
-    return json.dumps(asked or number, sort_keys=True, default=str)
+def _prompt(row: object, place: str) -> str:
+    """What rows of one question have in common."""
+    try:
+        pairs = isinstance(row, dict) and "chosen" in row and "rejected" in row
+        example = formats.parse(row, pairs)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+    if example.prompt is None:  # a text
+        return str(example.chosen)
+    said = example.prompt if isinstance(example.prompt, str) else [[m["role"], m["content"]] for m in example.prompt]
+    return json.dumps(said)
 
 
 def main(arguments: list[str]) -> None:

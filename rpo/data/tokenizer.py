@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from rpo.data.chat import Chat, closing, left_out, render, unnamed
+from rpo.data.chat import Chat, closing, left_out, lost_call, render, unheard, unnamed
 from rpo.data.formats import Example, Messages, RowError
 from rpo.errors import UserError
 from rpo.text import one_line
@@ -54,11 +54,13 @@ def load_tokenizer(
     return tokenizer
 
 
-# Digits, spaces, contractions, scripts, code and line ends: where pre-tokenizers differ.
+# Digits of all scripts, spaces, contractions, composed signs, code and line ends: where normalizers and pre-tokenizers differ.
 _PROBES = (
     "in 2024 and 1,234.5",
     "I'll  don't\tDON'T",
     "naïve Übung 東京 हिन्दी 🙂",
+    "cafe\u0301 \u212b \ufb01 a\u00a0b \uff21",
+    "१२३ ٣٤٥ ５６７ x२३",
     "x_1 = [0]; // a\n\n  b\r\n",
     " a",
     "",
@@ -75,10 +77,11 @@ def _as_its_file_says(tokenizer: PreTrainedTokenizerBase, path: str, revision: s
         return tokenizer
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     file = cached_file(path, "tokenizer.json", revision=revision or "main", **quiet)
-    texts = list(_PROBES)
-    if file is None or tokenize(tokenizer, texts) == [
-        encoding.ids for encoding in Tokenizer.from_file(file).encode_batch(texts, add_special_tokens=False)
-    ]:
+    if file is None:
+        return tokenizer
+    own = Tokenizer.from_file(file)
+    texts = [*_PROBES, *(f"{token} a" for token in tokenizer.all_special_tokens)]
+    if tokenize(tokenizer, texts) == [encoding.ids for encoding in own.encode_batch(texts, add_special_tokens=False)]:
         return tokenizer
     # The generic class obeys tokenizer_config.json too, and adds nothing to either.
     plain = PreTrainedTokenizerFast.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
@@ -309,12 +312,21 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, example: Example, chat: Chat) -
     if isinstance(example.prompt, list):
         more = {"tools": example.tools, "kwargs": example.template_kwargs}
         texts = [render(tokenizer, example.prompt, chat, prompt=True, **more)]
-        if lost := unnamed(example.tools, texts[0]):
+        lost = unnamed(example.tools, texts[0])
+        if example.tools and not lost:  # or the name is in what the user says
+            without = render(tokenizer, example.prompt, chat, prompt=True, kwargs=example.template_kwargs)
+            lost = unnamed(example.tools, "") if without == texts[0] else None
+        if lost:
             why = f"the chat template does not print the tool {lost!r}"
             raise RowError("not_rendered", f"field tools: {why}; give a data.chat_template that does")
+        if role := unheard(example.prompt, texts[0]):
+            why = f"the chat template leaves out the prompt's {role[:40]!r} message"
+            raise RowError(
+                "not_rendered", f"field prompt: {why}; rename the role, or give a data.chat_template that prints it"
+            )
         for field, side in responses.items():
             text = render(tokenizer, example.prompt + side, chat, prompt=False, **more)
-            if part := left_out(side, text.removeprefix(texts[0])):
+            if part := left_out(side, text.removeprefix(texts[0])) or lost_call(tokenizer, chat, example, side):
                 why = f"the chat template leaves out a part of the response ({part[:60]!r})"
                 raise RowError("not_rendered", f"field {field}: {why}; give a data.chat_template that prints it")
             texts.append(text)

@@ -162,6 +162,16 @@ def test_patterns_and_directories(tmp_path, monkeypatch):
         open_sources(f"{part}/*", None)
 
 
+def test_a_file_without_a_suffix_is_not_passed_over(tmp_path):
+    """part-00000 of a directory may be data: it is refused by name; LICENSE is not."""
+    for name in ("a.jsonl", "LICENSE"):
+        (tmp_path / name).write_text(lines_of(ROWS))
+    assert len(read(str(tmp_path))) == len(ROWS)
+    (tmp_path / "part-00000").write_text(lines_of(ROWS))
+    with pytest.raises(UserError, match="part-00000: not a .jsonl"):
+        open_sources(str(tmp_path), None)
+
+
 @pytest.mark.parametrize(
     ("names", "fix"),
     [
@@ -174,6 +184,10 @@ def test_patterns_and_directories(tmp_path, monkeypatch):
         ("a.jsonl train.jsonl", None),
         ("validation-0.jsonl valid/1.jsonl", None),
         ("latest.jsonl contest.jsonl", None),
+        ("a.jsonl MyTestData.jsonl", r"test: MyTestData.jsonl\); give the files of one"),
+        ("a.jsonl a_evals.jsonl", r"test: a_evals.jsonl\); give the files of one"),
+        ("a.jsonl unseen/b.jsonl", r"test: unseen/b.jsonl\); give the files of one"),
+        ("a.jsonl _two.jsonl", None),
     ],
 )
 def test_files_of_several_splits_are_not_read_together(names, fix, tmp_path):

@@ -35,6 +35,39 @@ def test_prompts_are_apart_and_rows_in_order(tmp_path):
     assert read(tmp_path / "b")[1] == held_out and len(read(tmp_path / "b")[0]) == 7
 
 
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+FORMS = {
+    "messages": lambda q, a: {s: [said("user", q), said("assistant", f"{s} {a}")] for s in ("chosen", "rejected")},
+    "transcripts": lambda q, a: {s: f"\n\nHuman: {q}\n\nAssistant: {s} {a}" for s in ("chosen", "rejected")},
+    "supervised": lambda q, a: {"messages": [said("user", q), said("assistant", str(a))]},
+    "instructions": lambda q, a: {"instruction": q, "input": "", "output": str(a)},
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_prompts_are_apart_in_every_form(tmp_path, form):
+    """Twenty questions with three answers each: none is asked on both sides, in whichever form a row has it."""
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([form(f"question {i // 3}", i) for i in range(60)]))
+    split(str(file), tmp_path / "a", num_eval=6)
+    train, held_out = (json.dumps(part).replace("question ", "\0") for part in read(tmp_path / "a"))
+    asked = [{each[:2].strip('\\"') for each in part.split("\0")[1:]} for part in (train, held_out)]
+    assert asked[1] and not asked[0] & asked[1]
+
+
+def test_files_that_are_there_are_kept(tmp_path):
+    """Another file of the folder by that name, the data's own it may be, is not written over."""
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(60)))
+    before = file.read_text()
+    with pytest.raises(UserError, match="train.jsonl: is there already, and holds other rows"):
+        split(str(file), tmp_path, num_eval=10)
+    assert file.read_text() == before and not (tmp_path / "eval.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("counts", "message"),
     [

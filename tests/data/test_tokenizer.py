@@ -151,6 +151,62 @@ def test_a_response_that_is_not_rendered_whole_is_refused(chosen, part, tmp_path
     assert len(kept) == 1 and report["dropped"]["not_rendered"]["count"] == 1
 
 
+def test_one_of_several_calls_that_is_not_printed_is_refused(tmp_path):
+    """A template that prints the first call alone leaves out the second, even where the first has all that it says."""
+    calls = [{"function": {"name": "f", "arguments": {"a": a}}} for a in (11, 1)]
+    row = {"prompt": [user("2+2?")], "chosen": [said(None, tool_calls=calls)], "rejected": "no"}
+    assert len(load(tmp_path, make(TOOLS), row)[0]) == 1
+    first = TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    with pytest.raises(UserError, match=r"rows.jsonl:1: field chosen: .* leaves out a part of the response \('f'"):
+        load(tmp_path, make(first), row)
+
+
+AS_TEXT = TOOLS.replace("(c.function.arguments | tojson)", "c.function.arguments")
+
+
+@pytest.mark.parametrize("template", [TOOLS, AS_TEXT], ids=["printed", "added to a text"])
+def test_arguments_as_json_are_those_as_an_object(tmp_path, template):
+    """A call's arguments are printed alike whether a row has them as an object or, as OpenAI's API, as its JSON."""
+    texts = []
+    for arguments in ({"city": "Oslo"}, json.dumps({"city": "Oslo"})):
+        calls = [{"type": "function", "function": {"name": "weather", "arguments": arguments}}]
+        row = {"prompt": [user("hot?")], "chosen": [said("", tool_calls=calls)], "rejected": "no"}
+        texts.append(load(tmp_path, make(template), row)[0])
+    assert texts[0] == texts[1] and '<tool_call>weather {"city": "Oslo"}</tool_call>' in texts[0][0][1]
+
+
+def test_tools_that_only_the_user_names_are_not_printed(tmp_path):
+    """A tool's name in what the user says does not stand for its definition."""
+    tools = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
+    row = {"prompt": [user("Please search for cats")], "chosen": "yes", "rejected": "no", "tools": tools}
+    with pytest.raises(UserError, match="field tools: the chat template does not print the tool 'search'"):
+        load(tmp_path, make(CHATML), row)
+    assert len(load(tmp_path, make(TOOLS), row)[0]) == 1
+
+
+KNOWN_ROLES = CHATML.replace("in messages %}", "in messages if m.role in ('user', 'assistant') %}")
+
+
+@pytest.mark.parametrize("role", ["human", "User", "user"])
+def test_other_names_of_the_user(tmp_path, role):
+    """human and User are the user, whom templates know."""
+    (row,), _ = load(
+        tmp_path, make(KNOWN_ROLES), {"prompt": [{"role": role, "content": "2+2?"}], "chosen": "4", "rejected": "5"}
+    )
+    assert row[0] == "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    "messages", [[{"role": "developer", "content": "Be kind."}, user("2+2?")], [{"role": "asker", "content": "2+2?"}]]
+)
+def test_a_message_that_a_template_does_not_know_is_refused(tmp_path, messages):
+    """A prompt of which a whole message is not printed is a bad row by name: the model would be asked nothing."""
+    with pytest.raises(
+        UserError, match="field prompt: the chat template leaves out the prompt's '(developer|asker)' message"
+    ):
+        load(tmp_path, make(KNOWN_ROLES), {"prompt": messages, "chosen": "4", "rejected": "5"})
+
+
 def test_content_that_a_template_cuts_is_refused(tmp_path):
     """R1's template drops what stands before </think>: a response trained without it would not be the row's."""
     cutting = CHATML.replace("m.content +", "m.content.split('</think>')[-1] +")
@@ -387,6 +443,22 @@ def test_a_tokenizer_is_what_its_file_says(tmp_path):
         tokenizer = load_tokenizer(tmp_path)
     assert tokenize(tokenizer, [text])[0] == own.encode(text).ids
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template == CHATML
+
+
+def test_a_class_that_composes_signs(tmp_path):
+    """Qwen2's class composes letters and accents (NFC), the file beside it does not: the file decides."""
+    own, text = Tokenizer(models.BPE()), "cafe\u0301 \u212b"
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    own.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[*IM], initial_alphabet=alphabet, show_progress=False)
+    own.train_from_iterator([text] * 50, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<|im_end|>").save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": "Qwen2Tokenizer"}))
+    with pytest.warns(UserWarning, match="transformers' Qwen2Tokenizer gives .* other ids than tokenizer.json"):
+        tokenizer = load_tokenizer(tmp_path)
+    assert tokenize(tokenizer, [text])[0] == own.encode(text).ids
 
 
 def test_vocabularies_are_compared_by_their_ids(tmp_path):
