@@ -77,7 +77,7 @@ def admit(monkeypatch, backend):
 
 
 def compile_by(monkeypatch, backend):
-    """Has layers compile by `backend` and tiles not at all: aot_eager is Inductor's graph without its code, in seconds."""
+    """Has layers compile by `backend` and tiles not at all."""
     monkeypatch.setattr(logprobs, "_compiled", lambda function: function)
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend))
     torch._dynamo.reset()
