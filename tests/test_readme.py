@@ -98,8 +98,9 @@ def check(words):
             assert (ROOT / script).is_file(), f"no such file: {script}"
             settings(*args)
         case ["make", *targets]:
-            known = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.M)
-            assert set(targets) <= set(known), targets
+            known = re.findall(r"^(?:([a-z-]+):.*##|([A-Z]+ )\?=)", (ROOT / "Makefile").read_text(), re.M)
+            given = {target.split("=")[0] + " " if "=" in target else target for target in targets}
+            assert given <= {target or variable for target, variable in known}, targets
         case ["pip", "install", *args]:
             extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             named = [extra for word in args for part in re.findall(r"\[(.*)\]", word) for extra in part.split(",")]
