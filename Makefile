@@ -38,7 +38,7 @@ DATA ?= $(if $(RPO_TEST_DATA),$(RPO_TEST_DATA)/rasbt_polite_1100/pairs.jsonl.gz)
 SEEDS ?= 0
 REAL ?= outputs/real
 REAL_RUN = $(BIN)/python train.py -m recipe=real model.path=$(MODEL) data.train=$(REAL)/data/train.jsonl data.eval=$(REAL)/data/eval.jsonl seed=$(SEEDS)
-real: $(VENV)/.ready ## DPO and RPO of a real chat model: MODEL=, DATA= its pairs, SEEDS=0,1,2; 15 minutes a seed on two cores
+real: $(VENV)/.ready ## DPO and RPO of a real chat model: MODEL=, DATA= its pairs, SEEDS=0,1,2
 	@test -n "$(DATA)" || { echo "error: DATA is not given: expected a file of preference pairs (docs/real_run.md has one); make real DATA=FILE" >&2; exit 2; }
 	@$(BIN)/python -m rpo.data.split $(DATA) $(REAL)/data eval=100 train=320
 	@$(REAL_RUN) loss=dpo loss.beta=0.1,0.5 run_dir=$(REAL)/dpo
