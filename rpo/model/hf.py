@@ -266,7 +266,8 @@ def _integer_weight(path: str, revision: str | None) -> str | None:
                     slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
                     types = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
             for name, (dtype, ndim) in types.items():
-                is_scaled = re.match(r"(torch\.)?(u?int|float8|[IU]\d|F[48])", dtype)
+                # int64 is of indices, as DeepSeek V4's table of experts; int32 holds packed weights of 4 bits.
+                is_scaled = re.match(r"(torch\.)?(u?int(?!64)|float8|[IU](?!64)\d|F[48])", dtype)
                 if is_scaled and ndim > 1 and not _NO_WEIGHTS.search(name):
                     return f"{name} is stored as {dtype.removeprefix('torch.')}"
         if any(files):
