@@ -32,14 +32,14 @@ theory: $(VENV)/.ready ## check the theorem, number by number; draw the toy of o
 overopt: $(VENV)/.ready ## the study of overoptimisation: 160 runs over 5 seeds, 90 minutes; begun again it goes on
 	@$(BIN)/python -m rpo.overopt.experiment outputs/overopt
 
-# Each sweep goes on where an earlier call was stopped: a run's folder is named by what the call was given.
+# Called again, each sweep goes on where it was stopped.
 MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
 DATA ?= $(if $(RPO_TEST_DATA),$(RPO_TEST_DATA)/rasbt_polite_1100/pairs.jsonl.gz)
 SEEDS ?= 0
 REAL ?= outputs/real
 REAL_RUN = $(BIN)/python train.py -m recipe=real model.path=$(MODEL) data.train=$(REAL)/data/train.jsonl data.eval=$(REAL)/data/eval.jsonl seed=$(SEEDS)
 real: $(VENV)/.ready ## DPO and RPO of a real chat model: MODEL=, DATA= its pairs, SEEDS=0,1,2
-	@test -n "$(DATA)" || { echo "error: DATA is not given: expected a file of preference pairs (docs/real_run.md has one); make real DATA=FILE" >&2; exit 2; }
+	@test -n "$(DATA)" || { echo "error: DATA is not given: expected a file of preference pairs (docs/DATA.md has the forms); make real DATA=FILE" >&2; exit 2; }
 	@$(BIN)/python -m rpo.data.split $(DATA) $(REAL)/data eval=100 train=320
 	@$(REAL_RUN) loss=dpo loss.beta=0.1,0.5 run_dir=$(REAL)/dpo
 	@$(REAL_RUN) loss=rpo_sum,rpo_avg loss.beta=0.1 loss.eta=0.25 run_dir=$(REAL)/rpo

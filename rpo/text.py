@@ -113,10 +113,8 @@ def spoken(text: str) -> str:
         else:
             kept.append(text[start:opened])
         start, opened = tag.end(), None
-    is_cut = opened is not None and text[start:opened].rstrip(" \t")[-1:] in (
-        "",
-        "\n",
-    )  # else it is a word of the reply's
+    # A tag within a line is a word of the reply's.
+    is_cut = opened is not None and text[start:opened].rstrip(" \t")[-1:] in ("", "\n")
     return "".join(kept) + text[start : opened if is_cut else None]
 
 

@@ -84,11 +84,8 @@ def facts(requests: Sequence[Request], replies: Sequence[Reply], judge: Judge) -
 def notes(about: dict) -> list[str]:
     """What a reader of the numbers has to know of the judge, from its `facts`: several models' replies or another server's,
     a refused temperature."""
-    named, served, earlier = (
-        f"judge.model={about['model']}",
-        about["served"],
-        set(about["servers"]) - {about["base_url"]},
-    )
+    named, served = f"judge.model={about['model']}", about["served"]
+    earlier = set(about["servers"]) - {about["base_url"]}
     several = f"{named} was served as {' and as '.join(served)}: verdicts may be of several models"
     moved = f"{named} was asked at {', '.join(sorted(earlier))}: its replies were cached"
     temperature = "the judge's temperature was the server's own"

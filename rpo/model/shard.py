@@ -135,9 +135,7 @@ def shard(
         param_dtype=compute_dtype if half else None, reduce_dtype=master if half else None, cast_forward_inputs=False
     )
     offload = CPUOffloadPolicy() if cfg.cpu_offload and mesh.device_type == "cuda" else OffloadPolicy()
-    if (
-        compile
-    ):  # all layers are one code object: with two kinds of them, a live reference and padded rows, 8 are used up
+    if compile:  # all layers share code: two kinds of them, a live reference and padded rows use up torch's limit of 8
         torch._dynamo.config.recompile_limit = max(RECOMPILATIONS, torch._dynamo.config.recompile_limit)
     fully = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, offload_policy=offload)
     for i, layer in enumerate(layers):

@@ -53,7 +53,7 @@ _TEX = (
     (re.compile(r"\\(?:[ ,;:!]|(?:text|mathrm|mathbf|textbf|mbox)\b)|\{,\}|\\(?=[$%])"), ""),
 )
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
-_EQUATION = re.compile(r"[0-9\s.,$()%x\u00d7\u00f7+*/=-]*[x\u00d7\u00f7+*/-][0-9\s.,$()%x\u00d7\u00f7+*/=-]*=(?!.*=)")
+_SUM = re.compile(r"[0-9\s.,$()%x\u00d7\u00f7+*/=-]*")
 # Files below task.data, and what in the harness's task is another name there.
 _ARC = {"doc_to_target": "gold", "doc_to_choice": "choices", "validation_split": None}
 LOCAL: dict[str, tuple[str, dict]] = {
@@ -349,11 +349,17 @@ def gsm8k_number(text: str) -> Fraction | None:
     for part in reversed([*_boxed(text), *answers]):
         part = re.sub(r"^([\s*$]*-) ", r"\1", re.sub(r"(?<=[0-9]) (?=[0-9]{3}(?![0-9/]))", "", part.strip()))
         line = part.partition("\n")[0]
-        for side in (_EQUATION.sub("", line, 1), line, part):
+        for side in (_right_side(line), line, part):
             if values := _values(side):
                 return values[0]
     values = _values(text)
     return values[-1] if values else None
+
+
+def _right_side(line: str) -> str:
+    """Of 3 * 6 = 18 what it comes to; of 18 dollars = 1800 cents all, since no sum stands on the left."""
+    left, _, right = line.rpartition("=")
+    return right if _SUM.fullmatch(left) and re.search("[x\u00d7\u00f7+*/-]", left) else line
 
 
 def _boxed(text: str) -> list[str]:
