@@ -17,9 +17,10 @@ $(VENV)/.ready: constraints.txt pyproject.toml
 	touch $@
 
 # Two sweeps side by side, one thread each: the model is too small for more. eta 0 is DPO, bit for bit. A signal ends both.
+# The trap of `end` is `:`, not '': bash prints a warning of its own where a second signal waits when it is made to be ignored.
 demo: $(VENV)/.ready ## train SFT, DPO and RPO on the embedded task; print the table, draw the picture
 	@OMP_NUM_THREADS=1 $(BIN)/python train.py recipe=demo max_steps=1 eval_every=0 data.gold.samples=8 run_dir=$(DEMO)/first_use
-	@end() { trap '' INT TERM HUP; kill $$a $$b 2>/dev/null; wait; exit $$1; }; \
+	@end() { trap : INT TERM HUP; kill $$a $$b 2>/dev/null; until wait; do :; done; exit $$1; }; \
 	trap 'end 129' HUP; trap 'end 130' INT; trap 'end 143' TERM; \
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m recipe=demo loss.eta=0,0.05 seed=0,1,2 run_dir=$(DEMO)/a 2> >(trap '' INT TERM HUP; tail -3 >&2) & a=$$!; \
 	OMP_NUM_THREADS=1 $(BIN)/python train.py -m recipe=demo loss.eta=0.005,0.25 seed=0,1,2 run_dir=$(DEMO)/b & b=$$!; \
