@@ -28,13 +28,17 @@ from rpo.model.logprobs import response_sums
 from rpo.model.policy import layers_of, prepare, score
 from rpo.training import meter, optim, reference
 
-MODELS = {  # an 11M Llama for CPUs; the shapes of Qwen2.5-0.5B, Llama-3.2-1B and Qwen2.5-7B
+MODELS = {  # an 11M Llama for CPUs; the shapes of SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B, Mistral-7B and Qwen2.5-7B
     "11m": {"model_type": "llama", "vocab_size": data.VOCABULARY, "hidden_size": 256, "intermediate_size": 688}
     | {"num_hidden_layers": 4, "num_attention_heads": 4},
+    "smollm2": {"model_type": "llama", "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536}
+    | {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
     "0.5b": {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864}
     | {"num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "1b": {"model_type": "llama", "vocab_size": 128_256, "hidden_size": 2048, "intermediate_size": 8192}
     | {"num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
+    "mistral": {"model_type": "llama", "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336}
+    | {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
     "7b": {"model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944}
     | {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
 }

@@ -1,16 +1,20 @@
 """The benchmark: its data are frozen, its ceiling's FLOPs are right, its systems run and agree."""
 
 import dataclasses
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from bench import data, logprobs, report, step, systems
+from bench import data, gpu, logprobs, report, step, systems
 from rpo.errors import UserError
 from rpo.model.logprobs import token_logps_naive
 from rpo.training.meter import ModelSize
 from tests.helpers import like_cuda
+from tests.helpers.runs import ROOT, script_env
 
 TINY = {"model_type": "llama", "vocab_size": data.VOCABULARY, "hidden_size": 32, "intermediate_size": 48}
 TINY |= {"num_hidden_layers": 2, "num_attention_heads": 2}
@@ -163,3 +167,34 @@ def test_peak_of_memory_by_hand():
         return torch.empty(2**18)
 
     assert logprobs.peak_bytes(torch.device("cpu"), function) == 2 * 2**20
+
+
+BARE = """
+import runpy, sys
+sys.modules.update(dict.fromkeys("hydra omegaconf antlr4 wandb datasets pydantic trl liger_kernel openai lm_eval".split()))
+sys.argv = ["bench/gpu.py", "--dry", "--stages", sys.argv[2], "--out", sys.argv[1]]
+runpy.run_path("bench/gpu.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_the_quarter_hour_on_a_gpu_is_rehearsed(tmp_path):
+    """bench/gpu.py --dry on a machine that has torch and transformers alone: every stage notes something, none fails."""
+    stages = [stage.__name__ for stage in gpu.STAGES if stage is not gpu.tests]
+    command = [sys.executable, "-c", BARE, str(tmp_path), ",".join(stages)]
+    done = subprocess.run(command, cwd=ROOT, env=script_env(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line for line in lines if "failed" in line] == []
+    noted = {line["stage"] for line in lines}
+    assert noted >= {"env", "head", "packed and padded", "attention", "step", "synchronisations", "profile", "generate"}
+    assert [line["skipped"] for line in lines if "skipped" in line] == [
+        "hydra and pydantic are needed: pip install hydra-core pydantic, or carry their wheels"
+    ]
+    for line in lines:
+        if line["stage"] == "packed and padded":
+            assert line["nats_per_token"] <= line["noise_floor"] and line["gradient_cosine"] > 1 - 1e-6
+        if line["stage"] == "head":
+            assert max(line["relative_l2"].values()) < (2**-8 if line["dtype"] == "torch.bfloat16" else 1e-6)
+    assert {line["form"] for line in lines if line["stage"] == "step"} == {"0.5b", "1b", "7b", "cross-entropy"}

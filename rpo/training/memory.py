@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from transformers import PreTrainedConfig
 
 from rpo import config
@@ -32,7 +30,6 @@ from rpo.config import Train
 from rpo.errors import UserError
 from rpo.model import hf, shard
 from rpo.model.logprobs import KEPT, TILES
-from rpo.training import command_line
 from rpo.training import trace as training_trace
 from rpo.training.trace import Sizes, Trace
 
@@ -340,6 +337,14 @@ def advice(cfg: Train, place: Place, gib: float) -> str:
 
 def plan(arguments: list[str]) -> str:
     """The report for a command line. Raises UserError."""
+    from hydra import (
+        compose,
+        initialize_config_dir,
+    )  # the arithmetic above does without: bench/gpu.py may have no hydra
+    from hydra.errors import HydraException
+
+    from rpo.training import command_line
+
     own = {"gpus": int, "gib": float}
     split = [argument.partition("=") for argument in arguments]
     given = [key + equals + value for key, equals, value in split if key not in own]
