@@ -51,7 +51,7 @@ test: $(VENV)/.ready ## the test suite
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.ready ## the tests that start many processes or take long
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m slow
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 test-gpu: $(VENV)/.ready ## the tests that need a CUDA device; all others run on CPUs
 	$(BIN)/python -m pytest -m gpu

@@ -1,6 +1,7 @@
 """Tiny things that many tests share: a process group of one, a word tokenizer, a model, preference files."""
 
 import os
+import signal
 
 import pytest
 
@@ -15,6 +16,14 @@ def pytest_configure(config):
     """Slow tests stay out of a run that names neither a file nor -m: a file that is named runs whole."""
     if not config.option.markexpr and config.args_source is not config.ArgsSource.ARGS:
         config.option.markexpr = "not slow"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_as_in_a_terminal():
+    """Under nohup or behind `&` a shell has SIGHUP or SIGINT ignored, and every process that a test starts would too."""
+    ignored = [signum for signum in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(signum) == signal.SIG_IGN]
+    for signum in ignored:
+        signal.signal(signum, signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -242,6 +242,7 @@ def test_memory(dtype, head):
     assert peak_allocated(lambda: step(token_logps_naive)) > 2 * 4 * N * V  # the counter does see N x V matrices
 
 
+@pytest.mark.slow
 def test_compiled():
     """compile=True is as accurate as eager, and ragged last tiles do not compile again."""
     problem = make_inputs(SINGLE, **HEADS["all"])

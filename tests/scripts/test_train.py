@@ -7,9 +7,11 @@ import re
 import signal
 import subprocess
 import time
+from functools import partialmethod
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -353,7 +355,7 @@ def test_sigint_ends_cleanly(tiny, tmp_path):
 def test_compiled_run(tiny, tmp_path, monkeypatch):
     """compile=true trains the same run to 1e-4, with as many graphs after one step as after ten of other row lengths.
 
-    Nor are there more of them for more layers.
+    Nor are there more of them for more layers, whose graphs run as they are: Inductor's code is compared once.
     """
     counters = torch._dynamo.utils.counters
     lengths, graphs = set(), []
@@ -378,6 +380,8 @@ def test_compiled_run(tiny, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(data_batch, "packed_batch", measured)
             patch.setattr(optim, "step_if_finite", counted)
+            if layers == 6:
+                patch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
             compiled = run(tiny, tmp_path / f"compiled{layers}", *args, "compile=true")
         graphs.append(counters["stats"]["unique_graphs"])  # the last evaluation's too
         for a, b in zip(plain, compiled, strict=True):

@@ -267,7 +267,7 @@ def test_documented_lines_pass(group, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif("RPO_TEST_DATA" not in os.environ, reason="RPO_TEST_DATA: no folder with mbpp/ given")
 def test_reference_solutions_pass_and_stubs_fail(group, tmp_path):
-    """All 974 of the data set's solutions pass, and none of 974 functions that return nothing."""
+    """All 974 of the data set's solutions pass, and of every fourth none whose functions return nothing."""
     possible()
     problems, _ = mbpp.read(str(Path(os.environ["RPO_TEST_DATA"]) / "mbpp/mbpp.jsonl.gz"))
     every = list(problems.values())
@@ -278,6 +278,6 @@ def test_reference_solutions_pass_and_stubs_fail(group, tmp_path):
     assert [
         (s.details["task_id"], s.error, s.details["programs"][0]["why"]) for s in solved if s.scores != {"pass@1": 1.0}
     ] == []
-    stubs = ["\n".join(f"def {name}(*a, **k): pass" for name in p.names) for p in every]
-    failed = mbpp._scored("stubs", every, [[stub] for stub in stubs], [1], limits, store)
+    stubs = ["\n".join(f"def {name}(*a, **k): pass" for name in p.names) for p in every[::4]]
+    failed = mbpp._scored("stubs", every[::4], [[stub] for stub in stubs], [1], limits, store)
     assert [s.details["task_id"] for s in failed if s.scores != {"pass@1": 0.0}] == []

@@ -335,7 +335,7 @@ def test_mistakes_are_one_line(arguments, message):
 def test_command_line():
     """The module is a command: a report and 0, or one line and 2."""
     run = partial(subprocess.run, env=script_env(HF_HUB_OFFLINE="1"), capture_output=True, text=True)
-    module = [command("-")[0], "-m", "rpo.training.memory"]
+    module = [command("-")[0], "-m", "rpo.training.memory", "model.architecture.num_hidden_layers=2"]
     good, bad = run([*module, BETA, "gpus=1", "gib=139"]), run([*module, BETA, "gpus=0", "gib=139"])
     assert (good.returncode, good.stderr) == (0, "") and "fits 139 GiB" in good.stdout
     assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1) and "gpus=0" in bad.stderr
