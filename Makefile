@@ -41,7 +41,7 @@ REAL ?= outputs/real
 REAL_RUN = $(BIN)/python train.py -m recipe=real model.path=$(MODEL) data.train=$(REAL)/data/train.jsonl data.eval=$(REAL)/data/eval.jsonl seed=$(SEEDS)
 real: $(VENV)/.ready ## DPO and RPO of a real chat model: MODEL=, DATA= its pairs, SEEDS=0,1,2
 	@test -n "$(DATA)" || { echo "error: DATA is not given: expected a file of preference pairs (docs/DATA.md has the forms); make real DATA=FILE" >&2; exit 2; }
-	@$(BIN)/python -m rpo.data.split $(DATA) $(REAL)/data eval=100 train=320
+	@$(BIN)/python -m rpo.data.split $(DATA) $(REAL)/data eval=80 train=224
 	@$(REAL_RUN) loss=dpo loss.beta=0.1,0.5 run_dir=$(REAL)/dpo
 	@$(REAL_RUN) loss=rpo_sum,rpo_avg loss.beta=0.1 loss.eta=0.25 run_dir=$(REAL)/rpo
 	@$(BIN)/python eval.py task=report runs=[$(REAL)/dpo,$(REAL)/rpo] run_dir=$(REAL)/report

@@ -119,7 +119,7 @@ def run_job(job: Callable[[], str]) -> None:
         code, reason = process.outcome(job)
     if code >= 128:
         if dist.is_main():
-            write_table(Path(HydraConfig.get().sweep.dir))
+            _closed(Path(HydraConfig.get().sweep.dir))
         dist.leave(code)
     if code:
         _KEPT.clear()  # a cell that breaks off leaves gradients where no one looks for them
@@ -185,8 +185,7 @@ class Sweep(Callback):
             (Path(HydraConfig.get().sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
 
     def on_multirun_end(self, config: Any, **_: object) -> None:
-        num_failed = write_table(Path(config.hydra.sweep.dir)) if dist.is_main() else 0
-        dist.leave(int(dist.broadcast(num_failed) > 0))
+        dist.leave(dist.broadcast(_closed(Path(config.hydra.sweep.dir)) if dist.is_main() else 0))
 
 
 def _folder(config: Any, rows: list[dict]) -> Path:
@@ -219,6 +218,15 @@ def _checked_cells(config: Any) -> list[dict[str, str]]:
     for cell in cells:
         train_config(loader.load_sweep_config(config, list(cell)))
     return [dict(override.split("=", 1) for override in cell) for cell in cells]
+
+
+def _closed(folder: Path) -> int:
+    """The sweep's exit code, its table written: 1 where a cell failed, or the table. Never an error, which Hydra drops."""
+    try:
+        return int(write_table(folder) > 0)
+    except Exception as error:
+        print(f"error: {folder}: the sweep's table could not be written: {error}; the cells are kept", file=sys.stderr)
+        return 1
 
 
 def write_table(folder: Path) -> int:

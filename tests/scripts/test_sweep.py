@@ -108,6 +108,12 @@ def test_what_a_failed_cell_leaves_is_not_kept(monkeypatch):
     sweep_module._KEPT.clear()
 
 
+def test_a_table_that_can_not_be_written_fails_the_sweep(tmp_path, capsys):
+    """Hydra turns what a callback raises into a warning and exit code 0: here it is a line, and 1."""
+    assert sweep_module._closed(tmp_path) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: the sweep's table could not be written: ")
+
+
 def facts(event):
     """An event without what the clock says."""
     return {name: value for name, value in event.items() if name != "time" and not name.startswith("perf/")}
