@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 DEMO := outputs/demo_$(shell date +%Y-%m-%d_%H-%M-%S)
 export PYTHONUNBUFFERED = 1
 
-.PHONY: help demo theory overopt real test test-slow test-gpu check fix bench
+.PHONY: help demo theory overopt real test test-slow test-gpu test-versions check fix bench
 help: ## what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,17 @@ test-slow: $(VENV)/.ready ## the tests that start many processes or take long
 
 test-gpu: $(VENV)/.ready ## the tests that need a CUDA device; all others run on CPUs
 	$(BIN)/python -m pytest -m gpu
+
+# Both ends of what is supported, as TORCH/TRANSFORMERS, each in an environment of its own: 6 GB, for these torches bring CUDA along.
+VERSIONS ?= 2.11.0/5.17.0 2.14.1/5.24.0
+CORE = tests/test_losses.py tests/test_stats.py tests/model tests/data/test_batch.py tests/training tests/runs/test_checkpoint.py \
+	tests/distributed/test_fsdp.py tests/scripts/test_train.py
+test-versions: ## the core's tests with the oldest and the newest torch and transformers (docs/VERSIONS.md)
+	@for both in $(VERSIONS); do \
+	venv=$(VENV)-$${both/\//-}; echo "torch/transformers $$both in $$venv"; \
+	test -e $$venv/.ready || { $(PYTHON) -m venv $$venv && \
+	$$venv/bin/python -m pip install -q torch==$${both%/*} transformers==$${both#*/} -e '.[dev]' && touch $$venv/.ready; } || exit; \
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $$venv/bin/python -m pytest -m 'not slow' -n 2 --dist loadfile $(CORE) || exit; done
 
 check: $(VENV)/.ready ## lint and format, reporting only
 	$(BIN)/ruff check .

@@ -59,7 +59,9 @@ def float64_throughout():
 
     with pytest.MonkeyPatch.context() as patch:  # not a TorchFunctionMode: backward recomputes layers outside of one
         patch.setattr(torch.Tensor, "to", widened(torch.Tensor.to))
-        patch.setattr(torch.Tensor, "float", lambda x: x.to(torch.float32))
+        # Positions too: transformers 5.17 multiplies them with the angles as matrices, which have to agree.
+        wide = (torch.float64, torch.int64)
+        patch.setattr(torch.Tensor, "float", lambda x: x.double() if x.dtype in wide else x.to(torch.float32))
         patch.setattr(F, "softmax", widened(F.softmax))
         yield
 
