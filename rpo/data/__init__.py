@@ -1,7 +1,10 @@
 """Files to rows to tokens to batches, and which pairs belong to step k.
 
 In reading order:
+    directories  which files of a directory are data
     sources      files and data sets to raw rows with their line numbers
+    row_errors   what is wrong with a row
+    messages     one message in any notation, and messages that a text holds as JSON
     formats      a raw row, whichever form it has, to an Example
     chat         what a chat template renders, and what it leaves out
     tokenizer    texts to ids: BOS, end of turn, the border between prompt and response

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from functools import lru_cache
@@ -205,16 +206,16 @@ def lost_call(tokenizer: PreTrainedTokenizerBase, chat: Chat, example: Example, 
     return None
 
 
+_SWITCHES = re.compile(r"/(no_)?think\b")  # Qwen 3, SmolLM 3, Nemotron: obeyed by templates, which take them out
+
+
 def unheard(prompt: Messages, text: str) -> str | None:
     """The role of a message, of the user's and the system's, of which nothing is in the rendered `text`."""
     for message in prompt:
         content = message.get("content")
-        if (
-            message["role"] != "assistant"
-            and isinstance(content, str)
-            and content.strip()
-            and not _is_in(content, text)
-        ):
+        if message["role"] == "assistant" or not isinstance(content, str) or not content.strip():
+            continue
+        if not _is_in(content, text) and not _is_in(_SWITCHES.sub("", content), text):
             return message["role"]
     return None
 

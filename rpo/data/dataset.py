@@ -46,7 +46,7 @@ from rpo.files import digest, read_arrays, sha256, write_arrays
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 5  # raise it when the tokens of the same rows change: it is part of the cache's key
+CODE_VERSION = 6  # raise it when the tokens of the same rows change: it is part of the cache's key
 BATCH = 1024  # rows tokenised in one call
 
 
@@ -109,8 +109,7 @@ ARRAYS = ("ids", "prompt", "chosen", "rejected", "file", "line")
 
 def _truncate(row: Encoded, tok: Facts, max_length: int, policy: str) -> Encoded | None:
     """The row cut to P + max(C, R) <= max_length by `data.truncation`, or None if it must be dropped."""
-    prompt, *responses = row
-    longest = max(map(len, responses))
+    (prompt, *responses), longest = row, max(map(len, row[1:]))
     if len(prompt) + longest <= max_length:
         return row
     if policy == "prompt_left":
@@ -149,7 +148,7 @@ def _settle(
         raise RowError("identical_after_truncation", lengths)
     lost = (cut.chosen != row.chosen) + (cut.rejected != row.rejected)
     changes = {"truncated_prompt": cut.prompt != row.prompt, "truncated_response": lost > 0, "lost_end_of_turn": lost}
-    if isinstance(example.prompt, list):  # as templates do with the reasoning of earlier turns
+    if isinstance(example.prompt, list):  # as with the reasoning of earlier turns
         changes["left_out_of_prompt"] = left_out(example.prompt, texts[0]) is not None
     return [cut], {kind: int(count) for kind, count in changes.items() if count}
 
@@ -220,8 +219,8 @@ def _next_part(
                 if example.prompt is None:
                     part.documents, part.blocks = part.documents + 1, part.blocks + len(encoded)
                 part.add(encoded, (file, line))
-                if repeats.echoes(example):
-                    part.noticed.add("response_repeats_prompt", (file, line), "begins with the prompt")
+                for kind, why in repeats.odd(example):
+                    part.noticed.add(kind, (file, line), why)
             if time.monotonic() > end:
                 return part, True
     return part, False
@@ -397,8 +396,8 @@ class Splits:
         """Digests of tokenizer and rows, by key, for a checkpoint to compare."""
         facts = {"model.tokenizer": digest(json.dumps(identity(self.tokenizer)).encode())}
         for name, rows in self.by_name.items():
-            content = digest(rows.ids, rows.prompt, rows.chosen, rows.rejected)
-            facts[f"data.{name}"] = f"{len(rows)} rows of {len(rows.ids)} tokens, {content}"
+            arrays = rows.ids, rows.prompt, rows.chosen, rows.rejected
+            facts[f"data.{name}"] = f"{len(rows)} rows of {len(rows.ids)} tokens, {digest(*arrays)}"
         return facts
 
     @property
@@ -407,12 +406,13 @@ class Splits:
         parts, unread = [], set()
         for name, report in self.reports.items():
             if report:
-                dropped = ", ".join(f"{entry['count']} {kind}" for kind, entry in report["dropped"].items())
+                kinds = report["dropped"], report["changed"] | report["noticed"]
+                dropped, told = (", ".join(f"{e['count']} {k}" for k, e in each.items()) for each in kinds)
                 note = f" ({report['read']} read, dropped: {dropped})" if dropped else ""
-                parts.append(f"{name} {report['rows']} rows{note}")
+                parts.append(f"{name} {report['rows']} rows{note}" + f" ({told})" * bool(told))
                 unread |= set(report["unread_columns"])
-        more = ", ..." if len(unread) > 9 else ""
-        return ", ".join(parts) + (f"; columns not read: {', '.join(sorted(unread)[:9])}{more}" if unread else "")
+        names = ", ".join(sorted(unread)[:9]) + ", ..." * (len(unread) > 9)
+        return ", ".join(parts) + f"; columns not read: {names}" * bool(unread)
 
     def with_reference(self, logps: dict[str, np.ndarray]) -> Splits:
         """These splits with the reference's log-probs of each (float64, rows x 2)."""

@@ -11,20 +11,10 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-from rpo.errors import UserError
+from rpo.data.messages import is_media, messages_in, read_message, without_nulls
+from rpo.data.row_errors import RowError, bad_row, type_name
 
 Messages = list[dict[str, Any]]
-
-
-class RowError(UserError):
-    """A row that cannot be kept: `kind` is what the report counts it under, the text says what is wrong."""
-
-    def __init__(self, kind: str, text: str):
-        super().__init__(kind, text)
-        self.kind, self.text = kind, text
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Example(NamedTuple):
@@ -46,22 +36,12 @@ class Example(NamedTuple):
 # ---- forms
 
 
-def type_name(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true/false", int: "a number", float: "a number"}
-    return names.get(type(value), "nothing" if value is None else type(value).__name__)
-
-
-def bad_row(where: str, expected: str, got: str = "", kind: str = "wrong_type") -> RowError:
-    """The error of a row in which `where` (such as "field prompt: "; "" is the whole row) is not what was expected."""
-    return RowError(kind, f"{where}expected {expected}{got and f', got {got}'}; fix the row")
-
-
 class _Fields(dict[str, Any]):
     """A row's fields that are not null, and the names of those that were `read`."""
 
     def __init__(self, row: dict):
         try:
-            super().__init__(_without_nulls(row))
+            super().__init__(without_nulls(row))
         except RecursionError:
             raise bad_row("", "fields", "one that is nested too deeply") from None
         self.read: set[str] = set()
@@ -69,41 +49,11 @@ class _Fields(dict[str, Any]):
     def __getitem__(self, field: str) -> Any:
         self.read.add(field)
         if isinstance(value := super().__getitem__(field), str):
-            self[field] = value = _messages_in(value, field)
+            self[field] = value = messages_in(value, field)
         return value
 
     def get(self, field: str, default: Any = None) -> Any:
         return self[field] if field in self else default
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
-
-
-_MAY_BE_MESSAGES = re.compile(r"\s*(\[\s*)?\{")
-_BEGIN_AS_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
-
-
-def _messages_in(text: str, field: str) -> Any:
-    """The messages that the text is as JSON, a list or one alone; else the text. As text their JSON would be learned."""
-    if not _MAY_BE_MESSAGES.match(text):
-        return text
-    try:
-        value = _without_nulls(json.loads(text))
-    except (ValueError, RecursionError):
-        if not _BEGIN_AS_MESSAGES.match(text):
-            return text
-        raise bad_row(f"field {field}: ", "messages as JSON", "another notation, or a part of it") from None
-    if isinstance(value, dict):
-        return value if _looks_like_message(value) and str(value.get("role", value.get("from"))) in _SHAREGPT else text
-    return value if all(map(_looks_like_message, value)) else text
-
-
-def _looks_like_message(value: Any) -> bool:
-    pairs = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
-    return isinstance(value, dict) and any(pair <= value.keys() for pair in pairs)
 
 
 def _string(row: dict, field: str) -> str:
@@ -118,7 +68,7 @@ def _json(row: dict, field: str, kind: type) -> Any:
     value = row.get(field)
     if isinstance(value, str) and value.strip():
         try:
-            value = _without_nulls(json.loads(value))
+            value = without_nulls(json.loads(value))
         except (ValueError, RecursionError) as error:
             raise bad_row(f"field {field}: ", type_name(kind()), f"text that is no JSON ({error})") from None
     if value and not isinstance(value, kind):
@@ -131,64 +81,7 @@ def _messages(row: dict, field: str) -> Messages:
     expected = "a non-empty list of {role, content} messages with text content"
     if not isinstance(value, list) or not value:
         raise bad_row(name, expected, "an empty list" if value == [] else type_name(value))
-    return [_message(message, name, f"message {number}", expected) for number, message in enumerate(value, start=1)]
-
-
-_SHAREGPT = {"human": "user", "gpt": "assistant", "observation": "tool"}
-_SHAREGPT |= {"chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
-_SHAREGPT |= {role: role for role in ("system", "user", "assistant", "tool")}
-
-
-def _message(message: Any, name: str, which: str, expected: str) -> dict[str, Any]:
-    """A message with a role and, as text, its content: parts of text joined, ShareGPT's names replaced."""
-    if (
-        isinstance(message, dict)
-        and isinstance(message.get("from"), str)
-        and "value" in message
-        and "role" not in message
-    ):
-        own = {key: part for key, part in message.items() if key not in ("from", "value")}
-        role = _SHAREGPT.get(message["from"].lower())
-        if role is None:
-            raise bad_row(
-                name, "from human, gpt, system or observation", f"{message['from'][:40]!r} in {which}", "wrong_roles"
-            )
-        message = own | {"role": role, "content": message["value"]}
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise bad_row(name, expected, f"{which} without a role")
-    content, calls = message.get("content"), message.get("tool_calls")
-    if seen := next((field for field in message if _is_media(field) and message[field]), None):
-        raise bad_row(name, "messages of text alone", f"{seen} in {which}", kind="not_text")
-    if isinstance(content, list):
-        texts = (None, "text", "input_text", "output_text")
-        if other := [
-            part
-            for part in content
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str) or part.get("type") not in texts
-        ]:
-            what = other[0].get("type") if isinstance(other[0], dict) else type_name(other[0])
-            raise bad_row(name, expected, f"{which} with a part that is no text ({what})", kind="not_text")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str) and not (content is None and calls):
-        raise bad_row(name, expected, f"{type_name(content)} in {which}")
-    if calls and not isinstance(calls, list):
-        raise bad_row(name, "tool_calls as a list", f"{type_name(calls)} in {which}")
-    called = {"tool_calls": list(map(_with_arguments, calls))} if calls else {}
-    lower = message["role"].lower()  # human, gpt and User are nobody's own roles
-    return message | {"role": _SHAREGPT.get(lower, message["role"]), "content": content} | called
-
-
-def _with_arguments(call: Any) -> Any:
-    """A call with its arguments as an object, which templates print, where they are the JSON of one, as OpenAI's API has them."""
-    if not isinstance(call, dict):
-        return call
-    if isinstance(call.get("function"), dict):
-        return call | {"function": _with_arguments(call["function"])}
-    if isinstance(text := call.get("arguments"), str):
-        with suppress(ValueError, RecursionError):
-            if isinstance(value := json.loads(text), dict):
-                return call | {"arguments": value}
-    return call
+    return [read_message(message, name, f"message {number}", expected) for number, message in enumerate(value, start=1)]
 
 
 def _response(row: dict, field: str) -> Messages:
@@ -271,7 +164,7 @@ def _asked(row: dict) -> Messages:
     if len({_string(row, field).strip() for field in asked}) > 1:
         raise bad_row("fields instruction, question: ", "one of them", "two texts", kind="ambiguous")
     fields = dict.fromkeys([*(asked or [field for field in _ASKED if field in row])[:1], "input"])
-    parts = [_string(row, field) for field in fields if field in row]
+    parts = dict.fromkeys(_string(row, field) for field in fields if field in row)  # one that says the same is said
     return [*_history(row), {"role": "user", "content": "\n\n".join(part for part in parts if part)}]
 
 
@@ -298,6 +191,9 @@ def _supervised(row: dict) -> Example:
     for field in ("messages", "conversations"):
         if field in row:
             return _split_last(_messages(row, field), field)
+    if "completion" in row:  # TRL's name of a response
+        dict.__setitem__(row, "chosen", row["completion"])
+        return _of_form(row, pairs=False, alike=lambda *_: False)
     if "instruction" in row or "output" in row:
         if "instruction" not in row:
             _string(row, "instruction")
@@ -309,16 +205,13 @@ def _supervised(row: dict) -> Example:
     )
 
 
-_is_media = re.compile(r"(image|video|audio)s?(_(path|url|file|bytes|base64)s?)?").fullmatch
-
-
 def _fields(row: Any) -> _Fields:
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, dict):
         raise bad_row("", "a JSON object with named fields", type_name(row))
     fields = _Fields(row)
-    if seen := next((field for field in filter(_is_media, fields) if _has(fields, field)), None):
+    if seen := next((field for field in filter(is_media, fields) if _has(fields, field)), None):
         raise bad_row(f"field {seen}: ", "a row of text alone", kind="not_text")
     if seen := next((field for field in ("functions", "function_list") if _has(fields, field)), None):
         raise bad_row(f"field {seen}: ", "the definitions of tools in a column called tools", kind="ambiguous")
@@ -383,13 +276,15 @@ def _of_form(row: _Fields, pairs: bool, alike: Callable[[Messages, Messages], bo
         return Example(asked, _response(row, "chosen"), _response(row, "rejected") if pairs else None)
     if any(isinstance(row[field], list) for field in fields):  # UltraFeedback repeats its prompt as a string
         chosen = _messages(row, "chosen")
-        if isinstance(prompt, str) and chosen[0]["role"] == "assistant":
-            asked = [{"role": "user", "content": prompt}]
+        by_itself = isinstance(prompt, str) or (prompt is None and any(field in row for field in _ASKED))
+        if by_itself and chosen[0]["role"] == "assistant":
+            asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _asked(row)
             return Example(asked, _check_response(chosen, "chosen"), _response(row, "rejected") if pairs else None)
         if isinstance(prompt, str) and prompt.strip() not in [(m["content"] or "").strip() for m in chosen]:
             row.read.discard("prompt")  # it says something else, and is not used
         return _split_shared(chosen, _messages(row, "rejected"), alike) if pairs else _split_last(chosen, "chosen")
-    if prompt is None and isinstance(row["chosen"], str) and row["chosen"].lstrip().startswith("Human:"):
+    blank = prompt is None or (isinstance(prompt, str) and not prompt.strip())
+    if blank and isinstance(row["chosen"], str) and row["chosen"].lstrip().startswith("Human:"):
         return _transcripts(row, pairs)
     if prompt is None and any(field in row for field in _ASKED):
         return Example(_asked(row), _response(row, "chosen"), _response(row, "rejected") if pairs else None)
@@ -412,6 +307,8 @@ def parse_prompt(row: Any) -> Example:
 
 def _of_prompt(row: _Fields) -> Example:
     if "chosen" in row:
+        with suppress(RowError):  # what a pair's sides share, which is less than all before the chosen one's last turn
+            return _of_form(row, pairs=True, alike=said_alike)
         return _of_form(row, pairs=False, alike=lambda *_: False)
     if isinstance(row.get("prompt"), list):
         return Example(_check_prompt(_messages(row, "prompt"), "prompt"), "", None)
@@ -423,6 +320,15 @@ def _of_prompt(row: _Fields) -> Example:
             asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
             return Example(_check_prompt(asked, field), "", None)
     return Example(_asked(row), "", None) if any(field in row for field in _ASKED) else _supervised(row)
+
+
+def _said(messages: Messages) -> list[tuple]:
+    return [(message["role"], message.get("content"), message.get("tool_calls")) for message in messages]
+
+
+def said_alike(one: Messages, other: Messages, **_: Any) -> bool:
+    """Whether two beginnings of a conversation differ in nothing but ids and the like: `parse`'s `alike` without a template."""
+    return _said(one) == _said(other)
 
 
 def is_empty(response: str | Messages) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,10 @@ def notice(rows: Rows, noticed: Tally) -> None:
 
 
 def notice_train(held_out: Rows, train: Rows) -> Tally:
-    """Of held-out rows: `pair_in_train`, both responses in any order, and `prompt_in_train`."""
+    """Of held-out rows: `pair_in_train`, both responses in any order, and `prompt_in_train`.
+
+    A text's block has no prompt but its first token, which is no sign of anything.
+    """
     noticed, prompts, pairs = Tally(), {}, {}
     for i, (prompt, *sides) in enumerate(_keys(train)):
         prompts.setdefault(prompt, i)
@@ -53,7 +57,7 @@ def notice_train(held_out: Rows, train: Rows) -> Tally:
             ("pair_in_train", pairs, (prompt, *sorted(sides))),
             ("prompt_in_train", prompts, prompt),
         ):
-            if key in places:
+            if key in places and not (kind == "prompt_in_train" and held_out.prompt[i] == 1):
                 noticed.add(kind, _place(held_out, i), f"as {train.where(places[key])}")
     return noticed
 
@@ -62,7 +66,16 @@ def _as_in(rows: Rows, i: int) -> str:
     return f"as line {rows.line[i]}" + f" of file {rows.file[i] + 1}" * bool(rows.file.any())
 
 
-def echoes(example: Example) -> bool:
+def odd(example: Example) -> Iterator[tuple[str, str]]:
+    """(kind, why) of what is odd in one row: `response_repeats_prompt`, and answers of supervised data before the last."""
+    if _echoes(example):
+        yield "response_repeats_prompt", "begins with the prompt"
+    turns = example.prompt if example.rejected is None and isinstance(example.prompt, list) else []
+    if any(message["role"] == "assistant" for message in turns):
+        yield "earlier_answers_not_scored", "the last one is; give each a row of its own"
+
+
+def _echoes(example: Example) -> bool:
     """Whether a response begins with its whole prompt, of a chat with its last message: a base model's output, or a slip."""
     prompt = example.prompt[-1].get("content") if isinstance(example.prompt, list) else example.prompt
     if not isinstance(prompt, str) or len(prompt.strip()) < ECHO:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from rpo.data.formats import RowError, type_name
+from rpo.data.directories import below, is_beside, is_hidden, once, splits_of
+from rpo.data.row_errors import RowError, type_name
 from rpo.errors import UserError, fixable
 from rpo.text import one_line
 
@@ -33,11 +34,6 @@ MAX_LINE = 2**26  # bytes of a row in a .jsonl; the rest of a longer one is skip
 MAX_JSON = 2**32  # bytes of a .json, which is read whole
 Row = TypeVar("Row")
 _ENDINGS = ".jsonl, .ndjson, .json, .csv (any of them with .gz) or .parquet"
-_SPLITS = {"train": "train", "training": "train", "heldout": "held-out"}  # words in files' names
-_SPLITS |= dict.fromkeys(("test", "tests", "testing", "devtest", "eval", "evals", "evaluation", "unseen"), "test")
-_SPLITS |= dict.fromkeys(("validation", "validate", "valid", "val", "dev"), "validation")
-# Beside a dataset's files.
-_METADATA = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 
 
 @dataclass(frozen=True)
@@ -133,42 +129,23 @@ def _open_directory(spec: str, path: Path) -> list[Source]:
             raise UserError(f"{spec}: holds several splits; write {spec}:train")
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             return [_open_saved(spec, path)]
-        files = _below(path)
+        files = below(path)
     return _open_files(spec, path, files)
-
-
-def _below(folder: Path) -> list[Path]:
-    """The files in it and below, hidden ones aside; links are followed, and no directory is entered twice."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    files, seen = [], {os.path.realpath(folder)}
-    for at, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        real = {name: os.path.realpath(os.path.join(at, name)) for name in sorted(folders) if name[0] not in "._"}
-        folders[:] = [name for name, path in real.items() if path not in seen]
-        seen.update(real.values())
-        files += [Path(at, name) for name in names if name[0] != "." and name != "_SUCCESS"]
-    return sorted(files)
 
 
 def _open_matches(spec: str, pattern: Path, matches: list[Path]) -> list[Source]:
     """The files that match a pattern, none twice where a link leads back; a directory that matches it is refused."""
     start = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
-    folders = [match for match in matches if match.is_dir() and match.name[:1] not in "._"]
+    folders = [match for match in matches if match.is_dir() and not is_hidden(match.name)]
     if folders and "**" not in pattern.parts:
         fix = "give it, or a pattern of files such as *.jsonl"
         raise UserError(f"{spec}: matches the directory {min(folders)}, which a pattern does not enter; {fix}")
-    by_place = {}
-    for match in sorted(matches, key=lambda match: len(match.parts), reverse=True):
-        if not match.is_dir():
-            by_place[os.path.realpath(match.parent), match.name] = match
-    return _open_files(spec, Path(*pattern.parts[:start]), sorted(by_place.values()))
+    return _open_files(spec, Path(*pattern.parts[:start]), once(match for match in matches if not match.is_dir()))
 
 
 def _open_files(spec: str, root: Path, files: list[Path]) -> list[Source]:
     """All of them but README.md and the like, by name. Raises UserError for another kind of file, and for several splits."""
-    files = [file for file in files if not _is_beside(file)]
+    files = [file for file in files if not is_beside(file)]
     if not files:
         raise UserError(f"{spec}: no data file in this directory; give a {_ENDINGS} file, or a dataset as {spec}:train")
     for file in files:
@@ -176,29 +153,19 @@ def _open_files(spec: str, root: Path, files: list[Path]) -> list[Source]:
             raise UserError(
                 f"{file}: not a {_ENDINGS} file; remove it, or give files by a pattern such as {root}/*.jsonl"
             )
-    first = {split: file for file in reversed(files) for split in _splits_of(file.relative_to(root)) or {"no split"}}
+    first = {split: file for file in reversed(files) for split in splits_of(file.relative_to(root)) or {"no split"}}
     if len(first) > 1 and first.keys() != {"train", "no split"}:
         named = ", ".join(f"{split}: {first[split].relative_to(root)}" for split in sorted(first))
         is_directory = root == Path(spec).expanduser()
-        fix = f"write {spec}:train" if is_directory and "train" in first else "give the files of one"
+        by_name = is_directory and "train" in first and "no split" not in first
+        fix = f"write {spec}:train" if by_name else "give the files of one"
         raise UserError(f"{spec}: holds files of several splits ({named}); {fix}")
+    stems: dict[Path, Path] = {}
+    for file in files:
+        plain = file.with_suffix("") if file.suffix.lower() == ".gz" else file
+        if (other := stems.setdefault(plain.with_suffix(""), file)) != file:
+            raise UserError(f"{file}: by its name the rows of {other.name} in another form; give the files to be read")
     return [_open_file(str(file), file) for file in files]
-
-
-def _is_beside(file: Path) -> bool:
-    """Whether a file is one that datasets come with: README.md, LICENSE, state.json; not part-00000."""
-    return (
-        file.suffix.lower() == ".md"
-        or file.name in _METADATA
-        or (not file.suffix and (file.name.isupper() or not file.is_file()))
-    )
-
-
-def _splits_of(part: Path) -> set[str]:
-    """The splits that a file's name, or those of the directories that it is in, speak of."""
-    text = re.sub("([a-z])([A-Z])", r"\1 \2", str(part))  # MyTestData
-    text = re.sub("h[eo]ld[^a-z]?out", "heldout", text.lower())
-    return {_SPLITS[word] for each in re.split("[^a-z]+", text) if (word := each.removesuffix("set")) in _SPLITS}
 
 
 def _open_saved(spec: str, path: Path) -> Source:
@@ -223,12 +190,20 @@ def _open_dataset(spec: str, name: str, split: str, revision: str | None) -> Sou
             raise UserError(f"{spec}: no such split; it has {names}")
         return _open_saved(spec, folder / split)
     if folder.is_dir():  # where no name says train, the library takes all for it that it does not know as another
-        splits = {file: _splits_of(file.relative_to(folder)) for file in _below(folder) if _reader(file)}
+        splits = {file: splits_of(file.relative_to(folder)) for file in below(folder) if _reader(file)}
         held_out = [file for file, names in splits.items() if "held-out" in names]
         if split == "train" and held_out and not any("train" in names for names in splits.values()):
             raise UserError(f"{spec}: would have the rows of {held_out[0]} too; give the files to be trained on")
     try:
+        if folder.is_dir() and not any("data_files" in card.read_text() for card in folder.glob("README.md")):
+            taken = datasets.load_dataset_builder(name).config.data_files or {}
+            there = {os.path.realpath(file) for part in taken.values() for file in part}
+            ours = (file for file, names in splits.items() if not names or split in names)
+            if left := [file for file in ours if os.path.realpath(file) not in there]:
+                raise UserError(f"{spec}: the datasets library would leave out {left[0]}; give the files to be read")
         dataset = datasets.load_dataset(name, split=split, revision=revision)
+    except UserError:
+        raise
     except Exception as error:  # the library raises many unrelated types for a name, split or network it cannot use
         fix = "check name, split and data.revision"
         raise UserError(f"{spec}: cannot be loaded as a dataset split ({one_line(error)}); {fix}") from None

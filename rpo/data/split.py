@@ -52,13 +52,17 @@ def _prompt(row: object, place: str) -> str:
     """What rows of one question have in common."""
     try:
         pairs = isinstance(row, dict) and "chosen" in row and "rejected" in row
-        example = formats.parse(row, pairs)
+        example = formats.parse(row, pairs, formats.said_alike)
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     if example.prompt is None:  # a text
         return str(example.chosen)
-    said = example.prompt if isinstance(example.prompt, str) else [[m["role"], m["content"]] for m in example.prompt]
-    return json.dumps(said)
+    turns = (
+        [("", example.prompt)]
+        if isinstance(example.prompt, str)
+        else [(m["role"], m["content"]) for m in example.prompt]
+    )
+    return json.dumps([[role, *(content or "").split()] for role, content in turns])  # templates trim
 
 
 def main(arguments: list[str]) -> None:

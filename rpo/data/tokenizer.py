@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Iterable
@@ -46,6 +47,8 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {path}: has no EOS token to end a response; set eos_token in tokenizer_config.json")
     tokenizer = _as_its_file_says(tokenizer, str(path), revision)
+    if tokenizer.is_fast and getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        tokenizer.backend_tokenizer.model.dropout = None  # BPE dropout: other ids each time
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
     if outside := [name for name in named if name != Path(name).name]:  # saved, each becomes a file of its name
         raise UserError(f"tokenizer {path}: has a chat template called {outside[0]!r}: expected a name without slashes")
@@ -139,7 +142,7 @@ def _template_text(chat_template: str) -> str:
     path = Path(chat_template).expanduser()
     if not path.is_file():
         raise UserError(f"data.chat_template={chat_template}: no such file; give jinja text or a file that holds it")
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8-sig")
 
 
 class Facts(NamedTuple):
@@ -237,8 +240,8 @@ def unknown_share(tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]]) 
 def close(ids: list[int], tok: Facts, closing: str | None) -> list[int]:
     """The response up to its end-of-turn, which is there once: the first token in the template's `closing` that ends turns.
 
-    These are EOS and what follows a user's text, else any added token; those that follow it directly belong to it, no other:
-    Phi-3 closes with <|end|> newline <|endoftext|>. EOS is appended where the closing has none. Where `ids` do not end with
+    These are EOS and what follows a user's text, with more where both have it: of Phi-3's <|end|> newline <|endoftext|> the
+    first. Else any added token, and those that follow it directly. EOS is appended where the closing has none. Where `ids` do not end with
     it, the first special token of their trailing run of special and blank ones counts.
     """
     tail = () if closing is None else _tail(tok.tokenizer, closing)
@@ -246,9 +249,12 @@ def close(ids: list[int], tok: Facts, closing: str | None) -> list[int]:
     if closing is not None and added is None:
         return with_eos(ids, tok)
     if added is not None and ids[added - len(tail) :] == tail[added:]:
-        enders = _enders(tok.tokenizer) & {*tail} or tok.added
+        turn = _after_a_user(tok.tokenizer)
+        enders = {tok.eos, *turn[:1]} & {*tail} or tok.added
         first = next(i for i, id in enumerate(tail) if id in enders)
-        run = next((i for i, id in enumerate(tail[first:]) if id not in enders), len(tail) - first)
+        run = next((i for i, id in enumerate(tail[first:]) if id not in tok.added), len(tail) - first)
+        if enders is not tok.added:
+            run = max(1, min(run, len(os.path.commonprefix([turn, list(tail[first:])]))))
         end = len(ids) - len(tail) + first + run
     else:
         end = _first_of_run(ids, tok)
@@ -264,11 +270,11 @@ def close(ids: list[int], tok: Facts, closing: str | None) -> list[int]:
 
 
 @lru_cache(maxsize=8)
-def _enders(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """EOS, and the first added token that the template puts after a user's text."""
+def _after_a_user(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the template puts after a user's text, from the first added token on."""
     tok, asked = facts_of(tokenizer), Example([], [{"role": "user", "content": ""}], None)
     after = _tail(tokenizer, closing(tokenizer, Chat("2024-01-01", {}), asked) or "")
-    return frozenset([tok.eos, *[id for id in after if id in tok.added][:1]])
+    return after[next((i for i, id in enumerate(after) if id in tok.added), len(after)) :]
 
 
 @lru_cache(maxsize=8)
@@ -303,7 +309,8 @@ class Encoded(NamedTuple):
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, example: Example, chat: Chat) -> list[str]:
-    """The texts to tokenise: the prompt, and prompt with response for each side (chat), or the parts apart (strings).
+    """The texts to tokenise: the prompt, and prompt with response for each side (chat), or the parts apart (strings; a
+    SentencePiece tokenizer, which would put a space before each part, is given them together too).
 
     Raises RowError where the template refuses the messages, or leaves out a part of a response.
     """
@@ -331,10 +338,19 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, example: Example, chat: Chat) -
                 raise RowError("not_rendered", f"field {field}: {why}; give a data.chat_template that prints it")
             texts.append(text)
     else:
-        texts = [*([] if example.prompt is None else [example.prompt]), *responses.values()]
+        prompt = [] if example.prompt is None else [example.prompt]
+        before = example.prompt if example.prompt and _spaces_its_texts(tokenizer) else ""
+        texts = [*prompt, *(before + response for response in responses.values())]
     for text in texts:
         check_unicode(text)
     return texts
+
+
+@lru_cache(maxsize=8)
+def _spaces_its_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a text begins with a space of the tokenizer's own, as SentencePiece's do: it would stand in mid-sentence."""
+    alone, behind = tokenize(tokenizer, ["a", "\na"])
+    return behind[-len(alone) :] != alone
 
 
 def encode(
@@ -348,7 +364,14 @@ def encode(
     if not prompt:
         raise RowError("no_prompt", "field prompt: expected at least one token before the response; add text")
     if isinstance(example.prompt, str):
-        return Encoded(prompt, *[with_eos(side, tok) for side in ids[1:]], *[[]] * (3 - len(ids)))
+        sides = ids[1:]
+        if example.prompt and _spaces_its_texts(tok.tokenizer):
+            sides = []
+            for text, side in zip(texts[1:], ids[1:], strict=True):
+                spans = side[: len(ids[0])] != ids[0]  # a token spans the border
+                own = tokenize(tok.tokenizer, [text.removeprefix(example.prompt)])[0] if spans else side[len(ids[0]) :]
+                sides.append(own)
+        return Encoded(prompt, *[with_eos(side, tok) for side in sides], *[[]] * (3 - len(ids)))
     responses = []
     sides = (("chosen", example.chosen), ("rejected", example.rejected))
     for (field, messages), text, side in zip(sides, texts[1:], ids[1:], strict=False):
@@ -398,5 +421,6 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> list:
         sorted(names.items()),
         tokenizer.chat_template,
         facts_of(tokenizer).prefix,
+        bool(getattr(tokenizer, "split_special_tokens", False)),
         *([] if module.startswith("transformers.") else [module]),
     ]

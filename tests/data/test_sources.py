@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 from collections import Counter
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -331,3 +332,30 @@ def test_a_weighted_run_is_in_its_config(tmp_path):
     cfg = settings("model.path=M", "data.eval=null", "data.train=[{path: A, weight: 2},B]")
     (tmp_path / "config.yaml").write_text(config.to_yaml(cfg))
     assert config.read_yaml(tmp_path / "config.yaml")["data"]["train"] == [{"path": "A", "weight": 2}, "B"]
+
+
+def test_what_a_split_would_leave_out_is_named(tmp_path):
+    """DIR:train takes files by the datasets library's names: one that it knows no split of, or another kind, is an error."""
+    for others in (["extra.jsonl"], ["train_c.csv"], ["more/part-0.jsonl"]):
+        folder = tmp_path / others[0].replace("/", "_")
+        for name in ["train.jsonl", "train_2.jsonl", "test.jsonl", *others]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            text = '"prompt","chosen","rejected"\n"a","b","c"\n' if name.endswith("csv") else json.dumps(ROWS[0]) + "\n"
+            (folder / name).write_text(text)
+        with pytest.raises(UserError, match=f"would leave out .*{others[0]}; give the files"):
+            open_sources(f"{folder}:train", None)
+
+
+def test_no_row_is_there_twice(tmp_path):
+    """A link to a file beside it is that file; the same name in another form is refused; _extra/ is a directory like others."""
+    (tmp_path / "_extra").mkdir()
+    for name in ("prefs.jsonl", "_extra/more.jsonl"):
+        (tmp_path / name).write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "latest.jsonl").symlink_to(tmp_path / "prefs.jsonl")
+    names = [Path(source.name).name for source in open_sources(str(tmp_path), None)]
+    assert names == ["more.jsonl", "latest.jsonl"]
+    assert len(open_sources(f"{tmp_path}/*.jsonl", None)) == 1
+    (tmp_path / "prefs.jsonl.gz").write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(UserError, match="by its name the rows of prefs.jsonl|by its name the rows of latest"):
+        (tmp_path / "latest.jsonl").unlink()
+        open_sources(str(tmp_path), None)

@@ -86,6 +86,7 @@ def call(name, **arguments):
         ("<|im_end|>\n", IM, "4<|im_end|>", ["4", "<|im_end|>"]),
         ("<|im_end|>\n", IM, "4<|im_end|>\n<|im_end|>", ["4", "<|im_end|>"]),
         ("<|end|>\n<|endoftext|>", (*IM, "<|end|>"), "4", ["4", "<|end|>"]),
+        ("<|end|><|endoftext|>", (*IM, "<|end|>"), "4", ["4", "<|end|>", "<|endoftext|>"]),
         ("<|end|>\n<|endoftext|>", (*IM, "<|end|>", "</a>"), "4</a>", ["4", "</a>", "<|end|>"]),
         (" <|im_end|>", (*IM, "</a>"), "4</a>", ["4", "</a>", " ", "<|im_end|>"]),
         ("</a><|im_end|>\n", (*IM, "</a>"), "4", ["4", "</a>", "<|im_end|>"]),
@@ -416,7 +417,9 @@ def test_columns_that_are_not_read_are_on_screen(tmp_path):
     _, plain = load(tmp_path, tokenizer, row)
     assert shown(plain) == "train 1 rows"
     reports = [load(tmp_path, tokenizer, row, row | {name: 1})[1] for name in ("score", "id")]
-    assert shown(*reports) == "train 2 rows, eval 2 rows; columns not read: id, score"
+    assert (
+        shown(*reports) == "train 2 rows (1 repeated_pair), eval 2 rows (1 repeated_pair); columns not read: id, score"
+    )
     assert shown(plain | {"unread_columns": [str(i) for i in range(20)]}).endswith(" 15, 16, ...")
 
 
@@ -576,3 +579,133 @@ def test_a_string_prompt_beside_messages_is_used_or_named(tmp_path):
     }
     (first, second), report = load(tmp_path, tokenizer, asked, whole)
     assert first == second and report["unread_columns"] == ["prompt"]
+
+
+@pytest.mark.parametrize("closing", ["<|end|>{{ eos_token }}", "<|end|>\n<|endoftext|>"])
+def test_an_answer_ends_where_a_users_turn_does(closing, tmp_path):
+    """Phi-3 and Phi-4 mini print EOS behind an answer's <|end|> alone: a model says <|end|>, and no more is scored."""
+    template = CHATML.replace("<|im_end|>\n", "{{ '<|end|>' if m.role == 'user' else '" + closing + "' }}")
+    template = template.replace("{{ eos_token }}", "<|endoftext|>").replace("+ m.content + '{{ ", "+ m.content }}{{ ")
+    template = template.replace("' }}' }}", "' }}")
+    tokenizer = make(template, (*IM, "<|end|>"), eos="<|endoftext|>")
+    ((_, chosen, _),), _ = load(tmp_path, tokenizer, {"prompt": [user("2+2?")], "chosen": "4", "rejected": "5"})
+    assert chosen == "4<|end|>"
+
+
+PAIR = {"prompt": "2+2?", "chosen": "4", "rejected": "5"}
+SAID = {"role": "assistant", "content": "4"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        str(SAID),  # pandas' to_csv of a struct
+        f"array([{SAID}], dtype=object)",
+        str([{"weight": None} | SAID]),
+        json.dumps([{"type": "text", "text": "4"}]),
+        json.dumps(str([SAID])),
+    ],
+)
+def test_messages_in_another_notation_are_no_answer(text):
+    """What is no JSON of messages but was meant as them is refused: its braces would be learned."""
+    with pytest.raises(UserError, match="field chosen: expected (messages as JSON|a text or messages)"):
+        parse(PAIR | {"prompt": [user("2+2?")], "chosen": text}, True)
+
+
+@pytest.mark.parametrize("text", [json.dumps(json.dumps([SAID])), json.dumps({"messages": [SAID]}), json.dumps(SAID)])
+def test_messages_in_json_of_any_depth_are_read(text):
+    """Twice encoded, or under their usual name."""
+    assert parse(PAIR | {"prompt": [user("2+2?")], "chosen": text}, True).chosen == [SAID]
+
+
+@pytest.mark.parametrize(
+    "text", ["{'a': 1}", '{"role": "king", "content": "x"}', "{x | x > 2}", "array([1, 2])", '"4"', "[{]"]
+)
+def test_code_is_an_answer(text):
+    """Braces alone are no messages."""
+    assert parse(PAIR | {"chosen": text}, True).chosen == text
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_no_calls_are_none(key, tmp_path):
+    """Exports write empty calls, for which templates that test for none alone print an opening."""
+    template = CHATML.replace("m.content", f"(m.content if m.{key} is not defined else '[TOOL_CALLS] [')")
+    row = {"prompt": [user("hi"), said("Bob", **{key: []}), user("name?")], "chosen": [said("Bob", **{key: []})]}
+    ((prompt, chosen, _),), _ = load(tmp_path, make(template), row | {"rejected": "no"})
+    assert "Bob<|im_end|>" in prompt and chosen == "Bob<|im_end|>" and "TOOL" not in prompt
+
+
+@pytest.mark.parametrize("switch", ["/no_think", "/think"])
+def test_a_switch_that_the_template_takes_out_is_no_loss(switch, tmp_path):
+    """Qwen 3, SmolLM 3: the template obeys it, and prints the rest of the message."""
+    template = CHATML.replace("m.content", f"(m.content | replace('{switch}', ''))")
+    row = PAIR | {"prompt": [{"role": "system", "content": f"You are a pirate. {switch}"}, user("2+2?")]}
+    ((prompt, _, _),), _ = load(tmp_path, make(template), row)
+    assert "pirate" in prompt and switch not in prompt
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "2+2?", "chosen": [said("4")], "rejected": [said("5")]},
+        {"question": "2+2?", "input": "2+2?", "chosen": "4", "rejected": "5"},
+        {
+            "prompt": [{"role": "prompter", "content": "2+2?"}],
+            "chosen": [{"role": "model", "content": "4"}],
+            "rejected": "5",
+        },
+        {"prompt": [user("2+2?")], "completion": [said("4")], "rejected": "5"},
+    ],
+)
+def test_more_forms_of_one_row(row):
+    """The user's question and the answer, once each, by whatever names."""
+    found = parse(row, "completion" not in row)
+    assert found[:2] == ([user("2+2?")], [said("4")]) and not found.unread - {"rejected"}
+
+
+def test_a_blank_prompt_beside_transcripts_is_none():
+    """HH's transcripts hold the prompt themselves."""
+    sides = {name: f"\n\nHuman: hi\n\nAssistant: {text}" for name, text in (("chosen", "yo"), ("rejected", "no"))}
+    assert parse({"prompt": "", **sides}, True) == parse(sides, True)._replace(unread=frozenset())
+
+
+def test_prompts_are_what_both_sides_share():
+    """Sides that differ before their last turn: an evaluation asks what training has as the prompt."""
+    sides = {name: [user("q"), said(a), user("more"), said("x")] for name, a in (("chosen", "a"), ("rejected", "b"))}
+    assert parse_prompt(sides).prompt == parse(sides, True).prompt == [user("q")]
+
+
+def test_text_goes_on_where_the_prompt_ends(tmp_path):
+    """SentencePiece puts a space before each text: between a prompt and its response would be one that nobody wrote."""
+    own = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "\u2581abc\n")], 0))
+    own.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    own.decoder = decoders.Metaspace(prepend_scheme="first")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token="</s>", unk_token="<unk>")
+    row = {"prompt": "ab\n", "chosen": "c", "rejected": " b"}
+    rows = load_ids(tmp_path, tokenizer, row)
+    for side, text in zip(rows[1:], ("c", " b"), strict=True):
+        joint = tokenizer(row["prompt"] + text, add_special_tokens=False).input_ids
+        assert [*rows[0], *side] == [*joint, tokenizer.eos_token_id]
+
+
+def load_ids(folder, tokenizer, row):
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    rows, _ = dataset.load(str(folder / "rows.jsonl"), CFG, tokenizer, pairs=True, cache_dir=folder / "cache")
+    return [part.tolist() for part in rows.row(0)]
+
+
+def test_earlier_answers_are_counted(tmp_path):
+    """Supervised rows: the last answer is scored, and a row with others says so."""
+    rows = [{"messages": [user("a"), said("b")] * n} for n in (1, 2, 3)]
+    _, report = load(tmp_path, make(CHATML), *rows, pairs=False)
+    assert report["noticed"]["earlier_answers_not_scored"]["count"] == 2
+
+
+def test_what_splits_special_tokens_is_another_tokenizer(tmp_path):
+    """Its ids are others, so the cache's are not its own."""
+    row, found = {"prompt": [user("a")], "chosen": "b", "rejected": "c"}, []
+    for split in (False, True):
+        tokenizer = make(CHATML)
+        tokenizer.split_special_tokens = split
+        found.append(load(tmp_path, tokenizer, row)[1]["cache_key"])
+    assert found[0] != found[1]
