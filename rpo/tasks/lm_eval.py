@@ -12,10 +12,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import random
-import re
-import unicodedata
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,33 +24,16 @@ from rpo import dist
 from rpo.config import Count, Field, group
 from rpo.errors import UserError, require
 from rpo.evals.context import Context, tokenizer_of
+from rpo.evals.gsm8k import gsm8k_flexible, gsm8k_right, gsm8k_same, gsm8k_strict
 from rpo.evals.pairing import with_differences
 from rpo.evals.results import Cells, Evaluation, Item, mean_of
 from rpo.evals.settings import Eval, Limit, check_subjects, listed
 from rpo.files import short_hash
-from rpo.text import one_line, spoken
+from rpo.text import one_line
 
 BOOTSTRAP = 1000  # draws, where a metric is not the mean over questions (F1, perplexity); it is the harness that draws
 STANDARD = {"gsm8k": 5, "arc_challenge": 25, "arc_easy": 25}  # of the other tasks the harness's own number
-_LAST_NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 NORMALISED = "gsm8k/exact_match,normalised"  # our own rule's score, beside those of the harness's
-# A number as people write it: a minus that is no difference, a currency, thousands apart, decimals, a fraction behind it.
-_WRITTEN = re.compile(
-    r"(?:(?<![\w)])(-))?(?:[$\u00a3\u20ac](-)?)?(?<![0-9])"
-    r"([0-9]{1,3}(?:[,'\u2019][0-9]{2,3}){0,9}[,'\u2019][0-9]{3}|[0-9]{1,99})?((?<!\.)\.[0-9]{1,99})?"
-    r"(?: {1,2}([0-9]{1,9})(?=/))?(?:/([0-9]{1,99}))?(?![0-9])"
-)
-_SIGNS = str.maketrans(
-    {**dict.fromkeys("\u2212\u2010\u2011\u2012\u2013\ufe63\uff0d", "-"), "\uff0e": ".", "\uff0c": ",", "\uff04": "$"}
-    | {0xFF10 + digit: str(digit) for digit in range(10)}
-)
-_THIN = re.compile(r"(?<=[0-9])(?:[\u00a0\u2009\u202f]|\\[ ,;:!]|\{,\})(?=[0-9]{3}(?![0-9]))")
-_TEX = (
-    (re.compile(r"\\[dt]?frac\s?(?:\{([0-9]+)\}|([0-9]))\s?(?:\{([0-9]+)\}|([0-9]))"), r" \1\2/\3\4"),
-    (re.compile(r"\\(?:[ ,;:!]|(?:text|mathrm|mathbf|textbf|mbox)\b)|\{,\}|\\(?=[$%])"), ""),
-)
-_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
-_SUM = re.compile(r"[0-9\s.,$()%x\u00d7\u00f7+*/=-]*")
 # Files below task.data, and what in the harness's task is another name there.
 _ARC = {"doc_to_target": "gold", "doc_to_choice": "choices", "validation_split": None}
 LOCAL: dict[str, tuple[str, dict]] = {
@@ -312,83 +292,6 @@ def _scored_otherwise(items: Sequence[dict]) -> list[str]:
         theirs = {name: item["scores"].get(f"gsm8k/exact_match,{name}") for name in rules}
         differ += [item["id"]] * (ours != theirs)
     return differ
-
-
-# ---- GSM8K (arXiv 2110.14168): the harness's rules (its task gsm8k, version 3), implemented on our own
-
-
-def gsm8k_strict(text: str, anchor: str = "####") -> str | None:
-    """The number after the first `anchor` and a space; None where there is none."""
-    match = re.search(rf"{re.escape(anchor)} (-?[0-9.,]+)", text)
-    return match and match[1]
-
-
-def gsm8k_flexible(text: str) -> str | None:
-    """The last number of the text, a sum of money's $ with it; None where there is none."""
-    numbers = _LAST_NUMBER.findall(text)
-    return (numbers[-1][0] or numbers[-1][1]) if numbers else None
-
-
-def gsm8k_same(answer: str | None, target: str) -> bool:
-    """Whether both are the same number, written alike but for $, thousands' commas and a dot at the end."""
-    plain = [re.sub(r"\.$", "", re.sub("[,$]", "", number)) for number in (answer or "", target)]
-    return answer is not None and plain[0] == plain[1]
-
-
-def gsm8k_number(text: str) -> Fraction | None:
-    """The value of the answer, however it is written: behind the last #### that a number follows, else in the last \\boxed{}
-    with one, else the last number there is; of an equation its right side. Signs of money, what sets thousands apart, TeX's
-    commands, Unicode's signs and decimals that are 0 make no difference; None: no number outside the thinking.
-    """
-    text = _THIN.sub(",", spoken(text).translate(_SIGNS))
-    text = _VULGAR.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("\u2044", "/"), text)
-    for command, instead in _TEX:
-        text = command.sub(instead, text)
-    # A heading of Markdown is no answer: that begins with its number.
-    answers = [part for part in text.split("####")[1:] if re.match(r"[\s*_$\u00a3\u20ac(-]*\.?[0-9]", part)]
-    for part in reversed([*_boxed(text), *answers]):
-        part = re.sub(r"^([\s*$]*-) ", r"\1", re.sub(r"(?<=[0-9]) (?=[0-9]{3}(?![0-9/]))", "", part.strip()))
-        line = part.partition("\n")[0]
-        for side in (_right_side(line), line, part):
-            if values := _values(side):
-                return values[0]
-    values = _values(text)
-    return values[-1] if values else None
-
-
-def _right_side(line: str) -> str:
-    """Of 3 * 6 = 18 what it comes to; of 18 dollars = 1800 cents all, since no sum stands on the left."""
-    left, _, right = line.rpartition("=")
-    return right if _SUM.fullmatch(left) and re.search("[x\u00d7\u00f7+*/-]", left) else line
-
-
-def _boxed(text: str) -> list[str]:
-    """What stands in each \\boxed{}, braces within it balanced."""
-    parts = []
-    for begun in re.finditer(r"\\f?boxed\s*\{", text):
-        depth, end = 1, begun.end()
-        while end < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        parts.append(text[begun.end() : end - (depth == 0)])
-    return parts
-
-
-def _values(text: str) -> list[Fraction]:
-    """The numbers in a text, by value."""
-    values = []
-    for minus, other_minus, whole, decimals, above, below in _WRITTEN.findall(text):
-        if (whole or decimals) and int(below or 1):
-            value = Fraction(re.sub("[^0-9]", "", whole or "0") + decimals)
-            value = value + Fraction(int(above), int(below)) if above else value / int(below or 1)
-            values.append(-value if minus or other_minus else value)
-    return values
-
-
-def gsm8k_right(response: str, target: str) -> bool:
-    """Whether the response's number is the target's, by value: $18.00 is 18, 1,234.50 is 1234.5."""
-    value = gsm8k_number(response)
-    return value is not None and value == gsm8k_number(target)
 
 
 # ---- cells

@@ -3,11 +3,12 @@
 import gzip
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
 
-from rpo.tasks.lm_eval import gsm8k_flexible, gsm8k_right, gsm8k_same, gsm8k_strict
+from rpo.evals.gsm8k import gsm8k_flexible, gsm8k_number, gsm8k_right, gsm8k_same, gsm8k_strict
 
 PUBLISHED = {"6b_finetuning": 21.68, "6b_verification": 39.04, "175b_finetuning": 34.72, "175b_verification": 56.25}
 
@@ -89,6 +90,26 @@ def test_same(answer, target, right):
         ("#### 12\u2019000", "12000", True),
         ("#### 18 dollars = 1800 cents", "18", True),
         ("#### (3 + 3) x 3 = 18", "18", True),
+        ("#### 1. Cost\n3*5 = 15\n\n#### 2. Change\n20-15 = 5\n\nThe change is \\boxed{5}.", "#### 5", True),
+        ("#### **1) Cost**\n3*5 = 15, which is all.", "15", True),
+        ("#### 2 boxes of 5\nThat makes \\boxed{10}.", "10", True),
+        ("the answer is 24/7", "7", False),
+        ("So $x = \\frac{36}{2}$.", "18", True),
+        ("There are 12 slices, and each of them eats 12/4.", "3", True),
+        ("There are 12 slices, and each of them eats 12/4.", "12", False),
+        ("on page 12 24/8", "3", True),
+        ("\\boxed{24 \\times 2 = 48}", "48", True),
+        ("\\boxed{96\\div2 = 48}", "48", True),
+        ("\\boxed{\\left(20 + 4\\right) \\cdot 2 = 48}", "48", True),
+        ("\\boxed{\\frac{3}{4} \\times 24 = 18}", "18", True),
+        ("#### 24 - 6 = <<24-6=18>>18", "18", True),
+        ("#### <<24-6=18>>", "18", True),
+        ("$-\\$5$", "-5", True),
+        ("-\u00a5500", "-500", True),
+        ("\\boxed{1~080}", "1080", True),
+        ("\\boxed{\\frac{1{,}000}{2}}", "500", True),
+        ("\\boxed{\\tfrac{-3}{4}}", "-0.75", True),
+        ("It is -\\frac{3}{4}, or -\u00be", "-.75", True),
         ("9" * 5000, "9", False),
         ("18.5", "18", False),
         ("1.234", "1234", False),
@@ -100,6 +121,14 @@ def test_same(answer, target, right):
 def test_numbers_are_compared_by_value(response, target, right):
     """However a number is written, its value decides; another value, and none, are wrong."""
     assert gsm8k_right(response, target) == right
+
+
+def test_reading_takes_a_moment_however_a_reply_loops():
+    """50 kB of boxes that are not closed, fractions or numbers are read in under two seconds."""
+    for part in ("\\boxed{", "\\frac{1", "<<1=", "#### 1", "1 ", "\u00bd"):
+        began = time.process_time()
+        gsm8k_number(part * (50_000 // len(part)))
+        assert time.process_time() - began < 2, part
 
 
 @pytest.mark.skipif("RPO_TEST_DATA" not in os.environ, reason="RPO_TEST_DATA: no folder with gsm8k/ given")
