@@ -282,11 +282,11 @@ class Server:
             raise MalformedError(f"a malformed reply ({why}): {self._line(content)[:100]}") from None
         self._account.replies += 1
         self._failed_in_a_row = 0
-        reason, model = choice.get("finish_reason"), data.get("model")
+        model, limit = data.get("model"), request.max_tokens or self._judge.max_tokens
         return Reply(
             text=self._without_key(text),
             top_logprobs=_first_token(choice) if request.top_logprobs else None,
-            finish_reason=reason if isinstance(reason, str) else None,
+            finish_reason=_reason_of(choice) or ("length" if written is not None and written >= limit else None),
             input_tokens=tokens_in(request) if read is None else read,
             output_tokens=math.ceil(len(text) / CHARS) if written is None else written,
             model=model if isinstance(model, str) else None,
@@ -370,6 +370,13 @@ def _retry_after(response: Any) -> float:
         wait = float(response.headers.get("retry-after", ""))
         return wait if math.isfinite(wait) else 0.0
     return 0.0
+
+
+def _reason_of(choice: dict) -> str | None:
+    """Why the reply ended, by the server's word, which may be an object's `type`."""
+    reason = choice.get("finish_reason")
+    reason = reason.get("type") if isinstance(reason, dict) else reason
+    return reason if isinstance(reason, str) and reason.strip().lower() not in ("", "none", "null") else None
 
 
 def _first_token(choice: dict) -> dict[str, float] | None:

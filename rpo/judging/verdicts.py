@@ -20,18 +20,19 @@ CUT = "the judge's reply was cut at judge.max_tokens"
 TOP = 5  # log-probs to ask for: the most that the vendor gives to everyone
 TRIAL = 2  # requests that show whether a judge's log-probs are verdicts
 MOST_UNREAD = 0.05  # share of replies without a verdict by log-probs above which all are asked for in words
+ALL_LISTED = 0.99  # mass of the tokens that a server lists beside which another has none, where it lists fewer than TOP
 NEARLY_ALL = 0.9  # mean mass of the letters below which it is noted
 
 # Repetitions have bounds: a judge may go on with white space until judge.max_tokens.
 _MARKUP = r"[\s*_`\"']{0,9}"
-# Not [[a]], which is code: x[[a]].
+# Not [[a]], which is code: x[[a]]; but a verdict right behind a letter of a language without spaces.
 _LETTER = re.compile(
-    rf"(?<![\w)\]])\[\[{_MARKUP}(?:(?i:assistant|answer|verdict)\W{{1,3}})?([ABC]|(?i:tie|draw)){_MARKUP}\]\]"
+    rf"(?<![A-Za-z0-9)\]])\[\[{_MARKUP}(?:(?i:assistant|answer|verdict)\W{{1,3}})?([ABC]|(?i:tie|draw)){_MARKUP}\]\]"
 )
 _SCALE = r"(?:\s{0,3}(?:/|out of)\s{0,3}([0-9]{1,9}))?"
 _NUMBER = r"([0-9]{1,9}(?:\.[0-9]{0,9}|,[0-9]{1,2})?)" + _SCALE
 _LABEL = r"(?:rating|score)"
-_BRACKETS = rf"(?<![\w)\]])\[\[{_MARKUP}(?:{_LABEL}\W{{1,3}})?{_NUMBER}{_MARKUP}\]\](?!\(){_MARKUP}{_SCALE}"
+_BRACKETS = rf"(?<![A-Za-z0-9)\]])\[\[{_MARKUP}(?:{_LABEL}\W{{1,3}})?{_NUMBER}{_MARKUP}\]\](?!\(){_MARKUP}{_SCALE}"
 _BETWEEN = re.compile(r"\]\]\s{0,3}(?:-|\u2013|to|or|and)\s{0,3}\[\[")
 # Where a line or sentence begins: "Rating:", "**My final score (of 10)** =". Within quotes it is the instructions' example.
 _LABELLED = (
@@ -47,27 +48,22 @@ _RATINGS = (
     re.compile(rf"^[ \t*_`]{{0,9}}\[{_NUMBER}\]{_SCALE}{_END}", re.M),
 )
 
+_ASIDE = re.compile(r"\([^()\n]{1,80}\Z")  # (a perfect answer would be [[10]])
+_WIDE = str.maketrans("\uff3b\uff3d\uff08\uff09\uff1a\uff1b\uff01\uff1f\u3002\uff0f", "[]():;!?./")
+
 
 # ---- one reply
 
 
 def _plain(text: str) -> str:
-    """What was spoken, without the backslashes that escape brackets."""
-    return re.sub(r"\\{1,4}(?=[\[\]])", "", spoken(text))
+    """What was spoken, without the backslashes that escape brackets, its signs those of ASCII."""
+    return re.sub(r"\\{1,4}(?=[\[\]])", "", spoken(text)).translate(_WIDE)
 
 
-_ENDED = {
-    "stop",
-    "eos",
-    "eos_token",
-    "end_turn",
-    "end_of_turn",
-    "stop_sequence",
-    "complete",
-    "completed",
-    "tool_calls",
-    "",
-}
+# Words in a server's reason: FINISH_REASON_MAX_TOKENS, model_context_window_exceeded; end_turn, FinishReason.STOP, tool_calls.
+_FULL = re.compile(r"length|max|limit|exceed|window")
+_BROKEN = re.compile(r"filter|safety|error|abort|cancel|fail|timeout|suspend|pause|backend")
+_ENDED = re.compile(r"stop|end|eos|complete|call|\A(?:none|null)?\Z|unspecified")
 
 
 def pair_letter(text: str) -> str | None:
@@ -81,9 +77,15 @@ def pair_letter(text: str) -> str | None:
     return letters.pop() if len(letters) == 1 else None
 
 
-def is_cut(finish_reason: str | None) -> bool:
-    """Whether a server's reason says that the reply was ended before its end, by whatever name."""
-    return finish_reason is not None and finish_reason.lower() not in _ENDED
+def why_cut(finish_reason: Any) -> str | None:
+    """That a reply was ended before its end, by a server's reason of whatever name; None where it was not."""
+    if not isinstance(finish_reason, str):
+        return None
+    reason = finish_reason.strip().lower()
+    if _FULL.search(reason):
+        return CUT
+    whole = _ENDED.search(reason) and not _BROKEN.search(reason)
+    return None if whole else f"the judge's reply was not finished (finish_reason {finish_reason[:60]!r})"
 
 
 def rating(text: str) -> float | None:
@@ -96,6 +98,7 @@ def rating(text: str) -> float | None:
     text = _plain(text)
     for pattern in _RATINGS:
         if found := list(pattern.finditer(text)):
+            found = [one for one in found if not _ASIDE.search(text, max(0, one.start() - 81), one.start())] or found
             number, *scales = found[-1].groups("")
             if _BETWEEN.search(text, max(0, found[-1].start() - 20), found[-1].end() + 20):
                 return None
@@ -144,17 +147,22 @@ def letter_score(
     """(P(first letter), None) by the log-probs of the reply's first token, or (None, why they are no verdict).
 
     Where the letters hold less than `min_mass` together, what the judge begins to say is something else, and which of
-    the two is likelier says nothing.
+    the two is likelier says nothing. A letter that is not listed is unlikely only where as many tokens as were asked for are.
     """
     names, mass = " nor ".join(letters), letter_mass(top_logprobs, letters)
     if mass is None:
         return None, "no log-probs in the judge's reply"
-    score = first_wins(by_letter(top_logprobs, letters), *letters)
+    found = by_letter(top_logprobs, letters)
+    score = first_wins(found, *letters)
     if score is None:
         return None, f"neither {names} among the judge's first tokens ({', '.join(map(repr, top_logprobs))})"
     if _is_low(mass, min_mass):
         both = " and ".join(letters)
         return None, f"{both} hold {mass:.0%} of the judge's first token, less than judge.min_mass={min_mass:g}"
+    listed = sum(map(math.exp, top_logprobs.values()))
+    if len(found) < len(letters) and len(top_logprobs) < TOP and listed < ALL_LISTED:
+        (lacking,) = set(letters) - set(found)
+        return None, f"{lacking} is not among the judge's {len(top_logprobs)} first tokens, which hold {listed:.0%}"
     return score, None
 
 
@@ -177,8 +185,8 @@ def first_score(form: str, reply: Mapping[str, Any], min_mass: float = 0.5) -> t
         return None, reply["error"]
     if form == "logprobs":
         return letter_score(reply["top_logprobs"], min_mass=min_mass)
-    if is_cut(reply["finish_reason"]):  # a letter before the cut may not be the verdict
-        return None, CUT
+    if cut := why_cut(reply["finish_reason"]):  # a letter before the cut may not be the verdict
+        return None, cut
     letter = pair_letter(reply["text"])
     if letter is None:
         return None, "no [[A]], [[B]] or [[C]] in the judge's reply"

@@ -250,8 +250,8 @@ def first_preferred(reply: Reply, form: str, min_mass: float = 0.5) -> tuple[flo
         return None, reply.error
     if form != "text":
         return verdicts.letter_score(reply.top_logprobs, LETTERS, min_mass)
-    if verdicts.is_cut(reply.finish_reason):
-        return None, verdicts.CUT
+    if cut := verdicts.why_cut(reply.finish_reason):
+        return None, cut
     text = spoken(reply.text)
     named = _NAMED.fullmatch(text)
     if named is None:

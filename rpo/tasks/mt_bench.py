@@ -244,8 +244,8 @@ def _asked(
 def _rating_of(reply: Reply) -> dict:
     """The fields of a single judgment that the reply fills."""
     score, why = verdicts.rating(reply.text), reply.error
-    if verdicts.is_cut(reply.finish_reason):  # a number so far may be one that the judge only quotes
-        score, why = None, verdicts.CUT
+    if cut := verdicts.why_cut(reply.finish_reason):  # a number so far may be one that the judge only quotes
+        score, why = None, cut
     if reply.error is None and score is not None:
         return {"judgment": reply.text, "score": score}
     return {"judgment": _text(reply), "score": -1, "error": why or "no rating from 1 to 10 in the judge's reply"}

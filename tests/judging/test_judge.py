@@ -515,6 +515,22 @@ def test_a_request_that_the_server_cannot_take_is_not_tried_again(tmp_path):
     assert replies[2].error.startswith("the text cannot be sent")
 
 
+@pytest.mark.parametrize(
+    ("given", "max_tokens", "reason"),
+    [(None, 3, "length"), ("", 3, "length"), (None, 4, None), ({"type": "length"}, 4, "length"), ("stop", 3, "stop")],
+)
+def test_a_reply_of_as_many_tokens_as_allowed_was_cut(tmp_path, given, max_tokens, reason):
+    """Where the server does not say why a reply of 3 tokens ended, its count does; an object's type is its word."""
+
+    def silent(number, body):
+        answer = completion(body, "I say")
+        answer["choices"][0]["finish_reason"] = given
+        return server.text(json.dumps(answer))
+
+    (reply,), _ = run(tmp_path, requests(1, max_tokens=max_tokens), silent)
+    assert (reply.output_tokens, reply.finish_reason) == (3, reason)
+
+
 def test_a_judge_that_says_nothing_has_said_so(tmp_path):
     """Null content is a reply: a refusal is its text; one cut while it thought is empty, and was paid for."""
 

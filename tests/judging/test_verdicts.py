@@ -43,6 +43,10 @@ NOTHING = {"text": "", "top_logprobs": None, "finish_reason": "stop", "error": N
         ("<|START_THINKING|>maybe [[A]]<|END_THINKING|><|START_RESPONSE|>Both weak", None),
         ("<|begin_of_thought|>[[A]]<|end_of_thought|>\n[[B]]", "B"),
         ("[[B]]\n```r\ndf[[C]]\n```", "B"),
+        ("Asked for is [[A]] if A is better.\n\u7efc\u5408\u6765\u770b\uff0c\u6700\u7ec8\u5224\u51b3\u662f[[B]]", "B"),
+        ("e.g. [[A]]\nFinal verdict: __[[B]]__", "B"),
+        ("A: [[A]]\uff0cB: [[B]]\u3002\u6211\u7684\u5224\u51b3\uff1a[[B]]", "B"),
+        ("\uff3b\uff3bB\uff3d\uff3d", "B"),
         ("I cannot judge this.", None),
         ("", None),
     ],
@@ -94,6 +98,11 @@ def test_letters(text, letter):
         ("<think>[[9]]? Too much.</think>Rating: [[4]]", 4.0),
         ("<think>Rating: [[9]]", None),
         ("by [3], so [[9]]", 9.0),
+        ("\u6700\u7ec8\u8bc4\u5206\u4e3a[[3]]\u3002\n\uff08\u6ee1\u5206\u4e3a [[10]]\uff09", 3.0),
+        ("Rating: __[[3]]__ (a perfect answer would be [[10]])", 3.0),
+        ("I give it [[3]] (a perfect answer would be [[10]]).", 3.0),
+        ("It is good ([[7]]).", 7.0),
+        ("\u8bc4\u5206\u4e3a[[7]]", 7.0),
         ("[[0]]", None),
         ("[[11]]", None),
         ("[[-3]]", None),
@@ -259,9 +268,24 @@ def test_a_sentence_of_two_letters_is_no_verdict(text):
 
 
 @pytest.mark.parametrize(
-    "reason", ["length", "model_length", "max_tokens", "MAX_TOKENS", "content_filter", "error", "abort"]
+    ("reason", "why"),
+    [
+        *[(name, verdicts.CUT) for name in ("length", "model_length", "max_tokens", "FINISH_REASON_MAX_TOKENS")],
+        *[(name, f"not finished (finish_reason '{name}')") for name in ("content_filter", "error", "abort", "SAFETY")],
+        *[(name, None) for name in ("stop", "FINISH_REASON_STOP", "FinishReason.STOP", "end", "end_turn", "EOS", "")],
+        *[(name, None) for name in ("function_call", "tool_calls", "stop_token", "completed", "null", None, 3)],
+    ],
 )
-def test_a_reply_that_was_cut_is_no_verdict_by_any_name(reason):
+def test_a_reply_that_was_cut_is_no_verdict_by_any_name(reason, why):
     """Servers have many names for it; a letter so far may be the one that is about to be rejected."""
     reply = {"text": "My prior is [[B]]", "top_logprobs": None, "finish_reason": reason, "error": None}
-    assert verdicts.first_score("text", reply) == (None, verdicts.CUT)
+    score, said = verdicts.first_score("text", reply)
+    assert (score, said) == (0.0, None) if why is None else (score is None and why in said)
+
+
+def test_a_letter_that_was_not_listed_may_be_likely():
+    """Where a server lists fewer tokens than asked, an absent letter has no probability only if the others have it all."""
+    score, why = verdicts.letter_score(logs(A=0.55))
+    assert score is None and why == "B is not among the judge's 1 first tokens, which hold 55%"
+    assert verdicts.letter_score(logs(A=0.995))[0] == 1.0
+    assert verdicts.letter_score(logs(A=0.55, a=0.01, x=0.1, y=0.1, z=0.1))[0] == 1.0
