@@ -187,6 +187,14 @@ class Context:
         return self.cfg.data.eval or self.from_runs("data.eval")
 
     @cached_property
+    def data_facts(self) -> dict[str, str | list[str]]:
+        """For an evaluation's details: the data's name, and a digest of its content, without which FILE:LINE names no row."""
+        from rpo.data.sources import open_sources
+
+        sources = dist.on_main(lambda: [one.digest for one in open_sources(self.data, self.cfg.data.revision)])
+        return {"files": self.data, "digest": short_hash(sources)}
+
+    @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """model.tokenizer, or the first model's. Raises UserError where another model's contradicts it."""
         tokenizer = tokenizer_of(self.cfg, self.paths[0])
@@ -223,14 +231,19 @@ class Context:
         self._report(report)
         return rows, report["cache_key"]
 
-    def prompts(self, limit: int | None, max_new_tokens: int) -> Prompts:
-        """The first `limit` prompts of the data, on all of which it writes the report. UserError: no room for answers."""
+    def prompts(self, limit: int | None, max_new_tokens: int, path: str | None = None) -> Prompts:
+        """The first `limit` prompts of the data as the model at `path` (None: the first) is asked them.
+
+        Writes the report on all of them. Raises UserError: no room for answers.
+        """
         from rpo.data import dataset
         from rpo.model import hf
 
-        ids, texts, places, report = dataset.load_prompts(self.data, self.cfg.data, self.tokenizer)
+        first, path = self.tokenizer, path or self.paths[0]  # the vocabularies of all are checked first
+        tokenizer = first if path == self.paths[0] else self._open(path)[0]
+        ids, texts, places, report = dataset.load_prompts(self.data, self.cfg.data, tokenizer)
         prompts = Prompts(ids[:limit], texts[:limit], [redacted(place) for place in places[:limit]])
-        _note_unknown(self.paths[0], self.tokenizer, prompts.ids)
+        _note_unknown(path, tokenizer, prompts.ids)
         longest = max(map(len, prompts.ids))
         check_room(self.positions, longest, max_new_tokens)
         hf.check_fit(self.configs, longest, max(map(max, prompts.ids)))
@@ -346,11 +359,11 @@ class Context:
         return [answers[i] for i in range(len(prompts))]
 
     def complete(self, path: str, prompts: Sequence[list[int]], sampling: "Sampling") -> list[Answer]:
-        """One answer of the model at `path` per prompt (ids by `tokenizer`), in order; resumes as `answer` does."""
-        answers = []
+        """One answer of the model at `path` per prompt (ids by its tokenizer), in order; resumes as `answer` does."""
+        answers, tokenizer = [], self._open(path)[0]
         for start, chunk in self._chunks(prompts):
             first = start // self.cfg.task.batch_size
-            answers += self._sampled(path, self.tokenizer, chunk, sampling, [self.cfg.seed], first)
+            answers += self._sampled(path, tokenizer, chunk, sampling, [self.cfg.seed], first)
         return answers
 
     def _chunks(self, items: Sequence[Any]) -> list[tuple[int, Sequence[Any]]]:

@@ -39,6 +39,12 @@ def shared(first: Mapping[str, Item], second: Mapping[str, Item]) -> list[tuple[
     return [(item, second[id]) for id, item in first.items() if id in second]
 
 
+def met_alike(a: Item, b: Item) -> bool:
+    """Whether two items were judged against the same answer of one model; where one is not known, against the model."""
+    answers = [item.against and item.against.get("response") for item in (a, b)]
+    return a.opponent == b.opponent and (None in answers or answers[0] == answers[1])
+
+
 def pair(first: Mapping[str, Item], second: Mapping[str, Item], metric: str) -> Pairing:
     """The items of two models, each by id, paired by one metric."""
     both, failed = [], set()
@@ -112,6 +118,21 @@ def judged_apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
         for key, value in first.items()
         if None not in (value, second.get(key)) and value != second[key]
     )
+
+
+# ---- on what
+
+_BY_PLACE = ("pairs", "generate")  # tasks whose ids are FILE:LINE, which another file's content would take over
+
+
+def data_apart(first: Results, second: Results) -> bool:
+    """Whether equal ids of two evaluations by a task that numbers lines are of different data, where both say of which."""
+    digests = [each.details["data"]["digest"] for each in (first, second) if _has_digest(each.details.get("data"))]
+    return first.task == second.task and first.task in _BY_PLACE and len({*digests}) == 2
+
+
+def _has_digest(data: Any) -> bool:
+    return isinstance(data, dict) and isinstance(data.get("digest"), str)
 
 
 # ---- in words

@@ -219,6 +219,7 @@ def _not_comparable(evaluations: Sequence[Results]) -> list[str]:
         reasons = ["have no item in common"] if ids and theirs and not ids & theirs else []
         judges = pairing.judged_apart(other.judged_by, each.judged_by)
         reasons += [f"had different judges ({judges})"] if judges else []
+        reasons += ["had other data under one name"] if pairing.data_apart(other, each) else []
         if reasons and each.task != "compare":
             both = f"{other.folder} and {each.folder}, of task={each.task},"
             notes.append(f"{both} {' and '.join(reasons)}: do not compare their numbers")

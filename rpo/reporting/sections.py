@@ -89,7 +89,8 @@ def _of_models(report: Report, most: int) -> Iterator[Comparison | None]:
         base = named[0] if named else 0
         for i, (model, each) in enumerate(models):
             first, its = models[base]
-            if i != base and not pairing.judged_apart(its.judged_by, each.judged_by):
+            apart = pairing.judged_apart(its.judged_by, each.judged_by) or pairing.data_apart(its, each)
+            if i != base and not apart:
                 opponents = (first, model) if its is each else None
                 shared = side_by_side.comparable(items[base], items[i], opponents)
                 yield side_by_side.worst(labels[base], items[base], labels[i], shared, most)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from rpo.evals.pairing import met_alike
 from rpo.evals.results import Item
 from rpo.text import clean, number
 
@@ -65,11 +66,11 @@ def start_and_end(items: Sequence[Item], runs: Sequence[str]) -> tuple[dict[str,
 
 
 def comparable(a: Mapping[str, Item], b: Mapping[str, Item], opponents: tuple[str, str] | None) -> dict[str, Item]:
-    """The items of b comparable with a's: judged against one model, or against each other, the two `opponents`."""
+    """The items of b comparable with a's: judged against one answer, or against each other, the two `opponents`."""
     return {
         key: item
         for key, item in b.items()
-        if key in a and (a[key].opponent == item.opponent or (item.opponent, a[key].opponent) == opponents)
+        if key in a and (met_alike(a[key], item) or (item.opponent, a[key].opponent) == opponents)
     }
 
 

@@ -51,14 +51,15 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         needed                 clusters that one as large as the difference seen would take; null where there is none
                                (interval, detectable and needed are null where all clusters differ alike: se 0)
 
-    Win rates against different opponents, and scores by different judges, are not compared, which `notes` say. Of two
+    Win rates against different opponents, or other answers of one, and scores by different judges, are not compared, which `notes` say. Of two
     models that were judged against each other, the second's win rate is 1 less the first's: what is tested is whether
     that is a half, on each item once.
 
-    Raises UserError where the evaluations are not of one task, or two models have no items in common.
+    Raises UserError where the evaluations are not of one task, or of files whose lines are others now, or two models have no items in common.
     """
     evaluations = [results.read(folder) for folder in listed(cfg.task.results)]
     models = _models(evaluations)
+    _check_data(evaluations)
     metrics = _metrics(models, listed(cfg.task.metrics))
     cells, items, pairs, notes = {}, [], [], _notes(evaluations)
     for first, second in _pairs(models, cfg.baseline):
@@ -220,6 +221,16 @@ def _notes(evaluations: Sequence[Results]) -> list[str]:
     return notes
 
 
+def _check_data(evaluations: Sequence[Results]) -> None:
+    """Raises UserError where an id is another line of text in another evaluation."""
+    for one, other in combinations(evaluations, 2):
+        if pairing.data_apart(one, other):
+            raise UserError(
+                f"task.results: {one.folder} and {other.folder}: data.eval had another content (details.data.digest "
+                "in results.json), so that FILE:LINE names other rows; evaluate both on one"
+            )
+
+
 def _each_other(first: Model, second: Model) -> bool:
     """Whether the two were judged against each other."""
     met = [{item.opponent for item in model.items.values()} for model in (first, second)]
@@ -227,7 +238,7 @@ def _each_other(first: Model, second: Model) -> bool:
 
 
 def _why_left_out(first: Model, second: Model) -> str | None:
-    """Why two models' scores are not comparable: other judges, or other opponents; None where they are."""
+    """Why two models' scores are not comparable: other judges, or other opponents or answers of theirs; None where they are."""
     if apart := pairing.judged_apart(first.judged, second.judged):
         return f"they were not judged alike: {apart}"
     shared = pairing.shared(first.items, second.items)
@@ -236,6 +247,11 @@ def _why_left_out(first: Model, second: Model) -> str | None:
     for a, b in shared:
         if a.opponent != b.opponent:
             return f"they were judged against {a.opponent} and {b.opponent}, not against one model"
+    if others := sum(not pairing.met_alike(a, b) for a, b in shared):
+        met = shared[0][0].opponent
+        return (
+            f"{met} gave other answers on {others} of {len(shared)} items; judge both against the same ones (outputs=)"
+        )
     return None
 
 

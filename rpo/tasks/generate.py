@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 import numpy as np
 
 from rpo.config import Count, Field, group
-from rpo.evals.context import Answer, Context, Prompts, sampling_of
+from rpo.data.answers import key_of
+from rpo.evals.context import Answer, Context, Prompts, print_main, sampling_of, tokenizer_of
 from rpo.evals.results import Cells, Evaluation, Item
 from rpo.evals.settings import Answers, Eval, check_subjects
 from rpo.stats import clustered_mean
@@ -23,19 +24,31 @@ def check(cfg: Eval) -> None:
 
 
 def run(cfg: Eval, ctx: Context) -> Evaluation:
-    """Length, ended and truncated shares of each model; an item per answer, `task.samples` of them per prompt.
+    """Length, ended and truncated shares of each model; an item per answer, `task.samples` of them per prompt; a prompt that is there
+    again is asked once.
 
     Stop tokens and template are those of training. An answer is truncated where max_new_tokens came before a stop token.
     """
-    task, data = cfg.task, ctx.data
-    prompts = ctx.prompts(task.limit, task.max_new_tokens)
-    repeated = [ids for ids in prompts.ids for _ in range(task.samples)]
+    task, data = cfg.task, ctx.data_facts
+    # By each model's own template; all are read, so that what does not fit is refused, before the first is loaded.
+    asked = {path: _distinct(ctx.prompts(task.limit, task.max_new_tokens, path)) for path in ctx.paths}
     models, items = {}, []
-    for path in ctx.paths:
+    for path, prompts in asked.items():
+        repeated = [ids for ids in prompts.ids for _ in range(task.samples)]
         answers = ctx.complete(path, repeated, sampling_of(task))
         models[path] = metrics(answers, np.repeat(np.arange(len(prompts.ids)), task.samples))
-        items += _items(path, prompts, answers, ctx.tokenizer.batch_decode(prompts.ids), task.samples)
+        items += _items(path, prompts, answers, tokenizer_of(cfg, path).batch_decode(prompts.ids), task.samples)
     return Evaluation(models, items, details={"data": data})
+
+
+def _distinct(prompts: Prompts) -> Prompts:
+    """Each prompt once, where it is first; those that are left out are counted on the screen."""
+    first: dict[str, int] = {}
+    for row, text in enumerate(prompts.texts):
+        first.setdefault(key_of(text), row)
+    if repeated := len(prompts.texts) - len(first):
+        print_main(f"note: {repeated} of {len(prompts.texts)} prompts repeat an earlier one, and are asked once")
+    return Prompts(*([column[row] for row in first.values()] for column in prompts))
 
 
 def metrics(answers: list[Answer], clusters: np.ndarray) -> Cells:

@@ -30,7 +30,7 @@ def check(cfg: Eval) -> None:
 
 def run(cfg: Eval, ctx: Context) -> Evaluation:
     """The metrics of `preference.statistics`, and an item per pair."""
-    reference, data = ctx.reference_path, ctx.data
+    reference, data = ctx.reference_path, ctx.data_facts
     betas = {path: _beta(cfg, run, path) for path, run in zip(ctx.paths, ctx.runs, strict=True)}
     rows, digest = ctx.pairs(cfg.task.limit)
     budget = cfg.tokens_per_microbatch

@@ -224,6 +224,26 @@ def test_generate_resumes(tiny, tmp_path, monkeypatch):
     assert_equal(found, undisturbed, tmp_path / "whole")
 
 
+def test_each_model_is_asked_by_its_own_template(tiny, tmp_path):
+    """Of two models with one vocabulary and two templates each has its prompts, and its answer is what it gives alone."""
+    args = [
+        "task=generate",
+        "task.max_new_tokens=5",
+        "task.temperature=0",
+        f"data.eval={tiny / 'eval.jsonl.gz'}",
+        "task.limit=1",
+    ]
+    paths = [shutil.copytree(tiny / "model", tmp_path / name) for name in ("one", "two")]
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} [user] {% endfor %}"
+    tokenizer.save_pretrained(paths[1])
+    evaluate(tmp_path / "both", *args, f"model.path=[{paths[0]},{paths[1]}]")
+    evaluate(tmp_path / "alone", *args, f"model.path={paths[1]}")
+    first, second = lines(tmp_path / "both/samples.jsonl")
+    assert second["details"]["rendered"] == f"{first['prompt'][-1]['content']} [user]" != first["details"]["rendered"]
+    assert [second] == lines(tmp_path / "alone/samples.jsonl")
+
+
 def test_chunks_are_sampled_as_one_call_would(tiny, tmp_path, monkeypatch):
     """How much is written at once changes no answer."""
     args = ["task=generate", f"model.path={tiny / 'model'}", "task.max_new_tokens=5", "task.batch_size=2"]

@@ -1,5 +1,6 @@
 """eval.py against an independent computation: plain Hugging Face logits, one response at a time, and arithmetic by hand."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -13,6 +14,7 @@ import train
 from rpo import dist
 from rpo.errors import UserError
 from rpo.evals import preference
+from rpo.files import short_hash
 from tests.helpers.evaluations import evaluate, lines
 from tests.helpers.models import make_lm
 from tests.helpers.rows import make_rows_json, make_tokenizer, write_jsonl
@@ -135,7 +137,10 @@ def test_what_an_evaluation_leaves(result, folder, tiny, capsys):
     details = result["details"]
     assert {key: details[key] for key in ("reference", "data", "beta")} == {
         "reference": str(tiny / "model"),
-        "data": str(folder / "pairs.jsonl"),
+        "data": {
+            "files": str(folder / "pairs.jsonl"),
+            "digest": short_hash([hashlib.sha256((folder / "pairs.jsonl").read_bytes()).hexdigest()]),
+        },
         "beta": dict.fromkeys(paths, BETA),
     }
     assert list(result["models"]) == paths
@@ -195,7 +200,7 @@ def test_a_run_says_what_it_was_compared_with(tiny, tmp_path):
     train.train(settings(*args))
     dist.shutdown()
     result = evaluate(tmp_path / "eval", "task=pairs", f"model.path={tmp_path / 'run/model'}")
-    assert result["details"]["reference"] == str(tiny / "model") and result["details"]["data"] == str(
+    assert result["details"]["reference"] == str(tiny / "model") and result["details"]["data"]["files"] == str(
         tiny / "eval.jsonl.gz"
     )
     (found,) = result["models"].values()
@@ -248,7 +253,7 @@ def test_a_reference_that_was_replaced_is_refused(tiny, tmp_path, kind):
 def test_generate(tiny, tmp_path):
     """Answers to rows that hold only a prompt: greedy ones are the model's argmax and repeat; sampled ones vary by seed."""
     rows = [{"prompt": row["prompt"]} for row in make_rows_json(5, seed=8)]
-    path = write_jsonl(tmp_path / "prompts.jsonl", rows)
+    path = write_jsonl(tmp_path / "prompts.jsonl", [*rows, rows[0]])  # the last is a repeat, and not asked
     args = ["task=generate", f"model.path={tiny / 'model'}", f"data.eval={path}", "task.max_new_tokens=12"]
     greedy = [*args, "task.temperature=0", "task.batch_size=2"]
     result = evaluate(tmp_path / "greedy", *greedy)
@@ -273,7 +278,7 @@ def test_generate(tiny, tmp_path):
     assert found["samples/length"]["value"] == np.mean([a["scores"]["samples/length"] for a in answers])
     assert found["samples/truncated"]["value"] == np.mean([not a["details"]["ended"] for a in answers])
     assert found["samples/ended"]["value"] + found["samples/truncated"]["value"] == 1
-    assert result["task"] == "generate" and result["details"] == {"data": str(path)}
+    assert result["task"] == "generate" and result["details"]["data"]["files"] == str(path)
 
     sampled = [evaluate(tmp_path / f"s{seed}", *args, "task.samples=3", f"seed={seed}") for seed in (0, 1)]
     first, second = (lines(tmp_path / f"s{seed}/samples.jsonl") for seed in (0, 1))

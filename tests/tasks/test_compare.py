@@ -256,6 +256,38 @@ def test_one_name_in_two_folders(tmp_path):
     assert list(compared(one, deep, baseline="B").models) == [f"A ({one}) - B", f"A ({deep}) - B"]
 
 
+def test_an_opponent_that_gave_other_answers_is_another(tmp_path):
+    """Rates against one name whose answers differ are left out, with how many do; answers that are not known do not count."""
+
+    def met(name, *answers):
+        items = judged(name, [1, 0, 1], "X")
+        return [i | {"against": {"model": "X", "response": said}} for i, said in zip(items, answers, strict=True)]
+
+    one, two, three = (
+        write_results(tmp_path / name, {name: met(name, *answers)})
+        for name, answers in (("A", "abc"), ("B", "aBC"), ("C", ("a", None, "c")))
+    )
+    said = "A - B: left out: X gave other answers on 2 of 3 items; judge both against the same ones"
+    with pytest.raises(UserError, match=f"nothing to compare: {said}"):
+        compared(one, two)
+    assert list(compared(one, three).models) == ["A - C"]
+
+
+@pytest.mark.parametrize("task", ["pairs", "generate", "mbpp"])
+def test_lines_of_another_content_are_not_paired(tmp_path, task):
+    """Ids that number lines pair only where the files' digests are the same, or one is not known; mbpp numbers problems."""
+    one, two, old = (
+        write_results(tmp_path / name, {name: make_items([1, 0])}, task=task, data=data)
+        for name, data in (("A", {"digest": "1"}), ("B", {"digest": "2"}), ("C", "a.jsonl"))
+    )
+    assert list(compared(one, old).models) == ["A - C"]
+    if task == "mbpp":
+        assert list(compared(one, two).models) == ["A - B"]
+    else:
+        with pytest.raises(UserError, match=f"{one} and {two}: data.eval had another content"):
+            compared(one, two)
+
+
 def test_notes_say_what_was_made_otherwise(tmp_path):
     """Other settings, data or versions are named; the models, their answers and run_dir differ by nature."""
     one = {"model": {"path": "A"}, "run_dir": "x", "task": {"temperature": 0.0, "limit": 5}}
