@@ -8,11 +8,13 @@ RUN_DIR/lm_eval.jsonl    what is done, a line per model and task: a start after 
 
 import difflib
 import gc
+import hashlib
 import importlib.metadata
 import importlib.util
 import logging
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +25,7 @@ import torch
 from rpo import dist
 from rpo.config import Count, Field, group
 from rpo.errors import UserError, require
-from rpo.evals.context import Context, tokenizer_of
+from rpo.evals.context import Context, identity_of, tokenizer_of
 from rpo.evals.gsm8k import gsm8k_flexible, gsm8k_right, gsm8k_same, gsm8k_strict
 from rpo.evals.pairing import with_differences
 from rpo.evals.results import Cells, Evaluation, Item, mean_of
@@ -78,7 +80,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     # What is refused leaves no folder; one that is there already may need nothing of the harness.
     specs = {} if (ctx.run_dir / "lm_eval.jsonl").exists() else _specs(task, datasets)
     store = ctx.store("lm_eval")
-    keys = {(path, name): short_hash(ctx.identity(path), name) for path in paths for name in task.tasks}
+    keys = {(path, name): _key(cfg, ctx, path, name) for path in paths for name in task.tasks}
     missing = [each for each, key in keys.items() if store.get(key) is None]
     specs = specs or (_specs(task, datasets) if missing else {})
     for path in dict.fromkeys(path for path, _ in missing):
@@ -101,6 +103,18 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
 
 
 # ---- tasks
+
+
+def _key(cfg: Eval, ctx: Context, path: str, name: str) -> str:
+    """A digest of what a model's results on a task depend on and config.yaml does not hold: the contents of what it names."""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("lm_eval")
+        files = _files(name, cfg.task).values() if cfg.task.data and name in LOCAL else ()
+        digests = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+        tokenizer = cfg.model.tokenizer and identity_of(cfg.model.tokenizer, cfg.model.revision)
+        known = [tokenizer, tokenizer_of(cfg, path).chat_template if cfg.task.chat_template else None]
+        return short_hash(ctx.identity(path), name, [version, digests, known])
+    raise UserError("task=lm_eval: lm_eval is not installed; pip install -e '.[eval]'")
 
 
 def _specs(task: Settings, cache: Path) -> dict[str, str | dict]:
@@ -147,18 +161,22 @@ def _local(manager: Any, name: str, task: Settings, cache: Path) -> dict:
 
     if name not in LOCAL:
         raise UserError(f"task.data={task.data}: holds {', '.join(LOCAL)}, not {name}; leave it out")
-    pattern, others = LOCAL[name]
-    files = {}
+    splits = {} if task.shots else {"training_split": None, "fewshot_split": None, "num_fewshot": 0}
+    options = {"data_files": _files(name, task), "cache_dir": str(cache)}
+    data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": options}
+    return load_yaml(manager.task_index[name].yaml_path) | LOCAL[name][1] | splits | data
+
+
+def _files(name: str, task: Settings) -> dict[str, str]:
+    """The files of a task below task.data by split. Raises UserError where one is missing."""
+    pattern, files = LOCAL[name][0], {}
     for split in ("train", "test") if task.shots else ("test",):
         stem = Path(task.data).expanduser() / pattern.format(split)
         existing = [path for path in (stem, stem.with_name(stem.name + ".gz")) if path.is_file()]
         if not existing:
             raise UserError(f"task.data={task.data}: has no {pattern.format(split)}(.gz); task.tasks={name} reads it")
         files[split] = str(existing[0].resolve())
-    splits = {} if task.shots else {"training_split": None, "fewshot_split": None, "num_fewshot": 0}
-    options = {"data_files": files, "cache_dir": str(cache)}
-    data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": options}
-    return load_yaml(manager.task_index[name].yaml_path) | others | splits | data
+    return files
 
 
 # ---- models

@@ -171,6 +171,20 @@ def test_goes_on(made, group, monkeypatch):
     assert asked == ["arc_challenge"] and again.models == evaluation.models
 
 
+def test_other_contents_of_the_files_named_are_measured_anew(folder, tmp_path):
+    """Results are kept under the data's content and the template's text; the same ones under another time stay."""
+    data, template, ctx = tmp_path / "gsm8k/test.jsonl", tmp_path / "t.jinja", StubContext(tmp_path)
+    more = (f"task.data={tmp_path}", f"data.chat_template={template}", "task.chat_template=true", "task.tasks=[gsm8k]")
+    data.parent.mkdir()
+
+    def key(rows, text):
+        write_jsonl(data, rows), template.write_text(text)
+        return task._key(configured(folder, *more), ctx, str(folder / "first"), "gsm8k")
+
+    keys = [key(GSM8K, "a {{ messages }}"), key(GSM8K[:1], "a {{ messages }}"), key(GSM8K, "b {{ messages }}")]
+    assert len(set(keys)) == 3 and key(GSM8K, "a {{ messages }}") == keys[0]
+
+
 def test_other_weights_are_another_model(folder, tmp_path):
     """A model that was trained on since is measured anew, though its folder's name is the same."""
     weights, names = tmp_path / "model/model.safetensors", set()
