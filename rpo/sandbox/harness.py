@@ -19,6 +19,7 @@ import sys
 import types
 
 LONGEST = 2**24  # bytes of one reply
+LONGEST_SAID = 2**16  # characters of an exception's
 # With what makes each of a subclass, whose own __str__ may say otherwise (an Enum's).
 _PLAIN = {bool: bool, int: int.__int__, float: float.__float__, str: str.__str__}
 _GROUPS = {"tuple": tuple, "list": list, "set": set, "frozenset": frozenset}
@@ -157,7 +158,8 @@ def _other(kind: str, number: int, able: list[str], plain: list | None, ask) -> 
         }
         return type(kind, (Other,), known | {"_held": number, "__getattr__": done_there("__getattr__")})()
     value = decode(plain[0], None, ask)
-    return type(kind, (type(value),), {"_held": number, "__getattr__": done_there("__getattr__")})(value)
+    known = {name: done_there(name) for name in {*able} & {"__str__", "__repr__"}}  # a namedtuple's own
+    return type(kind, (type(value),), known | {"_held": number, "__getattr__": done_there("__getattr__")})(value)
 
 
 class Names(dict):
@@ -177,21 +179,22 @@ class ProgramError(Exception):
 
 
 class RaisedError(ProgramError):
-    """An exception of the program, as text; its name is the program's to choose."""
+    """An exception of the program: `said` is its str(), `text` has its name, the program's to choose, before that."""
 
-    def __init__(self, text: str):
-        Exception.__init__(self, text)
+    def __init__(self, text: str, said: str):
+        Exception.__init__(self, said)
+        self.text = text
 
     def __str__(self) -> str:
         return self.args[0]
 
 
-def _raised(text: str, kind: str) -> RaisedError:
+def _raised(text: str, kind: str, said: str) -> RaisedError:
     """That exception, of the built-in class `kind` too, for tests that expect one and for what ends an iteration."""
     own = getattr(builtins, kind, None)
     if not isinstance(own, type) or not issubclass(own, Exception) or issubclass(own, BaseExceptionGroup):
-        return RaisedError(text)
-    return type(kind, (RaisedError,) if own is Exception else (RaisedError, own), {})(text)
+        return RaisedError(text, said)
+    return type(kind, (RaisedError,) if own is Exception else (RaisedError, own), {})(text, said)
 
 
 # ---- the program's side
@@ -217,7 +220,11 @@ def _reply(request: dict, names: dict, held: dict) -> str:
         return json.dumps({"to": request["number"], "value": encode(_answer(request, names, held), held)})
     except BaseException as error:  # SystemExit too
         own = (kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind)
-        return json.dumps({"to": request["number"], "raised": [f"{type(error).__name__}: {error}"[:300], next(own)]})
+        name = type(error).__name__
+        said = f"{name}: {error}"
+        return json.dumps(
+            {"to": request["number"], "raised": [said[:300], next(own), said[len(name) + 2 :][:LONGEST_SAID]]}
+        )
 
 
 def _answer(request: dict, names: dict, held: dict) -> object:
@@ -290,7 +297,7 @@ def _taken(line: bytes | str, number: int, ask) -> object:
 
 def _text(error: Exception) -> str:
     try:
-        return str(error)
+        return error.text if isinstance(error, RaisedError) else str(error)
     except Exception:  # of a value that stays with the program, which may have ended
         return ""
 

@@ -22,6 +22,12 @@ MOST = 64  # fences, and runs of lines, of one reply that are looked at; a loop 
 _SPECIAL = re.compile(  # not within a string
     r"(?<!['\"])(?:<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end_of_turn|end|return|call)\|>|<end_of_turn>|</s>)(?!['\"])"
 )
+# Where a tag or a special token is the program's: in a string on one line, or a comment that goes on behind it.
+_LITERAL = re.compile(
+    r"(?:[=(,\[{:+%]|\breturn|\bin)\s{0,9}[rbfuRBFU]{0,2}(['\"])[^'\"\n]{0,300}\1"
+    r"|(?<![#\w&])#[ \t][^\n]{0,300}>(?=[ \t]{1,9}\w)"
+)
+_MASK = "\ue000"  # of no program's
 _NOTEBOOK = re.compile(r"^(?:[!%]{1,2}\w|print [^(=\n]).*\n?", re.MULTILINE)  # of IPython, and of Python 2
 # A marker is one where a line begins; within a program it is part of a string.
 _BEGIN, _END = (re.compile(rf"^[ \t]*{re.escape(marker)}", re.MULTILINE) for marker in (BEGIN, END))
@@ -62,7 +68,8 @@ def program_of(reply: str, names: Sequence[str] = ()) -> str:
     >>> or line numbers, as a diff or a quote, and lines that parse amid prose; after a line [BEGIN] first. What a reasoning
     model thinks before it answers does not count. Where nothing binds a name, the last fenced code, or else the reply.
     """
-    reply = _SPECIAL.split(spoken(reply).replace("\r\n", "\n"))[0]
+    reply = _LITERAL.sub(lambda match: match[0].replace("<", _MASK), reply.replace("\r\n", "\n"))
+    reply = _SPECIAL.split(spoken(reply))[0].replace(_MASK, "<")
     said = _END.split(reply)[0]
     if len(said) > LONGEST:
         return said

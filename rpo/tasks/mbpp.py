@@ -7,6 +7,7 @@ continue, so no chat template is used. Which part of a reply is the program is s
 import ast
 import builtins
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +29,8 @@ from rpo.text import one_line
 
 SHOWN, TEST = (2, 3, 4), range(11, 511)  # task ids
 CHUNK = 128  # programs that are tried between two writes, and while the other ranks wait, whose wait has a limit
-_PROGRAM = ("program", "completion", "response", "output")  # the first of them that a row of outputs has
+_PROGRAM = ("program", "completion", "solution", "response", "output")  # the first with text in a row of outputs counts
+_TASK = re.compile(r"(?:mbpp/)?([0-9]{1,9})", re.I)  # as others write it: "11", "Mbpp/11"
 
 
 @group
@@ -129,6 +131,8 @@ def read(data: str) -> tuple[dict[int, Problem], str]:
 
 
 def _problem(row: object, place: str) -> Problem:
+    if isinstance(row, dict) and "text" not in row and isinstance(row.get("test_imports"), list):  # sanitized-mbpp.json
+        row = row | {"text": row.get("prompt"), "test_setup_code": "\n".join(map(str, row["test_imports"]))}
     read = read_row(_Row, row, place)
     try:
         with warnings.catch_warnings(action="ignore"):  # of the data's own code: "\d" where r"\d" is meant
@@ -165,17 +169,18 @@ def _question(problem: Problem) -> str:
 
 
 def stored(file: str, asked: Sequence[Problem], least: int) -> list[list[str]]:
-    """The programs of each problem in a file of rows with task_id and program (or completion, response, output).
+    """The programs of each problem in a file of rows with task_id (11, "11", "Mbpp/11") and a program by a name of _PROGRAM.
 
     Raises UserError: a row that has them not, or a problem with fewer than `least`.
     """
     by_task: dict[int, list[str]] = {problem.task_id: [] for problem in asked}
     for place, row in rows_of(file):
         texts = [row[name] for name in _PROGRAM if isinstance(row.get(name), str)] if isinstance(row, dict) else []
-        if not texts or not isinstance(row.get("task_id"), int):
+        number = _TASK.fullmatch(str(row.get("task_id"))) if texts else None
+        if number is None:
             raise UserError(f"outputs={place}: expected an object with task_id (a number) and {_PROGRAM[0]}")
-        if row["task_id"] in by_task:  # of the whole data set only the test is asked for
-            by_task[row["task_id"]].append(texts[0])
+        if int(number[1]) in by_task:  # of the whole data set only the test is asked for
+            by_task[int(number[1])].append(next(filter(str.strip, texts), texts[0]))
     if few := [i for i, programs in by_task.items() if len(programs) < least]:
         raise UserError(
             f"outputs={file}: {len(few)} of {len(by_task)} problems have fewer than {least} programs (task_id {few[:5]}); "

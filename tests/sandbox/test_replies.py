@@ -162,6 +162,8 @@ WHOLE = {
     "terms on lines like a diff's": "x = (1\n-  2\n+  3)\n" + CODE,
     "a word and a shell's lines in a string": "DOC = '''\nDone\ncat << EOF\nEOF\n'''\n" + CODE,
     "tokens in strings": "A = ['<s>', '</s>', r'<think>.*?</think>', '</think>', '<|im_end|>']\n" + CODE,
+    "tokens amid strings": "A = 'a <|endoftext|> b'\nB = ['x', f'y </think> z']\n" + CODE,
+    "tags in a comment": "# strips </think> tags and <|im_end|> tokens\n" + CODE,
     "a tag in a string": "TAG = '<code>def f(x): pass</code>'\n" + CODE,
 }
 

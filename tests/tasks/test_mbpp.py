@@ -111,6 +111,18 @@ def test_stored_programs(group, data, tmp_path, unsandboxed, monkeypatch):
     assert made.notes[1] == f"{second}: 6 of 6 programs failed (6 not tried)"
 
 
+def test_forms_of_others(tmp_path):
+    """A row of sanitized-mbpp.json is the problem that the full file has; EvalPlus's samples are programs; text beats none."""
+    row = PROBLEMS[3] | {"test_setup_code": "import math"}
+    sanitized = {k: v for k, v in row.items() if k not in ("text", "test_setup_code")}
+    sanitized |= {"prompt": row["text"], "test_imports": ["import math"], "source_file": "x"}
+    asked = mbpp._problem(sanitized, "")
+    assert asked == mbpp._problem(row, "")
+    rows = [{"task_id": "Mbpp/11", "solution": "a"}, {"task_id": "11", "completion": "", "response": "b"}]
+    rows += [{"task_id": 11, "program": ""}, {"task_id": "Mbpp/600", "solution": "c"}]
+    assert mbpp.stored(str(write_jsonl(tmp_path / "o.jsonl", rows)), [asked], 1) == [["a", "b", ""]]
+
+
 def test_what_was_tried_is_not_tried_again(group, data, tmp_path, unsandboxed, monkeypatch):
     """After a kill the outcomes on disk count, of these programs and limits alone; where no sandbox was made none does."""
     monkeypatch.setattr(mbpp, "CHUNK", 2)
