@@ -335,8 +335,9 @@ def test_position_is_the_originals():
     ("given", "verdict", "expected"),
     [
         (reply("m", {"m": math.log(0.2), "M": math.log(0.6)}), "logprobs", 0.25),
-        (reply("M", {"M": -0.1}), "logprobs", 0.0),
-        (reply("m", {"m": -0.1, "x": -3.0}), "logprobs", 1.0),
+        (reply("M", {"M": -0.005}), "logprobs", 0.0),
+        (reply("M", {"M": -0.1}), "logprobs", "m is not among"),
+        (reply("m", {"m": -0.05, "x": -3.0}), "logprobs", 1.0),
         (reply("m", {" m": math.log(0.2), " M": math.log(0.3), "M": math.log(0.3)}), "logprobs", 0.25),
         (
             reply("M", {"The": -1.5, "M": math.log(0.2), "m": math.log(0.05)}),

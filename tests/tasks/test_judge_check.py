@@ -212,7 +212,7 @@ def test_a_few_replies_of_little_mass_are_errors_and_many_make_words(cfg, tmp_pa
             low = {"The": -0.1, "B": math.log(0.05)}
             replies = []
             for i, request in enumerate(requests):
-                likely = low if 2 <= i < 2 + few else {"A" if first_is_good(request) else "B": math.log(0.9)}
+                likely = low if 2 <= i < 2 + few else {"A" if first_is_good(request) else "B": math.log(0.995)}
                 replies.append(said("A", top_logprobs=likely) if request.top_logprobs else asker(right)([request])[0])
             return replies
 
