@@ -24,8 +24,7 @@ def check(cfg: Eval) -> None:
 
 
 def run(cfg: Eval, ctx: Context) -> Evaluation:
-    """Length, ended and truncated shares of each model; an item per answer, `task.samples` of them per prompt; a prompt that is there
-    again is asked once.
+    """Length, ended and truncated shares of each model; an item per answer, `task.samples` of them per distinct prompt.
 
     Stop tokens and template are those of training. An answer is truncated where max_new_tokens came before a stop token.
     """
