@@ -38,6 +38,8 @@ _SHOWN = tuple(
     for name in ("gold", "rewards/accuracies", "shift/chosen", "nll/chosen")
 )
 
+_ROWS = 12  # of panels in a picture
+
 
 def in_sweep() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
@@ -235,27 +237,38 @@ def write_table(folder: Path) -> int:
     A row is a cell: its overrides, how it ended, and its last evaluation (its last training line where it has none).
     """
     table = run_folder.read_json(folder / "sweep.json")
+    told = {"cell", "seed"}  # what is no setting of a cell
     for row in table:
         cell = folder / str(row["cell"])
-        row |= run_folder.read_status(cell)
+        row |= (status := run_folder.read_status(cell))
         events = log.read_jsonl(cell / "metrics.jsonl") if (cell / "metrics.jsonl").exists() else []
         evals = [event for event in events if event["split"] == "eval"] or events
         last = evals[-1] if evals else {}
         # Prefixed, because `loss` is also the name of a group that a sweep sets.
         row |= {f"{last['split']}/{k}": v for k, v in last.items() if k not in ("split", "time", "step", "pairs")}
+        told |= status.keys() | {key for key in row if key.startswith(("eval/", "train/"))}
     run_folder.write_json(folder / "sweep.json", table)
     columns = list(dict.fromkeys(key for row in table for key in row))
     with (folder / "sweep.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(table)
-    swept = [key for key in table[0] if key not in ("cell", "seed") and len({row.get(key) for row in table}) > 1]
-    swept = sorted((key for key in swept if "." in key), key=lambda key: key not in ("loss.beta", "loss.eta"))[:2]
-    if swept and any(value in row for row in table for value in _SHOWN):
-        from rpo.training import figures  # matplotlib takes a second
-
-        draw = figures.draw_line if len(swept) == 1 else figures.draw_heatmap
-        draw(table, *swept, _SHOWN, folder / "sweep.png")
+    swept = [key for key in table[0] if key not in told and len({row.get(key) for row in table}) > 1]
+    axes = sorted((key for key in swept if "." in key), key=lambda key: key not in ("loss.beta", "loss.eta"))[:2]
+    if axes and any(value in row for row in table for value in _SHOWN):
+        _draw(table, axes, [key for key in swept if key not in axes], folder / "sweep.png")
     num_failed = sum(row["state"] == "failed" for row in table)
     print(f"{folder / 'sweep.csv'}: {len(table)} cells, {num_failed} failed", flush=True)
     return num_failed
+
+
+def _draw(table: list[dict], axes: list[str], apart: list[str], path: Path) -> None:
+    """The picture, a row of panels for each setting of `apart`; none, and one line, where they are too many to look at."""
+    from rpo.training import figures  # matplotlib takes a second
+
+    if (rows := len(figures.settings_of(table, apart))) > _ROWS:
+        path.unlink(missing_ok=True)
+        print(f"{path}: not drawn, {', '.join(apart)} have {rows} settings; sweep.csv has all cells", flush=True)
+        return
+    draw = figures.draw_line if len(axes) == 1 else figures.draw_heatmap
+    draw(table, *axes, _SHOWN, path, apart)
