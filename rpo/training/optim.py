@@ -1,6 +1,7 @@
 """AdamW, the learning-rate schedule, and an update that a non-finite number cannot reach."""
 
 import math
+import re
 
 import torch
 from torch import Tensor, nn
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 from rpo.config import Optim
 from rpo.errors import UserError
 
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(^|\.|_)norm($|\.)")
+
 
 def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
-    """Fused AdamW over the sharded fp32 masters; vectors (norms, biases) take no weight decay.
+    """Fused AdamW over the sharded fp32 masters; vectors, norms and biases take no weight decay.
 
     Moments are in cfg.state_dtype; bfloat16 halves them (CUDA only). To be made while nothing is gathered: FSDP's root
     stays so after a forward without a backward, and what `parameters()` then gives are copies that nobody reads again.
@@ -19,9 +22,10 @@ def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
 
     params = [p for p in model.parameters() if p.requires_grad]
     assert all(isinstance(p, DTensor) for p in params), "a gathered parameter would be updated in vain"
+    exempt = _exempt(model)
     groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if id(p) not in exempt], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params if id(p) in exempt], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=tuple(cfg.betas), fused=True)
     for p in params:  # what the first update would make; the fused kernel keeps the dtype that it finds
@@ -29,6 +33,16 @@ def adamw(model: nn.Module, cfg: Optim) -> torch.optim.AdamW:
         moments = {name: torch.zeros_like(p, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     return optimizer
+
+
+def _exempt(model: nn.Module) -> set[int]:
+    """The ids of vectors, and of what a norm has or a name calls a bias or norm, as Trainer does: both may be matrices."""
+    found = {id(p) for p in model.parameters() if p.ndim < 2}
+    for path, module in model.named_modules():
+        for name, param in module.named_parameters(recurse=False):
+            if "Norm" in type(module).__name__ or _NO_DECAY.search(f"{path}.{name}".lower()):
+                found.add(id(param))
+    return found
 
 
 def check_moments(state_dtype: str, device_type: str) -> None:

@@ -11,12 +11,14 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.torch_version import TorchVersion
+from transformers import Trainer
 
 from rpo import losses
 from rpo.config import Optim
 from rpo.errors import UserError
 from rpo.model.shard import PLAIN, mesh
 from rpo.training import optim
+from tests.helpers.models import make_lm, prepared
 from tests.helpers.runs import settings, tiny_args
 from train import train
 
@@ -91,6 +93,25 @@ def test_only_matrices_decay(group):
     decay = {id(p): g["weight_decay"] for g in optim.adamw(model, CFG).param_groups for p in g["params"]}
     named = {name: decay.get(id(param)) for name, param in model.named_parameters()}
     assert named == {"0.weight": 0.1, "0.bias": 0, "1.weight": 0, "1.bias": 0, "2.weight": None, "2.bias": None}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "exempt"),
+    [
+        ("cohere", {"use_qk_norm": True}, "q_norm.weight k_norm.weight"),
+        ("gpt_oss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 2}, "up_proj_bias down_proj_bias"),
+    ],
+)
+def test_matrices_that_are_norms_or_biases_do_not_decay(family, sizes, exempt, group):
+    """Of the parameters of two or more dimensions those decay that transformers' Trainer decays."""
+    lm = make_lm(family, **sizes)
+    theirs = set(Trainer.get_decay_parameter_names(None, lm))
+    matrices = {name for name, param in lm.named_parameters() if param.ndim >= 2}
+    assert all(any(name.endswith(end) for name in matrices - theirs) for end in exempt.split())
+    model = prepared(lm, group, activation_checkpointing="full")
+    decay = {id(p) for g in optim.adamw(model, CFG).param_groups if g["weight_decay"] for p in g["params"]}
+    ours = {name.replace("_checkpoint_wrapped_module.", "") for name, p in model.named_parameters() if id(p) in decay}
+    assert ours == {f"lm.{name}" for name in theirs & matrices}
 
 
 def test_fused_is_plain_adamw(group):
