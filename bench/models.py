@@ -106,11 +106,14 @@ MORE = {
         "pronunciation_embed_dim": 8,
         "shape_embed_dim": 8,
     },
+    "rwkv": {"num_hidden_layers": 4, "rescale_every": 2},
     "xlm": None,
     "xmod": {"default_language": "en_XX", "is_decoder": True},
     "zamba": None,
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "layer_types": ["mamba", "hybrid"], "attention_head_dim": 16}
-    | {"attention_hidden_size": 64, "n_mamba_heads": 8, "mamba_headdim": 8, "hybrid_layer_ids": [1]},
+    # As in Zyphra's: more hybrid layers than blocks, so that they share one.
+    "zamba2": {"num_hidden_layers": 4, "num_mem_blocks": 1, "hybrid_layer_ids": [1, 3], "attention_head_dim": 16}
+    | dict.fromkeys(["layers_block_type", "layer_types"], ["mamba", "hybrid", "mamba", "hybrid"])
+    | {"attention_hidden_size": 64, "n_mamba_heads": 8, "mamba_headdim": 8},
     "zaya": None,
 }
 
@@ -175,7 +178,7 @@ BOTH = np.arange(len(ROWS))
 
 def own(lm: PreTrainedModel) -> tuple[list[float], torch.Tensor]:
     """Each response's summed log-prob and the gradient of their alternating sum, by the library, one text at a time."""
-    lm.requires_grad_(True).zero_grad()
+    lm.zero_grad()
     sums = []
     for side in (1, 2):
         for i in BOTH:
@@ -251,7 +254,13 @@ def tried(kind: str, folder: Path, device: torch.device) -> Row:
 
 
 def _brief(error: Exception, folder: Path) -> str:
-    return str(error).replace(str(folder), "PATH").removeprefix("model.path=PATH: ").replace("|", "\\|")
+    return (
+        str(error)
+        .replace(str(folder), "PATH")
+        .removeprefix("model.path=PATH: ")
+        .removeprefix("model.path: ")
+        .replace("|", "\\|")
+    )
 
 
 def _in_bfloat16(make, layout: str, exact: list[float], device: torch.device) -> str:

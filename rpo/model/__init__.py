@@ -2,6 +2,7 @@
 
 In reading order:
     hf           configs checked, weights loaded, built and saved
+    stored       what a model's files hold, and what a class leaves in them
     policy       the FSDP root; pairs scored under policy and reference
     logprobs     log-probs of given tokens in tiles, and their sum over a response; the naive form that specifies them
     attention    attention over packed rows

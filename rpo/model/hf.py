@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 import pickle
-import re
 import shutil
 import sys
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from rpo import dist, files
 from rpo.errors import UserError
 from rpo.model.policy import Policy, attention_heads
 from rpo.model.probe import border, probe, rotary
+from rpo.model.stored import integer_weight, left_behind, lost_of, stored_tensors
 from rpo.text import first_line
 
 if TYPE_CHECKING:
@@ -41,6 +40,8 @@ def check(
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     folder = os.path.expanduser(path)
+    if revision is not None and os.path.isdir(folder):
+        raise UserError(f"model.revision={revision}: {key}={path} is a folder, which has no revisions; set it to null")
     if _has_adapter(path, revision):
         raise UserError(
             f"{key}={path}: has a PEFT adapter (adapter_config.json), which is not read; merge it into its base model "
@@ -150,7 +151,8 @@ def positions_of(configs: dict[str, PreTrainedConfig]) -> int:
 
 
 def _positions(config: PreTrainedConfig) -> int:
-    own = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # the last two of Whisper, of MPT
+    own = next(filter(None, (getattr(config.get_text_config(), name, None) for name in names)), sys.maxsize)
     # YaRN's max_position_embeddings may be the context before the scaling or after it, linear's too.
     scaled = [
         int((rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or own))
@@ -230,7 +232,8 @@ def load(
         ) from None
     except Exception as error:  # files, the library and a model's own code: each its own type
         raise _unreadable(key, path, error, "the weights could not be loaded") from None
-    if integer := _integer_weight(path, revision):
+    stored = stored_tensors(path, revision)
+    if integer := integer_weight(stored):
         raise UserError(
             f"{key}={path}: {integer}, but its config.json has no quantization_config to read it by; give the original model"
         )
@@ -243,36 +246,23 @@ def load(
     if saved:
         _check_router(lm, f"{key}={path}")
         _check_saveable(lm, f"{key}={path}")
+        if (left := left_behind(lm, stored)) and dist.is_main():
+            listed = f"{left[0]}{', ...' if len(left) > 1 else ''}"
+            what = f"{len(left)} tensors of its files ({listed}) are not loaded by {type(lm).__name__}"
+            print(f"{key}={path}: {what} and will not be in model/", flush=True)
+    _compute_as_stored(lm)
     probe(lm, key=f"{key}={path}")
     return lm
 
 
-def _integer_weight(path: str, revision: str | None) -> str | None:
-    """A weight in the model's files of a type that needs a scale, as integers and 8-bit floats do; None if there is none."""
-    from safetensors import safe_open
-    from transformers.utils import cached_file
+def _compute_as_stored(lm: PreTrainedModel) -> None:
+    """Keeps RWKV from dividing its own weights in eval mode, and states alike, which changes no logit but what is saved.
 
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = cached_file(path, f"{whole}.index.json", revision=revision, **quiet)
-        names = sorted({*json.loads(Path(index).read_text())["weight_map"].values()}) if index else [whole]
-        files = [cached_file(path, name, revision=revision, **quiet) for name in names]
-        for file in filter(None, files):
-            if whole.endswith(".bin"):
-                state = torch.load(file, map_location="meta", weights_only=True)
-                types = {name: (str(t.dtype), t.ndim) for name, t in state.items() if isinstance(t, Tensor)}
-            else:
-                with safe_open(file, "pt") as tensors:
-                    slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-                    types = {name: (part.get_dtype(), len(part.get_shape())) for name, part in slices.items()}
-            for name, (dtype, ndim) in types.items():
-                # int64 is of indices, as DeepSeek V4's table of experts; int32 holds packed weights of 4 bits.
-                is_scaled = re.match(r"(torch\.)?(u?int(?!64)|float8|[IU](?!64)\d|F[48])", dtype)
-                if is_scaled and ndim > 1 and not _NO_WEIGHTS.search(name):
-                    return f"{name} is stored as {dtype.removeprefix('torch.')}"
-        if any(files):
-            return None
-    return None
+    The backbone reads a config of its own from then on: the one that is saved stays as it came.
+    """
+    if getattr(lm.config, "rescale_every", 0):
+        lm.base_model.config = copy.copy(lm.config)
+        lm.base_model.config.rescale_every = 0
 
 
 _ROUTER_LOSSES = (
@@ -303,20 +293,11 @@ def _check_router(lm: PreTrainedModel, where: str) -> None:
         )
 
 
-_NO_WEIGHTS = re.compile(
-    r"(inv_freq|(attn|attention)\.(masked_)?bias|position_ids)$"
-)  # buffers of old files, which classes make anew
-
-
-def lost_of(unexpected: Iterable[str]) -> list[str]:
-    """The weights among the names that a class did not take from a file."""
-    return sorted(name for name in unexpected if not _NO_WEIGHTS.search(name))
-
-
 def _check_saveable(lm: PreTrainedModel, where: str) -> None:
     """Raises UserError where `lm` has weights that its class does not write.
 
-    A head of its own under a config that says tied is written as its own: the config is put right.
+    A head of its own under a config that says tied is written as its own: the config is put right. What the class froze
+    when it made them, as sinusoidal positions, is frozen again, which loading undoes.
     """
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
     if head is not None and head.weight is not embedding.weight:
@@ -330,6 +311,9 @@ def _check_saveable(lm: PreTrainedModel, where: str) -> None:
             f"{where}: {type(lm).__name__} has other weights, or ties them otherwise, than its class writes "
             f"({', '.join(differing[0][:2])}); give a model as the class saves it"
         )
+    for name, param in whole.named_parameters():
+        if not param.requires_grad:
+            lm.get_parameter(name).requires_grad_(False)
 
 
 def _ties(lm: PreTrainedModel) -> set[tuple[str, ...]]:
@@ -348,6 +332,7 @@ def build(config: PreTrainedConfig, seed: int, master: torch.dtype) -> PreTraine
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    _compute_as_stored(lm)
     probe(lm, key=f"model.architecture={config.model_type}")
     return lm.to(master)
 
@@ -386,13 +371,23 @@ def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedT
     whole.generation_config = lm.generation_config
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    whole.save_pretrained(part)
-    if lost := _not_written(whole, part):
-        raise RuntimeError(f"{part}: {lost} is not what was trained; the weights are not saved")
-    tokenizer.save_pretrained(part)
+    try:
+        whole.save_pretrained(part)
+        if lost := _not_written(whole, part):
+            raise RuntimeError(f"{part}: {lost} is not what was trained; the weights are not saved")
+        tokenizer.save_pretrained(part)
+        files.sync(part)
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if not isinstance(error, OSError) and "(os error " not in str(error):  # so safetensors and tokenizers say it
+            raise
+        size = sum(tensor.nbytes for tensor in whole.state_dict().values())
+        raise UserError(
+            f"{folder}: cannot be written ({first_line(error)}); make room for {size / 1e9:.1f} GB and repeat the command, "
+            "which continues from the last checkpoint if there is one (checkpoint.every)"
+        ) from None
     old = folder.with_name(folder.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    files.sync(part)
     if folder.exists():  # of the same run, which has continued since
         folder.rename(old)
     part.rename(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from rpo.errors import UserError
-from rpo.model.hf import lost_of
+from rpo.model.stored import left_behind, lost_of, stored_tensors
 from rpo.text import first_line
 
 
@@ -36,9 +36,9 @@ def take_out(path: str, folder: str) -> None:
         )
     whole.eval()
     inner = [module for name, module in whole.named_modules() if name.rpartition(".")[2] == "language_model"]
-    if not inner:
+    lm, left = inner[0] if inner else whole, left_behind(whole, stored_tensors(path, None))
+    if not inner and not left:
         raise UserError(f"{path}: {type(whole).__name__} has no language_model; give it as model.path as it is")
-    lm = inner[0]
     if lm.get_output_embeddings() is None:  # the backbone alone
         lm = AutoModelForCausalLM.from_config(
             whole.config.get_text_config(), dtype=whole.dtype, trust_remote_code=False
@@ -52,6 +52,8 @@ def take_out(path: str, folder: str) -> None:
         raise UserError(f"{path}: {type(lm).__name__} alone gives other logits than {type(whole).__name__}")
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if left:  # Qwen3.5, of which AutoModelForCausalLM loads no more than its language model
+        print(f"{folder}: {type(lm).__name__}, without {len(left)} other tensors of {path} ({left[0]}, ...)")
 
 
 if __name__ == "__main__":

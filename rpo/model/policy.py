@@ -5,6 +5,7 @@ Letters: B rows, T tokens of a row, N scored tokens, D model width, V vocabulary
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,13 +32,20 @@ class Head(NamedTuple):
     form: dict[str, Any]
 
 
+_TIMES = ("logit_scale", "lm_head_multiplier")  # of Cohere, of Falcon-H1
+_OVER = ("logits_scaling", "logits_mup_width_multiplier")  # of Granite, of Inkling
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # of Gemma, RecurrentGemma, xLSTM
+
+
 def head_of(lm: PreTrainedModel) -> Head:
     """The head of `lm`, read off its output embedding and config; `probe` is what proves the reading right."""
     linear = lm.get_output_embeddings()
     config = lm.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    softcap = getattr(config, "final_logit_softcapping", None)
+    times, over = [[getattr(config, name, None) or 1.0 for name in names] for names in (_TIMES, _OVER)]
+    if config.model_type == "hyperclovax":  # multiplies by what Granite divides by
+        times, over = times + over, []
+    scale = math.prod(times) / math.prod(over)
+    softcap = next(filter(None, (getattr(config, name, None) for name in _SOFTCAPS)), None)
     return Head(linear.weight, {"bias_V": getattr(linear, "bias", None), "scale": scale, "softcap": softcap})
 
 
@@ -148,12 +156,19 @@ def prepare(
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    lm.requires_grad_(trainable)
+    if not trainable:  # else what the class itself has frozen stays so
+        lm.requires_grad_(False)
     softcap = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
     backend = choose_attention(attention, torch.device(mesh.device_type), compute_dtype, softcap, attention_heads(lm))
     policy = Policy(lm, compile_tiles=compile, attention=backend)
     policy.compute_dtype = compute_dtype
-    shard.shard(policy, layers_of(lm), mesh, fsdp, compute_dtype=compute_dtype, compile=compile)
+    layers = layers_of(lm)
+    if shared := shard.shared(policy, layers):
+        raise UserError(
+            f"model.path: {type(lm).__name__} has one weight in two places ({shared}), but each layer is sharded by itself; "
+            "give a model whose layers have weights of their own"
+        )
+    shard.shard(policy, layers, mesh, fsdp, compute_dtype=compute_dtype, compile=compile)
     for method in ("hidden", "logits_of", "generate"):  # FSDP gathers the root's weights as it does around forward
         register_fsdp_forward_method(policy, method)
     return policy

@@ -45,24 +45,48 @@ def probe(lm: PreTrainedModel, *, key: str) -> None:
     target_N = input_ids_BT[:, 1:].flatten()
     batch = Batch(input_ids_BT, source_N, target_N, torch.tensor([15, 15]), num_pairs=1, weight=1.0)
 
+    before = _state(lm)
     try:
         logps_N = Policy(lm, compile_tiles=False)(batch)
     except (RuntimeError, TypeError, AttributeError) as error:  # of a head on other than the last hidden states
         what = f"{type(lm).__name__} has a head that rpo does not compute ({first_line(error)})"
         raise UserError(f"{key}: {what}") from None
     logits_BTV = lm(input_ids=input_ids_BT, use_cache=False).logits
+    if changed := [name for name, value in _state(lm).items() if before.get(name) != value]:
+        raise UserError(
+            f"{key}: {type(lm).__name__} changes {changed[0]} whenever it computes, in eval mode too, so what is trained "
+            "would not be what is saved; it cannot be trained here"
+        )
+    if not logits_BTV.isfinite().all():
+        broken = [name for name, weight in lm.state_dict().items() if not weight.isfinite().all()]
+        what = f"{broken[0]} has NaN or infinite values" if broken else "its logits are NaN or infinite"
+        raise UserError(f"{key}: {what}; give a model whose weights are whole")
+    if logits_BTV.shape[-1] != vocab_size:  # Inkling cuts off the padding of its vocabulary
+        raise UserError(f"{key}: {type(lm).__name__} has a head that rpo does not compute ({vocab_size} rows)")
     own_N = logits_BTV.log_softmax(-1)[:, :-1].gather(-1, input_ids_BT[:, 1:, None]).flatten()
     error, tolerance = (logps_N - own_N).abs().max().item(), 1e-5 * max(1.0, logits_BTV.abs().max().item())
     if not error <= tolerance:
+        again = (lm(input_ids=input_ids_BT, use_cache=False).logits - logits_BTV).abs().max().item()
+        random = "gives other logits each time it reads one text, in eval mode too (dropout?)"
+        what = "has a head that rpo does not compute" if again <= tolerance else random
         raise UserError(
             f"{key}: our log-probs differ from the model's own by {error:.1e} nats (allowed {tolerance:.0e}); "
-            f"{type(lm).__name__} has a head that rpo does not compute"
+            f"{type(lm).__name__} {what}"
         )
     changed_BT = input_ids_BT.clone()
     changed_BT[:, -1] = (changed_BT[:, -1] + 1) % vocab_size
     changed_BTV = lm(input_ids=changed_BT, use_cache=False).logits
     if not (changed_BTV - logits_BTV)[:, :-1].abs().max().item() <= tolerance:
         raise UserError(f"{key}: {type(lm).__name__} is not causal: a later token changes earlier predictions")
+
+
+def _state(lm: PreTrainedModel) -> dict[str, tuple]:
+    """Each parameter's and buffer's shape and sum of bits, which nearly every change of a value changes."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    tensors = [*lm.named_parameters(), *lm.named_buffers()]
+    return {
+        name: (t.shape, t.detach().contiguous().view(integer[t.element_size()]).sum().item()) for name, t in tensors
+    }
 
 
 @torch.no_grad()

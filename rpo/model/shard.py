@@ -118,6 +118,21 @@ def not_recomputing(root: nn.Module) -> Iterator[None]:
             wrapper.checkpoint_fn = recomputing
 
 
+def shared(root: nn.Module, layers: nn.ModuleList) -> str | None:
+    """Which parameter two layers have in common, or a layer and the rest, so that FSDP cannot cut it; None without one."""
+    owners: dict[int, int] = {}
+    for i, layer in enumerate(layers):
+        for name, param in layer.named_parameters():
+            if owners.setdefault(id(param), i) != i:
+                return f"{name} of layers {owners[id(param)]} and {i}"
+    inside = {id(module) for module in layers.modules()}
+    for name, module in root.named_modules():
+        for own, param in module.named_parameters(recurse=False):
+            if id(module) not in inside and id(param) in owners:
+                return f"{name}.{own}, and in layer {owners[id(param)]}"
+    return None
+
+
 def shard(
     root: nn.Module, layers: nn.ModuleList, mesh: DeviceMesh, cfg: Fsdp, *, compute_dtype: torch.dtype, compile: bool
 ) -> None:

@@ -10,11 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from packaging.version import Version
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel, Gemma3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertLMHeadModel,
+    Gemma3Config,
+    LlamaForCausalLM,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from rpo.data import batch as data_batch
 from rpo.data import dataset, schedule
@@ -25,6 +37,7 @@ from rpo.model import policy as model_policy
 from rpo.model.logprobs import response_sums
 from rpo.model.policy import Head, Policy
 from rpo.model.probe import gradient_gap, noise_floor, probe, why_not_packed
+from rpo.training import optim
 from tests.helpers.models import FAMILIES, SIZES, VOCABULARY, float64_throughout, make_lm, own_logps, prepared, ragged
 from tests.helpers.rows import LENGTHS, make_rows, make_tokenizer
 from tests.helpers.runs import settings
@@ -217,6 +230,28 @@ def test_saved_model_is_the_model(family, group, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "something half-written stayed"
 
 
+HYBRID = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8}
+XLSTM = {"num_heads": 4, "embedding_dim": 32, "num_blocks": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("falcon_h1", HYBRID | {"lm_head_multiplier": 0.25}),
+        ("hyperclovax", {"logits_scaling": 0.25}),
+        ("recurrent_gemma", {"logits_soft_cap": 0.5, "lru_width": 32, "attention_window_size": 64}),
+        ("xlstm", XLSTM | {"output_logit_soft_cap": 0.5}),
+    ],
+)
+def test_heads_that_scale_or_cap_by_another_name(family, sizes):
+    """What each class calls the scale or cap of its logits is read off its config: log-probs are the model's own."""
+    lm = make_lm(family, **sizes)
+    probe(lm, key="model.path")
+    batch, alone = ragged()
+    with torch.no_grad():
+        torch.testing.assert_close(Policy(lm, compile_tiles=False)(batch), own_logps(lm, alone), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "phi"])
 def test_probe_catches_a_head_read_wrong(family, monkeypatch):
     """Were a soft-cap, a scale or a bias skipped, loading would stop and name the model's class."""
@@ -232,6 +267,47 @@ def test_probe_catches_a_head_of_another_kind():
     lm.lm_head.register_forward_hook(lambda _module, _args, logits: logits * 1.001)
     with pytest.raises(UserError, match="differ from the model's own by"):
         probe(lm, key="model.path")
+
+
+def count_calls(module, _args, out):
+    module.calls += 1
+    return out * (1 + 1e-3 * module.calls)
+
+
+def halve(module, _args, _out):
+    module.weight.data.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lm: lm.lm_head.weight[3, 3].fill_(torch.nan), "lm_head.weight has NaN or infinite values; give a"),
+        (
+            lambda lm: lm.model.norm.register_forward_hook(lambda _m, _a, out: F.dropout(out, 0.1)),
+            "differ .*LlamaForCausalLM gives other logits each time it reads one text, in eval mode too",
+        ),
+        (
+            lambda lm: (
+                lm.model.norm.register_buffer("calls", torch.zeros(()), persistent=False),
+                lm.model.norm.register_forward_hook(count_calls),
+            ),
+            "LlamaForCausalLM changes model.norm.calls whenever it computes, in eval mode too",
+        ),
+        (
+            lambda lm: lm.model.norm.register_forward_hook(halve),
+            "LlamaForCausalLM changes model.norm.weight whenever it computes",
+        ),
+    ],
+    ids=["nan", "dropout", "buffer", "weight"],
+)
+def test_probe_says_what_is_wrong(change, words):
+    """Weights that are no numbers, random logits, and a forward pass that changes what it computes with each have a line."""
+    lm = make_lm()
+    with torch.no_grad():
+        change(lm)
+    with pytest.raises(UserError, match=f"^model.path: .*{words}") as caught:
+        probe(lm, key="model.path")
+    assert "head" not in str(caught.value).replace("lm_head.weight", "")
 
 
 def test_probe_refuses_a_model_without_a_backbone():
@@ -290,6 +366,13 @@ def test_load_refuses_missing_weights(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="lacks model.layers.1.mlp.up_proj.weight"):
         hf.load(str(tmp_path), None, torch.float32)
+
+
+def test_check_refuses_a_revision_of_a_folder(tmp_path):
+    """A folder has none, and would be trained as it is."""
+    make_lm().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=f"^model.revision=step1000: model.path={tmp_path} is a folder"):
+        hf.check(str(tmp_path), "step1000")
 
 
 def test_check_fit():
@@ -363,6 +446,13 @@ def test_a_scaled_context_is_read_as_it_is_meant(rope, positions):
     assert hf.positions_of({"model.path": config}) == positions
 
 
+@pytest.mark.parametrize(("family", "name"), [("whisper", "max_target_positions"), ("gpt2", "n_positions")])
+def test_positions_by_another_name(family, name):
+    """What a config calls its table of positions is their number, at which the model itself ends."""
+    config = AutoConfig.for_model(family, **{name: 20})
+    assert hf.positions_of({"model.path": config}) == 20
+
+
 def test_a_noise_floor_does_not_cross_where_angles_jump(group):
     """longrope: padding that crosses the original length would measure another model (a floor of .05 nats and more)."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
@@ -396,13 +486,77 @@ def test_a_head_of_its_own_is_saved_though_the_config_says_tied(tmp_path, group)
     assert "lm_head.weight" in load_file(tmp_path / "b/model.safetensors")
 
 
+def test_weights_that_the_forward_pass_divides_are_saved_whole(tmp_path, group):
+    """RWKV in eval mode halves the weights of later layers: loaded, scored and saved they are the file's, as is the config."""
+    lm = make_lm("rwkv", num_hidden_layers=4, rescale_every=2, attention_hidden_size=32)
+    lm.save_pretrained(tmp_path / "a")
+    before, (batch, _) = load_file(tmp_path / "a/model.safetensors"), ragged()
+    policy = prepared(hf.load(str(tmp_path / "a"), None, torch.float32, saved=True), group)
+    with torch.no_grad():
+        policy(batch)
+        hf.save(policy, make_tokenizer(), tmp_path / "b")
+        own = [AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()(batch.input_ids_BT).logits for name in "ab"]
+    after = load_file(tmp_path / "b/model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items()) and torch.equal(*own)
+    assert AutoConfig.from_pretrained(tmp_path / "b").rescale_every == 2
+
+
+def test_what_a_class_freezes_stays_frozen(tmp_path, group, monkeypatch):
+    """Loading makes all weights trainable; one that the class froze has no gradient, and AdamW and the clip leave it out."""
+    init = LlamaForCausalLM.__init__
+
+    def freezing(lm, config):
+        init(lm, config)
+        lm.model.embed_tokens.requires_grad_(False)
+
+    make_lm().save_pretrained(tmp_path)
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", freezing)
+    policy = prepared(hf.load(str(tmp_path), None, torch.float32, saved=True), group, activation_checkpointing="full")
+    optimizer = optim.adamw(policy, settings("data=files", "model.path=X", "data.train=Y").optim)
+    before = {name: param.full_tensor().clone() for name, param in policy.named_parameters()}
+    policy(ragged()[0]).sum().backward()
+    assert optim.clip_grad_norm(policy, 1.0).isfinite()
+    optim.step_if_finite(optimizer, torch.tensor(False), 1e-2)
+    same = [name for name, param in policy.named_parameters() if torch.equal(param.full_tensor(), before[name])]
+    assert same == ["lm.model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize("where", ["layers", "rest"])
+def test_layers_that_share_weights_are_refused(where, group):
+    """FSDP cuts layer by layer: one weight of two layers, or of a layer and the rest, is named."""
+    lm = make_lm()
+    if where == "layers":
+        lm.model.layers[1].mlp = lm.model.layers[0].mlp
+    else:
+        lm.model.norm.weight = lm.model.layers[0].input_layernorm.weight
+    named = {"layers": r"mlp.gate_proj.weight of layers 0 and 1", "rest": "lm.model.norm.weight, and in layer 0"}[where]
+    with pytest.raises(UserError, match=rf"^model.path: LlamaForCausalLM has one weight in two places \({named}\)"):
+        prepared(lm, group)
+
+
+def test_weights_that_a_class_ignores_are_told(tmp_path, group, monkeypatch, capsys):
+    """Qwen's head for several tokens stays in the file without a warning of the library's: one line where it would be lost."""
+    make_lm().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    extra = {"mtp.fc.weight": torch.ones(4), "mtp.norm.weight": torch.ones(4)}
+    save_file(load_file(file) | extra, file, metadata={"format": "pt"})
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", ["^mtp", "layers.1"])
+    for saved, lines in ((False, 0), (True, 1)):
+        hf.load(str(tmp_path), None, torch.float32, saved=saved)
+        line = (
+            "2 tensors of its files (mtp.fc.weight, ...) are not loaded by LlamaForCausalLM and will not be in model/"
+        )
+        assert capsys.readouterr().out.count(line) == lines
+
+
 def test_weights_that_would_be_lost_are_refused_before_training(tmp_path):
     """A value head in the file, a LoRA in the modules: neither would be in model/. Buffers of old files are no weights."""
     make_lm().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     weights = load_file(file)
-    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    save_file(weights | inv_freq, file, metadata={"format": "pt"})
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # CodeGen's mask is one too
+    old["model.layers.0.attn.causal_mask"] = torch.ones(1, 1, 2, 2, dtype=torch.uint8)
+    save_file(weights | old, file, metadata={"format": "pt"})
     lm = hf.load(str(tmp_path), None, torch.float32, saved=True)
     for lost in ("model.layers.0.self_attn.q_proj.bias", "lm_head.bias"):  # of another class
         save_file(weights | {lost: torch.ones(4)}, file, metadata={"format": "pt"})
@@ -431,6 +585,24 @@ def test_a_save_that_is_not_what_was_trained_fails(tmp_path, group, monkeypatch)
     with pytest.raises(RuntimeError, match=r"model.norm.weight is not what was trained"):
         hf.save(policy, make_tokenizer(), tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")]
+)
+def test_a_full_disk_at_the_end_is_one_line(error, tmp_path, group, monkeypatch):
+    """What cannot be written is told with its size and leaves nothing behind; an older model/ stays."""
+    policy = prepared(make_lm(), group)
+    hf.save(policy, make_tokenizer(), tmp_path / "model")
+
+    def full(lm, folder):
+        folder.mkdir()
+        raise error
+
+    monkeypatch.setattr(type(policy.lm), "save_pretrained", full)
+    with pytest.raises(UserError, match=rf"^{tmp_path}/model: cannot be written \(.*No space left.*0.0 GB") as caught:
+        hf.save(policy, make_tokenizer(), tmp_path / "model")
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_class_that_writes_other_names_is_saved_whole(tmp_path, group):
@@ -497,6 +669,31 @@ def test_the_language_model_of_a_multimodal_checkpoint_is_taken_out(tmp_path):
     torch.testing.assert_close(lm(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="is there already"):
         language_model.take_out(str(tmp_path / "whole"), str(tmp_path / "text"))
+
+
+def test_a_language_model_that_the_library_loads_alone_is_taken_out(tmp_path, capsys):
+    """Qwen3.5's class for text ignores the vision tower: it is written as it is, and what stays behind is told."""
+    linear = {
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    text = SIZES | linear | {"vocab_size": VOCABULARY, "num_hidden_layers": 4, "head_dim": 8, "pad_token_id": 0}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"patch_size": 4, "num_position_embeddings": 16}
+    whole = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=text, vision_config=vision)).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    make_tokenizer().save_pretrained(tmp_path / "whole")
+    with pytest.raises(UserError, match="python -m rpo.model.language_model .* DIR"):
+        hf.check(str(tmp_path / "whole"))
+    language_model.take_out(str(tmp_path / "whole"), str(tmp_path / "text"))
+    num_vision = sum("visual" in name for name in load_file(tmp_path / "whole/model.safetensors"))
+    assert f"without {num_vision} other tensors of {tmp_path}/whole (model.visual." in capsys.readouterr().out
+    hf.check(str(tmp_path / "text"))
+    lm, ids = hf.load(str(tmp_path / "text"), None, torch.float32, saved=True), torch.arange(10, 30)[None]
+    torch.testing.assert_close(lm(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=0, atol=1e-5)
+    assert "not loaded" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("asks", [True, False])
