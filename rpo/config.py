@@ -166,6 +166,14 @@ class Optim:
     max_grad_norm: Annotated[float, Field(gt=0, description="> 0 (.inf: no clipping)")]
     state_dtype: Literal["float32", "bfloat16"]
 
+    @model_validator(mode="after")
+    def _check(self) -> "Optim":
+        dead = (
+            f"optim.min_lr_ratio={self.min_lr_ratio} with optim.schedule=constant: only the others read it; set it to 0"
+        )
+        require(self.schedule != "constant" or self.min_lr_ratio == 0, dead)
+        return self
+
 
 @group
 class Fsdp:
@@ -389,13 +397,6 @@ def may_change(cls: Any, prefix: str = "") -> set[str]:
         elif is_dataclass(hint):
             found |= may_change(hint, f"{prefix}{name}.")
     return found
-
-
-def takes_text(hint: Any, key: str) -> bool:
-    """Whether the value of `key`, or an element of it, is a text and no number, by the group `hint`'s own fields."""
-    for name in key.split("."):
-        hint = typing.get_type_hints(hint).get(name) if is_dataclass(hint) else None
-    return any(one is str or str in typing.get_args(one) for one in (hint, *typing.get_args(hint)))
 
 
 def differences(there: dict, here: dict, apart_from: Collection[str] = (), prefix: str = "") -> list[str]:

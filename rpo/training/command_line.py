@@ -4,14 +4,15 @@ import os
 import re
 import shlex
 import sys
+import typing
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from rpo.config import takes_text
 from rpo.errors import UserError
 from rpo.text import in_quotes, one_line
 
@@ -50,7 +51,11 @@ def check(overrides: Sequence[str], settings: type, *, multirun: bool) -> None:
             quoted = _quoted(parser, key, value)
             fix = f": write {quoted}" if quoted else f" ({one_line(error)})"
             raise UserError(f"{text}: {why}{fix}") from None
-        if not override.is_sweep_override() and takes_text(settings, key.lstrip("+")) and _has_number(override.value()):
+        if (
+            not override.is_sweep_override()
+            and _takes_text(settings, key.lstrip("+"))
+            and _has_number(override.value())
+        ):
             raise UserError(f"{text}: reads as a number or true, not as text; write {_quoted(parser, key, value)}")
         if not override.is_sweep_override() or override.is_hydra_override():
             continue
@@ -107,3 +112,10 @@ def _in_quotes(parser: OverridesParser, element: str, *, is_text: bool) -> str:
         return in_quotes(element)
     is_other = override.is_sweep_override() or (is_text and _has_number(override.value()))
     return in_quotes(element) if is_other else element
+
+
+def _takes_text(hint: Any, key: str) -> bool:
+    """Whether the value of `key`, or an element of it, is a text and no number, by the group `hint`'s own fields."""
+    for name in key.split("."):
+        hint = typing.get_type_hints(hint).get(name) if is_dataclass(hint) else None
+    return any(one is str or str in typing.get_args(one) for one in (hint, *typing.get_args(hint)))

@@ -62,6 +62,10 @@ def refusal(tiny, tmp_path, *more):
         ("data.template_date=today", "data.template_date='today': expected a date as YYYY-MM-DD"),
         ("layout.kind=ragged", "layout.kind='ragged': expected auto|packed|padded"),
         ("layout.attention=flash", "layout.attention='flash': expected auto|varlen|flex|sdpa"),
+        (
+            "optim.schedule=constant optim.min_lr_ratio=0.1",
+            "optim.min_lr_ratio=0.1 with optim.schedule=constant: only the others read it; set it to 0",
+        ),
         ("optim.state_dtype=float16", "optim.state_dtype='float16': expected float32|bfloat16"),
         ("fsdp.reshard_after_forward=2", "fsdp.reshard_after_forward=2: expected true or false"),
         ("+loss.gamma=1", "loss.gamma: no such key; the keys here are beta"),
@@ -78,7 +82,7 @@ def refusal(tiny, tmp_path, *more):
 def test_settings(override, message, tiny):
     """Each value out of its range, of another type or at odds with another key names the key and what was expected."""
     with pytest.raises(UserError) as caught:
-        settings(*tiny_args(tiny, override))
+        settings(*tiny_args(tiny, *override.split()))
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
