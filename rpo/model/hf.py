@@ -151,7 +151,7 @@ def positions_of(configs: dict[str, PreTrainedConfig]) -> int:
 
 
 def _positions(config: PreTrainedConfig) -> int:
-    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")  # the last two of Whisper, of MPT
+    names = ("max_target_positions", "max_position_embeddings", "max_seq_len")  # the first of Whisper, the last of MPT
     own = next(filter(None, (getattr(config.get_text_config(), name, None) for name in names)), sys.maxsize)
     # YaRN's max_position_embeddings may be the context before the scaling or after it, linear's too.
     scaled = [

@@ -446,11 +446,23 @@ def test_a_scaled_context_is_read_as_it_is_meant(rope, positions):
     assert hf.positions_of({"model.path": config}) == positions
 
 
-@pytest.mark.parametrize(("family", "name"), [("whisper", "max_target_positions"), ("gpt2", "n_positions")])
+WHISPER = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("whisper", "max_target_positions"), ("mpt", "max_seq_len"), ("gpt2", "n_positions")]
+)
 def test_positions_by_another_name(family, name):
-    """What a config calls its table of positions is their number, at which the model itself ends."""
-    config = AutoConfig.for_model(family, **{name: 20})
-    assert hf.positions_of({"model.path": config}) == 20
+    """Whatever a config calls its positions: a text that fills them is read, one token more is the library's error."""
+    sizes = {"whisper": WHISPER, "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2}, "gpt2": FAMILIES["gpt2"]}[family]
+    lm = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, vocab_size=VOCABULARY, **sizes | {name: 20, "pad_token_id": 0})
+    )
+    positions = hf.positions_of({"model.path": lm.config})
+    assert positions == 20
+    lm(input_ids=torch.ones(1, positions, dtype=torch.int64))
+    with pytest.raises((IndexError, RuntimeError)):
+        lm(input_ids=torch.ones(1, positions + 1, dtype=torch.int64))
 
 
 def test_a_noise_floor_does_not_cross_where_angles_jump(group):
