@@ -305,7 +305,7 @@ def test_a_checkpoint_that_is_not_finite_is_refused(tiny, tmp_path):
         lm.model.norm.weight[0] = torch.nan
     lm.save_pretrained(tmp_path / "nan")
     make_tokenizer().save_pretrained(tmp_path / "nan")
-    with pytest.raises(UserError, match="model.path=.*differ from the model's own by nan"):
+    with pytest.raises(UserError, match="model.path=.*: model.norm.weight has NaN or infinite values"):
         run(tiny, tmp_path / "run", f"model.path={tmp_path / 'nan'}")
 
 
@@ -415,13 +415,14 @@ def test_positions_end_where_the_data_does(group, tmp_path):
 
 def test_a_revision_is_the_references_too(tiny, tmp_path, monkeypatch):
     """model.revision goes with model.path wherever the reference is read; a reference.path of its own has none."""
-    read, load = [], hf.load
+    read, load, check = [], hf.load, hf.check
 
     def seen(path, revision, master, *, key, **more):
         read.append((key, revision))
         return load(path, revision, master, key=key, **more)
 
     monkeypatch.setattr(hf, "load", seen)
+    monkeypatch.setattr(hf, "check", lambda path, _revision, **more: check(path, **more))  # as if the folder were a Hub's
     run(tiny, tmp_path / "same", "loss=dpo", "reference=live", "model.revision=v1")
     assert read == [("model.path", "v1"), ("reference.path", "v1")]
     read.clear()

@@ -393,7 +393,7 @@ def with_secrets(tiny, tmp_path):
         (folder / f"{name}.jsonl.gz").write_bytes((tiny / f"{name}.jsonl.gz").read_bytes())
     paths = [f"data.train={folder}/train.jsonl.gz", f"data.eval={folder}/eval.jsonl.gz"]
     return [
-        *tiny_args(tiny, "max_steps=1", "batch_size=8", f"wandb.group=../../{TOKEN}", f"model.revision={KEY}"),
+        *tiny_args(tiny, "max_steps=1", "batch_size=8", f"wandb.group=../../{TOKEN}", f"data.revision={KEY}"),
         *paths,
     ]
 
@@ -428,7 +428,7 @@ def test_a_run_writes_no_secret(tiny, tmp_path, monkeypatch):
     assert sys.argv == ["train.py", *args]
     written = config.read_yaml(tmp_path / "run/config.yaml")
     expected = config.to_dict(settings(*args))
-    assert (written["wandb"]["group"], written["model"]["revision"]) == ("../../***", "***")
+    assert (written["wandb"]["group"], written["data"]["revision"]) == ("../../***", "***")
     assert written["data"].pop("train") == f"{tmp_path}/of-***/train.jsonl.gz" and written["data"].pop("eval")
     assert {**written["data"], "train": 0, "eval": 0} == {**expected["data"], "train": 0, "eval": 0}
     assert "***" in (tmp_path / "run/environment.json").read_text()
