@@ -422,7 +422,8 @@ def test_a_revision_is_the_references_too(tiny, tmp_path, monkeypatch):
         return load(path, revision, master, key=key, **more)
 
     monkeypatch.setattr(hf, "load", seen)
-    monkeypatch.setattr(hf, "check", lambda path, _revision, **more: check(path, **more))  # as if the folder were a Hub's
+    # As if the folder were of the Hub.
+    monkeypatch.setattr(hf, "check", lambda path, _revision, **more: check(path, **more))
     run(tiny, tmp_path / "same", "loss=dpo", "reference=live", "model.revision=v1")
     assert read == [("model.path", "v1"), ("reference.path", "v1")]
     read.clear()
