@@ -155,8 +155,8 @@ class Prepared:
 def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
     """The model of `spec`, verified, sharded, and ready to score `data` and to be trained.
 
-    No weight is left gathered, so an optimizer may be made. Prints one line where layout=auto comes to padded. Raises
-    UserError: what `hf.load` refuses; a model that cannot be packed where layout=packed was asked for.
+    No weight is left gathered, so an optimizer may be made. Prints its size, and a line where layout=auto comes to padded.
+    Raises UserError: what `hf.load` refuses; a model that cannot be packed where layout=packed was asked for.
     """
     compute = shard.compute_dtype(spec.model.dtype, device)
     master = torch.promote_types(compute, torch.float32)
@@ -166,6 +166,9 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
         trust = spec.model.trust_remote_code
         lm = hf.load(spec.path, spec.revision, master, key=spec.key, trust_remote_code=trust, saved=spec.trainable)
     size = ModelSize(**hf.sizes(lm))
+    if dist.is_main():  # what follows takes seconds, of a large model a minute
+        count = sum(param.numel() for param in lm.parameters())
+        print(f"{spec.key}: {count:,} parameters; measuring what rounding and packing do to its log-probs", flush=True)
     layout = "padded"
     if spec.layout.kind != "padded":
         layout = _packed_unless(why_not_packed(lm, data.longest), spec)
