@@ -195,8 +195,10 @@ def planned(work: Work, *, compile: bool, layout: str = "packed", **_: Any) -> f
 
 def _ceiling(hour: Hour, work: Work, *, compile: bool) -> None:
     """A plain cross-entropy step of the same model on the same tokens, dense rows."""
-    system, seconds = CrossEntropy(work, compile=compile and hour.cuda), []
+    system, seconds, warm = CrossEntropy(work, compile=compile and hour.cuda), [], min(2, work.steps - 1)
     for k in range(work.steps):
+        if k == warm and hour.cuda:
+            torch.cuda.reset_peak_memory_stats()
         meter.wait(hour.device)
         at = time.perf_counter()
         system.step(k)
@@ -205,7 +207,7 @@ def _ceiling(hour: Hour, work: Work, *, compile: bool) -> None:
     size = systems.size_of(work)
     shapes = [[tuple(batch.shape) for batch in systems.dense_rows(work, k)] for k in range(work.steps)]
     flops = [systems.cross_entropy_flops(size, s) for s in shapes]
-    facts = _rates(work, flops, seconds, min(2, work.steps - 1))
+    facts = _rates(work, flops, seconds, warm)
     hour.note("step", form="cross-entropy", model=work.model, compile=compile, **facts, **_memory(hour))
 
 
@@ -289,11 +291,9 @@ def backends(hour: Hour) -> None:
             if (name == "varlen" and softcap) or (not hour.cuda and name != "sdpa"):
                 continue
             with hour.excused("attention", backend=name, heads=label):
-                found, facts = (
-                    systems.timed(hour.device, partial(attention.deviation, name, hour.device, dtype, softcap, heads)),
-                    {},
-                )
-                facts = {"first_seconds": round(found[0], 1), "deviation": found[2]}
+                measure = partial(attention.deviation, name, hour.device, dtype, softcap, heads)
+                first, _, deviation = systems.timed(hour.device, measure)
+                facts = {"first_seconds": round(first, 1), "deviation": deviation}
                 shapes = [(1, n, len(segments.pair_T), heads[2]) for n in (heads[0], heads[1], heads[1])]
                 leaves = [torch.randn(s, device=hour.device, dtype=dtype).requires_grad_() for s in shapes]
 
@@ -335,7 +335,7 @@ def _synchronisations(hour: Hour, job: Callable) -> dict[str, int]:
 
 
 def step_7b(hour: Hour) -> None:
-    """Mistral-7B's shape on one card, in the forms that the planner says fit."""
+    """Mistral-7B's shape on one card, in four forms, each beside what the planner says of its memory."""
     for checkpointing, tokens, compile in (
         ("full", 16_384, True),
         ("selective", 4096, True),

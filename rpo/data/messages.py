@@ -44,7 +44,8 @@ def messages_in(text: str, field: str) -> Any:
     try:
         value = without_nulls(json.loads(text))
         if isinstance(value, str):  # JSON in JSON
-            return messages_in(value, field) if _MAY_BE_MESSAGES.match(value) else text
+            inner = messages_in(value, field)
+            return text if isinstance(inner, str) else inner
     except (ValueError, RecursionError):
         if not _BEGIN_AS_MESSAGES.match(text):
             return text

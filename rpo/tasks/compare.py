@@ -52,8 +52,8 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
                                (interval, detectable and needed are null where all clusters differ alike: se 0)
 
     Win rates against different opponents, or other answers of one, and scores by different judges, are not compared,
-    which `notes` say. Of two models that were judged against each other, the second's win rate is 1 less the first's: what is tested is whether
-    that is a half, on each item once.
+    which `notes` say. Of two models that were judged against each other, the second's win rate is 1 less the first's: what is
+    tested is whether that is a half, on each item once.
 
     Raises UserError where the evaluations are not of one task, or of files whose lines are others now, or two models have
     no items in common.

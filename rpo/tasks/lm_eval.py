@@ -14,7 +14,6 @@ import importlib.util
 import logging
 import random
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -107,14 +106,15 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
 
 def _key(cfg: Eval, ctx: Context, path: str, name: str) -> str:
     """A digest of what a model's results on a task depend on and config.yaml does not hold: the contents of what it names."""
-    with suppress(importlib.metadata.PackageNotFoundError):
+    try:
         version = importlib.metadata.version("lm_eval")
-        files = _files(name, cfg.task).values() if cfg.task.data and name in LOCAL else ()
-        digests = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
-        tokenizer = cfg.model.tokenizer and identity_of(cfg.model.tokenizer, cfg.model.revision)
-        known = [tokenizer, tokenizer_of(cfg, path).chat_template if cfg.task.chat_template else None]
-        return short_hash(ctx.identity(path), name, [version, digests, known])
-    raise UserError("task=lm_eval: lm_eval is not installed; pip install -e '.[eval]'")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError("task=lm_eval: lm_eval is not installed; pip install -e '.[eval]'") from None
+    files = _files(name, cfg.task).values() if cfg.task.data and name in LOCAL else ()
+    digests = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files]
+    tokenizer = cfg.model.tokenizer and identity_of(cfg.model.tokenizer, cfg.model.revision)
+    known = [tokenizer, tokenizer_of(cfg, path).chat_template if cfg.task.chat_template else None]
+    return short_hash(ctx.identity(path), name, [version, digests, known])
 
 
 def _specs(task: Settings, cache: Path) -> dict[str, str | dict]:

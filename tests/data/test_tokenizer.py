@@ -619,7 +619,7 @@ def test_messages_in_json_of_any_depth_are_read(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["{'a': 1}", '{"role": "king", "content": "x"}', "{x | x > 2}", "array([1, 2])", '"4"', "[{]"]
+    "text", ["{'a': 1}", '{"role": "king", "content": "x"}', "{x | x > 2}", "array([1, 2])", '"4"', '"{x} is"', "[{]"]
 )
 def test_code_is_an_answer(text):
     """Braces alone are no messages."""
