@@ -49,7 +49,7 @@ def train(cfg: Train) -> str:
     run.check_settings(cfg)
     configs = prepare.model_configs(cfg)
     data = prepare.load_splits(cfg.data, cfg.model, pairs=has_reference, cache_dir=cfg.cache_dir)
-    configs = prepare.check_fit(cfg, configs, data, embedded=embedded)
+    configs = prepare.check_fit(cfg, configs, data, device, embedded=embedded)
     plan = Plan(len(data.train), cfg.batch_size, cfg.seed, cfg.epochs, cfg.max_steps)
     if run.resume:
         run.resume.check_same(data.facts)

@@ -4,8 +4,8 @@
     python bench/step.py --device cpu --sweep 12 --compare trl     # a beta x eta sweep: T(1) and T(12)
 
 All systems train the same random weights on the same frozen ids: AdamW with fp32 weights and moments, clip 1.0, no
-dropout, every response token scored. On a CPU they take turns step by step (A B C A B C ...); on CUDA, where not all
-fit, visit by visit, each rebuilt. A step's time spans batches, forward, backward, clip, optimizer and metrics, and
+dropout, every response token scored. On a CPU that has the memory they take turns step by step (A B C A B C ...); else
+visit by visit, each rebuilt. A step's time spans batches, forward, backward, clip, optimizer and metrics, and
 TRL's is its own loop's. Loading, compiling, tokenising and the reference pass are not in it; the pass is shown apart.
 
 A speed counts only if its system passes the gates: log-probs of the first step's pairs against the library's model in
@@ -163,6 +163,12 @@ def visit(makers: dict[str, Callable], work: Work, results: dict[str, Result], g
         torch.cuda.empty_cache()
 
 
+def fit_together(work: Work, systems: int) -> bool:
+    """Whether on this CPU so many weights, gradients, moments and references leave half of the memory to a step."""
+    bytes_each = 20 * sum(param.numel() for param in build(replace(work, device=torch.device("meta"))).parameters())
+    return work.device.type == "cpu" and systems * bytes_each < dist.memory(work.device) / 2
+
+
 def best_of_grid(work: Work, compiled: bool) -> tuple[dict, list[dict]]:
     """The fastest settings of TRL's written grid, by two steps after a first, and what each took."""
     from bench import trl_step
@@ -200,8 +206,7 @@ def measure_steps(args: argparse.Namespace, work: Work) -> dict:
         makers["trl best, patched"] = partial(trl_step.Trl, work, **best, patched=True)
     results = {name: Result() for name in makers}
     gates = Gates(work, library_logps(work))
-    together = work.device.type == "cpu"
-    for group in [list(makers)] if together else [[name] for name in makers] * args.visits:
+    for group in [list(makers)] if fit_together(work, len(makers)) else [[name] for name in makers] * args.visits:
         visit({name: makers[name] for name in group}, work, results, gates)
     twin = results[args.systems[0]]
     if twin.failed:
@@ -279,7 +284,7 @@ def parse() -> argparse.Namespace:
     add("--pairs-per-step", type=int, help="default 8 on a CPU, 64 on CUDA")
     add("--warmup", type=int, default=2, help="steps that are not timed")
     add("--steps", type=int, default=8, help="steps that are")
-    add("--visits", type=int, default=1, help="CUDA: how often each system is built and timed, in turn")
+    add("--visits", type=int, help="where not all fit at once: how often each is built and timed; default 2, on CUDA 1")
     add("--tokens-per-microbatch", type=int, default=16_384)
     add("--activation-checkpointing", choices=("none", "selective", "full"), default="none", help="not TRL's")
     add("--lr", type=float, default=1e-4)
@@ -297,6 +302,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--sweep {args.sweep}: expected 1 to {len(CELLS)} cells")
     args.model = args.model or ("0.5b" if cuda else "11m")
     args.pairs_per_step = args.pairs_per_step or (64 if cuda else 8)
+    args.visits = args.visits or (1 if cuda else 2)
     chosen = args.systems or (ON_CUDA if cuda else SYSTEMS[: SYSTEMS.index(CEILING) + 1])
     twin = next((name for name in chosen if name.startswith("padded")), SYSTEMS[0])
     args.systems = list(dict.fromkeys([twin, *chosen]))

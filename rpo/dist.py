@@ -101,6 +101,14 @@ def world_size() -> int:
     return torch_dist.get_world_size()
 
 
+def memory(device: torch.device) -> int:
+    """Bytes that this process can have: its GPU's, or its share of this machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def is_main() -> bool:
     """True on the one process that writes files and talks."""
     return rank() == 0

@@ -192,6 +192,18 @@ def check_fit(
             )
 
 
+def count_parameters(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> int:
+    """How many parameters a model of this config has; 0 where its class cannot be made without data, as loading will say."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    except Exception:  # of a class's own code
+        return 0
+    return sum(param.numel() for param in lm.parameters())
+
+
 def _unreadable(key: str, path: str, error: Exception, what: str) -> UserError:
     if "trust_remote_code" in str(error):
         return UserError(f"{key}={path}: comes with code of its own, {_CODE_IS_OFF}")

@@ -31,7 +31,7 @@ from rpo.files import sync, write_atomic
 from rpo.runs.state import Tensors, TrainState, set_rng_state
 from rpo.text import human
 
-FILE_BYTES = 2**30  # of a rank's share in one file, about
+FILE_BYTES = 2**29  # of a rank's share in one file, about: it is put together in memory
 
 
 # ---- finding and reading
@@ -212,7 +212,8 @@ def _fill(checkpoint: Checkpoint, tensors: Tensors) -> None:
 class Checkpoints:
     """The run's checkpoints as the loop sees them. A context manager; a collective throughout.
 
-    `save` copies what it is given to the host and returns, a thread does the rest; of two saves the second waits.
+    `save` copies what it is given to the host and returns, a thread does the rest; of two saves the second waits. One
+    that the loop waits for needs no copy on a CPU.
     """
 
     def __init__(self, run_dir: Path, cfg: config.Checkpoint, resume: Checkpoint | None = None):
@@ -271,11 +272,14 @@ class Checkpoints:
         written = self.wait()
         best = self._best_with(state.step, held_out)
         shared = state.counts() | {"best": best, "position": position}
-        staged = self.stager.stage(state.tensors)  # a copy on the host: the loop may change the tensors from here on
-        if torch.__version__ < (2, 13):  # it closes itself after one use, and the pinned memory goes with it
-            self.stager = _stager()
-        self.pending = best, self.worker.submit(self._write, state.step, staged, shared, state.own())
-        return self.wait() if wait or self.cfg.blocking else written
+        wait |= self.cfg.blocking
+        tensors = state.tensors
+        if not wait or torch.cuda.is_available():
+            tensors = self.stager.stage(tensors)  # a copy on the host: the loop may change them from here on
+            if torch.__version__ < (2, 13):  # it closes itself after one use, and the pinned memory goes with it
+                self.stager = _stager()
+        self.pending = best, self.worker.submit(self._write, state.step, tensors, shared, state.own())
+        return self.wait() if wait else written
 
     def judge(self, step: int, held_out: dict[str, float]) -> None:
         """Notes whether `step`, saved by an interruption before it was evaluated, is the best so far."""

@@ -28,6 +28,7 @@ from rpo.model.policy import Policy
 from rpo.model.probe import mean_gap, why_not_packed
 from rpo.runs import folder as run_folder
 from rpo.runs import log
+from rpo.text import human
 from rpo.training import meter, optim
 from rpo.training import reference as reference_cache
 from rpo.training.meter import ModelSize
@@ -36,7 +37,7 @@ from rpo.training.sweep import in_sweep, shared
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-NUM_PROBE_PAIRS = 8
+NUM_PROBE_PAIRS = 4  # in four passes: seconds of a small model on a CPU
 
 load_splits = shared(dataset.load_splits)
 
@@ -76,9 +77,9 @@ def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
 
 
 def check_fit(
-    cfg: Train, configs: dict[str, PreTrainedConfig], data: Splits, *, embedded: bool
+    cfg: Train, configs: dict[str, PreTrainedConfig], data: Splits, device: torch.device, *, embedded: bool
 ) -> dict[str, PreTrainedConfig]:
-    """`configs`, and that of a model to be built. Raises UserError where tokens, positions or the budget do not fit."""
+    """`configs`, and that of a model to be built. Raises UserError where tokens, positions, the budget or memory do not fit."""
     if cfg.model.path is None:
         configs = configs | {"model.architecture": hf.config_for(cfg.model.architecture, data.tokenizer)}
     trust = cfg.model.trust_remote_code
@@ -88,8 +89,25 @@ def check_fit(
         path, used = cfg.reference.path, data.used_ids
         check_vocabulary(data.tokenizer, path, None, key="reference.path", trust=trust, used=used)
     hf.check_fit(configs, data.longest, data.largest_id, distributions=embedded)  # whose KL is measured
+    check_memory(cfg, configs.get("model.path") or configs["model.architecture"], device)
     check_budgets(data, "padded" if cfg.layout.kind == "padded" else "packed", cfg.tokens_per_microbatch)
     return configs
+
+
+def check_memory(cfg: Train, config: PreTrainedConfig, device: torch.device) -> None:
+    """Raises UserError where a process's share of weights, gradients and moments alone exceeds the memory that it has."""
+    if cfg.fsdp.cpu_offload:
+        return
+    master = max(4, shard.compute_dtype(cfg.model.dtype, device).itemsize)
+    moment = 2 if cfg.optim.state_dtype == "bfloat16" else master
+    count = hf.count_parameters(config, trust_remote_code=cfg.model.trust_remote_code)
+    needed = 2 * (master + moment) * count * cfg.fsdp.replicate_degree // dist.world_size()
+    room = dist.memory(device)
+    if needed > room:
+        raise UserError(
+            f"model.path={cfg.model.path}: weights, gradients and moments take {human(needed)} of each process, which has "
+            f"{human(room)}; more processes share them, optim.state_dtype=bfloat16 halves the moments"
+        )
 
 
 def check_budgets(data: Splits, layout: str, budget: int) -> None:

@@ -36,7 +36,7 @@ from rpo.model.policy import Policy
 from rpo.text import human
 
 CHUNK = 1024  # pairs per shard: what an interrupted pass loses at most
-RESCORED = 8  # pairs scored once more whenever a cache is used
+RESCORED = 4  # pairs scored once more whenever a cache is used
 
 Logps = dict[int, np.ndarray]  # row -> log-probs of its chosen, then of its rejected tokens
 

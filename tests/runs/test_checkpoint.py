@@ -407,6 +407,19 @@ def test_what_changes_after_save_is_not_saved(device, saved):
     assert all(torch.all(tensor == i + 100) for i, tensor in enumerate(tensors.values()))
 
 
+def test_a_save_that_is_waited_for_makes_no_copy_on_a_cpu(saved, monkeypatch):
+    """It writes the tensors themselves, whole."""
+    folder, begin, _ = saved
+    tensors = {f"weight/{i}": torch.randn(30, 100, generator=torch.Generator().manual_seed(i)) for i in range(5)}
+    with begin(keep="all") as checkpoints:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(type(checkpoints.stager), "stage", lambda *_: pytest.fail("copied"))
+        assert checkpoints.save(state_at(1, tensors), None, {}, wait=True)
+    (file,) = (folder / "latest").glob("*.safetensors")
+    written = load_file(file)
+    assert written.keys() == tensors.keys() and all(torch.equal(written[name], tensors[name]) for name in tensors)
+
+
 def test_a_stager_of_torch_2_11_is_used_once(saved, monkeypatch):
     """Where torch's stager closes itself after one use (before 2.13), later saves still succeed."""
     from torch.distributed.checkpoint.staging import DefaultStager

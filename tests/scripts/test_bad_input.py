@@ -202,6 +202,18 @@ def test_tokenizers(tiny, tmp_path):
     assert found.startswith("data.chat_template=nowhere.jinja: no such file")
 
 
+def test_a_model_larger_than_the_memory_is_refused_before_a_weight_is_read(tiny, tmp_path):
+    """The line says 16 bytes for each of 2 x 10^12 parameters of embeddings alone; to read the file would be another error."""
+    shutil.copytree(tiny / "model", tmp_path / "vast")
+    config = json.loads((tmp_path / "vast/config.json").read_text())
+    config |= {"vocab_size": 10**6, "hidden_size": 2 * 10**6, "intermediate_size": 8, "tie_word_embeddings": True}
+    (tmp_path / "vast/config.json").write_text(json.dumps(config | {"head_dim": 8}))
+    found = refusal(tiny, tmp_path, f"model.path={tmp_path / 'vast'}", f"model.tokenizer={tiny / 'model'}")
+    assert re.search(
+        r"vast: weights, gradients and moments take 29\d{3}\.\d GiB of each process, which has [\d.]+ GiB; ", found
+    )
+
+
 @pytest.mark.parametrize("key", ["model.path", "reference.path"])
 def test_models(key, tiny, tmp_path):
     """A model that is not there, not a causal LM, or of a smaller vocabulary is refused by the key that names it."""
