@@ -267,6 +267,7 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), help="default cuda where there is a GPU")
     add("--model", choices=MODELS, help="shape of the random model; default 11m on a CPU, 0.5b on CUDA")
+    add("--dtype", choices=("float32", "bfloat16"), help="of compute, weights stay fp32; default float32 on a CPU")
     add("--lengths", choices=data.LENGTHS, default="hh", help="hh: short; uf: long responses; long: long prompts")
     add("--data", choices=("made", "real"), default="made", help="real: ids of files in the folder RPO_TEST_DATA")
     add(
@@ -300,6 +301,7 @@ def parse() -> argparse.Namespace:
         parser.error("--compare trl: TRL is not installed; pip install -c constraints.txt -e '.[bench]'")
     if args.sweep is not None and not 1 <= args.sweep <= len(CELLS):
         parser.error(f"--sweep {args.sweep}: expected 1 to {len(CELLS)} cells")
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     args.model = args.model or ("0.5b" if cuda else "11m")
     args.pairs_per_step = args.pairs_per_step or (64 if cuda else 8)
     args.visits = args.visits or (1 if cuda else 2)
@@ -312,7 +314,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     device = dist.init()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = getattr(torch, args.dtype)
     rows = {"made": data.made, "real": data.real}[args.data](args.lengths)
     digest = data.sha256(rows)
     print(f"{rows.files[0]}: {data.describe(rows)}; sha256 {digest}", flush=True)
@@ -323,9 +325,8 @@ def main() -> None:
     where = report.machine(device)
     measured = (measure_sweep if args.sweep else measure_steps)(args, work)
 
-    kind = str(dtype).removeprefix("torch.")
     print(
-        f"{where['device']}, {where['threads']} threads; {args.model}, {kind}, {args.lengths}, {work.pairs} pairs a step"
+        f"{where['device']}, {where['threads']} threads; {args.model}, {args.dtype}, {args.lengths}, {work.pairs} pairs a step"
     )
     print(f"MFU: share of {peak / 1e12:.3g} TFLOP/s ({how}) that each system's own least work comes to")
     if args.compare and device.type == "cpu":
@@ -338,7 +339,7 @@ def main() -> None:
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak RSS of the process, all systems together: {rss:.1f} GiB")
     report.write(
-        f"{args.device}_{args.model}_{args.lengths}{'_sweep' * bool(args.sweep)}",
+        f"{args.device}_{args.model}_{args.lengths}{'_bf16' * (args.device == 'cpu' and args.dtype == 'bfloat16')}{'_sweep' * bool(args.sweep)}",
         device,
         arguments=vars(args),
         peak_flops=peak,
