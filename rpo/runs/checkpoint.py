@@ -31,7 +31,7 @@ from rpo.files import sync, write_atomic
 from rpo.runs.state import Tensors, TrainState, set_rng_state
 from rpo.text import human
 
-FILE_BYTES = 2**29  # of a rank's share in one file, about: it is put together in memory
+FILE_BYTES = 2**28  # of a rank's share in one file, about: it is put together in memory
 
 
 # ---- finding and reading
