@@ -155,7 +155,9 @@ def _variables(template: str) -> frozenset[str] | None:
         return None
 
 
-def closing(tokenizer: PreTrainedTokenizerBase, chat: Chat, example: Example | None = None) -> str | None:
+def closing(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, example: Example | None = None, *, prompt: bool = False
+) -> str | None:
     """What the chat template renders after a response's text: the common end of two renderings that differ in that text.
 
     Of `example`'s chosen response, else of a plain exchange. None where the text is not rendered, or refused.
@@ -165,7 +167,7 @@ def closing(tokenizer: PreTrainedTokenizerBase, chat: Chat, example: Example | N
     more = {"tools": example.tools, "kwargs": example.template_kwargs}
     for one, other in zip(_varied(last, "x"), _varied(last, "y"), strict=True):
         try:
-            both = [render(tokenizer, [*before, message], chat, prompt=False, **more)[::-1] for message in (one, other)]
+            both = [render(tokenizer, [*before, new], chat, prompt=prompt, **more)[::-1] for new in (one, other)]
         except UserError:
             continue
         if both[0] != both[1]:

@@ -46,7 +46,7 @@ from rpo.files import digest, read_arrays, sha256, write_arrays
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CODE_VERSION = 6  # raise it when the tokens of the same rows change: it is part of the cache's key
+CODE_VERSION = 7  # raise it when the tokens of the same rows change: it is part of the cache's key
 BATCH = 1024  # rows tokenised in one call
 
 

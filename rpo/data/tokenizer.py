@@ -273,7 +273,8 @@ def close(ids: list[int], tok: Facts, closing: str | None) -> list[int]:
 def _after_a_user(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the template puts after a user's text, from the first added token on."""
     tok, asked = facts_of(tokenizer), Example([], [{"role": "user", "content": ""}], None)
-    after = _tail(tokenizer, closing(tokenizer, Chat("2024-01-01", {}), asked) or "")
+    # With the answer's beginning: what a template prints at a conversation's end, whoever has the last word, ends no turn.
+    after = _tail(tokenizer, closing(tokenizer, Chat("2024-01-01", {}), asked, prompt=True) or "")
     return after[next((i for i, id in enumerate(after) if id in tok.added), len(after)) :]
 
 
@@ -309,8 +310,8 @@ class Encoded(NamedTuple):
 
 
 def texts_of(tokenizer: PreTrainedTokenizerBase, example: Example, chat: Chat) -> list[str]:
-    """The texts to tokenise: the prompt, and prompt with response for each side (chat), or the parts apart (strings; a
-    SentencePiece tokenizer, which would put a space before each part, is given them together too).
+    """The texts to tokenise: the prompt, and prompt with response for each side (chat), or the parts apart (strings; to a
+    SentencePiece tokenizer, which would put a space before a response, it is given behind a line end).
 
     Raises RowError where the template refuses the messages, or leaves out a part of a response.
     """
@@ -339,7 +340,7 @@ def texts_of(tokenizer: PreTrainedTokenizerBase, example: Example, chat: Chat) -
             texts.append(text)
     else:
         prompt = [] if example.prompt is None else [example.prompt]
-        before = example.prompt if example.prompt and _spaces_its_texts(tokenizer) else ""
+        before = "\n" if example.prompt and _spaces_its_texts(tokenizer) else ""
         texts = [*prompt, *(before + response for response in responses.values())]
     for text in texts:
         check_unicode(text)
@@ -366,11 +367,9 @@ def encode(
     if isinstance(example.prompt, str):
         sides = ids[1:]
         if example.prompt and _spaces_its_texts(tok.tokenizer):
-            sides = []
-            for text, side in zip(texts[1:], ids[1:], strict=True):
-                spans = side[: len(ids[0])] != ids[0]  # a token spans the border
-                own = tokenize(tok.tokenizer, [text.removeprefix(example.prompt)])[0] if spans else side[len(ids[0]) :]
-                sides.append(own)
+            line, *alone = tokenize(tok.tokenizer, ["\n", *(text[1:] for text in texts[1:])])
+            pairs = zip(ids[1:], alone, strict=True)  # one that begins with a line end may share a token with ours
+            sides = [side[len(line) :] if side[: len(line)] == line else own for side, own in pairs]
         return Encoded(prompt, *[with_eos(side, tok) for side in sides], *[[]] * (3 - len(ids)))
     responses = []
     sides = (("chosen", example.chosen), ("rejected", example.rejected))

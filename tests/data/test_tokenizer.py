@@ -581,6 +581,19 @@ def test_a_string_prompt_beside_messages_is_used_or_named(tmp_path):
     assert first == second and report["unread_columns"] == ["prompt"]
 
 
+def test_what_ends_a_conversation_ends_no_turn(tmp_path):
+    """Phi-4 mini prints EOS behind the last turn, whoever has it: <|end|> alone ends an answer, and sampling stops there."""
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    special = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
+    tokenizer = make(template, special, eos="<|endoftext|>")
+    ((_, chosen, _),), _ = load(tmp_path, tokenizer, {"prompt": [user("2+2?")], "chosen": "4", "rejected": "5"})
+    assert chosen == "4<|end|>"
+    assert tokenizer.decode(stop_ids(tokenizer, Chat("2024-01-01", {}))) == "<|endoftext|><|end|>"
+
+
 @pytest.mark.parametrize("closing", ["<|end|>{{ eos_token }}", "<|end|>\n<|endoftext|>"])
 def test_an_answer_ends_where_a_users_turn_does(closing, tmp_path):
     """Phi-3 and Phi-4 mini print EOS behind an answer's <|end|> alone: a model says <|end|>, and no more is scored."""
@@ -675,12 +688,35 @@ def test_prompts_are_what_both_sides_share():
     assert parse_prompt(sides).prompt == parse(sides, True).prompt == [user("q")]
 
 
-def test_text_goes_on_where_the_prompt_ends(tmp_path):
-    """SentencePiece puts a space before each text: between a prompt and its response would be one that nobody wrote."""
-    own = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "\u2581abc\n")], 0))
+def make_sentencepiece():
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((c, -5.0) for c in "\u2581abc\n"), ("ac", -6.0), ("\u2581c", -6.0)]
+    own = Tokenizer(models.Unigram(pieces, 0))
     own.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     own.decoder = decoders.Metaspace(prepend_scheme="first")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=own, eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=own, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(("prompt", "chosen"), [("ab ", "c"), ("ba", "c"), ("ab", "c"), ("ab", " c"), ("b\n", "\nc")])
+def test_no_space_is_put_where_a_token_spans_the_border(prompt, chosen, tmp_path):
+    """Prompt and response by SentencePiece say what the row says, though together they would share a token (Nectar's prompts
+    end with a space)."""
+    row, tokenizer = {"prompt": prompt, "chosen": chosen, "rejected": "b"}, make_sentencepiece()
+    ids = load_ids(tmp_path, tokenizer, row)
+    assert tokenizer.decode(ids[0] + ids[1][:-1]) == prompt + chosen
+    assert ids[0] == tokenizer(prompt, add_special_tokens=False).input_ids
+
+
+def test_a_long_prompt_is_no_part_of_a_response(tmp_path):
+    """prompt_left keeps a row whose prompt is long and whose response is short, whatever the tokenizer begins a text with."""
+    row = {"prompt": "ab" * 2000, "chosen": "c", "rejected": "b"}
+    for tokenizer in (make(), make_sentencepiece()):
+        kept, report = load(tmp_path, tokenizer, row, max_length=32, truncation="prompt_left")
+        assert len(kept) == 1 and not report["dropped"]
+
+
+def test_text_goes_on_where_the_prompt_ends(tmp_path):
+    """SentencePiece puts a space before each text: between a prompt and its response would be one that nobody wrote."""
+    tokenizer = make_sentencepiece()
     row = {"prompt": "ab\n", "chosen": "c", "rejected": " b"}
     rows = load_ids(tmp_path, tokenizer, row)
     for side, text in zip(rows[1:], ("c", " b"), strict=True):
