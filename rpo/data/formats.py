@@ -192,6 +192,8 @@ def _supervised(row: dict) -> Example:
         if field in row:
             return _split_last(_messages(row, field), field)
     if "completion" in row:  # TRL's name of a response
+        if str(row.get("label")).lower() == "false":  # of KTO's rows
+            raise bad_row("field label: ", "an answer that is to be learned", "false", kind="undesirable")
         dict.__setitem__(row, "chosen", row["completion"])
         return _of_form(row, pairs=False, alike=lambda *_: False)
     if "instruction" in row or "output" in row:

@@ -67,9 +67,12 @@ def _as_in(rows: Rows, i: int) -> str:
 
 
 def odd(example: Example) -> Iterator[tuple[str, str]]:
-    """(kind, why) of what is odd in one row: `response_repeats_prompt`, and answers of supervised data before the last."""
+    """(kind, why) of what is odd in one row: `response_repeats_prompt`, others' turns in a response, answers before the last."""
     if _echoes(example):
         yield "response_repeats_prompt", "begins with the prompt"
+    said = [m for side in (example.chosen, example.rejected) if isinstance(side, list) for m in side]
+    if other := next((message["role"] for message in said if message["role"] != "assistant"), None):
+        yield "other_turns_scored", f"a response has a turn of {other[:40]}"
     turns = example.prompt if example.rejected is None and isinstance(example.prompt, list) else []
     if any(message["role"] == "assistant" for message in turns):
         yield "earlier_answers_not_scored", "the last one is; give each a row of its own"

@@ -737,6 +737,31 @@ def test_earlier_answers_are_counted(tmp_path):
     assert report["noticed"]["earlier_answers_not_scored"]["count"] == 2
 
 
+def test_turns_of_others_in_a_response_are_counted(tmp_path):
+    """Conversations that differ early have a user's words in what is scored, and a tool's result is one: the report says so."""
+    rows = [
+        {side: [user("q"), said(side), user("and?"), said(side)] for side in ("chosen", "rejected")},
+        {"prompt": [user("q")], "chosen": [said("a"), {"role": "tool", "content": "r"}, said("c")], "rejected": "b"},
+        {"prompt": [user("q"), said("a"), user("and?")], "chosen": [said("a"), said("c")], "rejected": "b"},
+    ]
+    texts, report = load(tmp_path, make(CHATML), *rows)
+    assert ["<|im_start|>user" in chosen or "<|im_start|>tool" in chosen for _, chosen, _ in texts] == [
+        True,
+        True,
+        False,
+    ]
+    assert report["noticed"]["other_turns_scored"]["count"] == 2
+
+
+def test_an_answer_that_is_not_to_be_learned_is_refused(tmp_path):
+    """KTO's rows with label false are what a model is to unlearn: supervised training takes none, or drops and counts them."""
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in (True, False)]
+    with pytest.raises(UserError, match=":2: field label: expected an answer that is to be learned, got false"):
+        load(tmp_path, make(), *rows, pairs=False)
+    texts, report = load(tmp_path, make(), *rows, pairs=False, on_bad_row="drop")
+    assert texts == [["q", "a<|im_end|>", ""]] and report["dropped"]["undesirable"]["count"] == 1
+
+
 def test_what_splits_special_tokens_is_another_tokenizer(tmp_path):
     """Its ids are others, so the cache's are not its own."""
     row, found = {"prompt": [user("a")], "chosen": "b", "rejected": "c"}, []
