@@ -12,7 +12,7 @@ from rpo import dist
 from rpo.files import sha256
 from rpo.model.policy import Policy
 
-CODE_VERSION = 1  # of the code between token ids and log-probs: raise it when its values change
+CODE_VERSION = 2  # of the code between token ids and log-probs: raise it when its values change
 # Of a model's config: where it came from and what it is stored as, not what it computes.
 NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 

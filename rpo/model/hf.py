@@ -263,6 +263,7 @@ def load(
             what = f"{len(left)} tensors of its files ({listed}) are not loaded by {type(lm).__name__}"
             print(f"{key}={path}: {what} and will not be in model/", flush=True)
     _compute_as_stored(lm)
+    _keep_wide(lm)
     probe(lm, key=f"{key}={path}")
     return lm
 
@@ -275,6 +276,22 @@ def _compute_as_stored(lm: PreTrainedModel) -> None:
     if getattr(lm.config, "rescale_every", 0):
         lm.base_model.config = copy.copy(lm.config)
         lm.base_model.config.rescale_every = 0
+
+
+def _keep_wide(lm: PreTrainedModel) -> None:
+    """Makes a buffer of what the class froze and computes with in fp32 alone, as the bias of Ernie 4.5's router.
+
+    Parameters are rounded to the compute dtype, buffers are not.
+    """
+    if not (wide := lm._keep_in_fp32_modules_strict):
+        return
+    with torch.device("meta"):
+        whole = type(lm)(lm.config)
+    for name, param in whole.named_parameters():
+        if not param.requires_grad and any(part in name for part in wide):
+            path, _, own = name.rpartition(".")
+            module = lm.get_submodule(path)
+            module.register_buffer(own, module._parameters.pop(own).detach())
 
 
 _ROUTER_LOSSES = (
@@ -345,6 +362,7 @@ def build(config: PreTrainedConfig, seed: int, master: torch.dtype) -> PreTraine
         torch.manual_seed(seed)
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     _compute_as_stored(lm)
+    _keep_wide(lm)
     probe(lm, key=f"model.architecture={config.model_type}")
     return lm.to(master)
 

@@ -32,7 +32,7 @@ from rpo.data import batch as data_batch
 from rpo.data import dataset, schedule
 from rpo.data.batch import make_batch, packed_batch, padded_batch
 from rpo.errors import UserError
-from rpo.model import hf, language_model, logprobs
+from rpo.model import hf, language_model, logprobs, shard
 from rpo.model import policy as model_policy
 from rpo.model.logprobs import response_sums
 from rpo.model.policy import Head, Policy
@@ -531,6 +531,28 @@ def test_what_a_class_freezes_stays_frozen(tmp_path, group, monkeypatch):
     optim.step_if_finite(optimizer, torch.tensor(False), 1e-2)
     same = [name for name, param in policy.named_parameters() if torch.equal(param.full_tensor(), before[name])]
     assert same == ["lm.model.embed_tokens.weight"]
+
+
+def test_what_a_class_keeps_in_fp32_is_not_rounded(tmp_path, group):
+    """The bias of Ernie 4.5's router decides between experts by less than a bfloat16 of its size: the model's own log-probs."""
+    lm = make_lm("ernie4_5_moe", moe_num_experts=8, moe_k=2, moe_intermediate_size=16, moe_layer_start_index=0)
+    with torch.no_grad():
+        for name, param in lm.named_parameters():
+            if name.endswith("e_score_correction_bias"):
+                param.copy_(20 + 0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(0)))
+    lm.save_pretrained(tmp_path / "a")
+    batch, alone = ragged()
+    wide, narrow = (
+        own_logps(AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=dtype).eval(), alone).float()
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    loaded, mesh = hf.load(str(tmp_path / "a"), None, torch.float32, saved=True), shard.mesh(group, shard.PLAIN)
+    how = {"compute_dtype": torch.bfloat16, "compile": False, "trainable": True}
+    policy = model_policy.prepare(loaded, mesh, shard.PLAIN, **how)
+    assert (policy(batch) - wide).abs().mean() < 2 * (narrow - wide).abs().mean()
+    hf.save(policy, make_tokenizer(), tmp_path / "b")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize("where", ["layers", "rest"])
