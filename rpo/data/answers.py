@@ -99,9 +99,11 @@ def _parse(row: Any) -> Output:
         raise row
     if not isinstance(row, dict):
         raise bad_row("", "an object with a prompt and an answer", f"{row!r:.60}")
-    field = next((field for field in _TEXT_FIELDS if row.get(field) is not None), None)
+    field, *others = [field for field in _TEXT_FIELDS if row.get(field) is not None] or [None]
     if field is None:
         raise bad_row("", f"an answer in one of {', '.join(_TEXT_FIELDS)}", "none", kind="missing_field")
+    if any(row[other] != row[field] for other in others):  # a reference answer, say, and the model's
+        raise bad_row("", "one answer", f"{' and '.join([field, *others])}, which differ")
     if not isinstance(row[field], str):
         raise bad_row(f"field {field}: ", "a string", f"{row[field]!r:.60}")
     return Output(prompt_of(row), row[field])

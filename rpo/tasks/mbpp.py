@@ -29,7 +29,7 @@ from rpo.text import one_line
 
 SHOWN, TEST = (2, 3, 4), range(11, 511)  # task ids
 CHUNK = 128  # programs that are tried between two writes, and while the other ranks wait, whose wait has a limit
-_PROGRAM = ("program", "completion", "solution", "response", "output")  # the first with text in a row of outputs counts
+_PROGRAM = ("program", "completion", "solution", "response", "output")  # in a row of outputs
 _TASK = re.compile(r"(?:mbpp/)?([0-9]{1,9})", re.I)  # as others write it: "11", "Mbpp/11"
 
 
@@ -171,7 +171,7 @@ def _question(problem: Problem) -> str:
 def stored(file: str, asked: Sequence[Problem], least: int) -> list[list[str]]:
     """The programs of each problem in a file of rows with task_id (11, "11", "Mbpp/11") and a program by a name of _PROGRAM.
 
-    Raises UserError: a row that has them not, or a problem with fewer than `least`.
+    Raises UserError: a row that has them not, or two that differ and neither is `program`; a problem with fewer than `least`.
     """
     by_task: dict[int, list[str]] = {problem.task_id: [] for problem in asked}
     for place, row in rows_of(file):
@@ -179,8 +179,12 @@ def stored(file: str, asked: Sequence[Problem], least: int) -> list[list[str]]:
         number = _TASK.fullmatch(str(row.get("task_id"))) if texts else None
         if number is None:
             raise UserError(f"outputs={place}: expected an object with task_id (a number) and {_PROGRAM[0]}")
+        written = list(dict.fromkeys(filter(str.strip, texts))) or texts
+        if len(written) > 1 and row.get("program") != written[0]:  # the data set's own solution, say, and a model's
+            there = " and ".join(name for name in _PROGRAM if row.get(name))
+            raise UserError(f"outputs={place}: has {there}, which differ; keep the model's, or name it {_PROGRAM[0]}")
         if int(number[1]) in by_task:  # of the whole data set only the test is asked for
-            by_task[int(number[1])].append(next(filter(str.strip, texts), texts[0]))
+            by_task[int(number[1])].append(written[0])
     if few := [i for i, programs in by_task.items() if len(programs) < least]:
         raise UserError(
             f"outputs={file}: {len(few)} of {len(by_task)} problems have fewer than {least} programs (task_id {few[:5]}); "

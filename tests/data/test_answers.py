@@ -51,6 +51,17 @@ def test_forms_say_the_same(tmp_path):
         assert [a.id == b.id for a, b in data_answers.aligned(outputs, data_answers.read(files[0]))] == [True, True]
 
 
+def test_a_row_of_two_answers_is_refused(tmp_path):
+    """A reference answer beside the model's is not judged in its place: which is which, no field's name says."""
+    for other in ("output", "completion"):
+        file = lines(tmp_path / "two.jsonl", [{"prompt": "p", "response": "reference", other: "the model's"}])
+        with pytest.raises(UserError) as error:
+            data_answers.read(file)
+        assert f"expected one answer, got response and {other}, which differ" in one_line(error)
+    same = lines(tmp_path / "same.jsonl", [{"prompt": "p", "response": "a", "output": "a", "completion": None}])
+    assert data_answers.read(same).rows == [Output("p", "a")]
+
+
 def test_written_answers_are_read_back(tmp_path):
     """What `write` writes `read` reads: conversations, text with braces and odd characters, empty answers."""
     conversation = [*user("a"), {"role": "assistant", "content": "b"}, *user("c")]

@@ -123,6 +123,23 @@ def test_forms_of_others(tmp_path):
     assert mbpp.stored(str(write_jsonl(tmp_path / "o.jsonl", rows)), [asked], 1) == [["a", "b", ""]]
 
 
+def test_a_row_of_two_programs_has_to_say_which_counts(tmp_path):
+    """The data set's solution beside a model's reply is no program of the model's; two that are alike, or a `program`, are one."""
+    asked = [mbpp._problem(PROBLEMS[3], "")]
+    for row in (
+        {"solution": "a", "response": "b"},
+        {"completion": "b", "solution": "a"},
+        {"response": "b", "output": "a"},
+    ):
+        file = write_jsonl(tmp_path / "two.jsonl", [{"task_id": 11} | row])
+        with pytest.raises(
+            UserError, match=r"two\.jsonl:1: has \w+ and \w+, which differ; keep the model's, or name it program"
+        ):
+            mbpp.stored(str(file), asked, 1)
+    rows = [{"task_id": 11, "solution": "a", "completion": "a"}, {"task_id": 11, "program": "p", "response": "So: p"}]
+    assert mbpp.stored(str(write_jsonl(tmp_path / "one.jsonl", rows)), asked, 1) == [["a", "p"]]
+
+
 def test_what_was_tried_is_not_tried_again(group, data, tmp_path, unsandboxed, monkeypatch):
     """After a kill the outcomes on disk count, of these programs and limits alone; where no sandbox was made none does."""
     monkeypatch.setattr(mbpp, "CHUNK", 2)
