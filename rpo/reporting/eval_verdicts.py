@@ -9,7 +9,7 @@ from rpo.evals import pairing
 from rpo.reporting import side_by_side
 from rpo.reporting.collect import Group, Report, Results, compared
 from rpo.runs import groups
-from rpo.stats import ALPHA, finite
+from rpo.stats import ALPHA, finite, sign_test
 from rpo.text import counted, decimals, fixed
 
 _ITEMS = {"winrate": "prompts", "alpaca_eval": "instructions", "mt_bench": "turns"}
@@ -30,14 +30,14 @@ def of_evaluation(results: Results) -> list[str]:
     models = {model: cells for model, cells in results.models.items() if not results.unusable(model)}
     sentences, met = [], set()
     for model, cells in models.items():
-        others = _opponents(results, model)
+        others = opponents(results, model)
         if len(others) == 1 and "win_rate" in cells and frozenset({model, *others}) not in met:
             met.add(frozenset({model, *others}))
-            sentences += _preferred(results, results.name(model), results.name(others[0]), cells)
+            sentences += _preferred(results, model, others[0], cells)
     baseline = results.config.get("baseline")
     for model, cells in models.items() if isinstance(baseline, str) else ():
         sentences += [
-            _above(results.name(model), results.name(baseline), name.partition("/")[2], cell)
+            _above(results, model, baseline, name.partition("/")[2], cell)
             for name, cell in cells.items()
             if name.startswith("difference/") and cell["value"] is not None
         ]
@@ -69,7 +69,7 @@ def _choices(results: Results) -> list[str]:
     return sentences
 
 
-def _opponents(results: Results, model: str) -> list[str]:
+def opponents(results: Results, model: str) -> list[str]:
     """Whom the model's answers were judged against, other than itself."""
     met = {item.opponent for item in results.items if item.model == model}
     if results.task == "alpaca_eval":
@@ -83,10 +83,9 @@ def _preferred(results: Results, model: str, other: str, cells: dict[str, dict])
     cell, test = cells["win_rate"], results.details.get("sign_test")
     if cell["value"] is None:
         return []
-    p = test["p"] if isinstance(test, dict) and finite(test.get("p")) else None
-    sure = _side(cell, full / 2)
-    if sure is None:
-        sure = cell["se"] == 0 and p is not None and p <= ALPHA
+    p = test["p"] if isinstance(test, dict) and finite(test.get("p")) else _p_flat(results, model, cell, full / 2)
+    sure = cell["se"] == 0 and p <= ALPHA if cell["interval"] is None and p is not None else _side(cell, full / 2)
+    model, other = results.name(model), results.name(other)
     mirrored = sure and cell["value"] < full / 2
     rate, bounds = _share(cell, full, mirrored)
     facts = [bounds] + ([] if p is None else [f"sign test p {p:.2g}"])
@@ -115,11 +114,21 @@ def _interval(cell: dict) -> str:
     return "95% " + " to ".join(f"{bound:.4g}" for bound in cell["interval"])
 
 
-def _above(model: str, baseline: str, metric: str, cell: dict) -> str:
-    size = f"{_signed(cell['value'])} ({_interval(cell)}; {cell['n']} items)"
-    if not _side(cell):
+def _above(results: Results, model: str, baseline: str, metric: str, cell: dict) -> str:
+    p = _p_flat(results, model, cell)
+    model, baseline = results.name(model), results.name(baseline)
+    size = f"{_signed(cell['value'])} ({_interval(cell)}; {'' if p is None else f'sign test p {p:.2g}; '}{cell['n']} items)"
+    if not _side(cell) and (p is None or p > ALPHA):
         return f"{metric}: no difference seen between {model} and {baseline}: {size}."
     return f"{metric}: {model} is {'above' if cell['value'] > 0 else 'below'} {baseline}: {size}."
+
+
+def _p_flat(results: Results, model: str, cell: dict, zero: float = 0.0) -> float | None:
+    """Where nothing varied the p of the sign test, of clusters that are all on one side of `zero`; None where something did."""
+    if cell["se"] != 0 or cell["interval"] is not None:
+        return None
+    clusters = {item.cluster for item in results.items if item.model == model and item.scores}
+    return sign_test(len(clusters), 0) if cell["value"] != zero else 1.0
 
 
 def _side(cell: dict, zero: float = 0.0) -> int | None:
@@ -165,7 +174,7 @@ def context(results: Results) -> list[str]:
         facts.append(
             f"Judge: {'; '.join(who + [f'{word} {judged[key]}' for key, word in words.items() if judged[key]])}."
         )
-    against = {other for model in results.models for other in _opponents(results, model)}
+    against = {other for model in results.models for other in opponents(results, model)}
     if against and against <= set(results.models):
         facts.append("The models were judged against each other.")
     elif against:

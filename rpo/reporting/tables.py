@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rpo.evals import pairing
 from rpo.reporting import eval_verdicts, figures, run_verdicts
 from rpo.reporting.collect import Group, Member, Report, Results, compared, mean_and_error, shortened
 from rpo.runs import catalog, groups
@@ -79,7 +80,7 @@ def arms(report: Report) -> Table | None:
     columns = {
         "Gold": column(gold),
         "Drop": column(list(map(_drop, report.groups))),
-        "Win rate": column([_win_rate(arm, report) for arm in report.groups], unit="%"),
+        "Win rate": column(_win_rates(report), unit="%"),
         "Accuracy": column([None if any(gold) else arm.end("rewards/accuracies") for arm in report.groups]),
         "KL": column([arm.end("kl") for arm in report.groups]),
         "Chosen shift": column([arm.end("shift/chosen") for arm in report.groups]),
@@ -108,15 +109,25 @@ def _drop(arm: Group) -> Value | None:
     return of and (of["gold/drop"], of["gold/drop_se"])
 
 
-def _win_rate(arm: Group, report: Report) -> Value | None:
-    """In percent, where an evaluation judged the model of one of the arm's runs."""
-    for each in report.evaluations:
-        for model, cells in each.models.items():
-            cell = cells.get("win_rate", {"value": None})
-            if cell["value"] is not None and any(member.made(model) for member in arm.members):
-                percent = 1 if each.task == "alpaca_eval" else 100
-                return percent * cell["value"], cell["se"] and percent * cell["se"]
-    return None
+def _win_rates(report: Report) -> list[Value | None]:
+    """In percent by arm, where the model of one of its runs was judged as the first one is: in one evaluation with it, or by
+    the same judge against the same model."""
+    rates: list[Value | None] = [None] * len(report.groups)
+    first = None
+    for i, arm in enumerate(report.groups):
+        for each in report.evaluations:
+            for model, cells in each.models.items():
+                cell = cells.get("win_rate", {"value": None})
+                if cell["value"] is None or rates[i] or not any(member.made(model) for member in arm.members):
+                    continue
+                met = each.task, eval_verdicts.opponents(each, model)
+                first = first or (each, met)
+                if each is first[0] or (
+                    met == first[1] and not pairing.judged_apart(first[0].judged_by, each.judged_by)
+                ):
+                    percent = 1 if each.task == "alpaca_eval" else 100
+                    rates[i] = percent * cell["value"], cell["se"] and percent * cell["se"]
+    return rates
 
 
 def _models(report: Report) -> Table | None:

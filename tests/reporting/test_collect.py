@@ -4,9 +4,9 @@ import json
 import random
 
 from rpo.errors import UserError
-from rpo.reporting import collect, render, sections
+from rpo.reporting import collect, render, sections, tables
 from rpo.runs import folder as run_folder
-from tests.helpers.left_behind import leave_evaluation, leave_run, leave_study, leave_sweep, point, sample
+from tests.helpers.left_behind import leave, leave_evaluation, leave_run, leave_study, leave_sweep, point, sample
 
 
 def collected(runs=(), results=()):
@@ -109,6 +109,28 @@ def test_models_are_named_by_their_arm(base, tmp_path):
     (read,) = collected([sweep], [leave_evaluation(tmp_path / "e", {m: [1.0, 0.0] for m in models})]).evaluations
     assert [read.name(model) for model in models] == ["DPO (run 0)", "RPO sum eta 0.25 (run 4)", "hub/x"]
     assert read.name("elsewhere") == "elsewhere"
+
+
+def test_win_rates_of_one_column_are_against_one_model(base, tmp_path):
+    """Arms that were judged against another model, or by another judge, have no rate beside the first arm's."""
+    sweep = leave_sweep(tmp_path / "sweep", base)
+    first, second = (f"{sweep}/{i}/model" for i in (0, 3))
+
+    def judged(name, met, value, judge="j"):
+        """An evaluation of one model against the other."""
+        own = [sample(met[0], "q", {"win_rate": value}, against={"model": met[1], "response": "x"})]
+        cell = {"value": value, "se": 0.1, "interval": [value - 0.2, value + 0.2], "n": 9, "n_error": 0}
+        return leave(tmp_path / name, "winrate", {met[0]: {"win_rate": cell}}, own, details={"judge": {"model": judge}})
+
+    def column(*evaluations):
+        table = tables.arms(collected([sweep], evaluations))
+        at = table.head.index("Win rate")
+        return [row[at].text for row in table.rows]
+
+    one = judged("one", (first, "hub/x"), 0.75)
+    assert column(one, judged("alike", (second, "hub/x"), 0.25)) == ["75%", "25%"]
+    assert column(one, judged("other", (second, "hub/y"), 0.25)) == ["75%", "-"]
+    assert column(one, judged("elsewhere", (second, "hub/x"), 0.25, judge="k")) == ["75%", "-"]
 
 
 def test_results_that_do_not_compare(tmp_path):

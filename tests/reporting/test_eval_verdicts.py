@@ -87,6 +87,34 @@ def test_benchmarks_and_scores():
     assert eval_verdicts.of_evaluation(results("gold", {"a": {"gold": {"value": None, "unusable": "late"}}})) == []
 
 
+@pytest.mark.parametrize(("task", "full"), [("alpaca_eval", 100), ("mt_bench", 1)])
+def test_all_on_one_side_is_a_preference(task, full):
+    """Where every verdict is alike there is no interval: the sign test of the clusters decides, whoever wrote none down."""
+
+    def said(value, clusters, each=1):
+        scores = [value * full] * clusters * each
+        own = items("m", {f"q{i}": {"win_rate": value * full} for i in range(clusters * each)}, against={"model": "b"})
+        own = [replace(item, cluster=str(i % clusters)) for i, item in enumerate(own)]
+        (line,) = eval_verdicts.of_evaluation(results(task, {"m": {"win_rate": scores}}, own, baseline="b"))
+        return line
+
+    assert said(0, 60).startswith("b is preferred to m in 100.0% of 60 ")
+    assert f"sign test p {2 / 2**60:.2g}" in said(0, 60)
+    assert said(1, 30, each=2).startswith("m is preferred to b in 100.0% of 60 ")
+    assert f"sign test p {2 / 2**30:.2g}" in said(1, 30, each=2)  # two turns of a question are one
+    assert said(1, 5).startswith("No preference seen between m and b") and "sign test p 0.062" in said(1, 5)
+    assert said(0.5, 60).startswith("No preference seen between m and b")
+
+
+def test_a_difference_that_nothing_varies():
+    """One model right everywhere and the other nowhere is a difference, of clusters enough."""
+    for count, said in ((18, "acc: a is above b: +1 ("), (5, "acc: no difference seen between a and b: +1 (")):
+        cells = {"a": {"acc": [1] * count, "difference/acc": [1] * count}, "b": {"acc": [0] * count}}
+        own = items("a", {f"q{i}": {"acc": 1.0} for i in range(count)})
+        (line,) = eval_verdicts.of_evaluation(results("lm_eval", cells, own, config={"baseline": "b"}))
+        assert line.startswith(said) and f"sign test p {2 / 2**count:.2g}; {count} items" in line
+
+
 def test_a_choice_of_checkpoints():
     """task=select's steps and reasons; what is none of them is passed over."""
     runs = [{"run": "r", "chosen": {"step": 50, "reason": "highest gold"}}, {"run": "x", "chosen": 3}, 7]
