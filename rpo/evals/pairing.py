@@ -123,10 +123,15 @@ def judged_apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
 # ---- on what
 
 _BY_PLACE = ("pairs", "generate")  # tasks whose ids are FILE:LINE, which another file's content would take over
+_BY_NUMBER = ("mt_bench", "mbpp")  # tasks whose ids are the numbers of questions
 
 
 def data_apart(first: Results, second: Results) -> bool:
-    """Whether equal ids of two evaluations by a task that numbers lines are of different data, where both say of which."""
+    """Whether equal ids of two evaluations by a task that numbers lines or questions are of different data, where both say
+    of which."""
+    if first.task == second.task and first.task in _BY_NUMBER:
+        asked, other = ({item.id: item.prompt for item in each.items if item.prompt} for each in (first, second))
+        return any(other.get(id, prompt) != prompt for id, prompt in asked.items())
     digests = [each.details["data"]["digest"] for each in (first, second) if _has_digest(each.details.get("data"))]
     return first.task == second.task and first.task in _BY_PLACE and len({*digests}) == 2
 

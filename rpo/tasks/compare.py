@@ -55,7 +55,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     which `notes` say. Of two models that were judged against each other, the second's win rate is 1 less the first's: what is
     tested is whether that is a half, on each item once.
 
-    Raises UserError where the evaluations are not of one task, or of files whose lines are others now, or two models have
+    Raises UserError where the evaluations are not of one task, or of data whose rows are others now, or two models have
     no items in common.
     """
     evaluations = [results.read(folder) for folder in listed(cfg.task.results)]
@@ -223,12 +223,12 @@ def _notes(evaluations: Sequence[Results]) -> list[str]:
 
 
 def _check_data(evaluations: Sequence[Results]) -> None:
-    """Raises UserError where an id is another line of text in another evaluation."""
+    """Raises UserError where an id is another row in another evaluation."""
     for one, other in combinations(evaluations, 2):
         if pairing.data_apart(one, other):
             raise UserError(
-                f"task.results: {one.folder} and {other.folder}: data.eval had another content (details.data.digest "
-                "in results.json), so that FILE:LINE names other rows; evaluate both on one"
+                f"task.results: {one.folder} and {other.folder}: the data had another content (prompts in samples.jsonl, "
+                "details.data.digest in results.json), so that an id names other rows; evaluate both on one"
             )
 
 

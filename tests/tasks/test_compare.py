@@ -284,8 +284,20 @@ def test_lines_of_another_content_are_not_paired(tmp_path, task):
     if task == "mbpp":
         assert list(compared(one, two).models) == ["A - B"]
     else:
-        with pytest.raises(UserError, match=f"{one} and {two}: data.eval had another content"):
+        with pytest.raises(UserError, match=f"{one} and {two}: the data had another content"):
             compared(one, two)
+
+
+@pytest.mark.parametrize("task", ["mt_bench", "mbpp"])
+def test_numbers_of_other_questions_are_not_paired(tmp_path, task):
+    """Ids that number questions pair only where what was asked is the same, or not known of one; alike ones do as before."""
+    one, other, same, old = (
+        write_results(tmp_path / name, {name: make_items([1, 0], prompt=asked)}, task=task)
+        for name, asked in (("A", "Add."), ("B", "Subtract."), ("C", "Add."), ("D", None))
+    )
+    with pytest.raises(UserError, match=f"{one} and {other}: the data had another content"):
+        compared(one, other)
+    assert list(compared(one, same).models) == ["A - C"] and list(compared(other, old).models) == ["B - D"]
 
 
 def test_notes_say_what_was_made_otherwise(tmp_path):
