@@ -37,8 +37,8 @@ _FRACTION = re.compile(rf"\\[dtc]?frac\s?{_ABOVE}\s?{_BELOW}")
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _MOST, _LONGEST = 64, 2000  # boxes of one reply that are read, and characters of each
 _SUM = re.compile(r"[0-9\s.,$()%xX\u00d7\u00f7\u00b7\u2217\u22c5+*/=^{}-]*")
-# #### 2. Change, which numbers a step.
-_STEP = re.compile(r"[\s*_]*\(?[0-9]{1,3}[.):][\s*_]+[^\W\d_]")
+# #### 2. Change, which numbers a step; not #### 72. Natalia sold 72 clips: nobody takes as many steps.
+_STEP = re.compile(r"[\s*_]*\(?1?[0-9][.):][\s*_]+[^\W\d_]")
 
 
 def gsm8k_strict(text: str, anchor: str = "####") -> str | None:

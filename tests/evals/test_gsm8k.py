@@ -92,6 +92,8 @@ def test_same(answer, target, right):
         ("#### (3 + 3) x 3 = 18", "18", True),
         ("#### 1. Cost\n3*5 = 15\n\n#### 2. Change\n20-15 = 5\n\nThe change is \\boxed{5}.", "#### 5", True),
         ("#### **1) Cost**\n3*5 = 15, which is all.", "15", True),
+        ("#### 72. Natalia sold 72 clips in 2 months.", "72", True),
+        ("#### 110. So she has 110 dollars after 2 days.", "110", True),
         ("#### 2 boxes of 5\nThat makes \\boxed{10}.", "10", True),
         ("the answer is 24/7", "7", False),
         ("So $x = \\frac{36}{2}$.", "18", True),
