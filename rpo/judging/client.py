@@ -275,7 +275,7 @@ class Server:
             if choice.get("error") or choice.get("finish_reason") == "error":  # of the server behind a router
                 raise ValueError(str(choice.get("error") or data.get("error") or "finish_reason: error"))
             message, usage = choice["message"], data.get("usage") or {}
-            text = _text(message)
+            text = _text(message, _reason_of(choice))
             read, written = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             why = self._line(f"{type(error).__name__}: {error}")
@@ -326,14 +326,14 @@ def _refused(response: Any) -> set[str]:
     return named & {"logprobs"} if transient and not _REFUSING.search(reason) else named
 
 
-def _text(message: dict) -> str:
+def _text(message: dict, reason: str | None) -> str:
     """The text of a reply's message: its content, or that of its parts; a judge's thinking is no part of it.
 
-    Null, or none beside other fields, is the content of a judge that declines and of one that reasoned until max_tokens.
-    Raises KeyError, TypeError for another form.
+    Null, or none beside other fields or such a `reason`, is the content of a judge that declines and of one that reasoned
+    until max_tokens. Raises KeyError, TypeError for another form.
     """
-    content = message.get("content")
-    if content is None and ("content" in message or {"refusal", "reasoning", "reasoning_content"} & set(message)):
+    content, others = message.get("content"), {"content", "refusal", "reasoning", "reasoning_content"}
+    if content is None and (others & set(message) or reason in ("length", "content_filter")):
         return message.get("refusal") or ""
     if isinstance(content, list):
         parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]

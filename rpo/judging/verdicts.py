@@ -48,7 +48,8 @@ _RATINGS = (
     re.compile(rf"^[ \t*_`]{{0,9}}\[{_NUMBER}\]{_SCALE}{_END}", re.M),
 )
 
-_ASIDE = re.compile(r"\([^()\n]{1,80}\Z")  # (a perfect answer would be [[10]])
+# (a perfect answer would be [[10]]), but not (Final rating: [[8]])
+_ASIDE = re.compile(rf"\((?!(?:(?:final|overall|my|the)\s)*{_LABEL}[\s*_]*[:=])[^()\n]{{1,80}}\Z", re.I)
 _WIDE = str.maketrans("\uff3b\uff3d\uff08\uff09\uff1a\uff1b\uff01\uff1f\u3002\uff0f", "[]():;!?./")
 
 
@@ -62,7 +63,7 @@ def _plain(text: str) -> str:
 
 # Words in a server's reason: FINISH_REASON_MAX_TOKENS, model_context_window_exceeded; end_turn, FinishReason.STOP, tool_calls.
 _FULL = re.compile(r"length|max|limit|exceed|window")
-_BROKEN = re.compile(r"filter|safety|error|abort|cancel|fail|timeout|suspend|pause|backend")
+_BROKEN = re.compile(r"filter|safety|error|abort|cancel|fail|timeout|suspend|pause|backend|incomplete|pending")
 _ENDED = re.compile(r"stop|end|eos|complete|call|\A(?:none|null)?\Z|unspecified")
 
 

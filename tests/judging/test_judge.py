@@ -532,7 +532,7 @@ def test_a_reply_of_as_many_tokens_as_allowed_was_cut(tmp_path, given, max_token
 
 
 def test_a_judge_that_says_nothing_has_said_so(tmp_path):
-    """Null content is a reply: a refusal is its text; one cut while it thought is empty, and was paid for."""
+    """Null content is a reply: a refusal is its text; one cut while it thought is empty, without the field too, and was paid for."""
 
     def mute(number, body):
         answer = completion(body, None)
@@ -540,11 +540,13 @@ def test_a_judge_that_says_nothing_has_said_so(tmp_path):
             answer["choices"][0]["message"]["refusal"] = "I will not judge this."
         else:
             answer["choices"][0]["finish_reason"] = "length"
+        if "pair 2" in str(body):
+            del answer["choices"][0]["message"]["content"]
         return server.text(json.dumps(answer))
 
-    replies, host = run(tmp_path, requests(2), mute)
-    assert texts(replies) == ["I will not judge this.", ""] and replies[1].finish_reason == "length"
-    assert host.tried == 2
+    replies, host = run(tmp_path, requests(3), mute)
+    assert texts(replies) == ["I will not judge this.", "", ""] and replies[2].finish_reason == "length"
+    assert host.tried == 3
 
 
 def test_a_server_that_is_not_well_ends_it(tmp_path):

@@ -272,6 +272,7 @@ def test_a_sentence_of_two_letters_is_no_verdict(text):
     [
         *[(name, verdicts.CUT) for name in ("length", "model_length", "max_tokens", "FINISH_REASON_MAX_TOKENS")],
         *[(name, f"not finished (finish_reason '{name}')") for name in ("content_filter", "error", "abort", "SAFETY")],
+        *[(name, f"not finished (finish_reason '{name}')") for name in ("incomplete", "pending")],
         *[(name, None) for name in ("stop", "FINISH_REASON_STOP", "FinishReason.STOP", "end", "end_turn", "EOS", "")],
         *[(name, None) for name in ("function_call", "tool_calls", "stop_token", "completed", "null", None, 3)],
     ],
@@ -281,6 +282,13 @@ def test_a_reply_that_was_cut_is_no_verdict_by_any_name(reason, why):
     reply = {"text": "My prior is [[B]]", "top_logprobs": None, "finish_reason": reason, "error": None}
     score, said = verdicts.first_score("text", reply)
     assert (score, said) == (0.0, None) if why is None else (score is None and why in said)
+
+
+def test_a_rating_in_parentheses_is_the_verdict_where_they_begin_with_its_name():
+    """What a perfect answer would get is an aside, the final rating is not."""
+    assert verdicts.rating("I first thought [[6]]. (Final rating: [[8]])") == 8
+    assert verdicts.rating("Rating: [[7]] (a perfect answer's rating: [[10]])") == 7
+    assert verdicts.rating("I give [[7]] (the rating would be [[10]] with sources)") == 7
 
 
 def test_a_letter_that_was_not_listed_may_be_likely():
