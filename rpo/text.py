@@ -18,11 +18,11 @@ _FORMS = [
     (re.compile(r"\bsk-(?=[\w-]*\d)[\w-]*[A-Za-z0-9]{16}[\w-]*"), "***"),  # sk-learn-some-model has no such run
 ]
 
-# What wraps a model's thinking: <think> of DeepSeek and Qwen, [THINK] of Mistral, and the like; not where it is quoted.
+# What wraps a model's thinking: <think> of DeepSeek and Qwen, [THINK] of Mistral, and the like.
 _TAGS = re.compile(
-    r"(?<!['\"`])(?:<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|\u25c1(/?)think\u25b7"
+    r"(?:<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]|\u25c1(/?)think\u25b7"
     r"|<\|(?:begin_of_thought|START_THINKING)\|>|<\|(end_of_thought|END_THINKING)\|>"
-    r"|(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>)(?!['\"`])",
+    r"|(?:<\|start\|>assistant)?<\|channel\|>analysis<\|message\|>)",
     re.I,
 )
 _ENDS = re.compile(r"(?:<\|\w{1,30}\|>\s{0,9}){1,9}\Z")  # special tokens that a server leaves behind the text
@@ -105,14 +105,19 @@ def spoken(text: str) -> str:
     text = _FINAL.sub("", text[:-300] + _ENDS.sub("", text[-300:]))
     kept, start, opened = [], 0, None
     for tag in _TAGS.finditer(text):
-        if not any(tag.groups()):
-            opened = tag.start() if opened is None else opened
+        closes, at, end = any(tag.groups()), tag.start(), tag.end()
+        before, after = text[max(0, at - 1) : at], text[end : end + 1]
+        # A tag in quotes is a word; not one that closes behind a quote (`18`</think>), or begins a line (<think>"You).
+        if {*"'\"`"} & ({after} if closes else {before} if before in ("", "\n") else {before, after}):
+            continue
+        if not closes:
+            opened = at if opened is None else opened
             continue
         if opened is None:  # the prompt opened what the reply only closes
             kept.clear()
         else:
             kept.append(text[start:opened])
-        start, opened = tag.end(), None
+        start, opened = end, None
     # A tag within a line is a word of the reply's.
     is_cut = opened is not None and text[start:opened].rstrip(" \t")[-1:] in ("", "\n")
     return "".join(kept) + text[start : opened if is_cut else None]

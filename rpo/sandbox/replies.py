@@ -19,9 +19,8 @@ from rpo.text import spoken
 BEGIN, END = "[BEGIN]", "[DONE]"
 LONGEST = 50_000  # characters of a reply that is looked through; a longer one is a program as it stands
 MOST = 64  # fences, and runs of lines, of one reply that are looked at; a loop of repetitions has many
-_SPECIAL = re.compile(  # not within a string
-    r"(?<!['\"])(?:<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end_of_turn|end|return|call)\|>|<end_of_turn>|</s>)(?!['\"])"
-)
+_TOKEN = r"(?:<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end_of_turn|end|return|call)\|>|<end_of_turn>|</s>)"
+_SPECIAL = re.compile(rf"{_TOKEN}(?=[\s<]|\Z)|(?<!['\"]){_TOKEN}(?!['\"])")  # not within a string, but behind one
 # Where a tag or a special token is the program's: in a string on one line, or a comment that goes on behind it.
 _LITERAL = re.compile(
     r"(?:[=(,\[{:+%]|\breturn|\bin)\s{0,9}[rbfuRBFU]{0,2}(['\"])[^'\"\n]{0,300}\1"

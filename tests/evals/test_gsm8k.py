@@ -65,6 +65,7 @@ def test_same(answer, target, right):
         ("#### - 5", "-5", True),
         ("#### 1 234", "1234", True),
         ("<think>#### 7, or 8?</think>It is 9", "9", True),
+        ("<think>It is `7`</think>\n\nThe answer is 9.", "9", True),
         ("\\boxed{\\text{about } 42 \\text{ of } {100}}", "42", True),
         ("\\boxed{7} ... \\boxed{\\textbf{42}\\%}", "42", True),
         ("\\boxed{1\\,234}, or 1\\;234", "1234", True),
