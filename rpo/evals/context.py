@@ -176,10 +176,16 @@ class Context:
         from rpo.model import hf
 
         configs, trust = self.configs, self.cfg.model.trust_remote_code  # the models are checked first
-        path = self.cfg.reference.path or self.from_runs("reference.path")
-        configs[f"reference.path={path}"] = hf.check(path, key="reference.path", trust_remote_code=trust)
-        self._check_vocabulary(self.tokenizer, path, "reference.path", None)
+        path, revision = self.cfg.reference.path or self.from_runs("reference.path"), self._reference_revision
+        configs[f"reference.path={path}"] = hf.check(path, revision, key="reference.path", trust_remote_code=trust)
+        self._check_vocabulary(self.tokenizer, path, "reference.path", revision)
         return path
+
+    @property
+    def _reference_revision(self) -> str | None:
+        """What the first model's run started from, where that is the reference."""
+        own = self.cfg.reference.path is None and self.runs[0]["reference"]["path"] is None
+        return self.runs[0]["model"]["revision"] if own else None
 
     @cached_property
     def data(self) -> str | list[str]:
@@ -254,6 +260,7 @@ class Context:
         """Writes it, and says where rows are read otherwise than in a model's own run: numbers may differ from its own."""
         for path, run in zip(self.paths, self.runs, strict=True):
             for name in (
+                "revision",
                 "max_length",
                 "truncation",
                 "template_date",
@@ -296,7 +303,7 @@ class Context:
     @cached_property
     def reference(self) -> "Loaded":
         """The reference. Raises UserError where it is a run's and its weights are not those that the run recorded."""
-        loaded = self._load(self.reference_path, None, "reference.path")
+        loaded = self._load(self.reference_path, self._reference_revision, "reference.path")
         if self.cfg.reference.path is None:
             self._check_reference(loaded.digest)
         return loaded

@@ -71,6 +71,7 @@ FORMS = {
     "thoughts of Mistral": f"[THINK]{DRAFT}[/THINK]{CODE}",
     "channels": f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final<|message|>{CODE}<|return|>",
     "thoughts that end in a quote": f"<think>Not {DRAFT} but `f`</think>\n\n{CODE}",
+    "thoughts that end in a comment": f"<think>\n{DRAFT}# that is it </think> Here it is:\n```python\n{CODE}```",
     "an end behind a string": "def f(x):\n    return 2 * x if x is not None else 'two'</s>",
     "a turn's end": f"{CODE}<|im_end|>\n<|im_start|>user\nwhat?",
     "JSON": json.dumps({"code": CODE, "why": "it doubles"}),
