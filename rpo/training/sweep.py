@@ -216,6 +216,12 @@ def _checked_cells(config: Any) -> list[dict[str, str]]:
         )
     loader = GlobalHydra.instance().config_loader()
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(list(config.hydra.overrides.task))
+    for override in overrides:
+        text = override.input_line
+        if getattr(override.value(), "shuffle", False):  # sweep.csv's labels would be of another shuffle than the cells
+            raise UserError(f"{text}: gives its values in another order each time; list them without shuffle")
+        if override.key_or_group == "run_dir" and override.is_sweep_override():
+            raise UserError(f"{text}: a cell's folder is its number; give one run_dir for the sweep")
     (cells,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     for cell in cells:
         train_config(loader.load_sweep_config(config, list(cell)))

@@ -151,10 +151,16 @@ def test_a_failed_cell_is_a_row(tiny, tmp_path):
     [
         ("loss.beta=0.02,-1", 2, r"error: loss.beta=-1: expected > 0"),
         ("loss=dpo,nosuch", 1, r"error: In 'train': Could not find 'loss/nosuch'"),
+        ("seed=shuffle(1,2,3)", 2, "error: seed=shuffle(1,2,3): gives its values in another order each time"),
+        ("seed=shuffle(range(0,9))", 2, "error: seed=shuffle(range(0,9)): gives its values in another order"),
+        ("run_dir=A,B", 2, "error: run_dir=A,B: a cell's folder is its number"),
     ],
 )
 def test_a_bad_later_cell_stops_the_sweep_before_the_first(bad, code, message, tiny, tmp_path):
-    """All cells are checked first: a bad value (ours: 2) or group (Hydra's: 1) in a later one leaves nothing behind."""
+    """All cells are checked first: a bad value (ours: 2) or group (Hydra's: 1) in a later one leaves nothing behind.
+
+    So do values that Hydra shuffles when it lists the cells, for the table would be labelled by another shuffle.
+    """
     done = sweep(tiny, tmp_path, bad)
     assert done.returncode == code
     assert done.stderr.startswith(message) and "Warning" not in done.stderr
