@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rpo.config import Wandb
-from rpo.errors import UserError, fixable
+from rpo.errors import UserError, fixable, require
 from rpo.files import to_lines, write_atomic
 from rpo.text import redacted
 
@@ -25,9 +25,14 @@ INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the 
 def wandb_mode(cfg: Wandb) -> str:
     """What `wandb.mode` comes to: disabled, offline or online. Looks for a key, asks nobody.
 
-    Raises UserError where `online` was asked for by name and no key is configured.
+    Raises UserError where `online` was asked for by name and no key is configured, or WANDB_MODE is no mode.
     """
-    wanted = os.environ.get("WANDB_MODE", "auto") if cfg.mode == "auto" else cfg.mode
+    wanted = cfg.mode
+    if wanted == "auto":
+        named = os.environ.get("WANDB_MODE") or "auto"
+        wanted = {"dryrun": "offline", "run": "online", "shared": "online"}.get(named, named)  # wandb's other names
+        known = ("auto", "disabled", "offline", "online")
+        require(wanted in known, f"WANDB_MODE={named}: expected online, offline or disabled")
     if wanted in ("disabled", "offline") or (wanted == "online" and cfg.mode == "auto"):
         return wanted
     if _has_key():

@@ -215,6 +215,24 @@ def test_wandb_mode_without_a_key():
         log.wandb_mode(wandb_of("online"))
 
 
+@pytest.mark.parametrize("named", ["dryrun", "run", "offline", "online", "shared", "disabled"])
+def test_wandb_mode_of_the_environment_is_what_wandb_takes_it_for(named, monkeypatch):
+    """With a key, WANDB_MODE by any of wandb's names sends something exactly where wandb's own settings would."""
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setenv("WANDB_MODE", named)
+    theirs = wandb.Settings(mode=named)
+    assert (log.wandb_mode(wandb_of("auto")) == "online") == (not theirs._offline and theirs.mode != "disabled")
+    assert log.wandb_mode(wandb_of("disabled")) == "disabled"
+
+
+def test_a_wandb_mode_of_the_environment_that_is_none_is_refused(monkeypatch):
+    """WANDB_MODE=OFFLINE, which wandb does not know, is one line, not a run that is sent."""
+    monkeypatch.setenv("WANDB_MODE", "OFFLINE")
+    with pytest.raises(UserError, match="WANDB_MODE=OFFLINE: expected online, offline or disabled"):
+        log.wandb_mode(wandb_of("auto"))
+    assert log.wandb_mode(wandb_of("offline")) == "offline"
+
+
 def test_wandb_mode_with_a_key(monkeypatch, tmp_path):
     """A key in the environment or in netrc, for the very host, makes auto online."""
     wandb.teardown()  # its settings are read once
