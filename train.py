@@ -53,7 +53,7 @@ def train(cfg: Train) -> str:
     plan = Plan(len(data.train), cfg.batch_size, cfg.seed, cfg.epochs, cfg.max_steps)
     if run.resume:
         run.resume.check_same(data.facts)
-    if run.is_finished(plan.total_steps):
+    if run.is_finished(plan.total_steps, data):
         return "finished"
 
     with (

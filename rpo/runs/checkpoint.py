@@ -233,11 +233,13 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("*.part"):
             path.unlink() if path.is_symlink() else shutil.rmtree(path)
-        for folder in _steps(self.folder):
-            if self.start is None or _step(folder) > _step(self.start):  # damaged, as `find` said
-                aside = folder.with_name(f"{folder.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
+        damaged = [path for path in _steps(self.folder) if self.start is None or _step(path) > _step(self.start)]
+        links = [self.folder / name for name in ("latest", "best")]
+        copied = [path for path in links if path.is_dir() and not path.is_symlink()]  # as scp -r and cp -L leave links
+        for folder in damaged + copied:  # the former as `find` said
+            aside = folder.with_name(f"{folder.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
         if self.start:  # a kill may have come between a rename and its links
             self._link("latest", self.start)
             self._link_best(self.best)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import torch
 from rpo import dist
 from rpo.config import Train, differences, may_change, read_yaml, to_dict, to_yaml
 from rpo.data.dataset import Splits
-from rpo.errors import UserError, fixable
+from rpo.errors import UserError, fixable, require
 from rpo.files import write_atomic
 from rpo.runs import checkpoint
 from rpo.runs.checkpoint import Checkpoint
@@ -86,14 +87,17 @@ class RunFolder:
         if self.resume is not None and self.resume.run_dir != self.path:
             _check_settings(self.resume.run_dir, cfg, fork=True)
 
-    def is_finished(self, total_steps: int) -> bool:
+    def is_finished(self, total_steps: int, data: Splits) -> bool:
         """Whether the run has made its `total_steps` and left its model; says so on rank 0.
 
-        Raises UserError where resuming would undo steps, or overwrite a model/ without a checkpoint to resume from.
+        Raises UserError where resuming would undo steps, or overwrite a model/ without a checkpoint to resume from, and where
+        it finished with other data than `data`, which without a checkpoint nothing else says.
         """
         first_step = self.resume.state["step"] if self.resume else 0
         status, has_model = dist.on_main(lambda: (read_status(self.path), (self.path / "model").exists()))
         done = status["state"] == "finished" and status["step"] == total_steps and has_model
+        if done:
+            dist.on_main(self._check_data, data.facts)
         if done and dist.is_main():
             print(f"{self.path}: finished after {total_steps} steps already; for more, raise max_steps", flush=True)
         if not done and first_step > total_steps:
@@ -104,6 +108,14 @@ class RunFolder:
         if not done and has_model and not first_step:
             raise UserError(f"run_dir={self.path}: holds a model/ and no checkpoint to resume from; use a new run_dir")
         return done
+
+    def _check_data(self, facts: dict[str, str]) -> None:
+        report = {}
+        with suppress(FileNotFoundError, ValueError):
+            report = read_json(self.path / "data_report.json")
+        for key, then in report.get("digests", {}).items():  # which runs of earlier versions lack
+            now = facts.get(key)
+            require(now == then, f"{key}: {now}, but {then} when {self.path} ran; restore it, or use a new run_dir")
 
     @property
     def log_position(self) -> tuple[Path, dict] | None:
@@ -121,10 +133,15 @@ class RunFolder:
         first_step = self.resume.state["step"] if self.resume else 0
         with recording(self.path, to_yaml(cfg), first_step, self.seen) as status:
             if dist.is_main():
-                write_json(self.path / "data_report.json", data.reports)
+                write_json(self.path / "data_report.json", data.reports | {"digests": data.facts})
                 start = ", restarting: no checkpoint found" if self.seen else ""
                 if self.resume:
                     start = f", resuming from {self.resume.folder}"
+                    model, old = self.path / "model", self.path / "model.old"  # which the next model/ replaces
+                    if model.exists():  # or an evaluation would take it for what the run is now
+                        shutil.rmtree(old, ignore_errors=True)
+                        model.rename(old)
+                        start += "; its model/ is model.old until it ends"
                     if (before := self.resume.state["total_steps"]) != total_steps:
                         start += f"; optim.schedule is now that of {total_steps} steps, not {before}"
                 print(f"{self.path}: {data.summary}{start}", flush=True)

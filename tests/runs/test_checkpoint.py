@@ -194,6 +194,39 @@ def test_a_longer_run_goes_on_from_a_finished_one(tiny, tmp_path):
         run(tiny, folder, "max_steps=2")
 
 
+def test_a_longer_run_has_no_model_until_it_ends(tiny, tmp_path):
+    """A finished run that is resumed and killed leaves its model/ as model.old: as model/ it would pass for the run's."""
+    folder = tmp_path / "run"
+    short = ("max_steps=4", "sample_every=0")
+    run(tiny, folder, *short)
+    before = (folder / "model/model.safetensors").read_bytes()
+    assert run(tiny, folder, *short, "max_steps=8", kill_at=6) == "killed"
+    assert not (folder / "model").exists() and (folder / "model.old/model.safetensors").read_bytes() == before
+    assert run(tiny, folder, *short, "max_steps=8") == "finished"
+    assert (folder / "model/model.safetensors").read_bytes() != before and not (folder / "model.old").exists()
+
+
+def test_a_run_that_finished_with_other_data_is_not_the_same(tiny, tmp_path):
+    """Without checkpoints too, the command of a finished run is refused once its data has changed, instead of called done."""
+    data = write_jsonl(tmp_path / "train.jsonl", make_rows_json(16, seed=3))
+    own = ("max_steps=2", "sample_every=0", "checkpoint.every=0", f"data.train={data}")
+    assert run(tiny, tmp_path / "run", *own) == run(tiny, tmp_path / "run", *own) == "finished"
+    write_jsonl(data, make_rows_json(16, seed=4))
+    with pytest.raises(
+        UserError, match=r"data.train: 16 rows of \d+ tokens, sha256 .*, but 16 rows .* when .*/run ran"
+    ):
+        run(tiny, tmp_path / "run", *own)
+
+
+def test_a_copy_whose_links_became_folders_goes_on(tiny, whole, tmp_path):
+    """scp -r and cp -L copy what checkpoints/latest and best lead to: such a copy resumes, and has links again."""
+    mine = tmp_path / "run"
+    shutil.copytree(whole, mine)
+    assert not (mine / "checkpoints/latest").is_symlink()
+    assert run(tiny, mine, "checkpoint.keep=all", "max_steps=14") == "finished"
+    assert (mine / "checkpoints/latest").readlink() == Path("step_00000014")
+
+
 @pytest.mark.slow
 def test_a_fork_leaves_its_origin_alone(tiny, whole, tmp_path):
     """resume=PATH goes on in a folder of its own, from a run, one of its checkpoints or a link, and ends equal."""
