@@ -70,8 +70,9 @@ class Group:
 
     @property
     def judged(self) -> list[Member]:
-        """Those that the verdict and all means are of: that finished, or all with a curve; of these the measured, if any."""
-        ran = [member for member in self.members if member.curve]
+        """Those that the verdict and all means are of: that finished, or where none did all with a curve that did not fail; of
+        these the measured, if any."""
+        ran = [member for member in self.members if member.curve and member.record.state != "failed"]
         done = [member for member in ran if member.done] or ran
         return [member for member in done if member.measured] or done
 
@@ -258,8 +259,25 @@ def _groups(runs: Sequence[RunRecord], measured: dict[str, dict], notes: list[st
     for folder in apart:
         overrides = [f"{key}={value}" for key, value in records[folder].overrides.items()]
         labelled.append((" ".join(overrides) or names[folder], [members[folder]]))
+    notes += _data_apart(list(records.values()))
     short, _ = shortened([label for label, _ in labelled])
     return [Group(label, short[i], i, own, _verdict(own)) for i, (label, own) in enumerate(labelled)]
+
+
+def _data_apart(runs: Sequence[RunRecord]) -> list[str]:
+    """Runs of one data by name whose rows were others, as of a file that was written anew between them."""
+    first: dict[str, RunRecord] = {}
+    notes = []
+    for run in runs:
+        if run.digests and run.settings:
+            own = groups.flat(run.settings)
+            named = {key: value for key, value in own.items() if key.startswith(("data.", "model."))}
+            other = first.setdefault(repr((named, own.get("loss.preference") == "none")), run)
+            keys = ("data.train", "data.eval")
+            if differing := [key for key in keys if other.digests.get(key) != run.digests.get(key)]:
+                both = f"{other.folder} and {run.folder} had other data under one name"
+                notes.append(f"{both} ({', '.join(differing)}): do not compare or average their numbers")
+    return notes
 
 
 def shortened(labels: list[str]) -> tuple[list[str], list[str]]:

@@ -34,7 +34,7 @@ class RunRecord:
     """What a run left. Nothing is trusted: what cannot be read is absent, and `flaws` says so of its metrics.jsonl.
 
     `settings`: None where it failed before it had any; `overrides`: what its sweep set; `curve`: its evaluations by step,
-    {"step", metric: finite number}; `pairs`: how many were held out.
+    {"step", metric: finite number}; `pairs`: how many were held out; `digests`: of tokenizer and rows, by key.
     """
 
     folder: Path
@@ -45,6 +45,7 @@ class RunRecord:
     step: int | None = None
     curve: list[dict] = field(default_factory=list, repr=False)
     pairs: int | None = None
+    digests: dict[str, str] = field(default_factory=dict, repr=False)
     environment: dict[str, Any] = field(default_factory=dict, repr=False)
     flaws: list[str] = field(default_factory=list)
 
@@ -89,7 +90,7 @@ class Run:
 
 
 def walk(specs: Sequence[str]) -> Catalog:
-    """What lies in the folders `specs` and below them, in the order of the folders, 2 before 10.
+    """What lies in the folders `specs` and below them, in the order of the folders, 2 before 10; links are followed.
 
     A folder is a run's where its config.yaml has a loss, an evaluation's where it has a task. Raises UserError on a
     folder that is not there.
@@ -99,11 +100,13 @@ def walk(specs: Sequence[str]) -> Catalog:
         top = Path(spec).expanduser().resolve()
         if not top.is_dir():
             raise UserError(f"runs={spec}: no such folder; give a run's, or a sweep's with runs in it")
-        below = []
-        for folder, inner, names in os.walk(top):
+        below: dict[Path, bool] = {}  # whether it holds anything
+        for path, inner, names in os.walk(top, followlinks=True):
+            if (folder := Path(path).resolve()) in below:  # by another link, perhaps to what it is in
+                inner.clear()
             inner[:] = [name for name in inner if name not in _PASSED_BY and not name.startswith(".")]
-            below += [Path(folder)] if {"config.yaml", "status.json", "sweep.json"} & set(names) else []
-        folders |= dict.fromkeys(sorted(below, key=_natural))
+            below[folder] = bool({"config.yaml", "status.json", "sweep.json"} & set(names))
+        folders |= dict.fromkeys(sorted(filter(below.get, below), key=_natural))
     catalog = Catalog([], [], [], [])
     for folder in folders:
         try:
@@ -178,8 +181,10 @@ def _record(folder: Path, settings: dict | None, status: dict) -> RunRecord:
     cells = _sweep(folder.parent)[int(folder.name) :] if folder.name.isdecimal() else []
     own = cells[0] if cells else {}
     not_set = ("cell", "run_dir", "state", "reason")
-    data_report = _read(folder / "data_report.json", dict).get("eval")
-    pairs = data_report.get("kept") if isinstance(data_report, dict) else None
+    data_report = _read(folder / "data_report.json", dict)
+    parts = [data_report.get(key) for key in ("eval", "digests")]
+    held_out, digests = (part if isinstance(part, dict) else {} for part in parts)
+    pairs = held_out.get("kept")
     return RunRecord(
         folder=folder,
         settings=settings,
@@ -189,6 +194,7 @@ def _record(folder: Path, settings: dict | None, status: dict) -> RunRecord:
         step=status["step"] if finite(status["step"]) else None,
         curve=[curve[step] for step in sorted(curve)],
         pairs=pairs if finite(pairs) and pairs > 0 else None,
+        digests=digests,
         environment=environment(folder),
         flaws=flaws,
     )

@@ -99,6 +99,44 @@ def test_malformed_settings(base, tmp_path):
     render.html(sections.layout(report, "t", [], 5, {}))
 
 
+def test_linked_runs_are_found(base, tmp_path):
+    """A folder of links to runs that lie elsewhere is as good as the runs, each once, also where a link leads in a circle."""
+    elsewhere = leave_sweep(tmp_path / "elsewhere", base)
+    study = tmp_path / "study"
+    leave_run(study / "own", base, seed=9)
+    (study / "linked").symlink_to(elsewhere / "0")
+    (study / "again").symlink_to(elsewhere / "0")
+    (study / "circle").symlink_to(tmp_path)
+    (study / "broken").symlink_to(tmp_path / "nowhere")
+    found = {str(member.record.folder) for member in collected([study]).members}
+    assert found == {str(study / "own"), *(str(elsewhere / str(i)) for i in range(6))}
+
+
+def test_means_are_of_the_runs_that_the_verdict_is_on(base, tmp_path):
+    """Where no run finished, one that failed is in no mean: its last evaluation is no end of training."""
+    leave_run(tmp_path / "a", base, seed=0, shift=-1.0, state="interrupted")
+    leave_run(tmp_path / "b", base, seed=1, shift=-99.0, state="failed")
+    (arm,) = collected([tmp_path]).groups
+    assert arm.end("shift/chosen") == (-30.0, None)
+    run_folder.write_status(tmp_path / "a", "failed")
+    (arm,) = collected([tmp_path]).groups
+    assert arm.end("shift/chosen") is None and arm.verdict.kind == "no run finished"
+
+
+def test_runs_on_other_data_under_one_name_are_noted(base, tmp_path):
+    """Two seeds whose data.train was written anew between them are noted; a seed of other embedded data is not."""
+    for seed, digest in enumerate(("one", "one", "two")):
+        folder = leave_run(tmp_path / str(seed), base, seed=seed)
+        run_folder.write_json(folder / "data_report.json", {"digests": {"data.train": digest, "data.eval": "same"}})
+    (note,) = collected([tmp_path]).notes
+    both = f"{tmp_path}/0 and {tmp_path}/2"
+    assert note == f"{both} had other data under one name (data.train): do not compare or average their numbers"
+    settings = json.loads((folder / "config.yaml").read_text())
+    settings["data"]["gold"]["seed"] = 5
+    (folder / "config.yaml").write_text(json.dumps(settings))
+    assert collected([tmp_path]).notes == []
+
+
 # ---- evaluations
 
 
