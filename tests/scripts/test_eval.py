@@ -250,6 +250,36 @@ def test_a_reference_that_was_replaced_is_refused(tiny, tmp_path, kind):
         evaluate(tmp_path / f"silent_{n}", asked, model, only)
 
 
+def test_the_reference_of_a_run_is_of_the_runs_revision(tiny, tmp_path, monkeypatch):
+    """A run that began at model.revision=v2 is compared with v2 and not with main, at any width: its own log's shift."""
+    hub = tmp_path / "models--org--start"
+    for name, seed in (("main", 1), ("v2", 2)):
+        shutil.copytree(tiny / "model", hub / "snapshots" / (commit := str(seed) * 40))
+        make_lm(seed=seed).save_pretrained(hub / "snapshots" / commit)
+        (hub / "refs").mkdir(exist_ok=True)
+        (hub / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    args = ["model.path=org/start", "model.revision=v2", "batch_size=8", "max_steps=2", f"run_dir={tmp_path / 'run'}"]
+    train.train(settings(*tiny_args(tiny, "loss=dpo", "checkpoint.every=0", *args)))
+    dist.shutdown()
+    logged = lines(tmp_path / "run/metrics.jsonl")[-1]["shift/chosen"]
+    for dtype in ("auto", "float64"):
+        found = evaluate(tmp_path / dtype, "task=pairs", f"model.path={tmp_path}/run/model", f"model.dtype={dtype}")
+        (cells,) = found["models"].values()
+        assert cells["shift/chosen"]["value"] == pytest.approx(logged, abs=1e-3)
+
+
+def test_a_note_says_where_the_runs_data_had_a_revision(tiny, tmp_path, capsys):
+    """data.eval taken from a run is read at the evaluation's data.revision, which is said where the run had another."""
+    train.train(settings(*tiny_args(tiny, "loss=dpo", "checkpoint.every=0", "max_steps=1", f"run_dir={tmp_path}/run")))
+    dist.shutdown()
+    file = tmp_path / "run/config.yaml"
+    head, data, rest = file.read_text().partition("\ndata:\n")
+    file.write_text(head + data + rest.replace("revision: null", "revision: v2", 1))
+    evaluate(tmp_path / "ev", "task=pairs", f"model.path={tmp_path}/run/model")
+    assert f"note: data.revision=None, but the run of {tmp_path}/run/model had v2" in capsys.readouterr().out
+
+
 def test_generate(tiny, tmp_path):
     """Answers to rows that hold only a prompt: greedy ones are the model's argmax and repeat; sampled ones vary by seed."""
     rows = [{"prompt": row["prompt"]} for row in make_rows_json(5, seed=8)]
