@@ -259,6 +259,7 @@ def test_the_reference_of_a_run_is_of_the_runs_revision(tiny, tmp_path, monkeypa
         (hub / "refs").mkdir(exist_ok=True)
         (hub / "refs" / name).write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # or it asks for a newer one, and waits
     args = ["model.path=org/start", "model.revision=v2", "batch_size=8", "max_steps=2", f"run_dir={tmp_path / 'run'}"]
     train.train(settings(*tiny_args(tiny, "loss=dpo", "checkpoint.every=0", *args)))
     dist.shutdown()
