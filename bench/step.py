@@ -41,7 +41,7 @@ from rpo import dist
 from rpo.errors import UserError
 
 SYSTEMS = ["padded+live", "padded+cached", "packed+live", BEST, CEILING]
-SYSTEMS += [f"{name}+compile" for name in SYSTEMS]
+SYSTEMS += [f"{name}+compile" for name in SYSTEMS] + [f"{BEST}+bf16", f"{CEILING}+bf16"]
 ON_CUDA = [SYSTEMS[0], BEST, CEILING, f"{BEST}+compile", f"{CEILING}+compile"]  # minutes, where all take half an hour
 # Gates: |log-prob difference| per scored token (bf16: what rounding alone explains), |loss - ln 2|, cosine.
 LOGPS, STEP_0, COSINE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}, 1e-3, 0.999
@@ -87,11 +87,11 @@ class Gates:
             sums += [(a @ b).item() for a, b in ((grad, kept), (grad, grad), (kept, kept))]
         return sums[0] / math.sqrt(sums[1] * sums[2])
 
-    def judge(self, result: Result, twin: Result, noise: float) -> str | None:
+    def judge(self, result: Result, twin: Result, noise: float, dtype: torch.dtype) -> str | None:
         """Why a speed does not count; None where it does. `noise`: how far seeds' last losses lie apart."""
         gap = abs(late(result.losses, self.work) - late(twin.losses, self.work))
         for passed, reason in (
-            (result.logps_error <= LOGPS[self.work.dtype], f"{result.logps_error:.0e} nats a token from the library's"),
+            (result.logps_error <= LOGPS[dtype], f"{result.logps_error:.0e} nats a token from the library's"),
             (abs(result.losses[0] - math.log(2)) <= STEP_0, f"loss {result.losses[0]:.4f} at step 0, not ln 2"),
             (result.cosine >= COSINE, f"cosine {result.cosine:.4f} with its twin's gradient"),
             (gap <= noise, f"loss {gap:.4f} from its twin's after {self.work.steps} steps, seeds {noise:.4f} apart"),
@@ -185,8 +185,14 @@ def best_of_grid(work: Work, compiled: bool) -> tuple[dict, list[dict]]:
     return min(tried, key=lambda one: one["seconds"])["settings"], tried
 
 
+def dtype_of(name: str, work: Work) -> torch.dtype:
+    """Of compute: `+bf16` is for CPUs, where the others compute in fp32."""
+    return torch.bfloat16 if name.endswith("+bf16") else work.dtype
+
+
 def ours(name: str, work: Work) -> Ours | CrossEntropy:
     kind, *rest = name.split("+")
+    work = replace(work, dtype=dtype_of(name, work))
     if kind == CEILING:
         return CrossEntropy(work, compile="compile" in rest)
     return Ours(work, layout=kind, cached="cached" in rest, compile="compile" in rest)
@@ -222,7 +228,7 @@ def measure_steps(args: argparse.Namespace, work: Work) -> dict:
     noise = max(1e-3, max(ends) - min(ends))
     for name, result in results.items():
         if not result.failed and not name.startswith(CEILING):
-            result.failed = gates.judge(result, twin, noise)
+            result.failed = gates.judge(result, twin, noise, dtype_of(name, work))
     systems = {name: report.rates(name, result, work, args.warmup) for name, result in results.items()}
     return {"systems": systems, "seed_noise": noise, "grid": grid, "warmup": args.warmup}
 
@@ -267,7 +273,6 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), help="default cuda where there is a GPU")
     add("--model", choices=MODELS, help="shape of the random model; default 11m on a CPU, 0.5b on CUDA")
-    add("--dtype", choices=("float32", "bfloat16"), help="of compute, weights stay fp32; default float32 on a CPU")
     add("--lengths", choices=data.LENGTHS, default="hh", help="hh: short; uf: long responses; long: long prompts")
     add("--data", choices=("made", "real"), default="made", help="real: ids of files in the folder RPO_TEST_DATA")
     add(
@@ -301,7 +306,6 @@ def parse() -> argparse.Namespace:
         parser.error("--compare trl: TRL is not installed; pip install -c constraints.txt -e '.[bench]'")
     if args.sweep is not None and not 1 <= args.sweep <= len(CELLS):
         parser.error(f"--sweep {args.sweep}: expected 1 to {len(CELLS)} cells")
-    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
     args.model = args.model or ("0.5b" if cuda else "11m")
     args.pairs_per_step = args.pairs_per_step or (64 if cuda else 8)
     args.visits = args.visits or (1 if cuda else 2)
@@ -314,7 +318,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     device = dist.init()
-    dtype = getattr(torch, args.dtype)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = {"made": data.made, "real": data.real}[args.data](args.lengths)
     digest = data.sha256(rows)
     print(f"{rows.files[0]}: {data.describe(rows)}; sha256 {digest}", flush=True)
@@ -325,8 +329,9 @@ def main() -> None:
     where = report.machine(device)
     measured = (measure_sweep if args.sweep else measure_steps)(args, work)
 
+    kind = str(dtype).removeprefix("torch.")
     print(
-        f"{where['device']}, {where['threads']} threads; {args.model}, {args.dtype}, {args.lengths}, {work.pairs} pairs a step"
+        f"{where['device']}, {where['threads']} threads; {args.model}, {kind}, {args.lengths}, {work.pairs} pairs a step"
     )
     print(f"MFU: share of {peak / 1e12:.3g} TFLOP/s ({how}) that each system's own least work comes to")
     if args.compare and device.type == "cpu":
@@ -339,7 +344,7 @@ def main() -> None:
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak RSS of the process, all systems together: {rss:.1f} GiB")
     report.write(
-        f"{args.device}_{args.model}_{args.lengths}{'_bf16' * (args.device == 'cpu' and args.dtype == 'bfloat16')}{'_sweep' * bool(args.sweep)}",
+        f"{args.device}_{args.model}_{args.lengths}{'_sweep' * bool(args.sweep)}",
         device,
         arguments=vars(args),
         peak_flops=peak,
