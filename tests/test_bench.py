@@ -76,7 +76,9 @@ def test_all_forms_run_and_agree(group, monkeypatch):
     gates = step.Gates(work, step.library_logps(work))
     step.visit({name: (lambda name=name: step.ours(name, work)) for name in names}, work, results, gates)
     for name in names[:-1]:
-        assert results[name].failed is None and gates.judge(results[name], results[names[0]], 1e-5, torch.float32) is None, name
+        assert (
+            results[name].failed is None and gates.judge(results[name], results[names[0]], 1e-5, torch.float32) is None
+        ), name
     rates = report.rates(report.CEILING, results[report.CEILING], work, warmup=1)
     unique = sum(map(np.sum, work.lengths(1)))
     tokens = sum(batch_BT.numel() for batch_BT in systems.dense_rows(work, 1))
