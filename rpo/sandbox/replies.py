@@ -67,8 +67,9 @@ def program_of(reply: str, names: Sequence[str] = ()) -> str:
     >>> or line numbers, as a diff or a quote, and lines that parse amid prose; after a line [BEGIN] first. What a reasoning
     model thinks before it answers does not count. Where nothing binds a name, the last fenced code, or else the reply.
     """
-    reply = _LITERAL.sub(lambda match: match[0].replace("<", _MASK), reply.replace("\r\n", "\n"))
-    reply = _SPECIAL.split(spoken(reply))[0].replace(_MASK, "<")
+    masked = _LITERAL.sub(lambda match: match[0].replace("<", _MASK), reply := reply.replace("\r\n", "\n"))
+    # Nothing is said where what ends the thoughts was masked: `# done </think> Here it is`.
+    reply = _SPECIAL.split(spoken(masked) or spoken(reply))[0].replace(_MASK, "<")
     said = _END.split(reply)[0]
     if len(said) > LONGEST:
         return said
