@@ -71,7 +71,7 @@ def test_all_forms_run_and_agree(group, monkeypatch):
     monkeypatch.setitem(systems.MODELS, "tiny", TINY)
     rows = data.first(data.made("hh"), 8)
     work = systems.Work(rows, 4, "tiny", group, torch.float32, 1024, "none", lr=1e-3)
-    names = [name for name in step.SYSTEMS if not name.endswith("compile")]
+    names = [name for name in step.SYSTEMS if not name.endswith(("compile", "bf16"))]
     results = {name: report.Result() for name in names}
     gates = step.Gates(work, step.library_logps(work))
     step.visit({name: (lambda name=name: step.ours(name, work)) for name in names}, work, results, gates)
