@@ -1,4 +1,4 @@
-"""Tokens per second of greedy answers: ours, the library's generate on the same batches and one at a time, and its continuous batching.
+"""Tokens per second of greedy answers: ours, the library's generate in batches and one by one, its continuous batching.
 
     python bench/generate.py MODEL PROMPTS.jsonl      # a Hugging Face folder, rows with a `prompt` (a text or messages)
 

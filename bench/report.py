@@ -85,7 +85,11 @@ def git() -> dict:
 def write(name: str, device: torch.device, **measured: object) -> None:
     """Writes bench/results/TIME_`name`.json: what was `measured`, when, by which command and on what."""
     now = datetime.datetime.now()
-    record = {"date": now.isoformat(timespec="seconds"), "command": sys.argv, "machine": machine(device)}
+    record = {
+        "date": now.isoformat(timespec="seconds"),
+        "command": [Path(word).name if word.startswith("/") else word for word in sys.argv],
+        "machine": machine(device),
+    }
     record |= {"versions": versions(), "git": git()} | measured
     path = ROOT / "bench" / "results" / f"{now:%Y-%m-%d_%H%M}_{name}.json"
     path.parent.mkdir(exist_ok=True)

@@ -104,9 +104,11 @@ def check_memory(cfg: Train, config: PreTrainedConfig, device: torch.device) -> 
     needed = 2 * (master + moment) * count * cfg.fsdp.replicate_degree // dist.world_size()
     room = dist.memory(device)
     if needed > room:
+        key = "model.architecture" if cfg.model.path is None else f"model.path={cfg.model.path}"
+        less = "more GPUs share them, optim.state_dtype=bfloat16 halves the moments"
         raise UserError(
-            f"model.path={cfg.model.path}: weights, gradients and moments take {human(needed)} of each process, which has "
-            f"{human(room)}; more processes share them, optim.state_dtype=bfloat16 halves the moments"
+            f"{key}: weights, gradients and moments take {human(needed)} of each process, which has {human(room)}; "
+            f"{less if device.type == 'cuda' else 'use a smaller model or more machines'}"
         )
 
 
