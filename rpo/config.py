@@ -83,6 +83,26 @@ class Loss:
 
 
 @group
+class Lora:
+    r: Annotated[Count | None, Field(description="null (no adapter: all weights are trained) or at least 1")]
+    alpha: Annotated[Positive | None, Field(description="null (2 r) or > 0")]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target: Annotated[str | list[str], Field(min_length=1, description="all-linear, a list of modules' names, or a regex")]
+    dora: bool
+    modules_to_save: list[str] | None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Lora":
+        for name, unset in {"alpha": None, "dropout": 0, "dora": False, "modules_to_save": None}.items():
+            value = getattr(self, name)
+            require(
+                self.r is not None or value == unset,
+                f"model.lora.{name}={value} with model.lora.r=null: there is no adapter; give model.lora.r=16",
+            )
+        return self
+
+
+@group
 class Model:
     path: Source | None
     revision: str | None
@@ -90,6 +110,7 @@ class Model:
     trust_remote_code: bool
     architecture: dict[str, Any] | None
     dtype: Literal["auto", "bfloat16", "float32", "float64"]
+    lora: Lora
 
 
 @group
@@ -257,6 +278,10 @@ class Train:
 
     def _check_model(self) -> None:
         model, train = self.model, self.data.train
+        require(
+            model.lora.r is None or model.path is not None or train == "gold",
+            f"model.lora.r={model.lora.r} with model.path=null: random weights are no base of an adapter; give model.path",
+        )
         require(
             train != "gold" or model.architecture is not None,
             "model.architecture=null with data.train=gold: the embedded task makes a model of that architecture; use "
@@ -435,9 +460,12 @@ def set_sweep_dir(cfg: "DictConfig", folder: Path) -> None:
 
 
 def _auto_lr(cfg: Train) -> float:
-    """The learning rate that `optim.lr: auto` stands for: the papers' for a given model, this project's for its tiny one."""
+    """The learning rate that `optim.lr: auto` stands for: the papers' for a given model, this project's for its tiny one.
+
+    An adapter gets ten times as much, as in Hugging Face's handbook.
+    """
     if cfg.model.path is not None:
-        return 2e-5 if cfg.loss.preference == "none" else 5e-7
+        return (2e-5 if cfg.loss.preference == "none" else 5e-7) * (1 if cfg.model.lora.r is None else 10)
     return 3e-3 if cfg.loss.preference == "none" else 5e-4
 
 

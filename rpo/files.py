@@ -6,12 +6,14 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from rpo.errors import UserError, fixable
+from rpo.text import first_line
 
 DIGITS = 16  # hexadecimal digits of a digest that are kept: 64 bits
 
@@ -138,6 +140,30 @@ def write_arrays(folder: Path, arrays: dict[str, np.ndarray], report: dict) -> N
             raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def replacing(folder: Path, fix: str) -> Iterator[Path]:
+    """A new folder, which is put into the place of `folder` when the block ends; until then that is as it was.
+
+    Raises UserError, with the `fix`, where the disk refuses; of any failure nothing is left.
+    """
+    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        sync(part)
+    except Exception as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if not isinstance(error, OSError) and "(os error " not in str(error):  # so safetensors and tokenizers say it
+            raise
+        raise UserError(f"{folder}: cannot be written ({first_line(error)}); {fix}") from None
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(folder: Path) -> None:

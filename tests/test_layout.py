@@ -24,6 +24,7 @@ DOORS = {
     "matplotlib": {"*.figures", "synthetic.demo", "theory.__main__"},
     "jinja2": {"reporting.render", "data.chat"},
     "scipy": {"stats"},
+    "peft": {"model.lora"},
 }
 
 

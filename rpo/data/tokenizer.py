@@ -12,6 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,6 +36,7 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
+    path, revision = _home(path, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(path), revision=revision or "main", trust_remote_code=trust_remote_code
@@ -55,6 +57,16 @@ def load_tokenizer(
     if chat_template is not None:
         tokenizer.chat_template = _template_text(chat_template)
     return tokenizer
+
+
+def _home(path: str | Path, revision: str | None) -> tuple[str | Path, str | None]:
+    """Where the tokenizer of the model at `path` is: there, or with its base where it is an adapter's folder without one."""
+    folder = Path(path).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        with suppress(OSError, ValueError, AttributeError):
+            adapter = json.loads((folder / "adapter_config.json").read_text())
+            return adapter.get("base_model_name_or_path") or path, adapter.get("revision")
+    return path, revision
 
 
 # Digits of all scripts, spaces, contractions, composed signs, code and line ends: where normalizers and pre-tokenizers differ.

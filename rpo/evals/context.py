@@ -41,9 +41,17 @@ _OWN_FILES = {"config.yaml", "status.json", "lock"}  # of a folder in which noth
 
 
 def identity_of(path: str, revision: str | None) -> str:
-    """What changes when the model at `path` does: a folder's files with sizes and times, or a Hub name and revision."""
-    files = sorted(Path(path).expanduser().glob("*")) if Path(path).expanduser().is_dir() else []
-    return json.dumps([path, revision, *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)])
+    """What changes when the model at `path` does: a folder's files with sizes and times, or a Hub name and revision.
+
+    Of an adapter's folder, its base's too.
+    """
+    folder = Path(path).expanduser()
+    files = sorted(folder.glob("*")) if folder.is_dir() else []
+    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        stamps.append(identity_of(adapter["base_model_name_or_path"], adapter.get("revision")))
+    return json.dumps([path, revision, *stamps])
 
 
 def sampling_of(task: Answers) -> "Sampling":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rpo import dist
 from rpo.files import sha256
+from rpo.model import lora
 from rpo.model.policy import Policy
 
 CODE_VERSION = 2  # of the code between token ids and log-probs: raise it when its values change
@@ -17,14 +18,15 @@ CODE_VERSION = 2  # of the code between token ids and log-probs: raise it when i
 NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
-def weights_digest(lm: nn.Module) -> str:
+def weights_digest(lm: nn.Module, *, adapter: bool = True) -> str:
     """sha256 of all weights and persistent buffers: names, dtypes, shapes, bytes; tied weights once.
 
-    For a whole model on the CPU, before it is sharded or cast. A collective: rank 0 hashes, in threads.
+    Without its `adapter` it is that of the base by itself. For a whole model on the CPU, before it is sharded or cast. A collective: rank 0 hashes, in threads.
     """
     whole = None
     if dist.is_main():
-        tensors = {id(tensor): (name, tensor) for name, tensor in lm.state_dict(keep_vars=True).items()}
+        named = [(lora.base_name(name), name, tensor) for name, tensor in lm.state_dict(keep_vars=True).items()]
+        tensors = {id(tensor): (base or name, tensor) for base, name, tensor in named if base or adapter}
         with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL
             whole = sha256(b"".join(pool.map(_hash_tensor, sorted(tensors.values()))))
     return dist.broadcast(whole)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +14,10 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from rpo import config as settings
 from rpo import dist, files
 from rpo.errors import UserError
+from rpo.model import lora
 from rpo.model.policy import Policy, attention_heads
 from rpo.model.probe import border, probe, rotary
 from rpo.model.stored import integer_weight, left_behind, lost_of, stored_tensors
@@ -25,15 +26,16 @@ from rpo.text import first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+AGAIN = "and repeat the command, which continues from the last checkpoint if there is one (checkpoint.every)"
 _CODE_IS_OFF = "which is not run; read it, then set model.trust_remote_code=true"
 
 
 def check(
     path: str, revision: str | None = None, *, key: str = "model.path", trust_remote_code: bool = False
 ) -> PreTrainedConfig:
-    """The config of the causal LM at `path` (folder or Hub name), without loading a weight.
+    """The config of the causal LM at `path` (folder or Hub name), without loading a weight; that of its base for an adapter.
 
-    Raises UserError: nothing there, not a causal LM, one whose weights are not all its own (an adapter) or not numbers to be
+    Raises UserError: nothing there, not a causal LM, an adapter that `lora.found` refuses, weights that are not numbers to be
     trained (quantised), one that needs code from elsewhere without `trust_remote_code`, or whose soft-cap this transformers would leave out.
     """
     from transformers import AutoConfig
@@ -42,11 +44,11 @@ def check(
     folder = os.path.expanduser(path)
     if revision is not None and os.path.isdir(folder):
         raise UserError(f"model.revision={revision}: {key}={path} is a folder, which has no revisions; set it to null")
-    if _has_adapter(path, revision):
-        raise UserError(
-            f"{key}={path}: has a PEFT adapter (adapter_config.json), which is not read; merge it into its base model "
-            "(peft: merge_and_unload, save_pretrained) and give that"
-        )
+    if adapter := lora.found(path, revision, key=key):
+        base, where = adapter.base_model_name_or_path, f"{key}={path}: base_model_name_or_path"
+        if lora.found(base, adapter.revision, key=where):
+            raise UserError(f"{where}={base}: is an adapter itself; merge one of them")
+        return check(base, adapter.revision, key=where, trust_remote_code=trust_remote_code)
     if path.endswith(".gguf") or (
         os.path.isdir(folder) and not _holds(folder, "config.json") and _holds(folder, "*.gguf")
     ):
@@ -101,18 +103,6 @@ def check_softcap(config: PreTrainedConfig, where: str) -> None:
             f"{where}: its attention caps scores at {softcap:g} (attn_logit_softcapping), which transformers "
             f"{version('transformers')} leaves out; pip install -U 'transformers>=5.21.1'"
         )
-
-
-def _has_adapter(path: str, revision: str | None) -> bool:
-    from transformers.utils import cached_file
-
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if os.path.isdir(folder := os.path.expanduser(path)):
-        return _holds(folder, "adapter_config.json")
-    try:
-        return cached_file(path, "adapter_config.json", revision=revision, **quiet) is not None
-    except OSError:  # no such name, or no network: what loads the config says so
-        return False
 
 
 def _holds(folder: str, pattern: str) -> bool:
@@ -218,8 +208,13 @@ def load(
     key: str = "model.path",
     trust_remote_code: bool = False,
     saved: bool = False,
+    adapter: settings.Lora | None = None,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """The causal LM at `path` on the CPU with weights in `master` (float32 or float64), verified by `probe`.
+
+    An adapter's folder is loaded as its base with the adapter in it, which is not merged; another model gets a new one as
+    `adapter` and `seed` say, where it has an r.
 
     Raises UserError: unreadable (a pickle that is more than tensors is), weights missing (another kind of model), a probe
     that disagrees, or, of one that is to be trained and `saved`, more weights than its class writes or a loss of its own.
@@ -227,6 +222,12 @@ def load(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    where = f"{key}={path}"
+    if own := lora.found(path, revision, key=key):
+        base = own.base_model_name_or_path
+        lm = load(base, own.revision, master, key=f"{where}: its base", trust_remote_code=trust_remote_code, saved=saved)
+        lora.attach(lm, own, path, revision, where=where)
+        return lm
     logging.disable_progress_bar()  # one bar per rank and model says nothing that the run does not
     try:
         lm, info = AutoModelForCausalLM.from_pretrained(
@@ -239,7 +240,7 @@ def load(
         )
     except pickle.UnpicklingError:
         raise UserError(
-            f"{key}={path}: its *.bin is a pickle of more than tensors, which could run code and is not loaded; "
+            f"{where}: its *.bin is a pickle of more than tensors, which could run code and is not loaded; "
             "give safetensors"
         ) from None
     except Exception as error:  # files, the library and a model's own code: each its own type
@@ -247,24 +248,26 @@ def load(
     stored = stored_tensors(path, revision)
     if integer := integer_weight(stored):
         raise UserError(
-            f"{key}={path}: {integer}, but its config.json has no quantization_config to read it by; give the original model"
+            f"{where}: {integer}, but its config.json has no quantization_config to read it by; give the original model"
         )
     if info["missing_keys"]:
         name = sorted(info["missing_keys"])[0]
-        raise UserError(f"{key}={path}: the checkpoint lacks {name}; it is incomplete or not a causal LM")
+        raise UserError(f"{where}: the checkpoint lacks {name}; it is incomplete or not a causal LM")
     if lost := lost_of(info["unexpected_keys"]):
         what = f"does not load {lost[0]} ({len(lost)} such tensors), so it is not the model that the file is of"
-        raise UserError(f"{key}={path}: {type(lm).__name__} {what}; give a model of this class alone")
+        raise UserError(f"{where}: {type(lm).__name__} {what}; give a model of this class alone")
     if saved:
-        _check_router(lm, f"{key}={path}")
-        _check_saveable(lm, f"{key}={path}")
+        _check_router(lm, where)
+        _check_saveable(lm, where)
         if (left := left_behind(lm, stored)) and dist.is_main():
             listed = f"{left[0]}{', ...' if len(left) > 1 else ''}"
             what = f"{len(left)} tensors of its files ({listed}) are not loaded by {type(lm).__name__}"
-            print(f"{key}={path}: {what} and will not be in model/", flush=True)
+            print(f"{where}: {what} and will not be in model/", flush=True)
     _compute_as_stored(lm)
     _keep_wide(lm)
-    probe(lm, key=f"{key}={path}")
+    probe(lm, key=where)
+    if adapter is not None and adapter.r is not None:
+        lora.add(lm, adapter, path, revision, seed=seed, where=where)
     return lm
 
 
@@ -370,11 +373,14 @@ def build(config: PreTrainedConfig, seed: int, master: torch.dtype) -> PreTraine
 def sizes(lm: PreTrainedModel) -> dict[str, int]:
     """Parameters of the trunk (without embeddings) and of the head, number of layers, width of attention."""
     config, head = lm.config.get_text_config(), lm.get_output_embeddings().weight
-    embeddings = {id(p): p.numel() for p in (lm.get_input_embeddings().weight, head)}
+    embeddings = {id(p): p for p in (lm.get_input_embeddings().weight, head)}
+    trunk = [p for p in lm.parameters() if id(p) not in embeddings]
     num_heads, _, width = attention_heads(lm)
     return {
-        "trunk": sum(p.numel() for p in lm.parameters()) - sum(embeddings.values()),
+        "trunk": sum(p.numel() for p in trunk),
         "head": head.numel(),
+        "frozen_trunk": sum(p.numel() for p in trunk if not p.requires_grad),
+        "frozen_head": 0 if head.requires_grad else head.numel(),
         "layers": config.num_hidden_layers,
         "attention_width": num_heads * width,
     }
@@ -383,11 +389,15 @@ def sizes(lm: PreTrainedModel) -> dict[str, int]:
 def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes `folder` in Hugging Face format: config, generation config, tokenizer, chat template and fp32 weights.
 
+    Of a model with an adapter that alone, in PEFT's format (`lora.save`).
+
     A collective: every rank calls it, rank 0 writes. The weights are the masters, so nothing learned is rounded
     away. The folder appears whole or not at all.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+    if lora.named(policy):
+        return lora.save(policy, tokenizer, folder)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(policy, options=options)
     dist.on_main(_write, policy.lm, state, tokenizer, folder)  # all wait: one that exits has torchrun end rank 0
@@ -399,29 +409,12 @@ def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedT
     whole.load_state_dict({k.removeprefix("lm."): v for k, v in state.items()}, strict=False, assign=True)
     whole.tie_weights()  # with several ranks the gathered state names a tied head too
     whole.generation_config = lm.generation_config
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    size = sum(tensor.nbytes for tensor in whole.state_dict().values())
+    with files.replacing(folder, f"make room for {size / 1e9:.1f} GB {AGAIN}") as part:
         whole.save_pretrained(part)
         if lost := _not_written(whole, part):
             raise RuntimeError(f"{part}: {lost} is not what was trained; the weights are not saved")
         tokenizer.save_pretrained(part)
-        files.sync(part)
-    except Exception as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if not isinstance(error, OSError) and "(os error " not in str(error):  # so safetensors and tokenizers say it
-            raise
-        size = sum(tensor.nbytes for tensor in whole.state_dict().values())
-        raise UserError(
-            f"{folder}: cannot be written ({first_line(error)}); make room for {size / 1e9:.1f} GB and repeat the command, "
-            "which continues from the last checkpoint if there is one (checkpoint.every)"
-        ) from None
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():  # of the same run, which has continued since
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _not_written(whole: PreTrainedModel, folder: Path) -> str | None:

@@ -15,7 +15,7 @@ from rpo.config import Fsdp
 from rpo.data.batch import Batch
 from rpo.errors import UserError
 from rpo.losses import PairLogps
-from rpo.model import shard
+from rpo.model import lora, shard
 from rpo.model.attention import PACKED, register
 from rpo.model.attention import choose as choose_attention
 from rpo.model.logprobs import full_logits, response_sums, token_logps
@@ -62,6 +62,7 @@ class Policy(nn.Module):
         self.compute_dtype = lm.dtype
         self.compiled_layers = 0  # that ran as compiled code in the last forward pass
         self.neighbours: str | None = None  # what `sampling` has measured of its batches
+        self.dropouts: list[nn.Module] = []  # of an adapter: on wherever a gradient is taken
         self.eval()  # for good: train mode would only switch dropout on, and a reference has none
 
     def _hidden(self, batch: Batch) -> Tensor:
@@ -73,6 +74,7 @@ class Policy(nn.Module):
                 _ = batch.segments.block_mask  # made now: within a compiled layer it would break each layer's graph
             packed = {"position_ids": batch.position_BT, "segments": batch.segments, "backend": self.attention}
         self._attend_by(PACKED if packed else self._own_attention)
+        self._drop(torch.is_grad_enabled())
         eager = shard.eager_calls()
         hidden_BTD = self.lm.base_model(input_ids=batch.input_ids_BT, use_cache=False, **packed).last_hidden_state
         if self.compile_tiles:
@@ -83,6 +85,10 @@ class Policy(nn.Module):
     def _attend_by(self, name: str) -> None:
         # It stays until the next forward pass: a checkpointed layer runs again in backward, and must do the same again.
         self.lm.config._attn_implementation = name
+
+    def _drop(self, on: bool) -> None:
+        for dropout in self.dropouts:  # until the next forward pass, as above
+            dropout.train(on)
 
     def forward(self, batch: Batch) -> Tensor:
         """logps_N: natural-log probability of each scored token, fp32 (float64 for a float64 model)."""
@@ -105,6 +111,7 @@ class Policy(nn.Module):
         """
         own, self.lm.generation_config = self.lm.generation_config, generation_config
         self._attend_by(self._own_attention)
+        self._drop(False)
         try:
             # Eagerly: a layer's number in the KV cache is a guard, so each would be compiled by itself and use up the limit.
             with torch.compiler.set_stance("force_eager"):
@@ -160,6 +167,8 @@ def prepare(
         lm.requires_grad_(False)
     softcap = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
     backend = choose_attention(attention, torch.device(mesh.device_type), compute_dtype, softcap, attention_heads(lm))
+    if lora.named(lm):
+        lora.freeze(lm, compute_dtype)
     policy = Policy(lm, compile_tiles=compile, attention=backend)
     policy.compute_dtype = compute_dtype
     layers = layers_of(lm)
@@ -220,11 +229,11 @@ def score(policy: Policy, reference: Policy | None, batch: Batch) -> PairLogps:
 
     Without a `reference` its log-probs are those that the batch carries, if any.
     """
-    logps_S = response_sums(policy(batch), batch.length_S)
     ref_S = batch.ref_S
-    if reference is not None:
+    if reference is not None:  # first: it may be the policy with its adapter off, and backward recomputes with it on
         with torch.no_grad():
             ref_S = response_sums(reference(batch), batch.length_S)
+    logps_S = response_sums(policy(batch), batch.length_S)
 
     def sides(x_S: Tensor | None) -> list[Tensor | None]:
         parts = [] if x_S is None else list(x_S.split(batch.num_pairs))

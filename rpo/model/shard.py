@@ -144,7 +144,7 @@ def shard(
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    master = next(root.parameters()).dtype
+    master = max((param.dtype for param in root.parameters()), key=lambda dtype: dtype.itemsize)  # an adapter's base is half
     half = compute_dtype.itemsize < master.itemsize
     mp_policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if half else None, reduce_dtype=master if half else None, cast_forward_inputs=False
@@ -206,7 +206,7 @@ def gathered(root: FSDPModule, *, reshard_after_forward: bool) -> Iterator[None]
     """Within the block a layer, once gathered, stays gathered: for generation, which calls it once per token."""
     from torch.distributed.fsdp import FSDPModule
 
-    units = [m for m in root.modules() if isinstance(m, FSDPModule) and m is not root]
+    _, *units = [module for module in root.modules() if isinstance(module, FSDPModule)]  # the first is the root
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
     try:

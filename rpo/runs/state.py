@@ -11,6 +11,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from rpo import dist
+from rpo.model import lora
 
 if TYPE_CHECKING:
     from rpo.runs.checkpoint import Checkpoint
@@ -79,10 +80,10 @@ def tensors_of(policy: nn.Module, optimizer: torch.optim.Optimizer | None = None
     """Weights, buffers and the optimizer's state by kind/name: the live tensors themselves, each rank's share of them.
 
     Call it right after the optimizer is made, before a forward pass leaves the root gathered. Without an optimizer it is
-    the part that a log-prob depends on.
+    the part that a log-prob depends on. Of a model with an adapter, whose base stays as it is, the adapter alone.
     """
     tensors = {}
-    for name, param in policy.named_parameters():
+    for name, param in lora.named(policy) or policy.named_parameters():
         tensors[f"weight/{name}"] = param.detach()
         if optimizer is not None:
             tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state[param].items()}

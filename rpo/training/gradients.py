@@ -57,7 +57,7 @@ def gradient_split(
                 with guards.naming_memory(rows, plan.microbatches[i - 1][0], cfg):
                     pairs = model_policy.score(policy, reference, batch.to(device))
                     (term(pairs).sum() * (batch.weight / plan.pairs)).backward()
-        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters() if p.requires_grad]
         policy.zero_grad()
         return found
 

@@ -95,18 +95,22 @@ class ModelSize:
     head: int
     layers: int
     attention_width: int
+    frozen_trunk: int = 0  # of the trunk's, those that get no gradient
+    frozen_head: int = 0
 
     def step_flops(self, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> float:
         """FLOPs that a step over these pairs needs at least, forward and backward, each prompt counted once.
 
-        6 (trunk x unique + head x scored) + 12 x layers x attention width x visible query-key pairs; recomputation
-        and the reference's pass are not counted (numpy arrays of token counts, one entry per pair).
+        6 (trunk x unique + head x scored) + 12 x layers x attention width x visible query-key pairs, for a frozen
+        parameter 4 in place of 6; recomputation and the reference's pass are not counted (numpy arrays of token counts, one
+        entry per pair).
         """
         unique, scored = (prompt + chosen + rejected).sum(), (chosen + rejected).sum()
         prompt, chosen, rejected = (x.astype(np.int64) for x in (prompt, chosen, rejected))
         context = prompt + chosen
         visible = (context * (context + 1) // 2 + rejected * prompt + rejected * (rejected + 1) // 2).sum()
-        trunk_and_head = 6 * (self.trunk * int(unique) + self.head * int(scored))
+        trunk, head = 6 * self.trunk - 2 * self.frozen_trunk, 6 * self.head - 2 * self.frozen_head
+        trunk_and_head = trunk * int(unique) + head * int(scored)
         return float(trunk_and_head + 12 * self.layers * self.attention_width * int(visible))
 
 

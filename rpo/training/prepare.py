@@ -20,8 +20,8 @@ from rpo.data import dataset, schedule
 from rpo.data.batch import check_budget
 from rpo.data.dataset import Rows, Splits
 from rpo.data.tokenizer import check_vocabulary
-from rpo.errors import UserError
-from rpo.model import attention, fingerprint, hf, shard
+from rpo.errors import UserError, require
+from rpo.model import attention, fingerprint, hf, lora, shard
 from rpo.model import policy as model_policy
 from rpo.model import probe as model_probe
 from rpo.model.policy import Policy
@@ -37,6 +37,7 @@ from rpo.training.sweep import in_sweep, shared
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+NO_ADAPTER = config.Lora(r=None, alpha=None, dropout=0.0, target="all-linear", dora=False, modules_to_save=None)
 NUM_PROBE_PAIRS = 4  # in four passes: seconds of a small model on a CPU
 
 load_splits = shared(dataset.load_splits)
@@ -73,6 +74,15 @@ def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
     }
     if cfg.loss.preference != "none" and cfg.reference.path is None:
         run_folder.check_starting_model(cfg.model.path)
+    if cfg.model.path is not None and (own := lora.found(cfg.model.path, cfg.model.revision)):
+        base = own.base_model_name_or_path
+        fix = "leave it null to train that on, or merge it (python -m rpo.export) to start a new one"
+        require(cfg.model.lora.r is None, f"model.lora.r={cfg.model.lora.r}: {cfg.model.path} is an adapter already; {fix}")
+        require(
+            cfg.loss.preference == "none" or cfg.reference.path is not None,
+            f"reference.path=null with model.path={cfg.model.path}: which is an adapter on {base}, and either may be the "
+            f"reference; set reference.path={cfg.model.path} (as it starts) or reference.path={base}",
+        )
     return configs
 
 
@@ -156,7 +166,8 @@ class Spec:
     def of_reference(self, path: str | None) -> Spec:
         """That of the frozen model at `path`, or of the policy's own starting weights."""
         source, revision = (path, None) if path else (self.path, self.revision)
-        return replace(self, key="reference.path", path=source, revision=revision, trainable=False)
+        model = replace(self.model, lora=NO_ADAPTER)
+        return replace(self, key="reference.path", path=source, revision=revision, trainable=False, model=model)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +180,7 @@ class Prepared:
     layout: str  # packed or padded: how this model's rows are laid out
     noise_floor: float  # nats per token by which rounding alone moves a log-prob
     identity: dict  # what its log-probs depend on beside the tokens
+    base: dict | None  # the same of its base, where it has an adapter
     beginning: list[Tensor] = field(repr=False)  # this rank's weights and buffers, on the host; empty outside of sweeps
 
 
@@ -184,15 +196,29 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
         lm = hf.build(hf.config_for(spec.model.architecture, data.tokenizer), spec.seed, master)
     else:
         trust = spec.model.trust_remote_code
-        lm = hf.load(spec.path, spec.revision, master, key=spec.key, trust_remote_code=trust, saved=spec.trainable)
+        lm = hf.load(
+            spec.path,
+            spec.revision,
+            master,
+            key=spec.key,
+            trust_remote_code=trust,
+            saved=spec.trainable,
+            adapter=spec.model.lora,
+            seed=spec.seed,
+        )
     size = ModelSize(**hf.sizes(lm))
+    adapter = lora.named(lm)
     if dist.is_main():  # what follows takes seconds, of a large model a minute
-        count = sum(param.numel() for param in lm.parameters())
-        print(f"{spec.key}: {count:,} parameters; measuring what rounding and packing do to its log-probs", flush=True)
+        count = f"{sum(param.numel() for param in lm.parameters()):,} parameters"
+        if adapter:
+            count += f", {sum(param.numel() for _, param in adapter):,} of them an adapter's"
+        print(f"{spec.key}: {count}; measuring what rounding and packing do to its log-probs", flush=True)
     layout = "padded"
     if spec.layout.kind != "padded":
         layout = _packed_unless(why_not_packed(lm, data.longest), spec)
-    weights = fingerprint.weights_digest(lm)
+    base = fingerprint.weights_digest(lm, adapter=False)
+    # A new adapter changes nothing yet: what it was made of is in the settings.
+    weights = base if not adapter or spec.model.lora.r is not None else fingerprint.weights_digest(lm)
     model = model_policy.prepare(
         lm,
         shard.mesh(device, spec.fsdp),
@@ -225,10 +251,12 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
             )
     shard.reshard(model)
     identity = fingerprint.identity(weights, model, compute_dtype=compute, device=device, layout=layout)
+    model.dropouts = lora.dropouts(lm) if spec.trainable else []
     beginning = []
     if spec.trainable and in_sweep():
         beginning = [tensor.cpu().pin_memory() if tensor.is_cuda else tensor.clone() for tensor in _tensors(model)]
-    return Prepared(spec, model, size, layout, noise_floor, identity, beginning)
+    of_base = identity | {"weights": base} if adapter else None
+    return Prepared(spec, model, size, layout, noise_floor, identity, of_base, beginning)
 
 
 _shared_policy = shared(load)
@@ -278,11 +306,14 @@ def reference(cfg: Train, policy: Prepared, data: Splits, device: torch.device, 
     """
     preference, cfg = cfg.loss.preference != "none", cfg.reference
     kl = embedded and data.eval is not None  # on the embedded task, which needs more than log-probs of rows
-    resident = preference and (kl or cfg.kind == "live")
+    switched = is_own_base(policy, cfg)
+    resident = preference and not switched and (kl or cfg.kind == "live")
     spec = policy.spec.of_reference(cfg.path)
     frozen = _frozen(spec if resident else None, data, device)
     if not preference:
         return Reference()
+    if switched:
+        frozen = replace(policy, model=lora.Base(policy.model), identity=policy.base)
     if cfg.kind == "live":
         weights = frozen.identity["weights"]
         if starts_as_reference(policy.spec, cfg):  # with a cache, reading it has shown the same
@@ -294,6 +325,14 @@ def reference(cfg: Train, policy: Prepared, data: Splits, device: torch.device, 
     reports = {name: report for name, (_, report) in looked_up.items()}
     model = frozen.model if frozen else None
     return Reference(logps, reports, None, model, policy.layout, reports["train"]["weights"])
+
+
+def is_own_base(policy: Prepared, cfg: config.Reference) -> bool:
+    """Whether the reference is the policy with its adapter off."""
+    if policy.base is None:
+        return False
+    adapter = lora.found(policy.spec.path, policy.spec.revision)
+    return starts_as_reference(policy.spec, cfg) if adapter is None else cfg.path == adapter.base_model_name_or_path
 
 
 def starts_as_reference(policy: Spec, cfg: config.Reference) -> bool:
@@ -316,7 +355,10 @@ def _look_up(
 ) -> dict[str, tuple[np.ndarray, dict]]:
     """By split: the rows' log-probs, from the cache or scored into it, and where they came from."""
     policy = borrowed.prepared()
-    model = policy if starts_as_reference(policy.spec, cfg) else load(spec, data, device)
+    if is_own_base(policy, cfg):
+        model = replace(policy, model=lora.Base(policy.model), identity=policy.base)
+    else:
+        model = policy if starts_as_reference(policy.spec, cfg) else load(spec, data, device)
     looked_up = {}
     for name, rows in data.by_name.items():
         check_budget(rows, model.layout, spec.tokens_per_microbatch)
@@ -362,8 +404,8 @@ def _packed_unless(reason: str | None, spec: Spec) -> str:
 
 
 def _tensors(policy: Policy) -> list[Tensor]:
-    """This rank's share of each parameter, and the buffers (some rotary embeddings write theirs)."""
+    """This rank's share of each parameter that is trained, and the buffers (some rotary embeddings write theirs)."""
     from torch.distributed.tensor import DTensor
 
-    params = [p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters()]
+    params = [p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters() if p.requires_grad]
     return [tensor.detach() for tensor in params] + list(policy.buffers())
