@@ -20,7 +20,7 @@ from rpo.config import Train
 from rpo.data.loader import load_steps
 from rpo.data.schedule import Plan
 from rpo.errors import UserError
-from rpo.model import hf, shard
+from rpo.model import saving, shard
 from rpo.model import policy as model_policy
 from rpo.runs.checkpoint import Checkpoints
 from rpo.runs.folder import RunFolder
@@ -106,7 +106,7 @@ def train(cfg: Train) -> str:
                 raise FloatingPointError(guards.broken(state.step))
             if bad >= 0:
                 status.step = bad
-                hf.save(policy.model, data.tokenizer, run.path / "model")
+                saving.save(policy.model, data.tokenizer, run.path / "model", cfg.model.save_dtype)
                 raise FloatingPointError(guards.not_finite(bad, data.train, plan))
 
         interrupt.defer()
@@ -194,7 +194,7 @@ def train(cfg: Train) -> str:
                 )
             left = f"to resume, repeat the command with run_dir={run.path}"
         else:
-            hf.save(policy.model, data.tokenizer, run.path / "model")
+            saving.save_run(policy.model, data.tokenizer, run.path, cfg.model)
             left = "model/ is written" + ("" if checkpoints.wait() else ", its last checkpoint is not")
         if dist.is_main():
             from rpo.training import figures  # matplotlib takes a second

@@ -87,7 +87,9 @@ class Lora:
     r: Annotated[Count | None, Field(description="null (no adapter: all weights are trained) or at least 1")]
     alpha: Annotated[Positive | None, Field(description="null (2 r) or > 0")]
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    target: Annotated[str | list[str], Field(min_length=1, description="all-linear, a list of modules' names, or a regex")]
+    target: Annotated[
+        str | list[str], Field(min_length=1, description="all-linear, a list of modules' names, or a regex")
+    ]
     dora: bool
     modules_to_save: list[str] | None
 
@@ -102,6 +104,9 @@ class Lora:
         return self
 
 
+NO_ADAPTER = Lora(r=None, alpha=None, dropout=0.0, target="all-linear", dora=False, modules_to_save=None)
+
+
 @group
 class Model:
     path: Source | None
@@ -111,6 +116,8 @@ class Model:
     architecture: dict[str, Any] | None
     dtype: Literal["auto", "bfloat16", "float32", "float64"]
     lora: Lora
+    save_dtype: Annotated[Literal["auto", "float32", "bfloat16"], MAY_CHANGE]
+    save_merged: Annotated[bool, MAY_CHANGE]
 
 
 @group

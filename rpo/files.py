@@ -148,17 +148,35 @@ def replacing(folder: Path, fix: str) -> Iterator[Path]:
 
     Raises UserError, with the `fix`, where the disk refuses; of any failure nothing is left.
     """
-    part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    part = part_of(folder)
+    with discarding(part, folder, fix):
+        shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
-        sync(part)
+        put(part, folder)
+
+
+def part_of(folder: Path) -> Path:
+    """Where what becomes `folder` is written."""
+    return folder.with_name(f"{folder.name}.part")
+
+
+@contextmanager
+def discarding(part: Path, folder: Path, fix: str) -> Iterator[None]:
+    """A block that writes into `part`, of which nothing is left where it fails; UserError where the disk refused."""
+    try:
+        yield
     except Exception as error:
         shutil.rmtree(part, ignore_errors=True)
         if not isinstance(error, OSError) and "(os error " not in str(error):  # so safetensors and tokenizers say it
             raise
         raise UserError(f"{folder}: cannot be written ({first_line(error)}); {fix}") from None
+
+
+def put(part: Path, folder: Path) -> None:
+    """Puts the written `part` into the place of `folder`."""
+    old = folder.with_name(f"{folder.name}.old")
+    sync(part)
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)

@@ -15,18 +15,17 @@ from packaging.version import Version
 from torch import Tensor
 
 from rpo import config as settings
-from rpo import dist, files
+from rpo import dist
 from rpo.errors import UserError
 from rpo.model import lora
 from rpo.model.policy import Policy, attention_heads
 from rpo.model.probe import border, probe, rotary
-from rpo.model.stored import integer_weight, left_behind, lost_of, stored_tensors
+from rpo.model.stored import integer_weight, left_behind, lost_of, stored_dtype, stored_tensors
 from rpo.text import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-AGAIN = "and repeat the command, which continues from the last checkpoint if there is one (checkpoint.every)"
 _CODE_IS_OFF = "which is not run; read it, then set model.trust_remote_code=true"
 
 
@@ -208,7 +207,7 @@ def load(
     key: str = "model.path",
     trust_remote_code: bool = False,
     saved: bool = False,
-    adapter: settings.Lora | None = None,
+    adapter: settings.Lora = settings.NO_ADAPTER,
     seed: int = 0,
 ) -> PreTrainedModel:
     """The causal LM at `path` on the CPU with weights in `master` (float32 or float64), verified by `probe`.
@@ -225,7 +224,9 @@ def load(
     where = f"{key}={path}"
     if own := lora.found(path, revision, key=key):
         base = own.base_model_name_or_path
-        lm = load(base, own.revision, master, key=f"{where}: its base", trust_remote_code=trust_remote_code, saved=saved)
+        lm = load(
+            base, own.revision, master, key=f"{where}: its base", trust_remote_code=trust_remote_code, saved=saved
+        )
         lora.attach(lm, own, path, revision, where=where)
         return lm
     logging.disable_progress_bar()  # one bar per rank and model says nothing that the run does not
@@ -263,10 +264,11 @@ def load(
             listed = f"{left[0]}{', ...' if len(left) > 1 else ''}"
             what = f"{len(left)} tensors of its files ({listed}) are not loaded by {type(lm).__name__}"
             print(f"{where}: {what} and will not be in model/", flush=True)
+    lm.stored_dtype = stored_dtype(stored)
     _compute_as_stored(lm)
     _keep_wide(lm)
     probe(lm, key=where)
-    if adapter is not None and adapter.r is not None:
+    if adapter.r is not None:
         lora.add(lm, adapter, path, revision, seed=seed, where=where)
     return lm
 
@@ -338,7 +340,7 @@ def _check_saveable(lm: PreTrainedModel, where: str) -> None:
     with torch.device("meta"):
         whole = type(lm)(lm.config)
     whole.tie_weights()
-    if differing := sorted(_ties(lm) ^ _ties(whole)):
+    if differing := sorted(ties(lm) ^ ties(whole)):
         raise UserError(
             f"{where}: {type(lm).__name__} has other weights, or ties them otherwise, than its class writes "
             f"({', '.join(differing[0][:2])}); give a model as the class saves it"
@@ -348,7 +350,7 @@ def _check_saveable(lm: PreTrainedModel, where: str) -> None:
             lm.get_parameter(name).requires_grad_(False)
 
 
-def _ties(lm: PreTrainedModel) -> set[tuple[str, ...]]:
+def ties(lm: PreTrainedModel) -> set[tuple[str, ...]]:
     """The names of each parameter and persistent buffer; of a tied one all."""
     names: dict[int, list[str]] = {}
     for name, tensor in lm.state_dict(keep_vars=True).items():
@@ -384,56 +386,3 @@ def sizes(lm: PreTrainedModel) -> dict[str, int]:
         "layers": config.num_hidden_layers,
         "attention_width": num_heads * width,
     }
-
-
-def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes `folder` in Hugging Face format: config, generation config, tokenizer, chat template and fp32 weights.
-
-    Of a model with an adapter that alone, in PEFT's format (`lora.save`).
-
-    A collective: every rank calls it, rank 0 writes. The weights are the masters, so nothing learned is rounded
-    away. The folder appears whole or not at all.
-    """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    if lora.named(policy):
-        return lora.save(policy, tokenizer, folder)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(policy, options=options)
-    dist.on_main(_write, policy.lm, state, tokenizer, folder)  # all wait: one that exits has torchrun end rank 0
-
-
-def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    with torch.device("meta"):
-        whole = type(lm)(lm.config)
-    whole.load_state_dict({k.removeprefix("lm."): v for k, v in state.items()}, strict=False, assign=True)
-    whole.tie_weights()  # with several ranks the gathered state names a tied head too
-    whole.generation_config = lm.generation_config
-    size = sum(tensor.nbytes for tensor in whole.state_dict().values())
-    with files.replacing(folder, f"make room for {size / 1e9:.1f} GB {AGAIN}") as part:
-        whole.save_pretrained(part)
-        if lost := _not_written(whole, part):
-            raise RuntimeError(f"{part}: {lost} is not what was trained; the weights are not saved")
-        tokenizer.save_pretrained(part)
-
-
-def _not_written(whole: PreTrainedModel, folder: Path) -> str | None:
-    """The name of a weight that `folder` does not hold bit for bit; None where it holds all."""
-    from safetensors import safe_open
-
-    names = {name: own[0] for own in _ties(whole) for name in own}
-    written: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            written |= {names.get(name, name): tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-    state = {names[name]: tensor for name, tensor in whole.state_dict().items()}
-    if written.keys() != state.keys():  # some classes write theirs under other names, and cut otherwise
-        written = {names[name]: tensor for name, tensor in _read_back(whole, folder).items()}
-    same = {name for name, tensor in state.items() if name in written and torch.equal(tensor, written[name])}
-    return min(state.keys() - same, default=None)
-
-
-def _read_back(whole: PreTrainedModel, folder: Path) -> dict[str, Tensor]:
-    return (
-        type(whole).from_pretrained(folder, dtype=whole.dtype, weights_only=True, trust_remote_code=False).state_dict()
-    )

@@ -36,7 +36,16 @@ _PREFIX = "base_model.model."  # of names in PEFT's files
 _QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 # What an adapter from elsewhere may set; anything else changes what is computed in ways that are not known here.
 _UNDERSTOOD = {
-    *("r", "lora_alpha", "lora_dropout", "lora_bias", "target_modules", "exclude_modules", "modules_to_save", "use_dora"),
+    *(
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_bias",
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "use_dora",
+    ),
     *("use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
     *("base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "task_type", "peft_type"),
     *("peft_version", "auto_mapping", "ensure_weight_tying", "loftq_config", "runtime_config", "qalora_group_size"),
@@ -72,10 +81,14 @@ def found(path: str, revision: str | None, *, key: str = "model.path") -> LoraCo
     except Exception as error:  # of JSON, of the Hub, of a config class that this PEFT does not have
         raise UserError(f"{where}: its adapter_config.json cannot be read ({first_line(error)})") from None
     if type(adapter) is not LoraConfig:
-        raise UserError(f"{where}: is an adapter of kind {type(adapter).__name__[:-6]}; merge it into its base, and give that")
+        raise UserError(
+            f"{where}: is an adapter of kind {type(adapter).__name__[:-6]}; merge it into its base, and give that"
+        )
     default = LoraConfig()
     names = {each.name for each in fields(LoraConfig)} - _UNDERSTOOD
-    odd = [name for name in sorted(names) if getattr(adapter, name) not in (getattr(default, name), None, [], {}, False)]
+    odd = [
+        name for name in sorted(names) if getattr(adapter, name) not in (getattr(default, name), None, [], {}, False)
+    ]
     if adapter.bias == "none" and adapter.init_lora_weights not in (True, False, "gaussian"):
         odd = ["init_lora_weights"]  # PiSSA and others move a part of the base's weights into the adapter
     if odd:
@@ -97,7 +110,18 @@ def _require_peft(where: str) -> None:
 
 
 def add(lm: PreTrainedModel, cfg: config.Lora, base: str, revision: str | None, *, seed: int, where: str) -> None:
-    """Freezes `lm` and puts a new adapter into it: A random by `seed`, B zero, in the dtype of the weights.
+    """Freezes `lm`, the model at `base`, and puts a new adapter into it: A random by `seed`, B zero, in the dtype of the weights.
+
+    Raises UserError: as `inject` does, and where a class would not train it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject(lm, cfg, base, revision)
+    _check_reached(lm, where)
+
+
+def inject(lm: PreTrainedModel, cfg: config.Lora, base: str | None = None, revision: str | None = None) -> None:
+    """`add` without a look at the class.
 
     Raises UserError: PEFT is not installed, names in target or modules_to_save that are not in the model, a head among them
     that is not trained as it is used.
@@ -119,10 +143,7 @@ def add(lm: PreTrainedModel, cfg: config.Lora, base: str, revision: str | None, 
         base_model_name_or_path=base,
         revision=revision,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        _inject(lm, adapter, "model.lora.target")
-    _check_reached(lm, where)
+    _inject(lm, adapter, "model.lora.target")
 
 
 def attach(lm: PreTrainedModel, adapter: LoraConfig, path: str, revision: str | None, *, where: str) -> None:
@@ -133,7 +154,9 @@ def attach(lm: PreTrainedModel, adapter: LoraConfig, path: str, revision: str | 
     base = f"its base {adapter.base_model_name_or_path}"
     _inject(lm, adapter, f"{where}: target_modules")
     try:
-        weights = load_peft_weights(os.path.expanduser(path), device="cpu", **({"revision": revision} if revision else {}))
+        weights = load_peft_weights(
+            os.path.expanduser(path), device="cpu", **({"revision": revision} if revision else {})
+        )
     except Exception as error:  # files, the Hub, the library: each its own type
         raise UserError(f"{where}: the adapter's weights cannot be loaded ({first_line(error)})") from None
     stored = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
@@ -159,9 +182,13 @@ def _inject(lm: PreTrainedModel, adapter: LoraConfig, where: str) -> None:
         raise UserError(f"{where}: {first_line(error)}; {_modules(lm)}") from None
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
     if _is_switched(head) and hasattr(head, "base_layer"):
-        raise UserError(f"{where}: the head cannot have LoRA here; name it in model.lora.modules_to_save, or leave it out")
+        raise UserError(
+            f"{where}: the head cannot have LoRA here; name it in model.lora.modules_to_save, or leave it out"
+        )
     if lm.config.get_text_config().tie_word_embeddings and (_is_switched(head) or _is_switched(embedding)):
-        raise UserError(f"{where}: embedding and head of {type(lm).__name__} are one weight, so neither can be adapted alone")
+        raise UserError(
+            f"{where}: embedding and head of {type(lm).__name__} are one weight, so neither can be adapted alone"
+        )
 
 
 def _check_names(lm: nn.Module, names: list[str], key: str) -> None:
@@ -218,7 +245,22 @@ def base_name(name: str) -> str | None:
 def stored_name(name: str) -> str:
     """What PEFT calls an adapter's parameter in its files."""
     name = re.sub(r"\.modules_to_save\.\w+\.", ".", name)
-    return re.sub(rf"(\.lora_\w+)\.{_NAME}", r"\1", name).replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+    return re.sub(rf"(\.lora_\w+)\.{_NAME}", r"\1", name).replace(
+        ".lora_magnitude_vector.weight", ".lora_magnitude_vector"
+    )
+
+
+@torch.no_grad()
+def merge(lm: PreTrainedModel) -> None:
+    """Adds the adapter to the weights of its base and takes it out: the plain model that computes the same to rounding."""
+    for path, module in list(lm.named_modules()):
+        if hasattr(module, "lora_A"):
+            module.merge(safe_merge=True)  # which raises where a sum is not finite
+            lm.set_submodule(path, module.get_base_layer())
+        elif hasattr(module, "modules_to_save"):
+            lm.set_submodule(path, module.modules_to_save[_NAME])
+    del lm.peft_config
+    lm.requires_grad_(True)
 
 
 def freeze(lm: nn.Module, compute_dtype: torch.dtype) -> None:
@@ -306,7 +348,9 @@ def _targets(lm: PreTrainedModel, names: set[str] | str) -> list[str] | str:
 def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     from safetensors.torch import save_file
 
-    tensors = {_PREFIX + stored_name(name.removeprefix("lm.")): tensor for name, tensor in state.items() if _is_adapter(name)}
+    tensors = {
+        _PREFIX + stored_name(name.removeprefix("lm.")): tensor for name, tensor in state.items() if _is_adapter(name)
+    }
     size = sum(tensor.nbytes for tensor in tensors.values())
     with files.replacing(folder, f"make room for {human(size)} and repeat the command") as part:
         adapter = copy.deepcopy(lm.peft_config[_NAME])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rpo.config import Fsdp
+from rpo.config import NO_ADAPTER, Fsdp, Lora
 from rpo.data.batch import Batch
 from rpo.errors import UserError
 from rpo.losses import PairLogps
@@ -201,11 +201,12 @@ def load_policy(
     key: str = "model.path",
     trust_remote_code: bool = False,
     fsdp: Fsdp = shard.PLAIN,
+    adapter: Lora = NO_ADAPTER,
 ) -> Loaded:
     """The model at `path` (a folder or a Hub name), frozen, sharded, and ready to score and to sample.
 
-    Its weights are as wide as those of a run with model.dtype=`dtype`, so that the run's checkpoints fit it; it computes
-    in `compute` (auto: as the run did). Raises UserError: what `hf.load` refuses, naming `key`, or a `compute` wider than
+    Its weights are as wide as those of a run with model.dtype=`dtype`, so that the run's checkpoints fit it, as does its `adapter`; it
+    computes in `compute` (auto: as the run did). Raises UserError: what `hf.load` refuses, naming `key`, or a `compute` wider than
     the weights.
     """
     from rpo.model import hf
@@ -217,8 +218,8 @@ def load_policy(
         raise UserError(
             f"model.dtype={compute}: the run's weights are {str(master)[6:]}; give auto, or no wider a type"
         )
-    lm = hf.load(path, revision, master, key=key, trust_remote_code=trust_remote_code)
-    digest, mesh = weights_digest(lm), shard.mesh(device, fsdp)
+    lm = hf.load(path, revision, master, key=key, trust_remote_code=trust_remote_code, adapter=adapter)
+    digest, mesh = weights_digest(lm, adapter=adapter.r is None), shard.mesh(device, fsdp)
     # An evaluation's rows are padded, so no fused backend is looked for.
     policy = prepare(lm, mesh, fsdp, compute_dtype=computed, compile=False, trainable=False, attention="sdpa")
     return Loaded(policy, digest, computed)

@@ -180,7 +180,9 @@ def gradient_gap(policy: Policy, rows: Rows, indices: np.ndarray, device: torch.
     def gradient() -> list[Tensor]:
         logps_N = policy(make_batch(rows, indices, layout).to(device))
         (logps_N * torch.linspace(-1, 1, len(logps_N), device=device)).sum().backward()
-        grads = [torch.zeros(()) if p.grad is None else p.grad.to_local() for p in policy.parameters() if p.requires_grad]
+        grads = [
+            torch.zeros(()) if p.grad is None else p.grad.to_local() for p in policy.parameters() if p.requires_grad
+        ]
         policy.zero_grad()
         return grads
 

@@ -144,7 +144,9 @@ def shard(
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    master = max((param.dtype for param in root.parameters()), key=lambda dtype: dtype.itemsize)  # an adapter's base is half
+    master = max(
+        (param.dtype for param in root.parameters()), key=lambda dtype: dtype.itemsize
+    )  # an adapter's base is half
     half = compute_dtype.itemsize < master.itemsize
     mp_policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype if half else None, reduce_dtype=master if half else None, cast_forward_inputs=False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +52,14 @@ def integer_weight(stored: dict[str, tuple[str, int]]) -> str | None:
         if is_scaled and ndim > 1 and not _NO_WEIGHTS.search(name):
             return f"{name} is stored as {dtype.removeprefix('torch.')}"
     return None
+
+
+def stored_dtype(stored: dict[str, tuple[str, int]]) -> torch.dtype:
+    """The floating type of most tensors; float32 where there is none."""
+    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    names |= {str(dtype): dtype for dtype in names.values()}
+    types = Counter(names[dtype] for dtype, _ in stored.values() if dtype in names)
+    return types.most_common(1)[0][0] if types else torch.float32
 
 
 def lost_of(names: Iterable[str]) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rpo import dist, files
-from rpo.config import EvalData
+from rpo.config import NO_ADAPTER, EvalData
 from rpo.data import dataset
 from rpo.data import tokenizer as data_tokenizer
 from rpo.data.batch import longest
@@ -329,7 +329,7 @@ def measure_all(runs: Sequence[Run], asked: dict[str, Questions], ctx: Context) 
     print_main(_plan(runs, asked, ctx.cfg, done, len(every)))
     families: dict[tuple, list[Run]] = {}
     for run in runs:
-        families.setdefault((run.start, run.reference, run.model.dtype), []).append(run)
+        families.setdefault((run.start, run.reference, run.model.dtype, str(run.model.lora)), []).append(run)
     values: dict[Path, list[dict]] = {}
     for family in families.values():  # models stay for all runs that share them, and then make room
         values |= _family(family, todo, asked, ctx)
@@ -363,8 +363,12 @@ def _family(
                 compute=cfg.model.dtype,
                 key=key,
                 trust_remote_code=cfg.model.trust_remote_code,
+                adapter=adapter,
             )
-            for key, source in (("reference.path", family[0].reference), ("model.path", family[0].start))
+            for key, source, adapter in (
+                ("reference.path", family[0].reference, NO_ADAPTER),
+                ("model.path", family[0].start, family[0].model.lora),
+            )
         )
         start = reference if family[0].start == family[0].reference else policy
         for key in dict.fromkeys(map(data_key, missing)):  # before a checkpoint is laid over the policy

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rpo import config, files
 from rpo.config import EvalData, Loss, Reference
-from rpo.config import Model as Start
 from rpo.data.tokenizer import identity, load_tokenizer
 from rpo.errors import UserError
 from rpo.runs import checkpoint
@@ -64,6 +63,18 @@ class Catalog:
     evaluations: list[Path]
     unreadable: list[str]
     notes: list[str]
+
+
+@config.group
+class Start:
+    """The model that a run started from, as its settings say."""
+
+    path: str | None
+    revision: str | None
+    tokenizer: str | None
+    trust_remote_code: bool
+    dtype: Literal["auto", "bfloat16", "float32", "float64"]
+    lora: config.Lora
 
 
 @dataclass(frozen=True)
@@ -223,16 +234,18 @@ def _typed(record: RunRecord) -> Run:
     """Raises UserError where the settings are not those of a run of this version."""
     file = record.folder / "config.yaml"
 
-    def part(cls: type, name: str, **more: Any) -> Any:
+    def part(cls: type, name: str, absent: dict | None = None, **more: Any) -> Any:
         node = record.settings.get(name)
         if not isinstance(node, dict):
             raise UserError(f"{file}: {name}={node}: expected a group of keys")
         try:
-            return config.build(cls, {k: v for k, v in node.items() if k in cls.__dataclass_fields__} | more, name)
+            own = {k: v for k, v in node.items() if k in cls.__dataclass_fields__}
+            return config.build(cls, (absent or {}) | own | more, name)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
 
-    model = part(Start, "model", trust_remote_code=False)  # what a run allowed is no permission of this user's
+    # What a run allowed is no permission of this user's; older runs have no adapter.
+    model = part(Start, "model", {"lora": config.to_dict(config.NO_ADAPTER)}, trust_remote_code=False)
     given = part(Reference, "reference").path
     source = (model.path, model.revision) if given is None else (given, None)
     loss, data = part(Loss, "loss"), part(EvalData, "data")

@@ -62,6 +62,9 @@ def choose(given: str | None, label: str, *, continues: str | None = None) -> Pa
     return folder
 
 
+_MODELS = ("model", "model_merged")  # that a run leaves
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A training run's folder, and the checkpoint that the run resumes from, if there is one."""
@@ -137,11 +140,12 @@ class RunFolder:
                 start = ", restarting: no checkpoint found" if self.seen else ""
                 if self.resume:
                     start = f", resuming from {self.resume.folder}"
-                    model, old = self.path / "model", self.path / "model.old"  # which the next model/ replaces
-                    if model.exists():  # or an evaluation would take it for what the run is now
+                    for model in filter(Path.exists, [self.path / name for name in _MODELS]):
+                        # Or an evaluation would take it for what the run is now; the next one replaces it.
+                        old = model.with_name(f"{model.name}.old")
                         shutil.rmtree(old, ignore_errors=True)
                         model.rename(old)
-                        start += "; its model/ is model.old until it ends"
+                        start += f"; its {model.name}/ is {old.name} until it ends"
                     if (before := self.resume.state["total_steps"]) != total_steps:
                         start += f"; optim.schedule is now that of {total_steps} steps, not {before}"
                 print(f"{self.path}: {data.summary}{start}", flush=True)
@@ -173,9 +177,9 @@ def _check_settings(folder: Path, cfg: Train, *, fork: bool = False) -> None:
 
 
 def settings_of(model: str | None) -> dict | None:
-    """The settings of the run whose model/ this is; None for any other model."""
+    """The settings of the run whose model/ or model_merged/ this is; None for any other model."""
     file = Path(model or "").parent / "config.yaml"
-    if not model or Path(model).name != "model" or not file.exists():
+    if not model or Path(model).name not in _MODELS or not file.exists():
         return None
     settings = read_yaml(file)
     loss = settings.get("loss") if isinstance(settings, dict) else None

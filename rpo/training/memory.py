@@ -89,15 +89,18 @@ def moments(cfg: Train, place: Place) -> Iterator[tuple[str, Parts]]:
     of a quotient; the buffer lives until the next unit is reduced.
     """
     sizes, shards, (c, m, moment) = place.sizes, shards_of(cfg, place), widths(cfg, place)
-    whole, layer, root, head = sizes.all, sizes.layer, sizes.root, sizes.vocabulary * sizes.width
+    whole, layer, root, trained = sizes.all, sizes.layer, sizes.root, sizes.trained or sizes
+    learned, of_layer, of_root, head = trained.all, trained.layer, trained.root, trained.vocabulary * sizes.width
     tokens = place.tokens or cfg.tokens_per_microbatch
     kept, working, scored = (per_token * tokens for per_token in activations(cfg, place))
 
     held = m / shards * (not cfg.fsdp.cpu_offload)  # of a rank's share, per parameter of the model
     reshards = cfg.fsdp.reshard_after_forward
-    state: Parts = {"weights": held * whole, "moments": 2 * held * whole * moment / m}
+    weights = held * learned + held * c / m * (whole - learned)  # an adapter's base is stored as it computes
+    state: Parts = {"weights": weights, "moments": 2 * held * learned * moment / m}
     embedded = cfg.data.train == "gold" and cfg.data.eval is not None
-    if cfg.loss.preference != "none" and (cfg.reference.kind == "live" or embedded):
+    another = sizes.trained is None or cfg.reference.path is not None  # else it is the base with the adapter off
+    if cfg.loss.preference != "none" and (cfg.reference.kind == "live" or embedded) and another:
         # What it gathered and no backward pass frees: the root, and all where layers do not reshard.
         state["reference"] = held * whole + c * (root if reshards else whole)
 
@@ -106,14 +109,14 @@ def moments(cfg: Train, place: Place) -> Iterator[tuple[str, Parts]]:
         several = -(-cfg.batch_size // place.gpus) * longest_pair(cfg) > cfg.tokens_per_microbatch
     sums_whole = several and cfg.fsdp.accumulate == "unsharded"  # earlier micro-batches left every gradient at m
     at_once = sums_whole and c == m  # autograd adds to that; else a unit's gradients wait at c until it is reduced
-    own = 0 if at_once else layer
+    own = 0 if at_once else of_layer
     heads = 0 if at_once and not sizes.tied else head
 
     def gradients(reduced: int) -> Parts:
         """What is summed up, once so many parameters of this micro-batch are `reduced`."""
         if sums_whole:
-            return {"gradients": m * (whole - reduced) + held * reduced}
-        return {"gradients": held * (whole if several else reduced)}
+            return {"gradients": m * (learned - reduced) + held * reduced}
+        return {"gradients": held * (learned if several else reduced)}
 
     def reduction(unit: int) -> float:
         """What it takes to reduce a unit's gradients, beyond those sums that were there before."""
@@ -134,24 +137,24 @@ def moments(cfg: Train, place: Place) -> Iterator[tuple[str, Parts]]:
     all_kept = {"activations": kept, "in flight": c * head}
     yield "the head's backward", state | gradients(0) | gathered(sizes.layers) | all_kept | logits
     for left in range(sizes.layers, 0, -1):
-        live = state | gradients((sizes.layers - left) * layer)
-        buffer = m * layer * (left < sizes.layers)
+        live = state | gradients((sizes.layers - left) * of_layer)
+        buffer = m * of_layer * (left < sizes.layers)
         at_work = {
             "activations": kept * left / sizes.layers,
             "working": working,
             "in flight": c * (heads + own) + buffer,
         }
         yield f"layer {left}'s backward", live | gathered(left) | at_work
-        reduced = {"activations": kept * (left - 1) / sizes.layers, "in flight": c * heads + reduction(layer)}
+        reduced = {"activations": kept * (left - 1) / sizes.layers, "in flight": c * heads + reduction(of_layer)}
         yield f"layer {left}'s reduction", live | gathered(left - 1) | reduced
-    live = state | gradients(whole - root)
-    both = root + sizes.tied * head  # a tied weight's two gradients are added up only here
-    yield "the embedding's backward", live | {"gathered": max(stays, c * root), "in flight": c * both + m * layer}
-    reduced = reduction(root)
+    live = state | gradients(learned - of_root)
+    both = of_root + sizes.tied * head  # a tied weight's two gradients are added up only here
+    yield "the embedding's backward", live | {"gathered": max(stays, c * root), "in flight": c * both + m * of_layer}
+    reduced = reduction(of_root)
     if place.device == "cpu" and c < m:  # the CPU casts a matrix at a time into sums or buffer, while all others wait
-        cast = c * root + m * layer + sums_whole * m * head
+        cast = c * of_root + m * of_layer + sums_whole * m * head
         yield "the root's cast", live | {"gathered": max(stays, c * root), "in flight": cast}
-        reduced = max(reduced, (shards > 1) * (not sums_whole) * ((m + c) * root + c * head))
+        reduced = max(reduced, (shards > 1) * (not sums_whole) * ((m + c) * of_root + c * head))
     yield "the root's reduction", live | {"in flight": reduced, "gathered": stays}
 
 
@@ -257,9 +260,9 @@ def place_of(cfg: Train, model: PreTrainedConfig, gpus: int, device: str = "cuda
     how = {"layout": "padded" if cfg.layout.kind == "padded" else "packed", "device": device}
     how["dtype"] = shard.compute_dtype(cfg.model.dtype, torch.device(device))
     lengths = (pair,) * max(1, cfg.tokens_per_microbatch // sum(pair))
-    return Place(
-        gpus, device, training_trace.sizes(model), cache(partial(training_trace.trace, model, lengths=lengths, **how))
-    )
+    adapter = cfg.model.lora
+    trace = partial(training_trace.trace, model, lengths=lengths, adapter=adapter, **how)
+    return Place(gpus, device, training_trace.sizes(model, adapter), cache(trace))
 
 
 def model_of(cfg: Train, given: list[str]) -> tuple[PreTrainedConfig, str]:
@@ -287,9 +290,11 @@ def table(cfg: Train, place: Place) -> str:
     (name, parts), shards, (c, m, moment) = peak(cfg, place), shards_of(cfg, place), widths(cfg, place)
     kept, working, _ = activations(cfg, place)
     tokens, share = place.tokens or cfg.tokens_per_microbatch, f" / {shards} shards" if shards > 1 else ""
+    trained = place.sizes.trained
+    base = f"; of the {trained.all:,} of the adapter, {c} x all others" if trained else ""
     notes = {
-        "weights": f"{m} bytes x parameters{share}",
-        "moments": f"2 x {moment} bytes x parameters{share}",
+        "weights": f"{m} bytes x parameters{share}{base}",
+        "moments": f"2 x {moment} bytes x {'the adapter' if trained else 'parameters'}{share}",
         "reference": f"live: {m} bytes x parameters{share}, and what of it stays gathered",
         "gradients": f"sums at {m} bytes, fsdp.accumulate={cfg.fsdp.accumulate}",
         "gathered": f"weights at {c} bytes: embedding, head, and the layers at hand",
@@ -310,7 +315,8 @@ def table(cfg: Train, place: Place) -> str:
     lines.append(f"activations per token of {layers} layers by fsdp.activation_checkpointing: {each}")
     of_share = place.sizes.all / shards / GIB
     hosts = [f"{m * place.sizes.all / GIB:.1f} GiB while it loads the model"]
-    hosts += [f"{(m + 2 * moment) * of_share:.1f} GiB from its first checkpoint on"] * (cfg.checkpoint.every > 0)
+    saved = (trained or place.sizes).all / shards / GIB
+    hosts += [f"{(m + 2 * moment) * saved:.1f} GiB from its first checkpoint on"] * (cfg.checkpoint.every > 0)
     hosts += [f"{2 * (m + moment) * of_share:.1f} GiB throughout (fsdp.cpu_offload)"] * cfg.fsdp.cpu_offload
     return "\n".join([*lines, f"host memory of each process: {', '.join(hosts)}"])
 

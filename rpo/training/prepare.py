@@ -37,7 +37,6 @@ from rpo.training.sweep import in_sweep, shared
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-NO_ADAPTER = config.Lora(r=None, alpha=None, dropout=0.0, target="all-linear", dora=False, modules_to_save=None)
 NUM_PROBE_PAIRS = 4  # in four passes: seconds of a small model on a CPU
 
 load_splits = shared(dataset.load_splits)
@@ -74,15 +73,21 @@ def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
     }
     if cfg.loss.preference != "none" and cfg.reference.path is None:
         run_folder.check_starting_model(cfg.model.path)
+    has_adapter = cfg.model.lora.r is not None
     if cfg.model.path is not None and (own := lora.found(cfg.model.path, cfg.model.revision)):
-        base = own.base_model_name_or_path
+        has_adapter, base = True, own.base_model_name_or_path
         fix = "leave it null to train that on, or merge it (python -m rpo.export) to start a new one"
-        require(cfg.model.lora.r is None, f"model.lora.r={cfg.model.lora.r}: {cfg.model.path} is an adapter already; {fix}")
+        require(
+            cfg.model.lora.r is None, f"model.lora.r={cfg.model.lora.r}: {cfg.model.path} is an adapter already; {fix}"
+        )
         require(
             cfg.loss.preference == "none" or cfg.reference.path is not None,
             f"reference.path=null with model.path={cfg.model.path}: which is an adapter on {base}, and either may be the "
             f"reference; set reference.path={cfg.model.path} (as it starts) or reference.path={base}",
         )
+    require(
+        has_adapter or not cfg.model.save_merged, "model.save_merged=true: there is no adapter; give model.lora.r=16"
+    )
     return configs
 
 
@@ -166,7 +171,7 @@ class Spec:
     def of_reference(self, path: str | None) -> Spec:
         """That of the frozen model at `path`, or of the policy's own starting weights."""
         source, revision = (path, None) if path else (self.path, self.revision)
-        model = replace(self.model, lora=NO_ADAPTER)
+        model = replace(self.model, lora=config.NO_ADAPTER)
         return replace(self, key="reference.path", path=source, revision=revision, trainable=False, model=model)
 
 
@@ -216,9 +221,8 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
     layout = "padded"
     if spec.layout.kind != "padded":
         layout = _packed_unless(why_not_packed(lm, data.longest), spec)
-    base = fingerprint.weights_digest(lm, adapter=False)
-    # A new adapter changes nothing yet: what it was made of is in the settings.
-    weights = base if not adapter or spec.model.lora.r is not None else fingerprint.weights_digest(lm)
+    weights = fingerprint.weights_digest(lm, adapter=spec.model.lora.r is None)  # a new one is made of the settings
+    base = fingerprint.weights_digest(lm, adapter=False) if adapter else weights
     model = model_policy.prepare(
         lm,
         shard.mesh(device, spec.fsdp),

@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from rpo.config import NO_ADAPTER, Lora
 from rpo.data.batch import make_batch
 from rpo.data.dataset import Rows
 from rpo.errors import UserError
-from rpo.model import attention, shard
+from rpo.model import attention, lora, shard
 from rpo.model.policy import Policy, layers_of
 
 
@@ -38,6 +40,7 @@ class Sizes:
     width: int
     tied: bool  # embedding and head are one
     layers: int  # how many
+    trained: "Sizes | None" = None  # the part that gets gradients, where that is not all: an adapter
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class _Alive(TorchDispatchMode):
         self.in_products.discard(key)
 
 
-def _skeleton(model: PreTrainedConfig, dtype: torch.dtype, *, flex: bool = False) -> PreTrainedModel:
+def _skeleton(model: PreTrainedConfig, dtype: torch.dtype, adapter: Lora, *, flex: bool = False) -> PreTrainedModel:
     own = type(model).from_dict(model.to_dict())  # a forward pass writes its kind of attention into the config
     own.pad_token_id = None  # or GPT-2 looks whether there is padding in what has no data
     if flex:  # it keeps with a soft-cap what varlen keeps without
@@ -87,6 +90,15 @@ def _skeleton(model: PreTrainedConfig, dtype: torch.dtype, *, flex: bool = False
     lm = AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=False).eval()
     if lm.config._attn_implementation == "sdpa":  # which would be given a mask where positions cannot be looked at
         lm.config._attn_implementation = attention.UNMASKED
+    if adapter.r is not None:
+        with (
+            unset_fake_temporarily(),
+            torch.device("meta"),
+        ):  # PEFT moves what it makes, which torch's fake tensors cannot
+            lora.inject(lm, adapter)
+        for name, param in lora.named(lm):
+            path, _, own = name.rpartition(".")
+            lm.get_submodule(path).register_parameter(own, torch.nn.Parameter(torch.empty(param.shape, dtype=dtype)))
     return lm
 
 
@@ -104,14 +116,20 @@ def _without_data(model: PreTrainedConfig) -> Iterator[None]:
         ) from None
 
 
-def sizes(model: PreTrainedConfig) -> Sizes:
+def sizes(model: PreTrainedConfig, adapter: Lora = NO_ADAPTER) -> Sizes:
     """What the decoder layers of `model` have, and what is outside of them. Raises UserError as `trace` does."""
     with _without_data(model):
-        lm = _skeleton(model, torch.float32)
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(lm)]
-    total, head = sum(p.numel() for p in lm.parameters()), lm.get_output_embeddings().weight
+        lm = _skeleton(model, torch.float32, adapter)
+    head = lm.get_output_embeddings().weight
     tied = head is lm.get_input_embeddings().weight
-    return Sizes(total, max(layers), total - sum(layers), *head.shape, tied, len(layers))
+
+    def counted(least: bool, vocabulary: int, trained: Sizes | None = None) -> Sizes:
+        layers = [sum(p.numel() for p in layer.parameters() if p.requires_grad >= least) for layer in layers_of(lm)]
+        total = sum(p.numel() for p in lm.parameters() if p.requires_grad >= least)
+        return Sizes(total, max(layers), total - sum(layers), vocabulary, head.shape[1], tied, len(layers), trained)
+
+    trained = counted(True, head.shape[0] * head.requires_grad) if adapter.r is not None else None
+    return counted(False, head.shape[0], trained)
 
 
 def trace(
@@ -122,6 +140,7 @@ def trace(
     layout: str,
     device: str,
     dtype: torch.dtype,
+    adapter: Lora = NO_ADAPTER,
 ) -> Trace:
     """The eager trunk on one micro-batch of pairs with these `lengths`, (P, C, R) each.
 
@@ -131,12 +150,14 @@ def trace(
     rows = Rows.of([[np.zeros(length, np.int32) for length in pair] for pair in lengths], "trace")
     batch = make_batch(rows, np.arange(len(lengths)), layout)
     with _without_data(model):
-        lm = _skeleton(model, dtype, flex=device == "cuda" and layout == "packed")
+        lm = _skeleton(model, dtype, adapter, flex=device == "cuda" and layout == "packed")
         policy = Policy(lm, compile_tiles=False, attention="varlen" if device == "cuda" else "sdpa")
         layers = layers_of(lm)
         for i, layer in enumerate(layers):
             layers[i] = layer if checkpointing == "none" else shard.checkpointed(layer, checkpointing)
-        for param in lm.parameters():  # FSDP takes them away layer by layer: `moments` counts them
+        for param in filter(
+            lambda param: param.requires_grad, lm.parameters()
+        ):  # FSDP takes them away: `moments` counts them
             param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
         with _Alive() as alive:
             hidden_ND = policy._hidden(batch)

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from rpo.config import Lora
 from rpo.data.batch import packed_batch, padded_batch
 from rpo.errors import UserError
 from rpo.evals.context import identity_of
-from rpo.model import fingerprint, hf, lora
+from rpo.model import fingerprint, hf, lora, saving
 from rpo.model.policy import Policy, load_policy
 from tests.helpers.models import float64_throughout, make_lm, own_logps, prepared, ragged
 from tests.helpers.rows import LENGTHS, make_rows, make_tokenizer
@@ -113,9 +114,9 @@ def test_off_it_is_the_base(kind, group):
     policy.zero_grad()
     with torch.no_grad():
         assert torch.equal(lora.Base(policy)(batch), expected_N)
-        assert torch.equal(lora.Base(policy).logits_of(policy.hidden(batch)), policy.logits_of(policy.hidden(batch))) == (
-            kind != "head"
-        )
+        assert torch.equal(
+            lora.Base(policy).logits_of(policy.hidden(batch)), policy.logits_of(policy.hidden(batch))
+        ) == (kind != "head")
     policy(batch).sum().backward()
     assert all(torch.equal(a, p.grad.to_local()) for a, (_, p) in zip(plain, lora.named(policy), strict=True))
 
@@ -146,7 +147,7 @@ def test_what_is_saved_peft_reads(kind, group, tmp_path):
     lm = copy.deepcopy(base)
     lora.add(lm, of(**KINDS[kind]), str(tmp_path / "base"), None, seed=0, where="model.path")
     policy = prepared(stir(lm), group)
-    hf.save(policy, make_tokenizer(), tmp_path / "model")
+    saving.save(policy, make_tokenizer(), tmp_path / "model")
     expected_N = policy(batch).detach()
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "model")
     assert (own_logps(theirs, alone) - expected_N).abs().max() < 1e-5 * expected_N.abs().max()
@@ -164,7 +165,11 @@ def test_what_is_saved_peft_reads(kind, group, tmp_path):
 @pytest.mark.parametrize(
     ("cfg", "tied", "words"),
     [
-        ({"target": ["q_proj", "v_porj"]}, False, "model.lora.target: LlamaForCausalLM has no module v_porj; it has down_proj"),
+        (
+            {"target": ["q_proj", "v_porj"]},
+            False,
+            "model.lora.target: LlamaForCausalLM has no module v_porj; it has down_proj",
+        ),
         ({"target": "nothing"}, False, "Target modules nothing not found"),
         ({"target": ["input_layernorm"]}, False, "model.lora.target: Target module LlamaRMSNorm"),
         ({"target": ["lm_head"]}, False, "the head cannot have LoRA here"),
@@ -201,7 +206,10 @@ def test_a_weight_that_is_read_past_its_adapter_is_refused(monkeypatch):
         ({"layer_replication": [[0, 2]]}, "its adapter has layer_replication"),
         ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
         ({"base_model_name_or_path": "/nowhere"}, "base_model_name_or_path=/nowhere: no Hugging Face model there"),
-        ({"base_model_name_or_path": "other"}, r"does not fit its base .*lora_A.weight is \(2, 32\), there it would be \(2, 48\)"),
+        (
+            {"base_model_name_or_path": "other"},
+            r"does not fit its base .*lora_A.weight is \(2, 32\), there it would be \(2, 48\)",
+        ),
         ({"target_modules": ["q_proj", "k_proj", "up_proj"]}, "lacks .*up_proj.lora_A.weight"),
         ({"target_modules": ["q_proj"]}, "has .*k_proj.*, for which its base .* has no place"),
         (None, "its adapter_config.json cannot be read"),
@@ -219,7 +227,9 @@ def test_a_folder_that_is_no_adapter_of_its_base_is_refused(spoil, words, tmp_pa
         file.write_text("{")
     else:
         spoil = {k: str(tmp_path / v) if v == "other" else v for k, v in spoil.items()}
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")} | spoil))
+        file.write_text(
+            json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")} | spoil)
+        )
     with pytest.raises(UserError, match=words):
         hf.check(str(tmp_path / "model"))
         hf.load(str(tmp_path / "model"), None, torch.float32)
@@ -233,7 +243,11 @@ def full_and_lora(tiny, tmp_path_factory):
     """Folders of a full run and of a LoRA run on the same pairs with one cache, and their events."""
     folder = tmp_path_factory.mktemp("lora")
     cache = f"cache_dir={folder / 'cache'}"
-    return folder, run(tiny, folder / "full", cache, "loss=rpo_sum"), run(tiny, folder / "lora", cache, "loss=rpo_sum", *ON)
+    return (
+        folder,
+        run(tiny, folder / "full", cache, "loss=rpo_sum"),
+        run(tiny, folder / "lora", cache, "loss=rpo_sum", *ON),
+    )
 
 
 def test_a_lora_run_starts_at_its_reference(full_and_lora):
@@ -253,14 +267,19 @@ def test_how_a_lora_run_is_computed_does_not_matter(more, full_and_lora, tiny, t
     _, _, own = full_and_lora
     other = run(tiny, tmp_path / "run", "loss=rpo_sum", *ON, *more)
     for a, b in zip(own, other, strict=True):
-        assert all(b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4) for name in ("loss", "rewards/margins", "shift/chosen"))
+        assert all(
+            b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4)
+            for name in ("loss", "rewards/margins", "shift/chosen")
+        )
 
 
 def own_weights(folder):
     return load_file(folder / "model" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("more", [("model.lora.dora=true", "model.lora.dropout=0.2"), ("fsdp.activation_checkpointing=full",)])
+@pytest.mark.parametrize(
+    "more", [("model.lora.dora=true", "model.lora.dropout=0.2"), ("fsdp.activation_checkpointing=full",)]
+)
 def test_a_resumed_lora_run_is_the_same_to_the_bit(more, tiny, tmp_path):
     """Two steps and two more equal four, with dropout too, though a checkpoint has the adapter alone."""
     more = ("checkpoint.every=2", "optim.schedule=constant", "optim.warmup_ratio=0", *ON, *more)
@@ -298,3 +317,19 @@ def test_an_adapter_is_continued(full_and_lora, tiny, tmp_path):
     assert on_itself[0]["shift/chosen"] == 0 != on_itself[-1]["shift/chosen"]
     live = run(tiny, tmp_path / "live", *args, f"reference.path={start}", "reference=live")
     assert live[-1]["shift/chosen"] == pytest.approx(on_itself[-1]["shift/chosen"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_it_is_a_model_of_its_own(kind, group, tmp_path):
+    """Base and adapter added up in fp32 and loaded by transformers alone: the log-probs of the two, to rounding."""
+    base = untied()
+    base.save_pretrained(tmp_path / "base")
+    batch, alone = ragged(len(make_tokenizer()))
+    lora.add(base, of(**KINDS[kind]), str(tmp_path / "base"), None, seed=0, where="model.path")
+    policy = prepared(stir(base), group)
+    expected_N = policy(batch).detach()
+    saving.save(policy, make_tokenizer(), tmp_path / "model")
+    saving.merge(tmp_path / "model", make_tokenizer(), tmp_path / "merged", "auto", False)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(plain, "peft_config")
+    assert (own_logps(plain, alone) - expected_N).abs().max() < 2e-5 * expected_N.abs().max()

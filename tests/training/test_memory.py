@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from rpo import dist, losses
 from rpo.data.batch import make_batch
 from rpo.errors import UserError
-from rpo.model import hf, shard
+from rpo.model import hf, lora, shard
 from rpo.model.policy import Policy, layers_of, prepare, score
 from rpo.training import memory, optim
 from rpo.training import trace as training_trace
@@ -49,8 +49,9 @@ def allocated(function):
 
 
 @cache
-def traced(family, lengths, layout, device, dtype, how):
-    return training_trace.trace(tiny_lm(family).config, how, lengths=lengths, layout=layout, device=device, dtype=dtype)
+def traced(family, lengths, layout, device, dtype, how, *, adapter):
+    cfg = tiny_lm(family).config
+    return training_trace.trace(cfg, how, lengths=lengths, layout=layout, device=device, dtype=dtype, adapter=adapter)
 
 
 def tiny_lm(family):
@@ -72,18 +73,24 @@ class Run:
         tokens = [batch.input_ids_BT.numel() for batch in self.batches]
         self.largest = self.batches[int(np.argmax(tokens))]
         members = tuple(lengths[i] for i in cuts[int(np.argmax(tokens))])
-        trace = partial(traced, family, members, layout, device.type, self.compute)
-        sizes = training_trace.sizes(tiny_lm(family).config)
+        trace = partial(traced, family, members, layout, device.type, self.compute, adapter=self.cfg.model.lora)
+        sizes = training_trace.sizes(tiny_lm(family).config, self.cfg.model.lora)
         self.place = Place(dist.world_size(), device.type, sizes, trace, max(tokens), several=len(cuts) > 1)
 
     def prepared(self, trainable=True):
         options = {"compute_dtype": self.compute, "compile": False, "trainable": trainable}
-        return prepare(tiny_lm(self.family), shard.mesh(self.device, self.cfg.fsdp), self.cfg.fsdp, **options)
+        lm = tiny_lm(self.family)
+        if trainable and self.cfg.model.lora.r is not None:
+            lora.inject(lm, self.cfg.model.lora)
+        return prepare(lm, shard.mesh(self.device, self.cfg.fsdp), self.cfg.fsdp, **options)
 
     def begin(self):
         """Models, optimizer, and a first step, which makes the moments."""
         self.policy = self.prepared()
-        self.reference = self.prepared(trainable=False) if self.cfg.reference.kind == "live" else None
+        self.reference = None
+        if self.cfg.reference.kind == "live":
+            own_base = self.cfg.model.lora.r is not None
+            self.reference = lora.Base(self.policy) if own_base else self.prepared(trainable=False)
         self.optimizer = optim.adamw(self.policy, self.cfg.optim)
         self.step()
 
@@ -154,6 +161,7 @@ def test_peak_and_parts_of_a_step(group, family, layout, how):
     assert_parts(run)
 
 
+LORA = "model.lora.r=8"
 BF16, SHARDED = "model.dtype=bfloat16", "fsdp.accumulate=sharded"
 OTHERS = [
     ("llama", LONG, TWO, ("fsdp.reshard_after_forward=false",), "quick"),
@@ -163,6 +171,9 @@ OTHERS = [
     ("llama", SHORT, TWO, (SHARDED,), "slow"),
     ("gemma", SHORT, TWO, (BF16, SHARDED), "quick"),
     ("gemma", SHORT, ONE, (BF16,), "slow"),
+    ("llama", LONG, TWO, (LORA,), "slow"),
+    ("llama", SHORT, ONE, (LORA, BF16), "quick"),
+    ("gemma", SHORT, TWO, (LORA, "reference=live", checkpointing("full")), "quick"),
 ]
 
 
@@ -187,6 +198,7 @@ RANKS = [
     ("gemma", SHORT, TWO, (), "slow"),
     ("gemma", SHORT, TWO, (BF16,), "quick"),
     ("gemma", SHORT, ONE, (BF16, SHARDED), "quick"),
+    ("llama", LONG, TWO, (LORA, BF16), "quick"),
 ]
 
 
