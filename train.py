@@ -20,8 +20,8 @@ from rpo.config import Train
 from rpo.data.loader import load_steps
 from rpo.data.schedule import Plan
 from rpo.errors import UserError
-from rpo.model import saving, shard
 from rpo.model import policy as model_policy
+from rpo.model import saving, shard
 from rpo.runs.checkpoint import Checkpoints
 from rpo.runs.folder import RunFolder
 from rpo.runs.log import RunLog, read_jsonl

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import eval as evaluation
-from rpo import config
+from rpo import config, fields
 from rpo.errors import UserError
 from tests.helpers.runs import ROOT, settings
 
@@ -225,14 +225,14 @@ def test_every_key_has_a_comment(path):
 def test_rows_of_files(row, message):
     """The first field that is not what it should be, by its place; fields that are not asked for are ignored."""
 
-    @config.group
+    @fields.group
     class Row:
         name: str
-        share: config.Number
-        turns: Annotated[list[str], config.Field(min_length=2, max_length=2, description="2 texts")]
+        share: fields.Number
+        turns: Annotated[list[str], fields.Field(min_length=2, max_length=2, description="2 texts")]
 
-    good = config.read_row(Row, {"name": "a", "share": "1e-3", "turns": ["a", "b"], "more": 1}, "f.jsonl:3")
+    good = fields.read_row(Row, {"name": "a", "share": "1e-3", "turns": ["a", "b"], "more": 1}, "f.jsonl:3")
     assert (good.name, good.share) == ("a", 0.001)
     with pytest.raises(UserError) as error:
-        config.read_row(Row, row, "f.jsonl:3")
+        fields.read_row(Row, row, "f.jsonl:3")
     assert str(error.value) == message

@@ -9,11 +9,11 @@ from tests.helpers.runs import ROOT, script_env
 
 # A module imports ground files and packages to its left, and those of its own package.
 ORDER = """
-    errors text paths stats config files dist losses sandbox
-    data runs model theory judging synthetic training evals overopt reporting tasks
+    errors text paths stats fields config files dist losses sandbox
+    data runs model theory judging synthetic training evals overopt reporting tasks export
 """.split()
 DOORS = {
-    "pydantic": {"config"},
+    "pydantic": {"config", "fields"},
     "omegaconf": {"config"},
     "wandb": {"runs.log"},
     "hydra": {"training.sweep", "training.memory", "training.command_line"},

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = 0.01  # share of unknown tokens that is reported: answers to prompts that cannot be read look like any others
 CHUNK = 8  # batches between two writes; not the number of ranks, or the samples would depend on it
+_READ_BY = "revision max_length truncation template_date chat_template chat_template_kwargs on_bad_row".split()
 _OWN_FILES = {"config.yaml", "status.json", "lock"}  # of a folder in which nothing was computed yet
 
 
@@ -267,15 +268,7 @@ class Context:
     def _report(self, report: dict) -> None:
         """Writes it, and says where rows are read otherwise than in a model's own run: numbers may differ from its own."""
         for path, run in zip(self.paths, self.runs, strict=True):
-            for name in (
-                "revision",
-                "max_length",
-                "truncation",
-                "template_date",
-                "chat_template",
-                "chat_template_kwargs",
-                "on_bad_row",
-            ):
+            for name in _READ_BY:
                 if run is not None and (ours := getattr(self.cfg.data, name)) != run["data"][name]:
                     print_main(f"note: data.{name}={ours}, but the run of {path} had {run['data'][name]}")
         self.write_report(report)

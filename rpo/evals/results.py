@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rpo import config, text
+from rpo import config, fields, text
 from rpo.errors import UserError
 from rpo.evals.settings import Eval
 from rpo.files import parse_lines, to_lines, write_atomic
@@ -159,7 +159,7 @@ def _to_json(item: Item) -> dict[str, Any]:
 # ---- reading
 
 
-@config.group
+@fields.group
 class _Head:
     task: str
     models: dict[str, dict[str, dict[str, Any]]]
@@ -188,10 +188,10 @@ def read(place: str | Path, *, strict: bool = True) -> Results:
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: nested too deep, no such ~user
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{str(place)[:300]}: no evaluation can be read there ({reason}); give its run_dir") from None
-    head, items = config.read_row(_Head, content, str(path)), []
+    head, items = fields.read_row(_Head, content, str(path)), []
     for number, row in enumerate(rows, start=1):
         try:
-            items.append(Item(**vars(config.read_row(_Line, row, f"{samples}:{number}"))))
+            items.append(Item(**vars(fields.read_row(_Line, row, f"{samples}:{number}"))))
         except UserError:
             if strict:
                 raise

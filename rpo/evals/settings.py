@@ -9,9 +9,10 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
-from rpo import config
-from rpo.config import MAY_CHANGE, Count, EvalData, Field, Seed, group
+from rpo import config, fields
+from rpo.config import EvalData
 from rpo.errors import UserError, require
+from rpo.fields import MAY_CHANGE, Count, Field, Seed, group
 from rpo.judging.settings import Judge
 from rpo.paths import resolved
 
@@ -74,8 +75,8 @@ def build(cfg: Any, tasks: Mapping[str, ModuleType]) -> Eval:
     kind = node["task"].get("kind") if isinstance(node.get("task"), dict) else None
     if not isinstance(kind, str) or kind not in tasks:
         raise UserError(f"task.kind={kind}: expected {', '.join(tasks)}")
-    task = config.build(tasks[kind].Settings, node["task"], "task")
-    typed = config.build(Eval, node, task=task)
+    task = fields.build(tasks[kind].Settings, node["task"], "task")
+    typed = fields.build(Eval, node, task=task)
     typed = replace(typed, runs=resolved(typed.runs))  # config.yaml means the same from any folder
     tasks[kind].check(typed)
     return typed

@@ -17,11 +17,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from rpo.config import AfterValidator, Field, Number, Share, group, read_row
 from rpo.data.answers import Outputs, by_key, excerpt
 from rpo.data.formats import Messages
 from rpo.data.sources import check_new, rows_of
 from rpo.errors import UserError, require
+from rpo.fields import AfterValidator, Field, Number, Share, group, read_row
 from rpo.judging.length_control import Gamed, Weights
 from rpo.text import one_line
 

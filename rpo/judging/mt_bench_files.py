@@ -18,9 +18,9 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rpo.config import Field, group, read_row
 from rpo.data.sources import check_new, rows_of
 from rpo.errors import UserError, require
+from rpo.fields import Field, group, read_row
 from rpo.files import short_hash, to_lines, write_atomic
 
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")

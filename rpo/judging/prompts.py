@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 
-from rpo.config import group, read_row
 from rpo.data.formats import Messages
 from rpo.data.sources import check_new, rows_of
 from rpo.errors import UserError
+from rpo.fields import group, read_row
 
 Kind = tuple[str, bool, int]
 TURNS = (1, 2)

@@ -3,8 +3,8 @@
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from rpo.config import MAY_CHANGE, Count, Field, Share, group, model_validator
 from rpo.errors import require
+from rpo.fields import MAY_CHANGE, Count, Field, Share, group, model_validator
 
 # Fields of a request's body that other keys fill, or that the client could not read the reply of.
 _OWN_KEYS = {"model": "model", "temperature": "temperature", "max_tokens": "max_tokens"}

@@ -18,10 +18,10 @@ CODE_VERSION = 2  # of the code between token ids and log-probs: raise it when i
 NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
-def weights_digest(lm: nn.Module, *, adapter: bool = True) -> str:
+def weights_digest(lm: nn.Module | None, *, adapter: bool = True) -> str:
     """sha256 of all weights and persistent buffers: names, dtypes, shapes, bytes; tied weights once.
 
-    Without its `adapter` it is that of the base by itself. For a whole model on the CPU, before it is sharded or cast. A collective: rank 0 hashes, in threads.
+    Without its `adapter` it is that of the base by itself. For a whole model on the CPU, before it is sharded or cast. A collective: rank 0, which alone needs it, hashes in threads.
     """
     whole = None
     if dist.is_main():

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import Version
-from torch import Tensor
 
 from rpo import config as settings
 from rpo import dist
 from rpo.errors import UserError
 from rpo.model import lora
-from rpo.model.policy import Policy, attention_heads
+from rpo.model.policy import attention_heads
 from rpo.model.probe import border, probe, rotary
 from rpo.model.stored import integer_weight, left_behind, lost_of, stored_dtype, stored_tensors
 from rpo.text import first_line

@@ -334,7 +334,9 @@ def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path) -> No
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     state = get_model_state_dict(policy, options=options)
-    dist.on_main(_write, policy.lm, state, tokenizer, folder)
+    dist.on_main(
+        write, policy.lm, {name.removeprefix("lm."): tensor for name, tensor in state.items()}, tokenizer, folder
+    )
 
 
 def _targets(lm: PreTrainedModel, names: set[str] | str) -> list[str] | str:
@@ -345,12 +347,17 @@ def _targets(lm: PreTrainedModel, names: set[str] | str) -> list[str] | str:
     return sorted(leaves) if everywhere == adapted else names if isinstance(names, str) else sorted(names)
 
 
-def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write(
+    lm: PreTrainedModel,
+    state: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str | None = None,
+) -> None:
+    """Writes the adapter of `lm`, whose tensors `state` has by their names in it, and a README.md. Of one process."""
     from safetensors.torch import save_file
 
-    tensors = {
-        _PREFIX + stored_name(name.removeprefix("lm.")): tensor for name, tensor in state.items() if _is_adapter(name)
-    }
+    tensors = {_PREFIX + stored_name(name): tensor.detach() for name, tensor in state.items() if _is_adapter(name)}
     size = sum(tensor.nbytes for tensor in tensors.values())
     with files.replacing(folder, f"make room for {human(size)} and repeat the command") as part:
         adapter = copy.deepcopy(lm.peft_config[_NAME])
@@ -358,3 +365,5 @@ def _write(lm: PreTrainedModel, state: dict[str, Tensor], tokenizer: PreTrainedT
         adapter.save_pretrained(str(part))
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         tokenizer.save_pretrained(part)
+        if card is not None:
+            (part / "README.md").write_text(card)

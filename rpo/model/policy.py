@@ -6,6 +6,7 @@ Letters: B rows, T tokens of a row, N scored tokens, D model width, V vocabulary
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from rpo.config import NO_ADAPTER, Fsdp, Lora
 from rpo.data.batch import Batch
 from rpo.errors import UserError
 from rpo.losses import PairLogps
-from rpo.model import lora, shard
+from rpo.model import lora, shard, spread
 from rpo.model.attention import PACKED, register
 from rpo.model.attention import choose as choose_attention
 from rpo.model.logprobs import full_logits, response_sums, token_logps
@@ -156,10 +157,12 @@ def prepare(
     compile: bool,
     trainable: bool,
     attention: str = "auto",
+    whole: PreTrainedModel | None = None,
 ) -> Policy:
     """`lm` as a sharded `Policy` on the mesh's device; frozen where it is a reference.
 
-    `attention` is layout.attention, for packed rows. Raises UserError where this device lacks it.
+    `attention` is layout.attention, for packed rows. Where `lm` has no data it is that of `whole`, on rank 0 (`spread`).
+    Raises UserError where this device lacks the attention.
     """
     from torch.distributed.fsdp import register_fsdp_forward_method
 
@@ -178,6 +181,7 @@ def prepare(
             "give a model whose layers have weights of their own"
         )
     shard.shard(policy, layers, mesh, fsdp, compute_dtype=compute_dtype, compile=compile)
+    spread.fill(policy, whole, "cpu" if fsdp.cpu_offload else mesh.device_type)
     for method in ("hidden", "logits_of", "generate"):  # FSDP gathers the root's weights as it does around forward
         register_fsdp_forward_method(policy, method)
     return policy
@@ -218,10 +222,13 @@ def load_policy(
         raise UserError(
             f"model.dtype={compute}: the run's weights are {str(master)[6:]}; give auto, or no wider a type"
         )
-    lm = hf.load(path, revision, master, key=key, trust_remote_code=trust_remote_code, adapter=adapter)
-    digest, mesh = weights_digest(lm, adapter=adapter.r is None), shard.mesh(device, fsdp)
+    read = partial(hf.load, path, revision, master, key=key, trust_remote_code=trust_remote_code, adapter=adapter)
+    whole, lm = spread.load_once(read)
+    digest, mesh = weights_digest(whole, adapter=adapter.r is None), shard.mesh(device, fsdp)
     # An evaluation's rows are padded, so no fused backend is looked for.
-    policy = prepare(lm, mesh, fsdp, compute_dtype=computed, compile=False, trainable=False, attention="sdpa")
+    policy = prepare(
+        lm, mesh, fsdp, compute_dtype=computed, compile=False, trainable=False, attention="sdpa", whole=whole
+    )
     return Loaded(policy, digest, computed)
 
 

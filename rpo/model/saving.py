@@ -69,8 +69,12 @@ def write(
     fix: str,
     *,
     on_main: Callable[..., Any] | None = None,
+    card: str | None = None,
 ) -> None:
-    """Writes the model `lm`, which may be sharded within `module`; a collective with dist's `on_main`, else of one process."""
+    """Writes the model `lm`, which may be sharded within `module`, and a README.md.
+
+    A collective with dist's `on_main`, else of one process.
+    """
     state, target = module.state_dict(keep_vars=True), saved_dtype(lm, dtype)
     kept = [*(lm._keep_in_fp32_modules or ()), *(lm._keep_in_fp32_modules_strict or ())]
     seen: set[int] = set()
@@ -98,7 +102,7 @@ def write(
     for i, group in enumerate(_groups(names, size)):
         tensors = {name.removeprefix("lm."): _whole(state[name], type_of(name)) for name in group}
         on_main(step, _write_file, whole, tensors, part, placed, i)
-    on_main(step, _finish, whole, placed, tokenizer, part, folder)
+    on_main(step, _finish, placed, tokenizer, card, part, folder)
 
 
 def _begin(part: Path) -> None:
@@ -159,7 +163,7 @@ def _bits(tensors: Iterable[Tensor]) -> tuple[int, int]:
 
 
 def _finish(
-    whole: PreTrainedModel, placed: list[list[str]], tokenizer: PreTrainedTokenizerBase, part: Path, folder: Path
+    placed: list[list[str]], tokenizer: PreTrainedTokenizerBase, card: str | None, part: Path, folder: Path
 ) -> None:
     if len(placed) == 1:
         (part / "0.safetensors").rename(part / "model.safetensors")
@@ -173,6 +177,8 @@ def _finish(
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         files.write_atomic(part / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     tokenizer.save_pretrained(part)
+    if card is not None:
+        (part / "README.md").write_text(card)
     files.put(part, folder)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
-from rpo import config, files
+from rpo import config, fields, files
 from rpo.config import EvalData, Loss, Reference
 from rpo.data.tokenizer import identity, load_tokenizer
 from rpo.errors import UserError
@@ -65,7 +65,7 @@ class Catalog:
     notes: list[str]
 
 
-@config.group
+@fields.group
 class Start:
     """The model that a run started from, as its settings say."""
 
@@ -144,7 +144,7 @@ def find(specs: list[str]) -> tuple[list[Run], list[str]]:
             left_out.append(f"{record.folder} (failed: {shorten(record.reason, 120, placeholder=' ...')})")
         elif record.settings is not None and not record.checkpoints:
             left_out.append(f"{record.folder} (no checkpoints; checkpoint.every=N keeps them)")
-        elif record.settings is not None and (run := _typed(record)).model.path:
+        elif record.settings is not None and (run := typed(record)).model.path:
             runs.append(run)
         elif record.settings is not None:
             left_out.append(f"{record.folder} (began with random weights, so there is no reference)")
@@ -230,7 +230,7 @@ def _read(path: Path, kind: type) -> Any:
     return value if isinstance(value, kind) else kind()
 
 
-def _typed(record: RunRecord) -> Run:
+def typed(record: RunRecord) -> Run:
     """Raises UserError where the settings are not those of a run of this version."""
     file = record.folder / "config.yaml"
 
@@ -240,7 +240,7 @@ def _typed(record: RunRecord) -> Run:
             raise UserError(f"{file}: {name}={node}: expected a group of keys")
         try:
             own = {k: v for k, v in node.items() if k in cls.__dataclass_fields__}
-            return config.build(cls, (absent or {}) | own | more, name)
+            return fields.build(cls, (absent or {}) | own | more, name)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
 

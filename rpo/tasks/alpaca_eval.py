@@ -18,13 +18,13 @@ from typing import Literal
 import numpy as np
 
 from rpo import dist
-from rpo.config import group
 from rpo.data.answers import Outputs, aligned, by_key, empty_notes, id_of, read
 from rpo.data.formats import Messages
 from rpo.errors import UserError, require
 from rpo.evals.context import Context, sampling_of
 from rpo.evals.results import Cells, Evaluation, Item
 from rpo.evals.settings import Answers, Draws, Eval, check_judged, check_subjects, listed
+from rpo.fields import group
 from rpo.files import write_atomic
 from rpo.judging import alpaca_files, length_control, verdicts
 from rpo.judging.alpaca_files import Judgment

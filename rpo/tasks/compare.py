@@ -11,12 +11,12 @@ from itertools import combinations
 from typing import Annotated, Literal
 
 from rpo import config, stats, text
-from rpo.config import Field, group
 from rpo.errors import UserError, require
 from rpo.evals import pairing, results
 from rpo.evals.context import Context
 from rpo.evals.results import Evaluation, Item, Results
 from rpo.evals.settings import Eval, Listed, check_subjects, listed
+from rpo.fields import Field, group
 from rpo.runs import groups
 
 # What two evaluations that are compared differ in by nature: their subject, and how much of the data they took.

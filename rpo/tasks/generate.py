@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 
-from rpo.config import Count, Field, group
 from rpo.data.answers import key_of
 from rpo.evals.context import Answer, Context, Prompts, print_main, sampling_of, tokenizer_of
 from rpo.evals.results import Cells, Evaluation, Item
 from rpo.evals.settings import Answers, Eval, check_subjects
+from rpo.fields import Count, Field, group
 from rpo.stats import clustered_mean
 
 

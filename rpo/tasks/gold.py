@@ -4,11 +4,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from rpo.config import Count, group
 from rpo.errors import UserError
 from rpo.evals.context import Context
 from rpo.evals.results import Evaluation, Item
 from rpo.evals.settings import Eval, Limit, check_subjects
+from rpo.fields import Count, group
 from rpo.files import short_hash
 from rpo.stats import clustered_mean
 

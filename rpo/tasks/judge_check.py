@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rpo.config import Count, EvalData, Share, group, read_row
+from rpo.config import EvalData
 from rpo.data import answers
 from rpo.data.formats import Messages, RowError, is_empty, parse
 from rpo.data.sources import Tally, check_file, check_new, open_sources, rows_of
@@ -23,6 +23,7 @@ from rpo.evals.context import Context
 from rpo.evals.judged import position_notes
 from rpo.evals.results import Evaluation, Item, mean_of
 from rpo.evals.settings import Eval, Limit, check_judged, check_subjects, check_words
+from rpo.fields import Count, Share, group, read_row
 from rpo.judging import verdicts
 from rpo.judging.client import Reply, Request
 from rpo.judging.prompts import transcript

@@ -22,13 +22,13 @@ import numpy as np
 import torch
 
 from rpo import dist
-from rpo.config import Count, Field, group
 from rpo.errors import UserError, require
 from rpo.evals.context import Context, identity_of, tokenizer_of
 from rpo.evals.gsm8k import gsm8k_flexible, gsm8k_right, gsm8k_same, gsm8k_strict
 from rpo.evals.pairing import with_differences
 from rpo.evals.results import Cells, Evaluation, Item, mean_of
 from rpo.evals.settings import Eval, Limit, check_subjects, listed
+from rpo.fields import Count, Field, group
 from rpo.files import short_hash
 from rpo.text import one_line
 

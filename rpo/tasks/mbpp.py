@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from rpo import dist
-from rpo.config import Count, Field, group, read_row
 from rpo.data.sources import check_new, open_sources, rows_of
 from rpo.errors import UserError, require
 from rpo.evals.context import Context, sampling_of
@@ -22,6 +21,7 @@ from rpo.evals.pairing import with_differences
 from rpo.evals.results import Evaluation, Item, mean_of
 from rpo.evals.settings import Answers, Eval, check_subjects, listed
 from rpo.evals.store import Store
+from rpo.fields import Count, Field, group, read_row
 from rpo.files import short_hash
 from rpo.sandbox import run as sandbox_run
 from rpo.sandbox.replies import BEGIN, END, program_of

@@ -11,13 +11,13 @@ from itertools import product
 from typing import Literal
 
 from rpo import dist
-from rpo.config import Count, group
 from rpo.data import answers
 from rpo.errors import UserError, require
 from rpo.evals.context import Context
 from rpo.evals.judged import both_sides, of_orders, position_notes, rates
 from rpo.evals.results import Cells, Evaluation, Item, mean_of
 from rpo.evals.settings import Eval, Limit, check_judged, check_subjects, listed
+from rpo.fields import Count, group
 from rpo.judging import judge, mt_bench_files, verdicts
 from rpo.judging.client import Reply, Request
 from rpo.judging.mt_bench_files import ModelAnswers, Question

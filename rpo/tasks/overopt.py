@@ -3,11 +3,11 @@
 from typing import Annotated, Literal
 
 from rpo import dist
-from rpo.config import Count, Field, group
 from rpo.errors import require
 from rpo.evals.context import Context
 from rpo.evals.results import Evaluation
 from rpo.evals.settings import Eval, Limit, check_subjects, listed
+from rpo.fields import Count, Field, group
 from rpo.overopt import study
 from rpo.text import redacted
 

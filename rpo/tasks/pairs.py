@@ -3,12 +3,12 @@
 import hashlib
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from rpo.config import Field, Positive, group
 from rpo.errors import UserError
 from rpo.evals import preference
 from rpo.evals.context import Context
 from rpo.evals.results import Evaluation, Item
 from rpo.evals.settings import Eval, Limit, check_subjects
+from rpo.fields import Field, Positive, group
 from rpo.files import short_hash
 
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from rpo import dist
-from rpo.config import Field, group
 from rpo.errors import require
 from rpo.evals.context import Context
 from rpo.evals.results import Evaluation
 from rpo.evals.settings import Eval, Listed, check_subjects, listed
+from rpo.fields import Field, group
 from rpo.reporting.run_verdicts import beside
 from rpo.runs import catalog
 from rpo.runs import folder as run_folder

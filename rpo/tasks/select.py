@@ -2,11 +2,11 @@
 
 from typing import Annotated, Literal
 
-from rpo.config import Count, Field, Share, group
 from rpo.errors import require
 from rpo.evals.context import Context
 from rpo.evals.results import Evaluation
 from rpo.evals.settings import Eval, check_subjects
+from rpo.fields import Count, Field, Share, group
 from rpo.overopt import selection
 
 

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from rpo import dist
-from rpo.config import Field, group, read_row
 from rpo.data import answers as data_answers
 from rpo.data.answers import Output, Outputs
 from rpo.data.formats import RowError
@@ -24,6 +23,7 @@ from rpo.evals.context import Context, sampling_of
 from rpo.evals.judged import both_sides, of_masses, of_orders, position_notes, rates
 from rpo.evals.results import Evaluation, Item, mean_of
 from rpo.evals.settings import Answers, Draws, Eval, check_judged, check_subjects, check_words, listed
+from rpo.fields import Field, group, read_row
 from rpo.files import to_lines, write_atomic
 from rpo.judging import verdicts
 from rpo.judging.length_control import length_controlled

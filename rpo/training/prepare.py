@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +22,7 @@ from rpo.data.batch import check_budget
 from rpo.data.dataset import Rows, Splits
 from rpo.data.tokenizer import check_vocabulary
 from rpo.errors import UserError, require
-from rpo.model import attention, fingerprint, hf, lora, shard
+from rpo.model import attention, fingerprint, hf, lora, shard, spread
 from rpo.model import policy as model_policy
 from rpo.model import probe as model_probe
 from rpo.model.policy import Policy
@@ -198,10 +199,11 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
     compute = shard.compute_dtype(spec.model.dtype, device)
     master = torch.promote_types(compute, torch.float32)
     if spec.path is None:
-        lm = hf.build(hf.config_for(spec.model.architecture, data.tokenizer), spec.seed, master)
+        read = partial(hf.build, hf.config_for(spec.model.architecture, data.tokenizer), spec.seed, master)
     else:
         trust = spec.model.trust_remote_code
-        lm = hf.load(
+        read = partial(
+            hf.load,
             spec.path,
             spec.revision,
             master,
@@ -211,6 +213,7 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
             adapter=spec.model.lora,
             seed=spec.seed,
         )
+    whole, lm = spread.load_once(read)
     size = ModelSize(**hf.sizes(lm))
     adapter = lora.named(lm)
     if dist.is_main():  # what follows takes seconds, of a large model a minute
@@ -220,9 +223,9 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
         print(f"{spec.key}: {count}; measuring what rounding and packing do to its log-probs", flush=True)
     layout = "padded"
     if spec.layout.kind != "padded":
-        layout = _packed_unless(why_not_packed(lm, data.longest), spec)
-    weights = fingerprint.weights_digest(lm, adapter=spec.model.lora.r is None)  # a new one is made of the settings
-    base = fingerprint.weights_digest(lm, adapter=False) if adapter else weights
+        layout = _packed_unless(dist.on_main(why_not_packed, whole, data.longest), spec)
+    weights = fingerprint.weights_digest(whole, adapter=spec.model.lora.r is None)  # a new one is made of the settings
+    base = fingerprint.weights_digest(whole, adapter=False) if adapter else weights
     model = model_policy.prepare(
         lm,
         shard.mesh(device, spec.fsdp),
@@ -231,7 +234,9 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
         compile=shard.compiles(spec.compile, device.type),
         trainable=spec.trainable,
         attention=spec.layout.attention if layout == "packed" else "sdpa",
+        whole=whole,
     )
+    del whole
     rows = data.train
     indices = schedule.step_rows(0, len(rows), NUM_PROBE_PAIRS, spec.seed)
     plan = schedule.plan_step(rows, indices, layout="padded", budget=spec.tokens_per_microbatch)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rpo.config import Lora
-from rpo.data.batch import packed_batch, padded_batch
+from rpo.data.batch import packed_batch
 from rpo.errors import UserError
 from rpo.evals.context import identity_of
 from rpo.model import fingerprint, hf, lora, saving
