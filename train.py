@@ -23,7 +23,7 @@ from rpo.errors import UserError
 from rpo.model import policy as model_policy
 from rpo.model import saving, shard
 from rpo.runs.checkpoint import Checkpoints
-from rpo.runs.folder import RunFolder
+from rpo.runs.folder import EARLY, RunFolder
 from rpo.runs.log import RunLog, read_jsonl
 from rpo.runs.process import Interrupt
 from rpo.runs.state import TrainState, tensors_of
@@ -31,6 +31,7 @@ from rpo.synthetic import task
 from rpo.training import command_line, gradients, guards, optim, prepare, sweep
 from rpo.training.held_out import HeldOut, is_every
 from rpo.training.meter import Meter, Throughput
+from rpo.training.stopping import is_over
 
 
 def train(cfg: Train) -> str:
@@ -121,6 +122,9 @@ def train(cfg: Train) -> str:
                     with clock.paused():
                         scores = held_out.evaluate()
                         log.metrics("eval", step, state.pairs, scores)
+                    if cfg.stop.metric:
+                        state.watched.append(scores[cfg.stop.metric[4:]])
+                    last = last or is_over(state.watched, cfg.stop)
                 if held_out.samples_are_due(step, last=last):
                     with clock.paused():
                         log.samples(step, state.pairs, held_out.samples())
@@ -132,7 +136,8 @@ def train(cfg: Train) -> str:
                     with clock.paused():
                         run.write_running(step)
                         checkpoints.save(state, log.position(), scores)
-            if last:
+            if last or is_over(state.watched, cfg.stop):  # a resumed run may begin where it has to end
+                status.reason = "" if step == plan.total_steps else EARLY
                 break
 
             # =============================================== one update ===============================================
@@ -194,15 +199,18 @@ def train(cfg: Train) -> str:
                 )
             left = f"to resume, repeat the command with run_dir={run.path}"
         else:
+            best = checkpoints.lay_best_over(policy.model) if cfg.model.save == "best" else None
             saving.save_run(policy.model, data.tokenizer, run.path, cfg.model)
-            left = "model/ is written" + ("" if checkpoints.wait() else ", its last checkpoint is not")
+            left = "model/ is written" + ("" if best is None else f", of step {best}, the best")
+            left += "" if checkpoints.wait() else ", its last checkpoint is not"
         if dist.is_main():
             from rpo.training import figures  # matplotlib takes a second
 
             figures.draw_run(read_jsonl(run.path / "metrics.jsonl"), run.path / "plots")
             final = held_out.in_words() if status.state == "finished" else ""  # else it is of older weights
-            print(f"{run.path}: {status.state} after {state.step} steps; {left}. {final}".rstrip(), flush=True)
-        return status.reason or status.state
+            early = f" ({EARLY} by {cfg.stop.metric})" if status.reason == EARLY else ""
+            print(f"{run.path}: {status.state} after {state.step} steps{early}; {left}. {final}".rstrip(), flush=True)
+        return status.reason if status.state == "interrupted" else status.state
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

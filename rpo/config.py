@@ -92,6 +92,7 @@ class Model:
     lora: Lora
     save_dtype: Annotated[Literal["auto", "float32", "bfloat16"], MAY_CHANGE]
     save_merged: Annotated[bool, MAY_CHANGE]
+    save: Annotated[Literal["last", "best"], MAY_CHANGE]
 
 
 @group
@@ -187,12 +188,24 @@ class Fsdp:
     cpu_offload: bool
 
 
+_DIRECTED = Field(pattern="^(min|max):", description="min:METRIC or max:METRIC (docs/METRICS.md)")
+Directed = Annotated[str | None, _DIRECTED]
+
+
 @group
 class Checkpoint:
     every: Annotated[int, Field(ge=0, description="0 (none) or a number of steps")]
     keep: Annotated[Count | Literal["all"], Field(description="all or at least 1")]
-    best: Annotated[str | None, Field(pattern="^(min|max):", description="min:METRIC or max:METRIC (docs/METRICS.md)")]
+    best: Directed
     blocking: bool
+    verify: Literal["full", "sizes"]
+
+
+@group
+class Stop:
+    metric: Directed
+    patience: Count
+    min_delta: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @group
@@ -217,6 +230,7 @@ class Train:
     optim: Optim
     fsdp: Annotated[Fsdp, MAY_CHANGE]
     checkpoint: Annotated[Checkpoint, MAY_CHANGE]
+    stop: Stop
     log: Annotated[Log, MAY_CHANGE]
     wandb: Annotated[Wandb, MAY_CHANGE]
     seed: Seed
@@ -247,7 +261,16 @@ class Train:
         return self
 
     def _check_best(self) -> None:
-        best, every = self.checkpoint.best, self.checkpoint.every
+        best, every, stop = self.checkpoint.best, self.checkpoint.every, self.stop.metric
+        require(
+            stop is None or (self.data.eval is not None and self.eval_every > 0),
+            f"stop.metric={stop} with data.eval={self.data.eval or 'null'}, eval_every={self.eval_every}: nothing to stop by; "
+            "give data.eval and evaluate every few steps",
+        )
+        require(
+            self.model.save == "last" or best is not None,
+            "model.save=best with checkpoint.best=null: nothing says which; give checkpoint.best=max:rewards/accuracies",
+        )
         if best is None:
             return
         require(self.data.eval is not None, f"checkpoint.best={best} with data.eval=null: nothing to choose by")

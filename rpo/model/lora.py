@@ -80,6 +80,14 @@ def found(path: str, revision: str | None, *, key: str = "model.path") -> LoraCo
         adapter = PeftConfig.from_pretrained(folder if os.path.isdir(folder) else path, revision=revision)
     except Exception as error:  # of JSON, of the Hub, of a config class that this PEFT does not have
         raise UserError(f"{where}: its adapter_config.json cannot be read ({first_line(error)})") from None
+    if any(Path(folder).glob("model*.safetensors")):
+        raise UserError(
+            f"{where}: holds both a whole model and an adapter (adapter_config.json); give a folder of one of them"
+        )
+    if type(adapter) is PeftConfig:
+        raise UserError(
+            f"{where}: its adapter_config.json names no kind of adapter (peft_type); give a complete adapter"
+        )
     if type(adapter) is not LoraConfig:
         raise UserError(
             f"{where}: is an adapter of kind {type(adapter).__name__[:-6]}; merge it into its base, and give that"

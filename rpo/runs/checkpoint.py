@@ -24,11 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from rpo import config, dist
 from rpo.errors import UserError, require
 from rpo.files import sync, write_atomic
-from rpo.runs.state import Tensors, TrainState, set_rng_state
+from rpo.model.shard import reshard
+from rpo.runs.state import Tensors, TrainState, set_rng_state, tensors_of
 from rpo.text import human
 
 FILE_BYTES = 2**28  # of a rank's share in one file, about: it is put together in memory
@@ -85,20 +87,17 @@ class Checkpoint:
         _fill(self, weights)
 
 
-def find(run_dir: Path, resume: str) -> Checkpoint | None:
+def find(run_dir: Path, resume: str, verify: str = "full") -> Checkpoint | None:
     """The checkpoint that a run in `run_dir` resumes from, the same on every rank; None where it starts from the beginning.
 
     `resume` is auto, the newest whole one of `run_dir`; never; or a run's folder, or one of its checkpoints, for a
-    run_dir that has none of its own yet. A damaged one is named and skipped. Raises UserError where `resume` names none.
+    run_dir that has none of its own yet. A damaged one is named and skipped; `verify` full reads every byte, shared by the
+    ranks, sizes none. A collective. Raises UserError where `resume` names none.
     """
-    return dist.on_main(_find, run_dir, resume)
-
-
-def _find(run_dir: Path, resume: str) -> Checkpoint | None:
     if resume == "never":
         return None
-    folders = _steps(run_dir / "checkpoints")
-    if own := _newest(folders):
+    folders = dist.on_main(_steps, run_dir / "checkpoints")
+    if own := _newest(folders, verify):
         return own
     if folders:
         raise UserError(
@@ -107,8 +106,7 @@ def _find(run_dir: Path, resume: str) -> Checkpoint | None:
         )
     if resume == "auto":
         return None
-    given = Path(resume).expanduser().resolve()  # latest and best are links
-    named = _newest([given] if _step(given) is not None else _steps(given / "checkpoints"))
+    named = _newest(dist.on_main(_named, resume), verify)
     if named is None:
         raise UserError(
             f"resume={resume}: no whole checkpoint there; expected auto, never, a run's folder, or RUN/checkpoints/step_NUMBER"
@@ -116,21 +114,30 @@ def _find(run_dir: Path, resume: str) -> Checkpoint | None:
     return named
 
 
-def _newest(folders: list[Path]) -> Checkpoint | None:
+def _named(resume: str) -> list[Path]:
+    given = Path(resume).expanduser().resolve()  # latest and best are links
+    return [given] if _step(given) is not None else _steps(given / "checkpoints")
+
+
+def _newest(folders: list[Path], verify: str) -> Checkpoint | None:
     for folder in reversed(folders):
-        if isinstance(whole := _open(folder), Checkpoint):
+        if isinstance(whole := _open(folder, verify), Checkpoint):
             return whole
-        print(f"checkpoint: {folder} is damaged ({whole}) and skipped", flush=True)
+        if dist.is_main():
+            print(f"checkpoint: {folder} is damaged ({whole}) and skipped", flush=True)
     return None
 
 
-def _open(folder: Path) -> Checkpoint | str:
-    """The checkpoint in `folder`, or what of it is damaged. Raises UserError where it cannot be read."""
+def _open(folder: Path, verify: str = "full") -> Checkpoint | str:
+    """The checkpoint in `folder`, or what of it is damaged. A collective. Raises UserError where it cannot be read."""
     try:
-        _verify(folder)
-        return Checkpoint(folder, json.loads((folder / "state.json").read_text()))
-    except ValueError as error:
-        return str(error)
+        listed = dist.on_main(_listed, folder)
+        if isinstance(listed, str):
+            return listed
+        files, state = listed
+        if verify == "full" and (wrong := _other_bytes(folder, files)):
+            return f"{wrong}: not the bytes that were written"
+        return Checkpoint(folder, state)
     except OSError as error:  # a disk that does not answer is no reason to begin earlier
         raise UserError(f"{folder}: cannot be read ({error.strerror}); check the disk, then start again") from None
 
@@ -147,7 +154,7 @@ def of_run(run_dir: Path) -> dict[int, Path]:
 
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in `folder`, the same on every rank. Raises UserError where it is damaged."""
-    whole = dist.on_main(_open, folder)
+    whole = _open(folder)
     require(isinstance(whole, Checkpoint), f"{folder}: is damaged ({whole}); put it back or remove it")
     return whole
 
@@ -157,27 +164,40 @@ def _steps(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step_*") if _step(path) is not None), key=_step)
 
 
-def _verify(folder: Path) -> None:
-    """Raises ValueError where the files of `folder` are not those of its manifest; OSError where they do not answer."""
+def _listed(folder: Path) -> tuple[dict[str, str], dict[str, Any]] | str:
+    """(the sha256 of each file by its name, the state), or what is not as the manifest says; no file of weights is read."""
     try:
         files = json.loads((folder / "manifest.json").read_text())["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise ValueError("manifest.json: missing") from None
+        return "manifest.json: missing"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"manifest.json: {type(error).__name__}") from None
+        return f"manifest.json: {type(error).__name__}"
     there = {path.name for path in folder.iterdir()}
     if other := sorted(there ^ (expected.keys() | {"manifest.json"})):
-        raise ValueError(f"{other[0]}: {'not in its manifest' if other[0] in there else 'missing'}")
+        return f"{other[0]}: {'not in its manifest' if other[0] in there else 'missing'}"
     if "state.json" not in expected:
-        raise ValueError("state.json: not in its manifest")
+        return "state.json: not in its manifest"
     wrong = [name for name, (size, _) in expected.items() if (folder / name).stat().st_size != size]
-    if not wrong:
+    if wrong or _sha256(folder / "state.json") != expected["state.json"][1]:
+        return f"{(wrong or ['state.json'])[0]}: not the bytes that were written"
+    return {name: sha256 for name, (_, sha256) in expected.items()}, json.loads((folder / "state.json").read_text())
+
+
+def _other_bytes(folder: Path, expected: dict[str, str]) -> str | None:
+    """The first file whose bytes are not those of its digest; each rank reads its share of them, in threads."""
+
+    def of_mine() -> dict[str, str]:
+        mine = list(expected)[dist.rank() :: dist.world_size()]
+        if not (folder / "manifest.json").is_file():  # a node that does not see the folder, as will be said
+            return {}
         with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL
-            hashes = dict(zip(expected, pool.map(lambda name: _sha256(folder / name), expected), strict=True))
-        wrong = [name for name, (_, sha256) in expected.items() if hashes[name] != sha256]
-    if wrong:
-        raise ValueError(f"{wrong[0]}: not the bytes that were written")
+            return dict(zip(mine, pool.map(lambda name: _sha256(folder / name), mine), strict=True))
+
+    found = {name: sha256 for share in dist.together(of_mine) for name, sha256 in share.items()}
+    left = [name for name in expected if name not in found]
+    found |= dist.on_main(lambda: {name: _sha256(folder / name) for name in left})
+    return next((name for name in expected if found[name] != expected[name]), None)
 
 
 def _sha256(path: Path) -> str:
@@ -288,6 +308,15 @@ class Checkpoints:
         self.best = self._best_with(step, held_out)
         if dist.is_main():
             self._link_best(self.best)
+
+    def lay_best_over(self, policy: nn.Module) -> int | None:
+        """Gives `policy` the weights of the best checkpoint and returns its step; None where none was the best."""
+        self.wait()
+        if self.best is None:
+            return None
+        reshard(policy)
+        read(self.folder / f"step_{self.best['step']:08d}").lay_over(tensors_of(policy))
+        return self.best["step"]
 
     def _best_with(self, step: int, held_out: dict[str, float]) -> dict[str, Any] | None:
         kind, _, name = (self.cfg.best or "").partition(":")

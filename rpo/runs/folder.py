@@ -62,6 +62,7 @@ def choose(given: str | None, label: str, *, continues: str | None = None) -> Pa
     return folder
 
 
+EARLY = "stopped early"  # the reason in status.json of a run that stop.metric has ended
 _MODELS = ("model", "model_merged")  # that a run leaves
 
 
@@ -82,7 +83,7 @@ class RunFolder:
         continues = None if cfg.resume == "never" else "config.yaml"
         path = choose(cfg.run_dir, f"{cfg.loss.preference}_{cfg.loss.sft}", continues=continues)
         seen = stamp(path)
-        return cls(path, checkpoint.find(path, cfg.resume), seen)
+        return cls(path, checkpoint.find(path, cfg.resume, cfg.checkpoint.verify), seen)
 
     def check_settings(self, cfg: Train) -> None:
         """Raises UserError where the run, or the one that it is a fork of, has settings that one run may not change."""
@@ -98,11 +99,13 @@ class RunFolder:
         """
         first_step = self.resume.state["step"] if self.resume else 0
         status, has_model = dist.on_main(lambda: (read_status(self.path), (self.path / "model").exists()))
-        done = status["state"] == "finished" and status["step"] == total_steps and has_model
+        early = status["reason"] == EARLY and first_step in (0, status["step"])
+        done = status["state"] == "finished" and (status["step"] == total_steps or early) and has_model
         if done:
             dist.on_main(self._check_data, data.facts)
         if done and dist.is_main():
-            print(f"{self.path}: finished after {total_steps} steps already; for more, raise max_steps", flush=True)
+            fix = "it stopped early" if early else "for more, raise max_steps"
+            print(f"{self.path}: finished after {status['step']} steps already; {fix}", flush=True)
         if not done and first_step > total_steps:
             raise UserError(
                 f"max_steps: the run to resume has made {first_step} steps, of {total_steps} that max_steps or epochs "

@@ -2,7 +2,7 @@
 
 import base64
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class TrainState:
     step: int = 0  # updates made
     pairs: int = 0  # seen
     evaluated: bool = False  # whether evaluation and samples of `step` are in the log already
+    watched: list[float] = field(default_factory=list)  # stop.metric of each evaluation so far
 
     def __post_init__(self) -> None:
         self.first_bad = torch.full((), -1, device=self.sums.device)  # the first step that was not finite; sticky
@@ -50,6 +51,7 @@ class TrainState:
             own = resume.load(self.tensors)
             self.sums.copy_(torch.tensor(own["sums"], dtype=self.sums.dtype))
             self.step, self.pairs, self.evaluated = (resume.state[name] for name in ("step", "pairs", "evaluated"))
+            self.watched = list(resume.state["watched"])
 
     @property
     def is_bad(self) -> Tensor:
@@ -69,7 +71,7 @@ class TrainState:
 
     def counts(self) -> dict[str, Any]:
         """The part that all ranks share, JSON-able."""
-        return {name: getattr(self, name) for name in ("step", "total_steps", "facts", "pairs", "evaluated")}
+        return {name: getattr(self, name) for name in ("step", "total_steps", "facts", "pairs", "evaluated", "watched")}
 
     def own(self) -> dict[str, Any]:
         """This rank's part beside the tensors, JSON-able. Waits for the device."""

@@ -43,13 +43,13 @@ GOLD = ("gold", "kl", "samples/length", "samples/ended")
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def check_best(best: str | None, *, preference: bool, embedded: bool) -> None:
-    """Raises UserError where checkpoint.best names what data.eval will not have."""
+def check_metric(key: str, metric: str | None, *, preference: bool, embedded: bool) -> None:
+    """Raises UserError where the setting `key` names what data.eval will not have."""
     names = PER_PAIR_SUPERVISED + PER_CHOSEN_TOKEN[:1]
     if preference:
         names += PER_PAIR_PREFERENCE + PER_CHOSEN_TOKEN[1:] + (GOLD if embedded else ())
-    if best is not None and best[4:] not in names:
-        raise UserError(f"checkpoint.best={best}: no such metric of data.eval; there are {', '.join(names)}")
+    if metric is not None and metric[4:] not in names:
+        raise UserError(f"{key}={metric}: no such metric of data.eval; there are {', '.join(names)}")
 
 
 class Meter:

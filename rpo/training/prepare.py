@@ -50,7 +50,8 @@ def check_machine(cfg: Train, device: torch.device) -> None:
     """Raises UserError for what these processes, this device or this environment cannot do."""
     log.wandb_mode(cfg.wandb)
     preference, embedded = cfg.loss.preference != "none", cfg.data.train == "gold"
-    meter.check_best(cfg.checkpoint.best, preference=preference, embedded=embedded)
+    for key, metric in {"checkpoint.best": cfg.checkpoint.best, "stop.metric": cfg.stop.metric}.items():
+        meter.check_metric(key, metric, preference=preference, embedded=embedded)
     if cfg.batch_size < dist.world_size():
         raise UserError(f"batch_size={cfg.batch_size}: fewer pairs than the {dist.world_size()} ranks; raise it")
     shard.mesh(device, cfg.fsdp)  # its degrees must fit the world size

@@ -212,6 +212,7 @@ def test_a_weight_that_is_read_past_its_adapter_is_refused(monkeypatch):
         ),
         ({"target_modules": ["q_proj", "k_proj", "up_proj"]}, "lacks .*up_proj.lora_A.weight"),
         ({"target_modules": ["q_proj"]}, "has .*k_proj.*, for which its base .* has no place"),
+        ({"base_model_name_or_path": "model"}, "base_model_name_or_path=.*: is an adapter itself"),
         (None, "its adapter_config.json cannot be read"),
     ],
 )
@@ -226,7 +227,7 @@ def test_a_folder_that_is_no_adapter_of_its_base_is_refused(spoil, words, tmp_pa
     if spoil is None:
         file.write_text("{")
     else:
-        spoil = {k: str(tmp_path / v) if v == "other" else v for k, v in spoil.items()}
+        spoil = {k: str(tmp_path / v) if v in ("other", "model") else v for k, v in spoil.items()}
         file.write_text(
             json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")} | spoil)
         )
@@ -333,3 +334,11 @@ def test_merged_it_is_a_model_of_its_own(kind, group, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not hasattr(plain, "peft_config")
     assert (own_logps(plain, alone) - expected_N).abs().max() < 2e-5 * expected_N.abs().max()
+
+
+def test_a_model_with_an_adapter_beside_it_is_refused(tmp_path):
+    """transformers would read the adapter's base, whoever made the folder may mean its own weights: neither is taken."""
+    untied().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
+    with pytest.raises(UserError, match="holds both a whole model and an adapter"):
+        hf.check(str(tmp_path))

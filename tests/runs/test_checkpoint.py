@@ -416,7 +416,7 @@ def saved(tmp_path, group):
 
     def begin(best="min:loss", keep=1):
         return checkpoint.Checkpoints(
-            folder, Checkpoint(1, keep, best, blocking=False), checkpoint.find(folder, "auto")
+            folder, Checkpoint(1, keep, best, blocking=False, verify="full"), checkpoint.find(folder, "auto")
         )
 
     return folder / "checkpoints", begin, save
@@ -615,3 +615,21 @@ def test_torchrun_without_a_name_is_not_restarted_into_another_folder(monkeypatc
     with pytest.raises(UserError, match="run_dir=null: torchrun restarted the run.*give run_dir or --rdzv-id"):
         run_folder.choose(None, "sigmoid_avg")
     assert run_folder.choose("here", "sigmoid_avg") == Path("here")
+
+
+def test_sizes_alone_read_no_weights(tiny, tmp_path, monkeypatch):
+    """checkpoint.verify=sizes opens no file of weights, and still names one that is cut, gone or not of the manifest."""
+    run(tiny, tmp_path / "run", "checkpoint.every=2", "checkpoint.keep=all")
+    newest = tmp_path / "run" / "checkpoints" / "step_00000004"
+    hashed = []
+    monkeypatch.setattr(checkpoint, "_sha256", lambda path, of=checkpoint._sha256: (hashed.append(path.name), of(path))[1])
+    dist.init()
+    try:
+        assert checkpoint.find(tmp_path / "run", "auto", "sizes").folder == newest
+        assert set(hashed) == {"state.json"}
+        file = next(newest.glob("*.safetensors"))
+        with file.open("ab") as end:
+            end.write(b"x")
+        assert checkpoint.find(tmp_path / "run", "auto", "sizes").state["step"] == 2
+    finally:
+        dist.shutdown()
