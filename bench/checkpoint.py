@@ -39,7 +39,7 @@ def measure(args: argparse.Namespace, work: Work, folder: Path) -> dict:
     tensors = tensors_of(system.policy, system.optimizer)
     state = TrainState(tensors, system.meter.sums, seed=0, total_steps=0, facts={})
     cells = {way: [] for way in WAYS}
-    with checkpoint.Checkpoints(folder, Checkpoint(args.every, 2, None, blocking=False)) as checkpoints:
+    with checkpoint.Checkpoints(folder, Checkpoint(args.every, 2, None, blocking=False, verify="full")) as checkpoints:
         for _ in range(args.warmup):
             system.step(0)
         for turn in range(args.rounds):

@@ -7,7 +7,6 @@ Importing this module is cheap: what needs transformers is imported where it is 
 """
 
 import gc
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property
@@ -19,10 +18,11 @@ import torch
 
 from rpo import config, dist
 from rpo.errors import UserError
-from rpo.evals.settings import Answers, Eval, listed
+from rpo.evals.settings import Answers, Eval, answerers
 from rpo.evals.store import Store
 from rpo.files import short_hash
 from rpo.judging import client, judge
+from rpo.model.stored import identity_of
 from rpo.runs import folder as run_folder
 from rpo.text import redacted
 
@@ -39,20 +39,6 @@ UNKNOWN = 0.01  # share of unknown tokens that is reported: answers to prompts t
 CHUNK = 8  # batches between two writes; not the number of ranks, or the samples would depend on it
 _READ_BY = "revision max_length truncation template_date chat_template chat_template_kwargs on_bad_row".split()
 _OWN_FILES = {"config.yaml", "status.json", "lock"}  # of a folder in which nothing was computed yet
-
-
-def identity_of(path: str, revision: str | None) -> str:
-    """What changes when the model at `path` does: a folder's files with sizes and times, or a Hub name and revision.
-
-    Of an adapter's folder, its base's too.
-    """
-    folder = Path(path).expanduser()
-    files = sorted(folder.glob("*")) if folder.is_dir() else []
-    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        adapter = json.loads((folder / "adapter_config.json").read_text())
-        stamps.append(identity_of(adapter["base_model_name_or_path"], adapter.get("revision")))
-    return json.dumps([path, revision, *stamps])
 
 
 def sampling_of(task: Answers) -> "Sampling":
@@ -101,8 +87,10 @@ class Context:
     def __init__(self, cfg: Eval, device: torch.device):
         if cfg.judge.model is not None:
             client.check(cfg.judge)
+        if cfg.server.model is not None:
+            client.check(cfg.server.asked("", 0, 1))
         self.cfg, self.device = cfg, device
-        self.paths = listed(cfg.model.path)
+        self.paths = answerers(cfg)
         is_done = cfg.run_dir is not None and dist.on_main((Path(cfg.run_dir).expanduser() / "results.json").exists)
         continues = "results.json" if is_done else "config.yaml"
         self.run_dir = run_folder.choose(cfg.run_dir, f"eval_{cfg.task.kind}", continues=continues)
@@ -340,7 +328,7 @@ class Context:
     def answer(
         self, path: str, conversations: Sequence["str | Messages"], sampling: "Sampling | Sequence[Sampling]"
     ) -> list[Answer]:
-        """One answer of the model at `path` per conversation, in order, by its own tokenizer.
+        """One answer of the model at `path`, or of that name on the server, per conversation, in order, by its own tokenizer.
 
         Messages end in a user turn and take the chat template; a string is tokenised as it is. Raises UserError: no such
         model, a template that refuses the messages, no room for the answer. Samples depend on cfg.seed, the conversations
@@ -348,9 +336,15 @@ class Context:
         """
         from rpo.data.chat import Chat
         from rpo.data.tokenizer import encode_prompt
+        from rpo.evals import served
         from rpo.model import hf
         from rpo.model.sampling import Sampling
 
+        if self.cfg.server.model is not None:
+            self.begin()
+            each = [sampling] * len(conversations) if isinstance(sampling, Sampling) else list(sampling)
+            replies = served.ask(path, conversations, each, self.cfg, self.run_dir / "answers", self._account)
+            return [Answer(one.text, one.output_tokens, one.finish_reason != "length") for one in replies]
         tokenizer, configs = self._open(path)
         prompts = [encode_prompt(tokenizer, text, Chat.of(self.cfg.data)) for text in conversations]
         _note_unknown(path, tokenizer, prompts)

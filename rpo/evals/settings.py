@@ -13,7 +13,7 @@ from rpo import config, fields
 from rpo.config import EvalData
 from rpo.errors import UserError, require
 from rpo.fields import MAY_CHANGE, Count, Field, Seed, group
-from rpo.judging.settings import Judge
+from rpo.judging.settings import Judge, Server
 from rpo.paths import resolved
 
 # Fields that several tasks have.
@@ -57,6 +57,7 @@ class Eval:
     baseline: str | None
     annotations: Listed | None
     judge: Judge
+    server: Server
     model: EvalModel
     reference: EvalReference
     data: EvalData
@@ -78,8 +79,27 @@ def build(cfg: Any, tasks: Mapping[str, ModuleType]) -> Eval:
     task = fields.build(tasks[kind].Settings, node["task"], "task")
     typed = fields.build(Eval, node, task=task)
     typed = replace(typed, runs=resolved(typed.runs))  # config.yaml means the same from any folder
+    _check_server(typed)
     tasks[kind].check(typed)
     return typed
+
+
+def _check_server(cfg: Eval) -> None:
+    chat = cfg.server.model is not None and cfg.server.api == "chat"
+    require(
+        not (chat and cfg.data.chat_template is not None),
+        "data.chat_template with server.api=chat: the server's own template is taken; give the server yours, or set "
+        "server.api=completions and model.tokenizer",
+    )
+    require(
+        not (chat and cfg.model.tokenizer is not None),
+        "model.tokenizer with server.api=chat: the server tokenises; leave it out, or set server.api=completions",
+    )
+
+
+def answerers(cfg: Eval) -> list[str]:
+    """The models that answer: those of a server by its names for them, else those at model.path."""
+    return listed(cfg.server.model) or listed(cfg.model.path)
 
 
 # ---- checks that tasks share
@@ -97,7 +117,18 @@ def check_subjects(cfg: Eval, *reads: str, optional: bool = False) -> None:
     and among baseline, judge.model and reference.path.
     """
     kind = cfg.task.kind
-    subjects = {"model.path": cfg.model.path, "outputs": cfg.outputs, "annotations": cfg.annotations, "runs": cfg.runs}
+    served = cfg.server.model
+    require(
+        served is None or ("model.path" in reads and isinstance(cfg.task, Answers)),
+        f"server.model={served} with task={kind}: it asks no model for answers; leave it out",
+    )
+    require(served is None or cfg.model.path is None, "server.model and model.path: give one of them")
+    subjects = {
+        "model.path": cfg.model.path or served,
+        "outputs": cfg.outputs,
+        "annotations": cfg.annotations,
+        "runs": cfg.runs,
+    }
     others = {"baseline": cfg.baseline, "judge.model": cfg.judge.model, "reference.path": cfg.reference.path}
     for key, value in (subjects | others).items():
         require(key in reads or value is None, f"{key}={value} with task={kind}: it reads none; leave it out")
@@ -107,11 +138,11 @@ def check_subjects(cfg: Eval, *reads: str, optional: bool = False) -> None:
     require(len(given) <= 1, f"{' and '.join(given)} with task={kind}: give one of them")
     for key, value in {"model.revision": cfg.model.revision, "model.tokenizer": cfg.model.tokenizer}.items():
         require(
-            cfg.model.path is not None or value is None,
+            cfg.model.path is not None or value is None or (served is not None and key == "model.tokenizer"),
             f"{key}={value} with task={kind} and no model.path: nothing to read it for; leave it out",
         )
-    paths = listed(cfg.model.path)
-    require(len(set(paths)) == len(paths), f"model.path={paths}: one is there twice; give each model once")
+    names, key = answerers(cfg), "server.model" if served else "model.path"
+    require(len(set(names)) == len(names), f"{key}={names}: one is there twice; give each model once")
 
 
 def check_judged(cfg: Eval, *only_asking: str) -> None:

@@ -23,10 +23,10 @@ from typing import TextIO
 from rpo.errors import UserError
 from rpo.files import JsonLines
 from rpo.judging.client import KEPT, Reply, Request
-from rpo.judging.settings import Judge
+from rpo.judging.settings import Asked
 
 
-def key_of(request: Request, judge: Judge) -> str:
+def key_of(request: Request, judge: Asked) -> str:
     """SHA-256 of what a reply depends on: the model's name, sampling, all messages, the repeat's number; not the server's URL."""
     parameters = {
         "temperature": judge.temperature,
@@ -35,10 +35,13 @@ def key_of(request: Request, judge: Judge) -> str:
         "system": judge.system,
         "extra_body": judge.extra_body or {},
     }
-    return _digest([_name(judge), parameters, request.repeat, list(request.messages)])
+    if request.sampling:
+        parameters["sampling"] = dict(request.sampling)
+    what = list(request.messages) if request.prompt is None else {"prompt": request.prompt}
+    return _digest([_name(judge), parameters, request.repeat, what])
 
 
-def _name(judge: Judge) -> str | None:
+def _name(judge: Asked) -> str | None:
     return judge.cache_as or judge.model
 
 
@@ -49,7 +52,7 @@ def _digest(values: list) -> str:
 class Cache:
     """The replies of one model, `replies` by key: those that were on disk (`cached`) and those added since."""
 
-    def __init__(self, folder: Path, judge: Judge):
+    def __init__(self, folder: Path, judge: Asked):
         self._folder, self._stem = folder, _digest([_name(judge)])[:16]
         file = folder / f"{self._stem}.jsonl"
         try:

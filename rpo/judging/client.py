@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 from rpo.errors import UserError
-from rpo.judging.settings import Judge
+from rpo.judging.settings import Asked
 from rpo.text import LEAST, redacted
 
 if TYPE_CHECKING:
@@ -38,6 +38,9 @@ _REFUSALS = {
     "logprobs": re.compile(r"log[ _-]?prob"),
     "max_tokens": re.compile(r"max_completion_tokens"),
     "temperature": re.compile(r"temperature"),
+    "top_p": re.compile(r"top_p"),
+    "top_k": re.compile(r"top_k"),
+    "seed": re.compile(r"\bseed\b"),
     "system": re.compile(
         r"system[\W_]{0,3}(role|message|prompt|instruction)|system\W.{0,30}\brole|role.{0,30}\Wsystem|support\W+(the )?system"
         r"|developer (role|message|instruction)|roles must alternate|only user\b.*\broles|'user'\W+(or )?'assistant'"
@@ -52,13 +55,22 @@ _TOO_LONG = re.compile(r"too large|too long|context (length|window|size)|exceed"
 
 @dataclass(frozen=True)
 class Request:
-    """`messages` to the judge, with `top_logprobs` of the reply's first token (0: none). Equal requests are sent once, and
-    again for each further `repeat`. `max_tokens` None: judge.max_tokens."""
+    """`messages` to the model, with `top_logprobs` of the reply's first token (0: none); or a `prompt`, text or token ids, to be
+    completed. Equal requests are sent once, and again for each further `repeat`. `max_tokens` None: judge.max_tokens. `sampling`
+    are further fields of this request's body: top_p, seed."""
 
     messages: Sequence[dict[str, str]]
     max_tokens: int | None = None
     top_logprobs: int = 0
     repeat: int = 0
+    prompt: str | tuple[int, ...] | None = None
+    sampling: tuple[tuple[str, float | int], ...] = ()
+
+    @property
+    def characters(self) -> int:
+        if self.prompt is not None:
+            return len(self.prompt) * (1 if isinstance(self.prompt, str) else CHARS)
+        return sum(len(message["content"]) for message in self.messages)
 
 
 @dataclass(frozen=True)
@@ -95,40 +107,40 @@ class MalformedError(Exception):
     """HTTP 200 without a completion: worth a retry, and possibly billed."""
 
 
-def check(judge: Judge) -> None:
+def check(judge: Asked) -> None:
     """Raises UserError if no request could be sent: no library, no key for the vendor."""
     if find_spec("openai") is None:
-        raise UserError("judge.model: asking a judge needs the openai library; pip install -e '.[eval]'")
-    key, name = _key(judge), f"judge.api_key_env={judge.api_key_env}"
+        raise UserError(f"{judge.KEY}.model: asking a server needs the openai library; pip install -e '.[eval]'")
+    key, name = _key(judge), f"{judge.KEY}.api_key_env={judge.api_key_env}"
     if judge.base_url is None and not key:
-        fix = "set it, or give judge.base_url of a server that needs none"
+        fix = f"set it, or give {judge.KEY}.base_url of a server that needs none"
         raise UserError(f"{name}: no such environment variable, and the vendor needs a key; {fix}")
     if not (key.isascii() and key.isprintable()):
         raise UserError(f"{name}: the variable's value is not a key; set it to one")
 
 
-def url_of(judge: Judge) -> str:
+def url_of(judge: Asked) -> str:
     """The server's URL without a query; the vendor's if judge.base_url is null."""
     return urlsplit(judge.base_url or VENDOR)._replace(query="", fragment="").geturl().rstrip("/")
 
 
-def _key(judge: Judge) -> str:
+def _key(judge: Asked) -> str:
     return os.environ.get(judge.api_key_env, "").strip()
 
 
 def tokens_in(request: Request) -> int:
     """An estimate of the request's tokens: a quarter of its characters."""
-    return math.ceil(sum(len(message["content"]) for message in request.messages) / CHARS)
+    return math.ceil(request.characters / CHARS)
 
 
 class Server:
     """A client of one server, for many tasks of one event loop. `stopped`: send nothing more; `note`: the last HTTP error."""
 
-    def __init__(self, judge: Judge, account: Account):
+    def __init__(self, judge: Asked, account: Account):
         import openai  # takes a second, and a cache may have it all
 
         self._judge, self._account, self._openai, self._key = judge, account, openai, _key(judge)
-        self._name = f"judge.base_url={redacted(url_of(judge))}"
+        self._name = f"{judge.KEY}.base_url={redacted(url_of(judge))}"
         self._not_before, self._failed_in_a_row, self.stopped, self.note = 0.0, 0, False, ""
         hooks = {"request": [self._before_try], "response": [self._after_try]}
         query = dict(parse_qsl(urlsplit(judge.base_url or "").query, keep_blank_values=True))
@@ -152,11 +164,12 @@ class Server:
             messages, options, dropped = self._parts(request, account.refused | refused)
             client = self._client if reached else self._first_client
             try:
-                response = await client.chat.completions.with_raw_response.create(
-                    model=self._judge.model,
-                    messages=messages,
-                    stream=False,
-                    extra_body=options,
+                api, what = client.chat.completions, {"messages": messages}
+                if request.prompt is not None:
+                    own = request.prompt
+                    api, what = client.completions, {"prompt": own if isinstance(own, str) else list(own)}
+                response = await api.with_raw_response.create(
+                    model=self._judge.model, **what, stream=False, extra_body=options
                 )
                 if more := _refused(response.http_response):
                     refused |= more
@@ -170,7 +183,9 @@ class Server:
                     refused |= more
                     continue
                 if fatal := self._fatal(response):
-                    raise UserError(f"{self._name}, judge.model={self._judge.model}: {fatal}; {KEPT}") from None
+                    raise UserError(
+                        f"{self._name}, {self._judge.KEY}.model={self._judge.model}: {fatal}; {KEPT}"
+                    ) from None
                 transient = status in (408, 409, 429) or status >= 500
                 # A slow queue, which meanwhile replied to others, is no failure.
                 again = not reached or (status == 429 and account.replies > replies)
@@ -216,6 +231,9 @@ class Server:
         """(messages, the other fields of the body that depend on the judge, what of the request is left out as `refused`)."""
         judge, dropped = self._judge, []
         messages, fields = list(request.messages), dict(judge.extra_body or {})
+        for name, value in request.sampling:
+            fields |= {} if name in refused else {name: value}
+            dropped += [name] * (name in refused)
         newer = judge.base_url is None or "max_tokens" in refused  # the vendor's later models
         fields["max_completion_tokens" if newer else "max_tokens"] = request.max_tokens or judge.max_tokens
         if judge.temperature is not None:
@@ -226,7 +244,7 @@ class Server:
             wanted = {"logprobs": True, "top_logprobs": request.top_logprobs}
             fields |= {} if "logprobs" in refused else wanted
             dropped += ["logprobs"] * ("logprobs" in refused)
-        if judge.system == "user" or "system" in refused:
+        if messages and (judge.system == "user" or "system" in refused):
             messages, folded = without_system(messages), messages
             dropped += ["system"] * (judge.system == "system" and messages != folded)
         return messages, fields, tuple(dropped)
@@ -246,7 +264,7 @@ class Server:
         if status in (404, 405, 501) or "model_not_found" in response.text:
             return f"not found there ({reason}); fix the name, or the URL (most end in /v1)"
         if status == 402 or "insufficient_quota" in response.text:
-            return f"out of credit ({reason}); add credit, or judge with another model"
+            return f"out of credit ({reason}); add credit, or ask another model"
         if wait > PATIENCE:
             return f"the server asks for a {wait:.0f} s wait ({reason}); retry later"
         return None
@@ -259,7 +277,11 @@ class Server:
             cause = deeper  # the system's reason, beneath those of three libraries
         why = self._line(f"{type(cause).__name__}: {cause}")
         if isinstance(error, self._openai.APITimeoutError):
-            why = f"no reply within judge.timeout={self._judge.timeout} seconds" if sent else "no connection in time"
+            why = (
+                f"no reply within {self._judge.KEY}.timeout={self._judge.timeout} seconds"
+                if sent
+                else "no connection in time"
+            )
         if not sent or not reached:
             state = "stopped answering" if reached else "cannot be reached"
             raise UserError(f"{self._name}: {state} ({why}); fix the URL or start the server; {KEPT}")
@@ -274,8 +296,10 @@ class Server:
             choice = data["choices"][0]
             if choice.get("error") or choice.get("finish_reason") == "error":  # of the server behind a router
                 raise ValueError(str(choice.get("error") or data.get("error") or "finish_reason: error"))
-            message, usage = choice["message"], data.get("usage") or {}
-            text = _text(message, _reason_of(choice))
+            usage = data.get("usage") or {}
+            text = choice["text"] if request.prompt is not None else _text(choice["message"], _reason_of(choice))
+            if not isinstance(text, str):
+                raise TypeError("the completion is not text")
             read, written = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             why = self._line(f"{type(error).__name__}: {error}")

@@ -17,7 +17,7 @@ from rpo import dist
 from rpo.errors import UserError
 from rpo.judging.cache import Cache, key_of
 from rpo.judging.client import KEPT, Account, MalformedError, Reply, Request, Server, check, tokens_in, url_of
-from rpo.judging.settings import Judge
+from rpo.judging.settings import Asked
 from rpo.text import redacted
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds after a malformed reply: doubled each time, and jittered
@@ -28,7 +28,7 @@ WAIT = 0.5  # seconds between two looks at what another process that asks the sa
 BEAT = 60.0  # seconds between heartbeats to the other ranks, whose wait has a limit
 
 
-def ask(requests: Sequence[Request], judge: Judge, cache: Path, account: Account | None = None) -> list[Reply]:
+def ask(requests: Sequence[Request], judge: Asked, cache: Path, account: Account | None = None) -> list[Reply]:
     """The replies, in the order of the requests, on all ranks; rank 0 sends those that are not in the `cache` folder, and
     waits for those that another process is asking for.
 
@@ -52,7 +52,7 @@ def ask(requests: Sequence[Request], judge: Judge, cache: Path, account: Account
     return dist.on_main(_unwrap, outcome)
 
 
-def facts(requests: Sequence[Request], replies: Sequence[Reply], judge: Judge) -> dict:
+def facts(requests: Sequence[Request], replies: Sequence[Reply], judge: Asked) -> dict:
     """The judge, its settings, and counts, tokens and dollars of the replies; "cost_now" is of those not cached.
 
     Equal requests count once, the last of them. Costs are at judge.price_in and price_out, null without them.
@@ -117,15 +117,16 @@ def _unwrap(outcome: Any) -> Any:
 # ---- cost
 
 
-def _cost(tokens_in: int, tokens_out: int, judge: Judge) -> float | None:
+def _cost(tokens_in: int, tokens_out: int, judge: Asked) -> float | None:
     if judge.price_in is None or judge.price_out is None:
         return None
     return (tokens_in * judge.price_in + tokens_out * judge.price_out) / 1e6
 
 
-def _ceiling(request: Request, judge: Judge) -> float:
+def _ceiling(request: Request, judge: Asked) -> float:
     """Dollars that one try can cost at most: a token is at least a byte, and a template adds some to each message."""
     size = sum(len(message["content"].encode(errors="replace")) + 16 for message in request.messages)
+    size += 4 * request.characters * (request.prompt is not None)
     return _cost(size, request.max_tokens or judge.max_tokens, judge) or 0.0
 
 
@@ -133,11 +134,11 @@ def _dollars(cost: float) -> str:
     return f"${cost:.2f}" if cost >= 0.1 else f"${cost:.1g}"
 
 
-def _announce(num_cached: int, num_elsewhere: int, todo: Sequence[Request], judge: Judge, account: Account) -> None:
+def _announce(num_cached: int, num_elsewhere: int, todo: Sequence[Request], judge: Asked, account: Account) -> None:
     """Prints the number of requests, and the cost of those `todo`. Raises UserError if they may exceed judge.max_cost."""
     read, written = sum(map(tokens_in, todo)), sum(request.max_tokens or judge.max_tokens for request in todo)
     cost = _cost(read, written, judge)
-    line = f"judge {judge.model}: {num_cached + num_elsewhere + len(todo)} requests, {num_cached} cached"
+    line = f"{judge.KEY} {judge.model}: {num_cached + num_elsewhere + len(todo)} requests, {num_cached} cached"
     line += f", {num_elsewhere} asked by another process, which is waited for" if num_elsewhere else ""
     if todo:
         line += f", about {read:,} tokens in, at most {written:,} out"
@@ -146,14 +147,16 @@ def _announce(num_cached: int, num_elsewhere: int, todo: Sequence[Request], judg
     if judge.max_cost is not None and account.spent + cost > judge.max_cost:
         before = f" beside the {_dollars(account.spent)} spent" if account.spent else ""
         why = f"{len(todo)} requests may cost {_dollars(cost)}{before} (nothing was sent)"
-        raise UserError(f"judge.max_cost={judge.max_cost}: {why}; raise it, or lower judge.max_tokens or task.limit")
+        raise UserError(
+            f"{judge.KEY}.max_cost={judge.max_cost}: {why}; raise it, or lower judge.max_tokens or task.limit"
+        )
 
 
 # ---- all of them
 
 
 def _ask(
-    requests: Sequence[Request], judge: Judge, folder: Path, account: Account, beat: Callable[[], None]
+    requests: Sequence[Request], judge: Asked, folder: Path, account: Account, beat: Callable[[], None]
 ) -> list[Reply]:
     keys = [key_of(request, judge) for request in requests]
     cache, failed, is_announced = Cache(folder, judge), {}, False
@@ -179,19 +182,21 @@ def _ask(
     return replies
 
 
-def _note(replies: Sequence[Reply], judge: Judge, account: Account) -> None:
+def _note(replies: Sequence[Reply], judge: Asked, account: Account) -> None:
     """Prints, once, what of the requests the server refused, and under which other name it serves the model."""
-    named = f"judge.model={judge.model}"
+    named = f"{judge.KEY}.model={judge.model}"
+    of = "judge" if judge.KEY == "judge" else "task"
     words = {
-        "temperature": f"takes no judge.temperature={judge.temperature}, and samples as it does by default",
+        "temperature": f"takes no {of}.temperature={judge.temperature}, and samples as it does by default",
         "logprobs": "gives no log-probs",
+        **{name: f"takes no {name}" for name in ("top_p", "top_k", "seed")},
         "system": "takes no system message; what it says stands before the user's message",
     }
     notes = [f"{named} {words[part]}" for part in sorted({part for reply in replies for part in reply.dropped})]
     served = sorted({reply.model for reply in replies if reply.model})
     if served and served != [judge.model]:
         notes.append(f"{named} is served as {' and as '.join(served)}")
-    if len(served) > 1:
+    if len(served) > 1 and judge.KEY == "judge":
         notes.append(f"{named}: if these are several models, judge.cache_as=NAME keeps the replies of each apart")
     url = redacted(url_of(judge))
     if earlier := Counter(reply.base_url for reply in replies if reply.base_url not in (None, url)):
@@ -206,7 +211,7 @@ def _note(replies: Sequence[Reply], judge: Judge, account: Account) -> None:
 
 
 def _asked(
-    todo: dict[str, Request], judge: Judge, cache: Cache, account: Account, beat: Callable[[], None]
+    todo: dict[str, Request], judge: Asked, cache: Cache, account: Account, beat: Callable[[], None]
 ) -> dict[str, Reply]:
     """The replies that are errors; all others are in the cache.
 
@@ -229,7 +234,7 @@ def _asked(
                 await asyncio.sleep(0.02)  # most pending requests cost less than their ceilings
             if account.spent + ceiling > limit:
                 raise UserError(
-                    f"judge.max_cost={judge.max_cost}: reached after {len(replies)} of {len(todo)} requests "
+                    f"{judge.KEY}.max_cost={judge.max_cost}: reached after {len(replies)} of {len(todo)} requests "
                     f"({_dollars(account.spent)} spent, and the next could exceed it); raise it; {KEPT}"
                 )
             pending.append(ceiling)
@@ -248,7 +253,7 @@ def _asked(
     interval = 0.2 if sys.stderr.isatty() else 30  # seconds; a log file gets few lines
     with (
         asyncio.Runner() as runner,
-        tqdm(total=len(todo), desc="judge", unit="reply", mininterval=interval) as progress,
+        tqdm(total=len(todo), desc=judge.KEY, unit="reply", mininterval=interval) as progress,
     ):
         create = runner.get_loop().create_task
         busy = workers = {create(work()) for _ in range(min(judge.concurrency, len(todo)))}

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,3 +73,17 @@ def left_behind(lm: PreTrainedModel, stored: Iterable[str]) -> list[str]:
     ignored = [re.compile(pattern) for pattern in lm._keys_to_ignore_on_load_unexpected or ()]
     own = lm.state_dict().keys()  # where a pattern, of layer 61 say, meets a model that has it
     return lost_of(name for name in stored if name not in own and any(each.search(name) for each in ignored))
+
+
+def identity_of(path: str, revision: str | None) -> str:
+    """What changes when the model at `path` does: a folder's files with sizes and times, or a Hub name and revision.
+
+    Of an adapter's folder, its base's too.
+    """
+    folder = Path(path).expanduser()
+    files = sorted(folder.glob("*")) if folder.is_dir() else []
+    stamps = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        adapter = json.loads((folder / "adapter_config.json").read_text())
+        stamps.append(identity_of(adapter["base_model_name_or_path"], adapter.get("revision")))
+    return json.dumps([path, revision, *stamps])

@@ -23,7 +23,7 @@ from rpo.data.formats import Messages
 from rpo.errors import UserError, require
 from rpo.evals.context import Context, sampling_of
 from rpo.evals.results import Cells, Evaluation, Item
-from rpo.evals.settings import Answers, Draws, Eval, check_judged, check_subjects, listed
+from rpo.evals.settings import Answers, Draws, Eval, answerers, check_judged, check_subjects, listed
 from rpo.fields import group
 from rpo.files import write_atomic
 from rpo.judging import alpaca_files, length_control, verdicts
@@ -229,7 +229,7 @@ def _answers(cfg: Eval, baseline: Outputs, ctx: Context) -> tuple[dict[str, list
         [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
         for row in baseline.rows[: task.limit]
     ]
-    answers = {redacted(p): ctx.answer(p, conversations, sampling_of(task)) for p in listed(cfg.model.path)}
+    answers = {redacted(p): ctx.answer(p, conversations, sampling_of(task)) for p in answerers(cfg)}
     texts = {name: [answer.text for answer in own] for name, own in answers.items()}
     return texts, {"cut_answers": {name: sum(not answer.ended for answer in own) for name, own in answers.items()}}
 

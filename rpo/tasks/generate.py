@@ -5,11 +5,14 @@ from typing import Annotated, Literal
 import numpy as np
 
 from rpo.data.answers import key_of
+from rpo.errors import require
+from rpo.evals import served
 from rpo.evals.context import Answer, Context, Prompts, print_main, sampling_of, tokenizer_of
 from rpo.evals.results import Cells, Evaluation, Item
 from rpo.evals.settings import Answers, Eval, check_subjects
 from rpo.fields import Count, Field, group
 from rpo.stats import clustered_mean
+from rpo.text import redacted
 
 
 @group
@@ -21,6 +24,7 @@ class Settings(Answers):
 
 def check(cfg: Eval) -> None:
     check_subjects(cfg, "model.path")
+    require(cfg.server.model is None or cfg.data.eval is not None, "data.eval=null with server.model: give the prompts")
 
 
 def run(cfg: Eval, ctx: Context) -> Evaluation:
@@ -29,6 +33,8 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     Stop tokens and template are those of training. An answer is truncated where max_new_tokens came before a stop token.
     """
     task, data = cfg.task, ctx.data_facts
+    if cfg.server.model is not None:
+        return _of_server(cfg, ctx)
     # By each model's own template; all are read, so that what does not fit is refused, before the first is loaded.
     asked = {path: _distinct(ctx.prompts(task.limit, task.max_new_tokens, path)) for path in ctx.paths}
     models, items = {}, []
@@ -38,6 +44,20 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
         models[path] = metrics(answers, np.repeat(np.arange(len(prompts.ids)), task.samples))
         items += _items(path, prompts, answers, tokenizer_of(cfg, path).batch_decode(prompts.ids), task.samples)
     return Evaluation(models, items, details={"data": data})
+
+
+def _of_server(cfg: Eval, ctx: Context) -> Evaluation:
+    task = cfg.task
+    examples, places, report = served.read(cfg)
+    examples = examples[: task.limit]
+    prompts = Prompts([], [example.prompt for example in examples], places[: task.limit])
+    ctx.write_report(report)
+    models, items = {}, []
+    for name in ctx.paths:
+        answers = ctx.answer(name, [one for one in examples for _ in range(task.samples)], sampling_of(task))
+        models[name] = metrics(answers, np.repeat(np.arange(len(examples)), task.samples))
+        items += _items(name, prompts, answers, [None] * len(examples), task.samples)
+    return Evaluation(models, items, details={"data": ctx.data_facts, "server": redacted(cfg.server.base_url)})
 
 
 def _distinct(prompts: Prompts) -> Prompts:
@@ -58,7 +78,7 @@ def metrics(answers: list[Answer], clusters: np.ndarray) -> Cells:
     }
 
 
-def _items(path: str, prompts: Prompts, answers: list[Answer], rendered: list[str], samples: int) -> list[Item]:
+def _items(path: str, prompts: Prompts, answers: list[Answer], rendered: list[str | None], samples: int) -> list[Item]:
     return [
         Item(
             model=path,

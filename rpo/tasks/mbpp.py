@@ -19,7 +19,7 @@ from rpo.errors import UserError, require
 from rpo.evals.context import Context, sampling_of
 from rpo.evals.pairing import with_differences
 from rpo.evals.results import Evaluation, Item, mean_of
-from rpo.evals.settings import Answers, Eval, check_subjects, listed
+from rpo.evals.settings import Answers, Eval, answerers, check_subjects, listed
 from rpo.evals.store import Store
 from rpo.fields import Count, Field, group, read_row
 from rpo.files import short_hash
@@ -52,7 +52,7 @@ def check(cfg: Eval) -> None:
     )
     require(task.data is not None, "task.data=null: give the data set's mbpp.jsonl")
     check_subjects(cfg, "model.path", "outputs", "baseline")
-    names, key = listed(cfg.model.path or cfg.outputs), "model.path" if cfg.model.path else "outputs"
+    names, key = answerers(cfg) or listed(cfg.outputs), "outputs" if cfg.outputs else "model.path"
     require(cfg.baseline in (None, *names), f"baseline={cfg.baseline}: expected one of {key} ({', '.join(names)})")
     if cfg.outputs is not None:
         return
@@ -72,7 +72,7 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
     dist.on_main(sandbox_run.check, limits)
     problems, digest = read(task.data)
     asked = [problems[i] for i in TEST if i in problems][: task.limit]
-    names = listed(cfg.model.path or cfg.outputs)
+    names = answerers(cfg) or listed(cfg.outputs)
     if cfg.outputs is None:
         prompts = [prompt(problems, problem) for problem in asked for _ in range(task.samples)]
         texts = {name: [answer.text for answer in ctx.answer(name, prompts, sampling_of(task))] for name in names}

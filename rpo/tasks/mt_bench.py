@@ -16,7 +16,7 @@ from rpo.errors import UserError, require
 from rpo.evals.context import Context
 from rpo.evals.judged import both_sides, of_orders, position_notes, rates
 from rpo.evals.results import Cells, Evaluation, Item, mean_of
-from rpo.evals.settings import Eval, Limit, check_judged, check_subjects, listed
+from rpo.evals.settings import Eval, Limit, answerers, check_judged, check_subjects, listed
 from rpo.fields import Count, group
 from rpo.judging import judge, mt_bench_files, verdicts
 from rpo.judging.client import Reply, Request
@@ -151,7 +151,7 @@ def _answers(cfg: Eval, asked: Sequence[Question], ctx: Context) -> tuple[list[M
     for one in known:
         _check_covers(one, asked, cfg)
     if cfg.outputs is None:
-        generated = [_generated(cfg, asked[: cfg.task.limit], path, ctx) for path in listed(cfg.model.path)]
+        generated = [_generated(cfg, asked[: cfg.task.limit], path, ctx) for path in answerers(cfg)]
         known = [one for one, _ in generated] + known
         cut = {"cut_answers": {one.model: count for one, count in generated}}
     for i, one in enumerate(known):

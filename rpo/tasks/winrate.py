@@ -22,7 +22,7 @@ from rpo.errors import UserError, require
 from rpo.evals.context import Context, sampling_of
 from rpo.evals.judged import both_sides, of_masses, of_orders, position_notes, rates
 from rpo.evals.results import Evaluation, Item, mean_of
-from rpo.evals.settings import Answers, Draws, Eval, check_judged, check_subjects, check_words, listed
+from rpo.evals.settings import Answers, Draws, Eval, answerers, check_judged, check_subjects, check_words, listed
 from rpo.fields import Field, group, read_row
 from rpo.files import to_lines, write_atomic
 from rpo.judging import verdicts
@@ -48,7 +48,8 @@ def check(cfg: Eval) -> None:
     check_subjects(cfg, "model.path", "outputs", "annotations", "baseline", "judge.model")
     check_judged(cfg, "prompts")
     check_words(cfg)
-    for key, value in {"outputs": cfg.outputs, "model.path": cfg.model.path}.items():
+    asked = "server.model" if cfg.server.model else "model.path"
+    for key, value in {"outputs": cfg.outputs, asked: answerers(cfg) or None}.items():
         count = len(listed(value)) + (cfg.baseline is not None and key == "outputs")
         require(
             value is None or count == 2 or (key == "outputs" and count == 1),
@@ -56,7 +57,7 @@ def check(cfg: Eval) -> None:
             + (", outputs=A baseline=B, or outputs=FILE with the answers of both" if key == "outputs" else ""),
         )
     require(cfg.outputs is not None or cfg.baseline is None, f"baseline={cfg.baseline}: goes with outputs=FILE alone")
-    require(cfg.model.path is None or cfg.data.eval is not None, "data.eval=null: give the prompts to be answered")
+    require(not answerers(cfg) or cfg.data.eval is not None, "data.eval=null: give the prompts to be answered")
 
 
 def run(cfg: Eval, ctx: Context) -> Evaluation:
@@ -127,8 +128,8 @@ def _answers(cfg: Eval, ctx: Context) -> tuple[list[tuple[Output, Output]], tupl
 def _generated(cfg: Eval, ctx: Context) -> tuple[list[tuple[Output, Output]], tuple[str, str], dict]:
     prompts, report = data_answers.prompts(cfg.data.eval, cfg.data.revision, cfg.data.on_bad_row)
     prompts = prompts[: cfg.task.limit]
-    both, names, cut = [], tuple(map(redacted, cfg.model.path)), {}
-    for number, (path, name) in enumerate(zip(cfg.model.path, names, strict=True), start=1):
+    both, names, cut = [], tuple(map(redacted, answerers(cfg))), {}
+    for number, (path, name) in enumerate(zip(answerers(cfg), names, strict=True), start=1):
         answers = ctx.answer(path, prompts, sampling_of(cfg.task))
         rows = [Output(prompt, answer.text) for prompt, answer in zip(prompts, answers, strict=True)]
         file = ctx.run_dir / f"outputs_{number}.jsonl"

@@ -141,18 +141,21 @@ class Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         judge.queries.add(query)
         judge.api_keys.add(self.headers["api-key"])
-        if path != "/v1/chat/completions":
+        if path not in ("/v1/chat/completions", "/v1/completions"):
             return self.send(404, {"error": {"message": "no such path"}})
         if mishap is not None:
             return mishap(self)
-        self.deliver(body, completion(body, judge.answer(body), judge.logprobs))
+        content = completion(body, judge.answer(body), judge.logprobs)
+        if path == "/v1/completions":
+            content["choices"][0]["text"] = content["choices"][0].pop("message")["content"]
+        self.deliver(body, content)
 
     def deliver(self, body, content):
         with self.server.judge.lock:  # or a server that dies would cut it
             if self.server.dead:
                 return self.drop()
             self.send(200, content)
-            self.server.judge.delivered[json.dumps(body["messages"])] += 1
+            self.server.judge.delivered[json.dumps(body.get("messages", body.get("prompt")))] += 1
 
     def send(self, status, content, headers=JSON):
         data = content.encode() if isinstance(content, str) else json.dumps(content).encode()

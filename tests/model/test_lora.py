@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 from rpo.config import Lora
 from rpo.data.batch import packed_batch
 from rpo.errors import UserError
-from rpo.evals.context import identity_of
 from rpo.model import fingerprint, hf, lora, saving
 from rpo.model.policy import Policy, load_policy
+from rpo.model.stored import identity_of
 from tests.helpers.models import float64_throughout, make_lm, own_logps, prepared, ragged
 from tests.helpers.rows import LENGTHS, make_rows, make_tokenizer
 from tests.helpers.runs import run, timeless

@@ -622,7 +622,9 @@ def test_sizes_alone_read_no_weights(tiny, tmp_path, monkeypatch):
     run(tiny, tmp_path / "run", "checkpoint.every=2", "checkpoint.keep=all")
     newest = tmp_path / "run" / "checkpoints" / "step_00000004"
     hashed = []
-    monkeypatch.setattr(checkpoint, "_sha256", lambda path, of=checkpoint._sha256: (hashed.append(path.name), of(path))[1])
+    monkeypatch.setattr(
+        checkpoint, "_sha256", lambda path, of=checkpoint._sha256: (hashed.append(path.name), of(path))[1]
+    )
     dist.init()
     try:
         assert checkpoint.find(tmp_path / "run", "auto", "sizes").folder == newest

@@ -103,7 +103,10 @@ def test_an_interrupted_run_stops_where_it_would_have(tiny, tmp_path, monkeypatc
     ("more", "words"),
     [
         (("stop.metric=min:loss", "eval_every=0"), "nothing to stop by"),
-        (("stop.metric=max:accuracy", "eval_every=2"), "stop.metric=max:accuracy: no such metric of data.eval; there are"),
+        (
+            ("stop.metric=max:accuracy", "eval_every=2"),
+            "stop.metric=max:accuracy: no such metric of data.eval; there are",
+        ),
         (("stop.metric=loss",), "stop.metric='loss': expected null or min:METRIC or max:METRIC"),
         (("model.save=best",), "model.save=best with checkpoint.best=null"),
     ],
