@@ -1,7 +1,7 @@
 """Does a run that is killed again and again, anywhere, end as one that was left alone?
 
     python bench/kill.py --kills 200 --seed 0
-    python bench/kill.py --kills 20 --ranks 2
+    python bench/kill.py --kills 20 --ranks 2 --lora
 
 One run of a tiny Llama is started and killed (SIGKILL) until that has happened so often, then left to finish and compared
 with an undisturbed run of the same command. Half of the kills come after a random time, half just before a random file
@@ -383,6 +383,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--lora", action="store_true", help="train an adapter")
     parser.add_argument("--keep", type=Path, help="leave the run's folder and logs here")
     parser.add_argument("--json", action="store_true", help="write raw results to bench/results/")
     args = parser.parse_args()
@@ -390,7 +391,8 @@ def main() -> None:
         folder = args.keep or Path(folder)
         (folder / "task").mkdir(parents=True)
         total = max(30, 5 * args.kills // 2)
-        done = campaign(make_task(folder / "task"), folder, args.kills, total=total, seed=args.seed, ranks=args.ranks)
+        command = make_task(folder / "task") + ["model.lora.r=4", "model.lora.dropout=0.1"] * args.lora
+        done = campaign(command, folder, args.kills, total=total, seed=args.seed, ranks=args.ranks)
     for where, count in sorted(Counter(kill.where for kill in done.kills).items()):
         print(f"{count:5d}  {where}")
     in_save = sum(kill.part for kill in done.kills)

@@ -314,7 +314,8 @@ def table(cfg: Train, place: Place) -> str:
     each = ", ".join(map(per_token, ("none", "selective", "full")))
     lines.append(f"activations per token of {layers} layers by fsdp.activation_checkpointing: {each}")
     of_share = place.sizes.all / shards / GIB
-    hosts = [f"{m * place.sizes.all / GIB:.1f} GiB while it loads the model"]
+    loading = "rank 0" if place.gpus > 1 else "it"
+    hosts = [f"{m * place.sizes.all / GIB:.1f} GiB while {loading} loads the model"]
     saved = (trained or place.sizes).all / shards / GIB
     hosts += [f"{(m + 2 * moment) * saved:.1f} GiB from its first checkpoint on"] * (cfg.checkpoint.every > 0)
     hosts += [f"{2 * (m + moment) * of_share:.1f} GiB throughout (fsdp.cpu_offload)"] * cfg.fsdp.cpu_offload

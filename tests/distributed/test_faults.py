@@ -133,10 +133,15 @@ def died(whole, tmp_path, *, after=24):
 # ---- kills
 
 
-@pytest.mark.parametrize(("ranks", "kills", "total"), [(1, 20, 40), (2, 4, 20)])
-def test_killed_anywhere_again_and_again(ranks, kills, total, tiny, tmp_path):
-    """SIGKILL at random moments and file operations: equal at the end, and no more lost than checkpoint.every allows."""
-    args = tiny_args(tiny, "loss=rpo_avg", "batch_size=8", "eval_every=5", "sample_every=10")
+@pytest.mark.parametrize(
+    ("ranks", "kills", "total", "more"), [(1, 20, 40, ()), (2, 4, 20, ("model.lora.r=2", "model.lora.dropout=0.1"))]
+)
+def test_killed_anywhere_again_and_again(ranks, kills, total, more, tiny, tmp_path):
+    """SIGKILL at random moments and file operations: equal at the end, and no more lost than checkpoint.every allows.
+
+    Of a whole model, and of an adapter with dropout.
+    """
+    args = tiny_args(tiny, "loss=rpo_avg", "batch_size=8", "eval_every=5", "sample_every=10", *more)
     done = kill.campaign(args, tmp_path, kills, total=total, seed=ranks, ranks=ranks)
     assert done.problems == [] and len(done.kills) >= 0.8 * kills
     assert set(done.differences.values()) == {0.0}, done.differences
