@@ -8,6 +8,7 @@ and what a prompt's neighbours in a batch may be. A class that is neither right 
 """
 
 import contextlib
+import copy
 import io
 import sys
 import tempfile
@@ -232,8 +233,9 @@ def tried(kind: str, folder: Path, device: torch.device) -> Row:
 
     def policy(dtype: torch.dtype = torch.float32, how: str = "none") -> Policy:
         fsdp = replace(shard.PLAIN, activation_checkpointing=how)
-        again = hf.load(str(folder), None, torch.float32, saved=True)
-        return prepare(again, shard.mesh(device, fsdp), fsdp, compute_dtype=dtype, compile=False, trainable=True)
+        return prepare(
+            copy.deepcopy(lm), shard.mesh(device, fsdp), fsdp, compute_dtype=dtype, compile=False, trainable=True
+        )
 
     try:
         plain = policy()

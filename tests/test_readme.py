@@ -17,11 +17,12 @@ from torch.distributed.run import get_args_parser
 import eval as evaluation
 import train
 from rpo import dist
+from tests.helpers.judge_server import JudgeServer
 from tests.helpers.runs import ROOT, script_env, settings
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 CONF = ROOT / "conf"
-SHELL = {"for", "done", "zcat", "export"}  # what a page may use besides the programs that are checked
+SHELL = {"for", "done", "zcat", "export", "vllm"}  # what a page may use besides the programs that are checked
 PROGRAMS = {"python", "torchrun", "make", "pip", "sbatch"}
 # Top-level names of which a page may name a file or folder in `backticks`.
 PLACES = r"(?:rpo|conf|docs|tests|bench)/[\w./*-]+|(?:train|eval)\.py|Makefile|constraints\.txt|pyproject\.toml"
@@ -310,9 +311,11 @@ def test_evaluation_commands_run(folder, monkeypatch):
         f"data.eval={folder}/HELD_OUT.jsonl"  # as RUN's config has it: an item's id is its file's path and a line
     )
     run("task=pairs", "model.path=SFT", "reference.path=MODEL", held_out, "task.beta=0.5", "run_dir=EVAL_B")
-    for task, words in zip(tasks, asked, strict=True):
-        if task in SHORT:
-            run(*with_settings(words, *SHORT[task])[2:])
+    with JudgeServer() as server:
+        for task, words in zip(tasks, asked, strict=True):
+            if task in SHORT:
+                words = [word.replace("http://127.0.0.1:8000/v1", server.url) for word in words]
+                run(*with_settings(words, *SHORT[task])[2:])
     assert (folder / "ANSWERS/samples.jsonl").is_file() and list(
         (folder / "outputs").glob("*_eval_report_*/report.html")
     )

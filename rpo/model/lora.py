@@ -8,6 +8,7 @@ masters. Nothing here imports PEFT unless an adapter is asked for or found.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -63,22 +64,19 @@ def found(path: str, revision: str | None, *, key: str = "model.path") -> LoraCo
     from transformers.utils import cached_file
 
     folder = os.path.expanduser(path)
-    if os.path.isdir(folder):
-        if not os.path.isfile(os.path.join(folder, "adapter_config.json")):
-            return None
-    else:
-        try:
-            if cached_file(path, "adapter_config.json", revision=revision, **_QUIET) is None:
-                return None
-        except OSError:  # no such name, or no network: what loads the config says so
-            return None
+    try:
+        file = cached_file(folder, "adapter_config.json", revision=revision, **_QUIET)
+    except OSError:  # no such name, or no network: what loads the config says so
+        return None
+    if file is None:
+        return None
     where = f"{key}={path}"
     _require_peft(where)
     from peft import LoraConfig, PeftConfig
 
     try:
-        adapter = PeftConfig.from_pretrained(folder if os.path.isdir(folder) else path, revision=revision)
-    except Exception as error:  # of JSON, of the Hub, of a config class that this PEFT does not have
+        adapter = PeftConfig.from_peft_type(**json.loads(Path(file).read_text()))
+    except Exception as error:  # of JSON, of a config class that this PEFT does not have
         raise UserError(f"{where}: its adapter_config.json cannot be read ({first_line(error)})") from None
     if any(Path(folder).glob("model*.safetensors")):
         raise UserError(

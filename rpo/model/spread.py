@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import pickle
+import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as torch_dist
 from torch import nn
 
@@ -29,41 +30,40 @@ def load_once(load: Callable[[], PreTrainedModel]) -> tuple[PreTrainedModel | No
         return lm, lm
     held: list[PreTrainedModel] = []
 
-    def load_and_pack() -> bytes | str:
+    def load_and_check() -> str | None:
         held.append(load())
-        return _packed(held[0])
+        return _why_not_sent(held[0])
 
-    packed = dist.on_main(load_and_pack)
-    received = dist.together(lambda: packed if isinstance(packed, str) else _why_not_unpacked(packed))
-    if reason := next(filter(None, received), None):
+    reason, own = dist.on_main(load_and_check), None
+    if reason is None:
+        try:
+            own = dist.broadcast(_structure(held[0]) if held else None)
+        except Exception as error:  # of a module that is not to be imported here
+            reason = first_line(error)
+    if reason := next(filter(None, dist.together(lambda: reason)), None):
         if dist.is_main():
             print(
                 f"{type(held[0]).__name__} cannot be sent to other processes ({reason}); each loads it itself",
                 flush=True,
             )
         own = held[0] if held else load()
-        dist.together(lambda: None)
         return own, own
-    return held[0] if held else None, pickle.loads(packed)
+    return (held[0], _structure(held[0])) if held else (None, own)
 
 
-def _packed(lm: PreTrainedModel) -> bytes | str:
-    """The model without the data of its parameters and buffers, to be unpickled; or why it cannot be."""
+def _structure(lm: PreTrainedModel) -> PreTrainedModel:
+    """The model without the data of its parameters and buffers, which are on the meta device."""
     memo = {}  # what deepcopy is told to be copied already
     for tensor in [*lm.parameters(), *lm.buffers()]:
         empty = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(lm, memo)
+
+
+def _why_not_sent(lm: PreTrainedModel) -> str | None:
     try:
-        return pickle.dumps(copy.deepcopy(lm, memo))
+        torch.save(_structure(lm), io.BytesIO())
     except Exception as error:  # of a class's own objects: each its own type
-        return first_line(error)
-
-
-def _why_not_unpacked(packed: bytes) -> str | None:
-    """Rank 0 of this run made it, of a model whose code this run may use."""
-    try:
-        pickle.loads(packed)
-    except Exception as error:  # a module that is not to be imported here
         return first_line(error)
     return None
 

@@ -115,16 +115,20 @@ def check_memory(cfg: Train, config: PreTrainedConfig, device: torch.device) -> 
     """Raises UserError where a process's share of weights, gradients and moments alone exceeds the memory that it has."""
     if cfg.fsdp.cpu_offload:
         return
-    master = max(4, shard.compute_dtype(cfg.model.dtype, device).itemsize)
+    compute = shard.compute_dtype(cfg.model.dtype, device).itemsize
+    master = max(4, compute)
     moment = 2 if cfg.optim.state_dtype == "bfloat16" else master
     count = hf.count_parameters(config, trust_remote_code=cfg.model.trust_remote_code)
-    needed = 2 * (master + moment) * count * cfg.fsdp.replicate_degree // dist.world_size()
+    has_adapter = cfg.model.lora.r is not None or (cfg.model.path and lora.found(cfg.model.path, cfg.model.revision))
+    each = compute if has_adapter else 2 * (master + moment)  # an adapter's own are few
+    needed = each * count * cfg.fsdp.replicate_degree // dist.world_size()
     room = dist.memory(device)
     if needed > room:
         key = "model.architecture" if cfg.model.path is None else f"model.path={cfg.model.path}"
         less = "more GPUs share them, optim.state_dtype=bfloat16 halves the moments"
         raise UserError(
-            f"{key}: weights, gradients and moments take {human(needed)} of each process, which has {human(room)}; "
+            f"{key}: {'weights' if has_adapter else 'weights, gradients and moments'} take {human(needed)} of each process, "
+            f"which has {human(room)}; "
             f"{less if device.type == 'cuda' else 'use a smaller model or more machines'}"
         )
 

@@ -1,5 +1,6 @@
 """rpo.training.meter: means against plain numpy, FLOPs by hand, wandb's mode and file, and names as docs/METRICS.md has them."""
 
+import dataclasses
 import json
 import math
 import re
@@ -138,8 +139,10 @@ def test_supervised_means(group):
 def test_step_flops_by_hand():
     """Two pairs (P, C, R) = (3, 2, 4) and (1, 1, 1): unique 12, scored 8, visible 37 + 5 query-key pairs."""
     size = ModelSize(trunk=10, head=7, layers=2, attention_width=5)
-    lengths = (np.array(column, dtype=np.int32) for column in ((3, 1), (2, 1), (4, 1)))
+    lengths = [np.array(column, dtype=np.int32) for column in ((3, 1), (2, 1), (4, 1))]
     assert size.step_flops(*lengths) == 6 * (10 * 12 + 7 * 8) + 12 * 2 * 5 * 42
+    frozen = dataclasses.replace(size, frozen_trunk=9, frozen_head=7)  # of 10 and 7: nothing is worked out for them
+    assert frozen.step_flops(*lengths) == 6 * 12 + 4 * (9 * 12 + 7 * 8) + 12 * 2 * 5 * 42
 
 
 def test_step_flops_counts_visible_tokens():
