@@ -229,7 +229,7 @@ def tried(kind: str, folder: Path, device: torch.device) -> Row:
     except UserError as error:
         return Row(kind, name, "refused", _brief(error, folder))
     why = probe.why_not_packed(lm, 64)
-    layout, exact = "padded" if why else "packed", own(lm)
+    layout, exact = "padded" if why else "packed", own(copy.deepcopy(lm))  # some keep states of what they have read
 
     def policy(dtype: torch.dtype = torch.float32, how: str = "none") -> Policy:
         fsdp = replace(shard.PLAIN, activation_checkpointing=how)
