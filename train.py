@@ -29,7 +29,7 @@ from rpo.runs.process import Interrupt
 from rpo.runs.state import TrainState, tensors_of
 from rpo.synthetic import task
 from rpo.training import command_line, gradients, guards, optim, prepare, sweep
-from rpo.training.held_out import HeldOut, is_every
+from rpo.training.held_out import HeldOut, in_words, is_every
 from rpo.training.meter import Meter, Throughput
 from rpo.training.stopping import is_over
 
@@ -200,14 +200,17 @@ def train(cfg: Train) -> str:
             left = f"to resume, repeat the command with run_dir={run.path}"
         else:
             best = checkpoints.lay_best_over(policy.model) if cfg.model.save == "best" else None
+            status.model_step = best
             saving.save_run(policy.model, data.tokenizer, run.path, cfg.model)
             left = "model/ is written" + ("" if best is None else f", of step {best}, the best")
             left += "" if checkpoints.wait() else ", its last checkpoint is not"
         if dist.is_main():
             from rpo.training import figures  # matplotlib takes a second
 
-            figures.draw_run(read_jsonl(run.path / "metrics.jsonl"), run.path / "plots")
-            final = held_out.in_words() if status.state == "finished" else ""  # else it is of older weights
+            events = read_jsonl(run.path / "metrics.jsonl")
+            figures.draw_run(events, run.path / "plots")
+            of_model = state.step if status.model_step is None else status.model_step
+            final = in_words(events, of_model) if status.state == "finished" else ""  # else it is of older weights
             early = f" ({EARLY} by {cfg.stop.metric})" if status.reason == EARLY else ""
             print(f"{run.path}: {status.state} after {state.step} steps{early}; {left}. {final}".rstrip(), flush=True)
         return status.reason if status.state == "interrupted" else status.state

@@ -90,9 +90,9 @@ class Model:
     architecture: dict[str, Any] | None
     dtype: Literal["auto", "bfloat16", "float32", "float64"]
     lora: Lora
-    save_dtype: Annotated[Literal["auto", "float32", "bfloat16"], MAY_CHANGE]
-    save_merged: Annotated[bool, MAY_CHANGE]
-    save: Annotated[Literal["last", "best"], MAY_CHANGE]
+    save_dtype: Literal["auto", "float32", "bfloat16"]
+    save_merged: bool
+    save: Literal["last", "best"]
 
 
 @group
@@ -355,6 +355,13 @@ def differences(there: dict, here: dict, apart_from: Collection[str] = (), prefi
     return found
 
 
+def completed(settings: dict) -> dict:
+    """A run's settings with what was not yet a key when it began, as it then was."""
+    model = {"lora": asdict(NO_ADAPTER), "save_dtype": "auto", "save_merged": False, "save": "last"}
+    stop = {"metric": None, "patience": 3, "min_delta": 0.0}
+    return {"stop": stop} | settings | {"model": model | settings["model"]}
+
+
 def read_yaml(path: Path) -> dict:
     """A run's `config.yaml` as nested dicts, nothing in it resolved. Raises UserError where it is not YAML."""
     from omegaconf import OmegaConf
@@ -383,7 +390,9 @@ def _auto_lr(cfg: Train) -> float:
     An adapter gets ten times as much, as in Hugging Face's handbook.
     """
     if cfg.model.path is not None:
-        return (2e-5 if cfg.loss.preference == "none" else 5e-7) * (1 if cfg.model.lora.r is None else 10)
+        continued = (Path(cfg.model.path).expanduser() / "adapter_config.json").is_file()
+        papers, adapters = (2e-5, 2e-4) if cfg.loss.preference == "none" else (5e-7, 5e-6)
+        return adapters if cfg.model.lora.r or continued else papers
     return 3e-3 if cfg.loss.preference == "none" else 5e-4
 
 

@@ -26,6 +26,7 @@ from rpo.evals import results
 from rpo.model import fingerprint, hf, lora, saving
 from rpo.model.policy import Policy
 from rpo.runs import catalog, checkpoint
+from rpo.runs import folder as run_folder
 from rpo.runs.state import tensors_of
 from rpo.text import first_line, table
 
@@ -79,7 +80,8 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
         lm = hf.load(name, None, torch.float32, key="SOURCE", trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
         record = _record(path.parent) if path.name in ("model", "model_merged") else None
-        return Source(name, lm, tokenizer, record.step if record else None, record, record and catalog.typed(record))
+        step = record and run_folder.read_status(record.folder).get("model_step", record.step)
+        return Source(name, lm, tokenizer, step, record, record and catalog.typed(record))
     saved = checkpoint.read(path.resolve())  # latest and best are links
     record = _record(saved.run_dir)
     require(
@@ -102,6 +104,8 @@ def open_source(name: str, trust_remote_code: bool) -> Source:
         )
         digest = fingerprint.weights_digest(lm, adapter=run.model.lora.r is None)
         saved.check_same({"model.path": digest})
+    if lora.named(lm) and master == torch.float32:
+        lm.base_digest = fingerprint.weights_digest(lm, adapter=False)
     saved.lay_over(tensors_of(Policy(lm, compile_tiles=False)))
     return Source(name, lm, tokenizer, saved.state["step"], record, run)
 
@@ -144,8 +148,11 @@ def combine(sources: Sequence[Source], shares: Sequence[float]) -> Source:
 # ---- the card
 
 
-def card(source: Source, how: str, evaluations: Sequence[str]) -> str:
-    """README.md of the exported folder: what was trained on what, with which loss, and what came out, errors included."""
+def card(source: Source, how: str, evaluations: Sequence[str], *, combined: bool) -> str:
+    """README.md of the exported folder: what was trained on what, with which loss, and what came out, errors included.
+
+    Raises UserError for an evaluation of other weights than these.
+    """
     run, record = source.run, source.record
     lines = [
         "---",
@@ -170,9 +177,14 @@ def card(source: Source, how: str, evaluations: Sequence[str]) -> str:
             f"- Data: {', '.join(map(_name, parts))}; {pairs or '?'} pairs in {source.step} steps of {settings['batch_size']}",
             f"- Learning rate {settings['optim']['lr']:g}, {settings['optim']['schedule']}; seed {settings['seed']}",
         ]
-        lines += _held_out(source)
+        cfg = settings["model"].get("lora") or {}
+        lines += [f"- LoRA of rank {cfg['r']}, alpha {cfg['alpha'] or 2 * cfg['r']}"] if cfg.get("r") else []
+        lines += [] if combined else _held_out(source)
     for evaluation in evaluations:
-        lines += _evaluated(evaluation)
+        require(
+            not combined, "--results: no evaluation is of weights that are made here; evaluate OUT, and add it by hand"
+        )
+        lines += _evaluated(evaluation, source)
     return "\n".join(lines) + "\n"
 
 
@@ -197,15 +209,28 @@ def _held_out(source: Source) -> list[str]:
     return ["", f"The run's own evaluation{of} at step {source.step}:", "", "```", table(rows), "```"]
 
 
-def _evaluated(folder: str) -> list[str]:
+def _evaluated(folder: str, source: Source) -> list[str]:
     found = results.read(folder)
+    own = [Path(source.name).expanduser()]
+    if (
+        source.record
+        and run_folder.read_status(source.record.folder).get("model_step", source.record.step) == source.step
+    ):
+        own.append(source.record.folder / "model")  # the same weights as the checkpoint's
+    own = [path.resolve() for path in own]
+    cells = next((cells for model, cells in found.models.items() if Path(model).expanduser().resolve() in own), None)
+    evaluated = ", ".join(found.models)
+    require(
+        cells is not None, f"--results {folder}: is of {evaluated}, not of {source.name}; give an evaluation of that"
+    )
+    weights = [file for path in own for file in path.glob("*.safetensors")]
+    older = (found.folder / "results.json").stat().st_mtime < max(file.stat().st_mtime for file in weights)
+    require(not older, f"--results {folder}: is older than the weights of {source.name}; evaluate them again")
     rows = [("metric", "value", "n")]
-    for model, cells in found.models.items():
-        for name, cell in cells.items():
-            if cell.get("value") is not None:
-                error = f" +- {cell['se']:.2g}" if cell.get("se") else ""
-                label = f"{_name(model)}: {name}" if len(found.models) > 1 else name
-                rows.append((label, f"{cell['value']:.4g}{error}", str(cell.get("n", ""))))
+    for name, cell in cells.items():
+        if cell.get("value") is not None:
+            error = f" +- {cell['se']:.2g}" if cell.get("se") else ""
+            rows.append((name, f"{cell['value']:.4g}{error}", str(cell.get("n", ""))))
     return ["", f"Evaluated by task={found.task}, with standard errors:", "", "```", table(rows), "```"]
 
 
@@ -235,11 +260,11 @@ def export(args: argparse.Namespace) -> str:
         not model.has_adapter or args.dtype == "auto",
         f"--dtype {args.dtype} with an adapter, whose few weights stay float32; give --merge",
     )
-    text, fix = card(model, how, args.results), "and repeat the command"
+    text = card(model, how, args.results, combined=several)
     if model.has_adapter:
         lora.write(model.lm, dict(lora.named(model.lm)), model.tokenizer, out, text)
     else:
-        saving.write(model.lm, model.lm, model.tokenizer, out, args.dtype, fix, card=text)
+        saving.write(model.lm, model.lm, model.tokenizer, out, args.dtype, "repeat the command", card=text)
     if args.push_to_hub:
         _push(out, args.push_to_hub, token, private=args.private)
     return f"{out}: {how}"

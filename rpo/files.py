@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from rpo.errors import UserError, fixable
-from rpo.text import first_line
+from rpo.text import first_line, human
 
 DIGITS = 16  # hexadecimal digits of a digest that are kept: 64 bits
 
@@ -143,13 +143,13 @@ def write_arrays(folder: Path, arrays: dict[str, np.ndarray], report: dict) -> N
 
 
 @contextmanager
-def replacing(folder: Path, fix: str) -> Iterator[Path]:
-    """A new folder, which is put into the place of `folder` when the block ends; until then that is as it was.
+def replacing(folder: Path, size: int, then: str) -> Iterator[Path]:
+    """A new folder of `size` bytes, which is put into the place of `folder` when the block ends; until then that is as it was.
 
-    Raises UserError, with the `fix`, where the disk refuses; of any failure nothing is left.
+    Raises UserError, saying what to do `then`, where the disk refuses; of any failure nothing is left.
     """
     part = part_of(folder)
-    with discarding(part, folder, fix):
+    with discarding(part, folder, size, then):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
@@ -162,7 +162,7 @@ def part_of(folder: Path) -> Path:
 
 
 @contextmanager
-def discarding(part: Path, folder: Path, fix: str) -> Iterator[None]:
+def discarding(part: Path, folder: Path, size: int, then: str) -> Iterator[None]:
     """A block that writes into `part`, of which nothing is left where it fails; UserError where the disk refused."""
     try:
         yield
@@ -170,7 +170,9 @@ def discarding(part: Path, folder: Path, fix: str) -> Iterator[None]:
         shutil.rmtree(part, ignore_errors=True)
         if not isinstance(error, OSError) and "(os error " not in str(error):  # so safetensors and tokenizers say it
             raise
-        raise UserError(f"{folder}: cannot be written ({first_line(error)}); {fix}") from None
+        is_full = any(words in str(error) for words in ("No space", "quota", "os error 28", "Errno 28"))
+        fix = f"make room for {human(size)}" if is_full else "see that its place can be written"
+        raise UserError(f"{folder}: cannot be written ({first_line(error)}); {fix} and {then}") from None
 
 
 def put(part: Path, folder: Path) -> None:

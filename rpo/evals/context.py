@@ -101,6 +101,7 @@ class Context:
         self._loaded: tuple[str, Loaded] | None = None
         self._stores: dict[str, Store] = {}
         self._account = client.Account()
+        self.notes: list[str] = []  # on answers of a server
 
     def __enter__(self) -> "Context":
         return self
@@ -344,6 +345,9 @@ class Context:
             self.begin()
             each = [sampling] * len(conversations) if isinstance(sampling, Sampling) else list(sampling)
             replies = served.ask(path, conversations, each, self.cfg, self.run_dir / "answers", self._account)
+            self.notes += (noted := served.notes(path, replies))
+            for note in noted:
+                print_main(f"note: {note}")
             return [Answer(one.text, one.output_tokens, one.finish_reason != "length") for one in replies]
         tokenizer, configs = self._open(path)
         prompts = [encode_prompt(tokenizer, text, Chat.of(self.cfg.data)) for text in conversations]

@@ -14,6 +14,7 @@ from rpo.errors import UserError, require
 from rpo.evals.settings import Eval
 from rpo.judging import judge
 from rpo.judging.client import KEPT, Account, Request
+from rpo.text import redacted
 
 if TYPE_CHECKING:
     from rpo.data.formats import Messages
@@ -62,12 +63,27 @@ def ask(
         asked = cfg.server.asked(name, sampling.temperature, sampling.max_new_tokens)
         answered = judge.ask([request for _, request in numbered], asked, cache, account)
         replies |= zip((i for i, _ in numbered), answered, strict=True)
-    if failed := [reply for reply in replies.values() if reply.error is not None]:
+    if failed := [i for i, reply in replies.items() if reply.error is not None]:
+        first = prompts[failed[0]]
+        text = redacted(str(first.prompt if isinstance(first, Example) else first))
         raise UserError(
-            f"server.model={name}: {len(failed)} of {len(replies)} requests failed ({failed[0].error}); {KEPT}: repeat the "
-            "command with the same run_dir"
+            f"server.model={name}: {len(failed)} of {len(replies)} requests failed, the first of {text!r:.80} "
+            f"({replies[failed[0]].error}); {KEPT}: repeat the command with the same run_dir, or leave that prompt out"
         )
     return [replies[i] for i in range(len(prompts))]
+
+
+def notes(name: str, replies: Sequence["Reply"]) -> list[str]:
+    """What a reader of numbers has to know of the answers: guessed lengths, empty texts, ends that are neither a stop nor a cut."""
+    named, count = f"server.model={name}", len(replies)
+    guessed = sum(not reply.counted for reply in replies)
+    empty = sum(not reply.text.strip() for reply in replies)
+    ends = Counter(reply.finish_reason for reply in replies if reply.finish_reason not in ("stop", "length", None))
+    found = [
+        f"{named} counts no tokens: lengths of {guessed} of {count} answers are a quarter of their characters"
+    ] * bool(guessed)
+    found += [f"{named}: {empty} of {count} answers are empty"] * bool(empty)
+    return found + [f"{named}: {n} of {count} answers ended by {reason}" for reason, n in sorted(ends.items())]
 
 
 def _request(example: Example, sampling: "Sampling", repeat: int, cfg: Eval, tokenizer: Any) -> Request:

@@ -89,6 +89,7 @@ class Reply:
     cached: bool = False
     dropped: tuple[str, ...] = ()
     base_url: str | None = None
+    counted: bool = True  # whether output_tokens is the server's count
 
 
 @dataclass
@@ -317,6 +318,7 @@ class Server:
             error=None,
             dropped=dropped,
             base_url=redacted(url_of(self._judge)),
+            counted=written is not None,
         )
 
     def _without_key(self, text: str) -> str:

@@ -23,13 +23,15 @@ def weights_digest(lm: nn.Module | None, *, adapter: bool = True) -> str:
 
     Without its `adapter` it is that of the base by itself. For a whole model on the CPU, before it is sharded or cast. A collective: rank 0, which alone needs it, hashes in threads.
     """
-    whole = None
-    if dist.is_main():
-        named = [(lora.base_name(name), name, tensor) for name, tensor in lm.state_dict(keep_vars=True).items()]
-        tensors = {id(tensor): (base or name, tensor) for base, name, tensor in named if base or adapter}
-        with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL
-            whole = sha256(b"".join(pool.map(_hash_tensor, sorted(tensors.values()))))
-    return dist.broadcast(whole)
+    return dist.broadcast(hash_of(lm, adapter=adapter) if dist.is_main() else None)
+
+
+def hash_of(lm: nn.Module, *, adapter: bool = True) -> str:
+    """`weights_digest` of one process."""
+    named = [(lora.base_name(name), name, tensor) for name, tensor in lm.state_dict(keep_vars=True).items()]
+    tensors = {id(tensor): (base or name, tensor) for base, name, tensor in named if base or adapter}
+    with ThreadPoolExecutor() as pool:  # hashlib lets go of the GIL
+        return sha256(b"".join(pool.map(_hash_tensor, sorted(tensors.values()))))
 
 
 def _hash_tensor(named: tuple[str, Tensor]) -> bytes:

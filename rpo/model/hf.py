@@ -53,7 +53,8 @@ def check(
         raise UserError(
             f"{key}={path}: is a GGUF file, for inference alone; give the Hugging Face model that it was made of"
         )
-    if path.startswith(("/", "./", "../", "~")) and not os.path.isfile(os.path.join(folder, "config.json")):
+    is_local = path.startswith(("/", "./", "../", "~")) or os.path.isdir(os.path.dirname(folder))
+    if is_local and not os.path.isfile(os.path.join(folder, "config.json")):
         hint = f"; did you mean {path}/model?" if os.path.isdir(os.path.join(folder, "model")) else ""
         if os.path.isdir(os.path.join(os.path.dirname(folder), "checkpoints")):
             hint = (

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rpo import config, dist, files
 from rpo.errors import UserError
-from rpo.text import first_line, human
+from rpo.text import first_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _NAME = "default"  # of the adapter within the model, as PEFT calls its first
 _PREFIX = "base_model.model."  # of names in PEFT's files
+_OF_BASE = "base.json"  # beside the adapter: the digest of the weights that it was trained on, as fp32
 _QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 # What an adapter from elsewhere may set; anything else changes what is computed in ways that are not known here.
 _UNDERSTOOD = {
@@ -41,7 +42,6 @@ _UNDERSTOOD = {
         "r",
         "lora_alpha",
         "lora_dropout",
-        "lora_bias",
         "target_modules",
         "exclude_modules",
         "modules_to_save",
@@ -166,6 +166,14 @@ def attach(lm: PreTrainedModel, adapter: LoraConfig, path: str, revision: str | 
     except Exception as error:  # files, the Hub, the library: each its own type
         raise UserError(f"{where}: the adapter's weights cannot be loaded ({first_line(error)})") from None
     stored = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
+    for name in [
+        name for name in stored if name.endswith(".base_layer.weight")
+    ]:  # PEFT adds an embedding that it adapts
+        own, there = dict(lm.named_parameters()).get(name), stored.pop(name)
+        if own is None or own.shape != there.shape or not torch.equal(own, there.to(own.dtype)):
+            raise UserError(
+                f"{where}: its {name} is not that of {base}, which was resized or changed; give its own base"
+            )
     places = {stored_name(name): param for name, param in named(lm)}
     if unknown := sorted(stored.keys() - places.keys()):
         raise UserError(f"{where}: has {unknown[0]}, for which {base} has no place; give its own base")
@@ -177,15 +185,30 @@ def attach(lm: PreTrainedModel, adapter: LoraConfig, path: str, revision: str | 
             raise UserError(f"{where}: does not fit {base}: {name} is {sizes}; give its own base")
         param.data.copy_(stored[name])
     _check_reached(lm, where)
+    recorded = Path(path).expanduser() / _OF_BASE
+    if recorded.is_file() and lm.dtype == torch.float32:
+        from rpo.model.fingerprint import hash_of
+
+        then, now = json.loads(recorded.read_text())["weights"], hash_of(lm, adapter=False)
+        if then != now:
+            raise UserError(
+                f"{where}: {base} had weights of digest {then[:16]} when it was trained, now {now[:16]}; restore them"
+            )
 
 
 def _inject(lm: PreTrainedModel, adapter: LoraConfig, where: str) -> None:
     from peft import inject_adapter_in_model
 
+    there = _modules(lm)  # as long as it is only the model's own
     try:
         inject_adapter_in_model(adapter, lm, adapter_name=_NAME)
     except ValueError as error:  # no module of that name, or of a kind that PEFT has no LoRA for
-        raise UserError(f"{where}: {first_line(error)}; {_modules(lm)}") from None
+        raise UserError(f"{where}: {first_line(error)}; {there}") from None
+    if adapter.target_parameters:  # PEFT's all-linear adds them
+        raise UserError(
+            f"{where}: the experts of {type(lm).__name__} are one tensor ({', '.join(sorted(adapter.target_parameters))}), which "
+            f"cannot have LoRA here; name modules in model.lora.target: {there}"
+        )
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
     if _is_switched(head) and hasattr(head, "base_layer"):
         raise UserError(
@@ -195,6 +218,12 @@ def _inject(lm: PreTrainedModel, adapter: LoraConfig, where: str) -> None:
         raise UserError(
             f"{where}: embedding and head of {type(lm).__name__} are one weight, so neither can be adapted alone"
         )
+
+
+def targets(lm: nn.Module) -> str:
+    """The names of the modules that have LoRA, each once."""
+    leaves = {path.rpartition(".")[2] for path, module in lm.named_modules() if hasattr(module, "lora_A")}
+    return ", ".join(sorted(leaves))
 
 
 def _check_names(lm: nn.Module, names: list[str], key: str) -> None:
@@ -245,7 +274,7 @@ def _is_adapter(name: str) -> bool:
 
 def base_name(name: str) -> str | None:
     """What a tensor of a model with an adapter is called in its base; None for the adapter's own."""
-    return None if _is_adapter(name) else name.replace(".base_layer.", ".").replace(".original_module.", ".")
+    return None if _is_adapter(name) else re.sub(r"(\.base_layer|\.original_module)+\.", ".", name)
 
 
 def stored_name(name: str) -> str:
@@ -365,11 +394,13 @@ def write(
 
     tensors = {_PREFIX + stored_name(name): tensor.detach() for name, tensor in state.items() if _is_adapter(name)}
     size = sum(tensor.nbytes for tensor in tensors.values())
-    with files.replacing(folder, f"make room for {human(size)} and repeat the command") as part:
+    with files.replacing(folder, size, "repeat the command") as part:
         adapter = copy.deepcopy(lm.peft_config[_NAME])
         adapter.target_modules = _targets(lm, adapter.target_modules)
         adapter.save_pretrained(str(part))
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        if digest := getattr(lm, "base_digest", None):
+            (part / _OF_BASE).write_text(json.dumps({"weights": digest}) + "\n")
         tokenizer.save_pretrained(part)
         if card is not None:
             (part / "README.md").write_text(card)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from rpo import config, dist, files
 from rpo.model import hf, lora
-from rpo.text import human
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from rpo.model.policy import Policy
 
 FILE_BYTES = 5 * 10**9  # of one file, and what rank 0 holds at most
-AGAIN = "and repeat the command, which continues from the last checkpoint if there is one (checkpoint.every)"
+AGAIN = "repeat the command, which continues from the last checkpoint if there is one (checkpoint.every)"
 
 
 def save(policy: Policy, tokenizer: PreTrainedTokenizerBase, folder: Path, dtype: str = "auto") -> None:
@@ -66,7 +65,7 @@ def write(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     dtype: str,
-    fix: str,
+    then: str,
     *,
     on_main: Callable[..., Any] | None = None,
     card: str | None = None,
@@ -94,7 +93,7 @@ def write(
     on_main = on_main or (lambda work, *args: work(*args))
 
     def step(work: Callable[..., None], *args: Any) -> None:
-        with files.discarding(part, folder, f"make room for {human(total)} {fix}"):
+        with files.discarding(part, folder, total, then):
             work(*args)
 
     on_main(step, _begin, part)
@@ -186,4 +185,9 @@ def merge(folder: Path, tokenizer: PreTrainedTokenizerBase, out: Path, dtype: st
     """Writes the adapter in `folder` merged into its base, W + (alpha / r) B A in fp32, as a model of its own. Of one process."""
     lm = hf.load(str(folder), None, torch.float32, trust_remote_code=trust_remote_code)
     lora.merge(lm)
+    if (target := saved_dtype(lm, dtype)) != torch.float32:
+        print(
+            f"{out}: the weights are rounded to {str(target)[6:]}, as {'its base' if dtype == 'auto' else 'asked'}",
+            flush=True,
+        )
     write(lm, lm, tokenizer, out, dtype, AGAIN)

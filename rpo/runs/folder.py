@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import torch
 
 from rpo import dist
-from rpo.config import Train, differences, may_change, read_yaml, to_dict, to_yaml
+from rpo.config import Train, completed, differences, may_change, read_yaml, to_dict, to_yaml
 from rpo.data.dataset import Splits
 from rpo.errors import UserError, fixable, require
 from rpo.files import write_atomic
@@ -170,6 +170,8 @@ def _check_settings(folder: Path, cfg: Train, *, fork: bool = False) -> None:
     there = read_yaml(path)
     if not isinstance(there, dict) or not there.keys() & here.keys():
         raise UserError(f"run_dir={folder}: already holds a run (config.yaml) of another kind; use another folder")
+    if isinstance(there.get("model"), dict):
+        there = completed(there)
     if found := differences(there, here, may_change(Train)):
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         fix = "give its settings" if fork else "give its settings, or another run_dir"
@@ -224,12 +226,16 @@ def stamp(folder: Path) -> tuple[int, int] | None:
         return found.st_ino, found.st_mtime_ns
 
 
-def write_status(folder: Path, state: str, reason: str = "", step: int | None = None) -> None:
-    """`status.json`: state running | finished | interrupted | failed, the reason in one line, the updates made.
+def write_status(
+    folder: Path, state: str, reason: str = "", step: int | None = None, model_step: int | None = None
+) -> None:
+    """`status.json`: state running | finished | interrupted | failed, the reason in one line, the updates made; `model_step`,
+    where model/ is of an earlier step.
 
     Exit codes do not pass through torchrun, so this file is where a script looks.
     """
-    write_json(folder / "status.json", {"state": state, "reason": reason, "step": step})
+    of_model = {} if model_step is None else {"model_step": model_step}
+    write_json(folder / "status.json", {"state": state, "reason": reason, "step": step} | of_model)
 
 
 def _git(*args: str) -> str | None:
@@ -275,6 +281,7 @@ class Status:
     state = "finished"
     reason = ""
     step = 0
+    model_step: int | None = None
 
 
 def lock(folder: Path) -> TextIO:
@@ -317,7 +324,7 @@ def recording(folder: Path, settings: str, step: int = 0, seen: tuple[int, int] 
     try:
         yield status
         # Together: a launcher may kill rank 0 as soon as another has left.
-        dist.on_main(write_status, folder, status.state, status.reason, status.step)
+        dist.on_main(write_status, folder, status.state, status.reason, status.step, status.model_step)
     except BaseException as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
         with suppress(OSError):  # a full disk, or another node's folder, must not hide the error itself

@@ -51,7 +51,7 @@ class TrainState:
             own = resume.load(self.tensors)
             self.sums.copy_(torch.tensor(own["sums"], dtype=self.sums.dtype))
             self.step, self.pairs, self.evaluated = (resume.state[name] for name in ("step", "pairs", "evaluated"))
-            self.watched = list(resume.state["watched"])
+            self.watched = list(resume.state.get("watched", ()))  # which runs of earlier versions lack
 
     @property
     def is_bad(self) -> Tensor:

@@ -57,7 +57,7 @@ def _of_server(cfg: Eval, ctx: Context) -> Evaluation:
         answers = ctx.answer(name, [one for one in examples for _ in range(task.samples)], sampling_of(task))
         models[name] = metrics(answers, np.repeat(np.arange(len(examples)), task.samples))
         items += _items(name, prompts, answers, [None] * len(examples), task.samples)
-    return Evaluation(models, items, details={"data": ctx.data_facts, "server": redacted(cfg.server.base_url)})
+    return Evaluation(models, items, ctx.notes, {"data": ctx.data_facts, "server": redacted(cfg.server.base_url)})
 
 
 def _distinct(prompts: Prompts) -> Prompts:

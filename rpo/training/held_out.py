@@ -47,7 +47,6 @@ class HeldOut:
         num_prompts = min(len(self.rows or []), cfg.data.gold.samples if embedded else NUM_SAMPLES)
         self.prompts = [self.rows.row(i)[0].tolist() for i in range(num_prompts)]
         self.context = policy.spec.positions
-        self.last: dict[str, float] = {}  # the newest evaluation
         self.columns: dict[str, list[str]] = {}  # of the samples: what does not change
         if cfg.sample_every and self.prompts:
             self.columns["prompt"] = self.tokenizer.batch_decode(self.prompts[:NUM_SAMPLES])
@@ -71,9 +70,9 @@ class HeldOut:
             pairs = score(self.policy, self.reference.live, batch)
             terms = losses.objective(self.cfg.loss, pairs, step_pairs=plan.pairs, step_chosen_tokens=plan.chosen_tokens)
             self.meter.add(pairs, *terms, weight)
-        self.last = self.meter.read()
+        scores = self.meter.read()
         if self.gold is not None:
-            self.last |= task.evaluate(
+            scores |= task.evaluate(
                 self.policy,
                 self.reference.frozen,
                 self.tokenizer,
@@ -84,7 +83,7 @@ class HeldOut:
                 seed=self.cfg.seed,
                 reshard=self.cfg.fsdp.reshard_after_forward,
             )
-        return self.last
+        return scores
 
     def samples(self) -> list[dict[str, str]]:
         """By prompt: its text, the reference's answer where that could be asked, the policy's answer now."""
@@ -106,9 +105,11 @@ class HeldOut:
         )
         return self.tokenizer.batch_decode([completion.ids for completion in completions])
 
-    def in_words(self) -> str:
-        """The newest evaluation's main metrics, in one line."""
-        return ", ".join(f"{name} {self.last[name]:.4g}" for name in SHOWN if name in self.last)
+
+def in_words(events: list[dict], step: int) -> str:
+    """The main metrics of the evaluation at `step`, of the lines of metrics.jsonl, in one line; empty where there was none."""
+    found = next((event for event in reversed(events) if (event["split"], event["step"]) == ("eval", step)), {})
+    return ", ".join(f"{name} {found[name]:.4g}" for name in SHOWN if found.get(name) is not None)
 
 
 def is_every(every: int, step: int) -> bool:

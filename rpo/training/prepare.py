@@ -87,8 +87,12 @@ def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
             f"reference.path=null with model.path={cfg.model.path}: which is an adapter on {base}, and either may be the "
             f"reference; set reference.path={cfg.model.path} (as it starts) or reference.path={base}",
         )
+    merged, dtype = cfg.model.save_merged, cfg.model.save_dtype
+    require(has_adapter or not merged, "model.save_merged=true: there is no adapter; give model.lora.r=16")
     require(
-        has_adapter or not cfg.model.save_merged, "model.save_merged=true: there is no adapter; give model.lora.r=16"
+        not has_adapter or merged or dtype == "auto",
+        f"model.save_dtype={dtype} with an adapter, whose few weights stay float32; leave it auto, or set "
+        "model.save_merged=true, whose folder it is for",
     )
     return configs
 
@@ -224,13 +228,14 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
     if dist.is_main():  # what follows takes seconds, of a large model a minute
         count = f"{sum(param.numel() for param in lm.parameters()):,} parameters"
         if adapter:
-            count += f", {sum(param.numel() for _, param in adapter):,} of them an adapter's"
+            count += f", {sum(param.numel() for _, param in adapter):,} of an adapter on {lora.targets(lm)}"
         print(f"{spec.key}: {count}; measuring what rounding and packing do to its log-probs", flush=True)
     layout = "padded"
     if spec.layout.kind != "padded":
         layout = _packed_unless(dist.on_main(why_not_packed, whole, data.longest), spec)
     weights = fingerprint.weights_digest(whole, adapter=spec.model.lora.r is None)  # a new one is made of the settings
     base = fingerprint.weights_digest(whole, adapter=False) if adapter else weights
+    lm.base_digest = base if adapter and master == torch.float32 else None  # for who loads the adapter
     model = model_policy.prepare(
         lm,
         shard.mesh(device, spec.fsdp),

@@ -9,7 +9,7 @@ from rpo import dist
 from rpo.data.chat import Chat
 from rpo.data.tokenizer import encode_prompt
 from rpo.errors import UserError
-from tests.helpers.judge_server import JudgeServer, status, wait_less
+from tests.helpers.judge_server import JudgeServer, status, text, wait_less
 from tests.helpers.rows import make_tokenizer, write_jsonl
 from tests.helpers.runs import settings
 
@@ -120,7 +120,10 @@ def test_a_server_that_dies_midway_costs_nothing(asked):
     ("mishap", "words"),
     [
         (status(404, "The model `m` does not exist"), "server.model=m: not found there"),
-        (status(400, "this prompt is too long"), r"server.model=m: 3 of 3 requests failed \(HTTP 400: this prompt"),
+        (
+            status(400, "this prompt is too long"),
+            r"server.model=m: 3 of 3 requests failed, the first of .*HTTP 400: this prompt",
+        ),
     ],
 )
 def test_a_server_that_refuses_is_one_line(mishap, words, asked):
@@ -128,6 +131,31 @@ def test_a_server_that_refuses_is_one_line(mishap, words, asked):
     with JudgeServer(echo, lambda number, body: mishap) as server, pytest.raises(UserError, match=words) as caught:
         asked(server)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_reader_of_answers_has_to_know_is_noted(asked, tmp_path):
+    """Lengths without the server's count, empty answers, and ends that are neither a stop nor a cut."""
+
+    def odd(number, body):
+        choice = {
+            "message": {"content": ["", "said"][number % 2]},
+            "finish_reason": ["content_filter", "stop"][number % 2],
+        }
+        return text(json.dumps({"choices": [choice]}))
+
+    with JudgeServer(echo, odd) as server:
+        asked(
+            server,
+            "server.concurrency=1",
+            rows=[{"prompt": f"ba {i}", "chosen": "a", "rejected": "b"} for i in range(4)],
+        )
+    notes = " ".join(json.loads((tmp_path / "run" / "results.json").read_text())["notes"])
+    for words in (
+        "counts no tokens: lengths of 4 of 4 answers",
+        "2 of 4 answers are empty",
+        "2 of 4 answers ended by content_filter",
+    ):
+        assert words in notes
 
 
 def test_what_a_server_does_not_know_is_left_out(asked):

@@ -2,11 +2,12 @@
 
 import copy
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rpo.config import Lora
@@ -17,7 +18,7 @@ from rpo.model.policy import Policy, load_policy
 from rpo.model.stored import identity_of
 from tests.helpers.models import float64_throughout, make_lm, own_logps, prepared, ragged
 from tests.helpers.rows import LENGTHS, make_rows, make_tokenizer
-from tests.helpers.runs import run, timeless
+from tests.helpers.runs import run, settings, timeless, tiny_args
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install -e '.[lora]')")
 
@@ -334,6 +335,64 @@ def test_merged_it_is_a_model_of_its_own(kind, group, tmp_path):
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not hasattr(plain, "peft_config")
     assert (own_logps(plain, alone) - expected_N).abs().max() < 2e-5 * expected_N.abs().max()
+
+
+def test_experts_of_one_tensor_are_refused():
+    """PEFT's all-linear would adapt them by other means, which neither model/ nor a merge could read back."""
+    lm = make_lm("mixtral", num_local_experts=4, tie_word_embeddings=False)
+    with pytest.raises(
+        UserError, match=r"the experts of MixtralForCausalLM are one tensor .*model.lora.target: it has .*q_proj"
+    ):
+        lora.add(lm, LORA, "base", None, seed=0, where="model.path=base")
+    lm = make_lm("mixtral", num_local_experts=4, tie_word_embeddings=False)
+    lora.add(lm, of(target=["q_proj", "v_proj"]), "base", None, seed=0, where="model.path=base")
+    assert lora.targets(lm) == "q_proj, v_proj"
+
+
+def test_an_embedding_beside_its_adapter_is_compared(tmp_path):
+    """PEFT writes the embedding that it adapts too: the base's own is read, a changed one refused."""
+    base = untied()
+    base.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    cfg = peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    own = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), cfg)
+    stir(own)
+    own.save_pretrained(tmp_path / "model", save_embedding_layers=True)
+    file = tmp_path / "model" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (name,) = [name for name in tensors if name.endswith("base_layer.weight")]
+    batch, alone = ragged(len(make_tokenizer()))
+    lm = hf.load(str(tmp_path / "model"), None, torch.float32)
+    with torch.no_grad():
+        assert (Policy(lm, compile_tiles=False)(batch) - own_logps(own, alone)).abs().max() < 1e-4
+    save_file(tensors | {name: tensors[name] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="embed_tokens.* is not that of its base .*resized or changed"):
+        hf.load(str(tmp_path / "model"), None, torch.float32)
+
+
+def test_a_base_that_has_changed_is_refused(full_and_lora, tiny, tmp_path):
+    """RUN/model of an adapter remembers the weights that it was trained on."""
+    folder, *_ = full_and_lora
+    shutil.copytree(folder / "lora" / "model", tmp_path / "model")
+    lm = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    with torch.no_grad():
+        lm.model.norm.weight.add_(1)
+    lm.save_pretrained(tmp_path / "base")
+    config = tmp_path / "model" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
+    with pytest.raises(UserError, match=r"had weights of digest \w+ when it was trained, now \w+; restore them"):
+        hf.load(str(tmp_path / "model"), None, torch.float32)
+
+
+def test_rates_and_types_of_an_adapter(full_and_lora, tiny, tmp_path):
+    """optim.lr=auto is an adapter's for a continued one too; a type that an adapter is not saved in is refused."""
+    folder, *_ = full_and_lora
+    start = f"model.path={folder / 'lora' / 'model'}"
+    for args in ((start,), (f"model.path={tiny / 'model'}", "model.lora.r=2")):
+        assert settings("data=files", *tiny_args(tiny, *args, "optim.lr=auto", "loss=dpo")).optim.lr == 5e-6
+    assert settings("data=files", *tiny_args(tiny, "optim.lr=auto", "loss=dpo")).optim.lr == 5e-7
+    with pytest.raises(UserError, match="model.save_dtype=bfloat16 with an adapter, whose few weights stay float32"):
+        run(tiny, tmp_path / "run", *ON, "model.save_dtype=bfloat16")
 
 
 def test_a_model_with_an_adapter_beside_it_is_refused(tmp_path):

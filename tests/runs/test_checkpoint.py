@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.torch_version import TorchVersion
 
 import train
+from rpo import config as config_module
 from rpo import dist
 from rpo.config import Checkpoint
 from rpo.data import dataset as data_dataset
@@ -635,3 +636,15 @@ def test_sizes_alone_read_no_weights(tiny, tmp_path, monkeypatch):
         assert checkpoint.find(tmp_path / "run", "auto", "sizes").folder == earlier
     finally:
         dist.shutdown()
+
+
+def test_a_run_of_before_its_keys_resumes(tiny, tmp_path):
+    """Settings and checkpoints without the newest keys are as those keys' defaults; another value is refused as ever."""
+    run(tiny, tmp_path / "run", "max_steps=2", "checkpoint.every=1")
+    config = tmp_path / "run" / "config.yaml"
+    old = config_module.read_yaml(config)
+    del old["stop"], old["model"]["lora"], old["model"]["save"], old["model"]["save_dtype"], old["model"]["save_merged"]
+    config.write_text(json.dumps(old))
+    with pytest.raises(UserError, match="model.lora.r=null, here 2"):
+        run(tiny, tmp_path / "run", "max_steps=3", "checkpoint.every=1", "model.lora.r=2")
+    run(tiny, tmp_path / "run", "max_steps=3", "checkpoint.every=1")

@@ -1,6 +1,7 @@
 """`python -m rpo.export`: folders of checkpoints, means and interpolations are what transformers and arithmetic say."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -108,6 +109,40 @@ def test_mistakes_are_one_line_and_leave_nothing(two_steps, tiny, tmp_path, monk
     with pytest.raises(UserError, match=r"out: cannot be written \(.*No space left"):
         exported(latest, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+def test_results_are_of_the_weights_that_are_exported(two_steps, tmp_path):
+    """On the card stand numbers of these weights alone: not of another step, of a mean, or older than the weights."""
+    model, evaluation = two_steps / "full" / "model", tmp_path / "evaluation"
+    evaluation.mkdir()
+    cell = {"value": 0.25, "se": 0.1, "interval": None, "n": 12, "n_error": 0}
+    whole = {"task": "pairs", "models": {str(model): {"rewards/accuracies": cell}}, "notes": [], "details": {}}
+    (evaluation / "results.json").write_text(json.dumps(whole | {"config": {}, "versions": {}}))
+    checkpoints = two_steps / "full" / "checkpoints"
+    for i, source in enumerate((model, checkpoints / "latest")):
+        exported(source, tmp_path / f"out{i}", "--results", evaluation)
+        assert "0.25 +- 0.1" in (tmp_path / f"out{i}" / "README.md").read_text()
+    for sources, words in (
+        ((checkpoints / "step_00000002",), "is of .*, not of"),
+        ((model, checkpoints / "step_00000002"), "no evaluation is of weights that are made here"),
+    ):
+        with pytest.raises(UserError, match=words):
+            exported(*sources, tmp_path / "none", "--results", evaluation)
+    os.utime(evaluation / "results.json", (0, 0))
+    with pytest.raises(UserError, match="is older than the weights of"):
+        exported(model, tmp_path / "none", "--results", evaluation)
+
+
+def test_the_best_as_model_has_its_own_step_on_the_card(tiny, tmp_path, capsys):
+    """model/ of an earlier step: the run's last line and the card have that step's numbers."""
+    best = ("checkpoint.every=1", "eval_every=1", "checkpoint.best=min:shift/chosen", "model.save=best", "loss=rpo_sum")
+    events = run(tiny, tmp_path / "run", *best, "optim.lr=2e-2")
+    shifts = {event["step"]: event["shift/chosen"] for event in events if event["split"] == "eval" and event["step"]}
+    step = min(shifts, key=shifts.get)
+    assert f"shift/chosen {shifts[step]:.4g}" in capsys.readouterr().out
+    exported(tmp_path / "run" / "model", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"at step {step}" in card and f"{shifts[step]:.4g}" in card
 
 
 def test_the_start_of_a_checkpoint_must_be_what_it_was(two_steps, tiny, tmp_path):

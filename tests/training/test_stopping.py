@@ -59,6 +59,7 @@ def test_a_run_stops_early_and_leaves_its_best(tiny, tmp_path, capsys):
         "state": "finished",
         "reason": "stopped early",
         "step": best + 4,
+        "model_step": best,
     }
     run(tiny, tmp_path / "a", *STOPPING, "model.save=best")
     assert "finished after" in capsys.readouterr().out
