@@ -37,20 +37,11 @@ _PREFIX = "base_model.model."  # of names in PEFT's files
 _OF_BASE = "base.json"  # beside the adapter: the digest of the weights that it was trained on, as fp32
 _QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 # What an adapter from elsewhere may set; anything else changes what is computed in ways that are not known here.
-_UNDERSTOOD = {
-    *(
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "use_dora",
-    ),
-    *("use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-    *("base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "task_type", "peft_type"),
-    *("peft_version", "auto_mapping", "ensure_weight_tying", "loftq_config", "runtime_config", "qalora_group_size"),
-}
+_UNDERSTOOD = set(
+    "r lora_alpha lora_dropout use_dora use_rslora rank_pattern alpha_pattern target_modules exclude_modules modules_to_save "
+    "layers_to_transform layers_pattern fan_in_fan_out init_lora_weights ensure_weight_tying loftq_config qalora_group_size "
+    "base_model_name_or_path revision inference_mode task_type peft_type peft_version auto_mapping runtime_config".split()
+)
 
 
 # ---- an adapter's folder
@@ -166,9 +157,10 @@ def attach(lm: PreTrainedModel, adapter: LoraConfig, path: str, revision: str | 
     except Exception as error:  # files, the Hub, the library: each its own type
         raise UserError(f"{where}: the adapter's weights cannot be loaded ({first_line(error)})") from None
     stored = {name.removeprefix(_PREFIX): tensor for name, tensor in weights.items()}
-    for name in [
+    beside = [
         name for name in stored if name.endswith(".base_layer.weight")
-    ]:  # PEFT adds an embedding that it adapts
+    ]  # an embedding that PEFT adapts is written too
+    for name in beside:
         own, there = dict(lm.named_parameters()).get(name), stored.pop(name)
         if own is None or own.shape != there.shape or not torch.equal(own, there.to(own.dtype)):
             raise UserError(

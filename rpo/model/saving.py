@@ -90,6 +90,7 @@ def write(
         whole = type(lm)(lm.config).to(target)
     whole.generation_config = lm.generation_config
     total, part = sum(map(size, names)), files.part_of(folder)
+    writes = on_main is None or dist.is_main()  # the others only take part in gathering
     on_main = on_main or (lambda work, *args: work(*args))
 
     def step(work: Callable[..., None], *args: Any) -> None:
@@ -99,7 +100,10 @@ def write(
     on_main(step, _begin, part)
     placed: list[list[str]] = []  # on rank 0, by file: the names of its tensors
     for i, group in enumerate(_groups(names, size)):
-        tensors = {name.removeprefix("lm."): _whole(state[name], type_of(name)) for name in group}
+        gathered = ((name.removeprefix("lm."), _whole(state[name])) for name in group)
+        tensors = {
+            name: tensor.to("cpu", type_of(own)) for own, (name, tensor) in zip(group, gathered, strict=True) if writes
+        }
         on_main(step, _write_file, whole, tensors, part, placed, i)
     on_main(step, _finish, placed, tokenizer, card, part, folder)
 
@@ -124,8 +128,8 @@ def _groups(names: Iterable[str], size: Callable[[str], int]) -> Iterator[list[s
     yield group
 
 
-def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The whole tensor on the host, in `dtype`. A collective where it is sharded."""
+def _whole(tensor: Tensor) -> Tensor:
+    """The whole tensor. A collective where it is sharded."""
     from torch.distributed.tensor import DTensor
 
     if isinstance(tensor, DTensor):
@@ -133,7 +137,7 @@ def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if tensor.device.type != mesh.device_type:  # offloaded
             tensor = tensor.to(mesh.device_type)
         tensor = tensor.full_tensor()
-    return tensor.detach().to("cpu", dtype)
+    return tensor.detach()
 
 
 def _write_file(
