@@ -234,7 +234,7 @@ def _modules(lm: nn.Module) -> str:
 def _check_reached(lm: PreTrainedModel, where: str) -> None:
     """Raises UserError where a class computes with a target's weight itself, so that its adapter would never be trained.
 
-    Told by the gradients of a short input; of modules that come many times (experts) one that is reached is enough.
+    Detected by the gradients of a short input; of modules that come many times (experts) one that is reached is enough.
     """
     generator = torch.Generator().manual_seed(0)
     vocab_size = lm.config.get_text_config().vocab_size

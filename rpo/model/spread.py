@@ -53,7 +53,7 @@ def load_once(load: Callable[[], PreTrainedModel]) -> tuple[PreTrainedModel | No
 
 def _structure(lm: PreTrainedModel) -> PreTrainedModel:
     """The model without the data of its parameters and buffers, which are on the meta device."""
-    memo = {}  # what deepcopy is told to be copied already
+    memo = {}  # what deepcopy takes for copied already
     for tensor in [*lm.parameters(), *lm.buffers()]:
         empty = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

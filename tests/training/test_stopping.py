@@ -20,7 +20,7 @@ NAN = float("nan")
     [
         ("max:a", [0.5, 0.6, 0.6, 0.6], 2, 0.0, True),  # equal is not better
         ("max:a", [0.5, 0.6, 0.6], 2, 0.0, False),
-        ("max:a", [0.5, 0.4, 0.55, 0.5], 2, 0.0, False),  # a better one begins anew
+        ("max:a", [0.5, 0.4, 0.55, 0.5], 2, 0.0, False),  # a better one starts the count again
         ("max:a", [0.5, 0.55, 0.59], 2, 0.1, True),  # too little better, twice
         ("max:a", [0.5, 0.55, 0.61], 2, 0.1, False),  # against the best, not the last
         ("min:a", [3.0, 2.0, 2.5, 2.1], 2, 0.0, True),
