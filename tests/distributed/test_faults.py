@@ -327,19 +327,19 @@ def test_nothing_whole_is_refused(tiny, whole, tmp_path):
     assert before == {path: path.lstat().st_mtime_ns for path in run_dir.rglob("*")}
 
 
-def test_any_flipped_bit_is_noticed(whole, tmp_path):
+def test_any_flipped_bit_is_noticed(whole, tmp_path, group):
     """300 copies, each with one bit of one file flipped, or cut: skipped as damaged, or (in a blank) read as it was."""
     folder, rng = tmp_path / "checkpoints/step_00000004", np.random.default_rng(3)
     shutil.copytree(whole / "checkpoints/step_00000004", folder)
-    expected = checkpoint._newest([folder])
+    expected = checkpoint._newest([folder], "full")
     for i in range(300):
         path = sorted(folder.iterdir())[i % 3]
         before = path.read_bytes()
         (flip if rng.random() < 0.7 else cut)(path, rng)
-        found = checkpoint._newest([folder])
+        found = checkpoint._newest([folder], "full")
         assert found is None or (found == expected and path.name == "manifest.json")
         path.write_bytes(before)
-    assert checkpoint._newest([folder]) == expected
+    assert checkpoint._newest([folder], "full") == expected
 
 
 # ---- disks
