@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rpo.data.formats import Messages, RowError, bad_row, parse_prompt
+from rpo.data.formats import Example, Messages, RowError, bad_row, parse_prompt
 from rpo.data.sources import open_sources, parse_rows, rows_of
 from rpo.errors import UserError
 from rpo.files import DIGITS, sha256, to_lines
@@ -132,10 +132,16 @@ def prompts(spec: str | list[str], revision: str | None, on_bad_row: str) -> tup
 
     Raises UserError for a malformed row (unless `on_bad_row` is drop), and where no prompt is left.
     """
+    placed, report = examples(spec, revision, on_bad_row)
+    return [example.prompt for _, example in placed], report
+
+
+def examples(spec: str | list[str], revision: str | None, on_bad_row: str) -> tuple[list[tuple[str, Example]], dict]:
+    """`prompts` with their places (FILE:LINE), and with what else their rows have for a template."""
     rows, read, dropped = parse_rows(open_sources(spec, revision), parse_prompt, on_bad_row)
-    distinct: dict[str, str | Messages] = {}
-    for _, example in rows:
-        distinct.setdefault(key_of(example.prompt), example.prompt)
+    distinct: dict[str, tuple[str, Example]] = {}
+    for place, example in rows:
+        distinct.setdefault(key_of(example.prompt), (place, example))
     if not distinct:
         raise UserError(f"data.eval={spec}: none of {read} rows has a prompt; give a file of prompts")
     report = {"read": read, "repeated": len(rows) - len(distinct), "dropped": dropped.count()}

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rpo.data.answers import key_of
 from rpo.data.chat import Chat
-from rpo.data.formats import Example, parse_prompt
-from rpo.data.sources import open_sources, parse_rows
+from rpo.data.formats import Example
 from rpo.data.tokenizer import load_tokenizer, prompt_ids
-from rpo.errors import UserError, require
+from rpo.errors import UserError
 from rpo.evals.settings import Eval
 from rpo.judging import judge
 from rpo.judging.client import KEPT, Account, Request
@@ -20,19 +19,6 @@ if TYPE_CHECKING:
     from rpo.data.formats import Messages
     from rpo.judging.client import Reply
     from rpo.model.sampling import Sampling
-
-
-def read(cfg: Eval) -> tuple[list[Example], list[str], dict]:
-    """The distinct prompts of data.eval, their places, and {"files", "read", "repeated", "dropped"}. Raises UserError."""
-    sources = open_sources(cfg.data.eval, cfg.data.revision)
-    rows, count, dropped = parse_rows(sources, parse_prompt, cfg.data.on_bad_row)
-    first: dict[str, tuple[str, Example]] = {}
-    for place, example in rows:
-        first.setdefault(key_of(example.prompt), (place, example))
-    require(bool(first), f"data.eval={cfg.data.eval}: none of {count} rows has a prompt; give a file of prompts")
-    report = {"files": [source.name for source in sources], "read": count, "repeated": len(rows) - len(first)}
-    examples, places = [example for _, example in first.values()], [place for place, _ in first.values()]
-    return examples, places, report | {"dropped": dropped.count()}
 
 
 def ask(

@@ -100,10 +100,11 @@ def write(
     on_main(step, _begin, part)
     placed: list[list[str]] = []  # on rank 0, by file: the names of its tensors
     for i, group in enumerate(_groups(names, size)):
-        gathered = ((name.removeprefix("lm."), _whole(state[name])) for name in group)
-        tensors = {
-            name: tensor.to("cpu", type_of(own)) for own, (name, tensor) in zip(group, gathered, strict=True) if writes
-        }
+        tensors = {}
+        for name in group:
+            tensor = _whole(state[name])
+            if writes:
+                tensors[name.removeprefix("lm.")] = tensor.to("cpu", type_of(name))
         on_main(step, _write_file, whole, tensors, part, placed, i)
     on_main(step, _finish, placed, tokenizer, card, part, folder)
 

@@ -31,13 +31,13 @@ def load_once(load: Callable[[], PreTrainedModel]) -> tuple[PreTrainedModel | No
     held: list[PreTrainedModel] = []
 
     def load_and_check() -> str | None:
-        held.append(load())
-        return _why_not_sent(held[0])
+        held.extend([lm := load(), _structure(lm)])
+        return _why_not_sent(held[1])
 
     reason, own = dist.on_main(load_and_check), None
     if reason is None:
         try:
-            own = dist.broadcast(_structure(held[0]) if held else None)
+            own = dist.broadcast(held[1] if held else None)
         except Exception as error:  # of a module that is not to be imported here
             reason = first_line(error)
     if reason := next(filter(None, dist.together(lambda: reason)), None):
@@ -48,7 +48,7 @@ def load_once(load: Callable[[], PreTrainedModel]) -> tuple[PreTrainedModel | No
             )
         own = held[0] if held else load()
         return own, own
-    return (held[0], _structure(held[0])) if held else (None, own)
+    return held[0] if held else None, own
 
 
 def _structure(lm: PreTrainedModel) -> PreTrainedModel:
@@ -60,9 +60,9 @@ def _structure(lm: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(lm, memo)
 
 
-def _why_not_sent(lm: PreTrainedModel) -> str | None:
+def _why_not_sent(structure: PreTrainedModel) -> str | None:
     try:
-        torch.save(_structure(lm), io.BytesIO())
+        torch.save(structure, io.BytesIO())
     except Exception as error:  # of a class's own objects: each its own type
         return first_line(error)
     return None

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from rpo.data import answers as data_answers
 from rpo.data.answers import key_of
 from rpo.errors import require
-from rpo.evals import served
 from rpo.evals.context import Answer, Context, Prompts, print_main, sampling_of, tokenizer_of
 from rpo.evals.results import Cells, Evaluation, Item
 from rpo.evals.settings import Answers, Eval, check_subjects
@@ -48,9 +48,9 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
 
 def _of_server(cfg: Eval, ctx: Context) -> Evaluation:
     task = cfg.task
-    examples, places, report = served.read(cfg)
-    examples = examples[: task.limit]
-    prompts = Prompts([], [example.prompt for example in examples], places[: task.limit])
+    placed, report = data_answers.examples(cfg.data.eval, cfg.data.revision, cfg.data.on_bad_row)
+    places, examples = zip(*placed[: task.limit], strict=True)
+    prompts = Prompts([], [example.prompt for example in examples], list(places))
     ctx.write_report(report)
     models, items = {}, []
     for name in ctx.paths:
