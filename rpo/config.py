@@ -90,6 +90,7 @@ class Model:
     architecture: dict[str, Any] | None
     dtype: Literal["auto", "bfloat16", "float32", "float64"]
     lora: Lora
+    load_in_4bit: bool
     save_dtype: Literal["auto", "float32", "bfloat16"]
     save_merged: bool
     save: Literal["last", "best"]
@@ -357,7 +358,13 @@ def differences(there: dict, here: dict, apart_from: Collection[str] = (), prefi
 
 def completed(settings: dict) -> dict:
     """A run's settings with what was not yet a key when it began, as it then was."""
-    model = {"lora": asdict(NO_ADAPTER), "save_dtype": "auto", "save_merged": False, "save": "last"}
+    model = {
+        "lora": asdict(NO_ADAPTER),
+        "load_in_4bit": False,
+        "save_dtype": "auto",
+        "save_merged": False,
+        "save": "last",
+    }
     stop = {"metric": None, "patience": 3, "min_delta": 0.0}
     return {"stop": stop} | settings | {"model": model | settings["model"]}
 

@@ -25,6 +25,7 @@ DOORS = {
     "jinja2": {"reporting.render", "data.chat"},
     "scipy": {"stats"},
     "peft": {"model.lora"},
+    "bitsandbytes": {"model.four_bit"},
 }
 
 

@@ -16,7 +16,7 @@ from rpo.config import NO_ADAPTER, Fsdp, Lora
 from rpo.data.batch import Batch
 from rpo.errors import UserError
 from rpo.losses import PairLogps
-from rpo.model import lora, shard, spread
+from rpo.model import four_bit, lora, shard, spread
 from rpo.model.attention import PACKED, register
 from rpo.model.attention import choose as choose_attention
 from rpo.model.logprobs import full_logits, response_sums, token_logps
@@ -61,6 +61,7 @@ class Policy(nn.Module):
         self.attention = attention  # of packed rows; all else goes the model's own way
         self._own_attention = lm.config._attn_implementation
         self.compute_dtype = lm.dtype
+        self.load_in_4bit = False
         self.compiled_layers = 0  # that ran as compiled code in the last forward pass
         self.neighbours: str | None = None  # what `sampling` has measured of its batches
         self.dropouts: list[nn.Module] = []  # of an adapter: on wherever a gradient is taken
@@ -158,6 +159,7 @@ def prepare(
     trainable: bool,
     attention: str = "auto",
     whole: PreTrainedModel | None = None,
+    load_in_4bit: bool = False,
 ) -> Policy:
     """`lm` as a sharded `Policy` on the mesh's device; frozen where it is a reference.
 
@@ -170,10 +172,13 @@ def prepare(
         lm.requires_grad_(False)
     softcap = getattr(lm.config.get_text_config(), "attn_logit_softcapping", None)
     backend = choose_attention(attention, torch.device(mesh.device_type), compute_dtype, softcap, attention_heads(lm))
+    if load_in_4bit:
+        for each in {id(model): model for model in (whole, lm) if model is not None}.values():
+            four_bit.quantise(each, compute_dtype, torch.device(mesh.device_type))
     if lora.named(lm):
         lora.freeze(lm, compute_dtype)
     policy = Policy(lm, compile_tiles=compile, attention=backend)
-    policy.compute_dtype = compute_dtype
+    policy.compute_dtype, policy.load_in_4bit = compute_dtype, load_in_4bit
     layers = layers_of(lm)
     if shared := shard.shared(policy, layers):
         raise UserError(
@@ -206,11 +211,12 @@ def load_policy(
     trust_remote_code: bool = False,
     fsdp: Fsdp = shard.PLAIN,
     adapter: Lora = NO_ADAPTER,
+    load_in_4bit: bool = False,
 ) -> Loaded:
     """The model at `path` (a folder or a Hub name), frozen, sharded, and ready to score and to sample.
 
     Its weights are as wide as those of a run with model.dtype=`dtype`, so that the run's checkpoints fit it, as does its `adapter`; it
-    computes in `compute` (auto: as the run did). Raises UserError: what `hf.load` refuses, naming `key`, or a `compute` wider than
+    computes in `compute` (auto: as the run did), with `load_in_4bit` on weights of four bits. Raises UserError: what `hf.load` refuses, naming `key`, or a `compute` wider than
     the weights.
     """
     from rpo.model import hf
@@ -227,7 +233,15 @@ def load_policy(
     digest, mesh = weights_digest(whole, adapter=adapter.r is None), shard.mesh(device, fsdp)
     # An evaluation's rows are padded, so no fused backend is looked for.
     policy = prepare(
-        lm, mesh, fsdp, compute_dtype=computed, compile=False, trainable=False, attention="sdpa", whole=whole
+        lm,
+        mesh,
+        fsdp,
+        compute_dtype=computed,
+        compile=False,
+        trainable=False,
+        attention="sdpa",
+        whole=whole,
+        load_in_4bit=load_in_4bit,
     )
     return Loaded(policy, digest, computed)
 

@@ -329,7 +329,9 @@ def measure_all(runs: Sequence[Run], asked: dict[str, Questions], ctx: Context) 
     print_main(_plan(runs, asked, ctx.cfg, done, len(every)))
     families: dict[tuple, list[Run]] = {}
     for run in runs:
-        families.setdefault((run.start, run.reference, run.model.dtype, str(run.model.lora)), []).append(run)
+        families.setdefault(
+            (run.start, run.reference, run.model.dtype, str(run.model.lora), run.model.load_in_4bit), []
+        ).append(run)
     values: dict[Path, list[dict]] = {}
     for family in families.values():  # models stay for all runs that share them, and then make room
         values |= _family(family, todo, asked, ctx)
@@ -364,6 +366,7 @@ def _family(
                 key=key,
                 trust_remote_code=cfg.model.trust_remote_code,
                 adapter=adapter,
+                load_in_4bit=family[0].model.load_in_4bit,
             )
             for key, source, adapter in (
                 ("reference.path", family[0].reference, NO_ADAPTER),

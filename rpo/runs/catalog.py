@@ -75,6 +75,7 @@ class Start:
     trust_remote_code: bool
     dtype: Literal["auto", "bfloat16", "float32", "float64"]
     lora: config.Lora
+    load_in_4bit: bool
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,9 @@ def typed(record: RunRecord) -> Run:
             raise UserError(f"{file}: {error}") from None
 
     # What a run allowed is no permission of this user's; older runs have no adapter.
-    model = part(Start, "model", {"lora": config.to_dict(config.NO_ADAPTER)}, trust_remote_code=False)
+    model = part(
+        Start, "model", {"lora": config.to_dict(config.NO_ADAPTER), "load_in_4bit": False}, trust_remote_code=False
+    )
     given = part(Reference, "reference").path
     source = (model.path, model.revision) if given is None else (given, None)
     loss, data = part(Loss, "loss"), part(EvalData, "data")

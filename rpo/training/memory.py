@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig
 from rpo import config
 from rpo.config import Train
 from rpo.errors import UserError
-from rpo.model import hf, shard
+from rpo.model import four_bit, hf, shard
 from rpo.model.logprobs import KEPT, TILES
 from rpo.training import trace as training_trace
 from rpo.training.trace import Sizes, Trace
@@ -93,16 +93,18 @@ def moments(cfg: Train, place: Place) -> Iterator[tuple[str, Parts]]:
     learned, of_layer, of_root, head = trained.all, trained.layer, trained.root, trained.vocabulary * sizes.width
     tokens = place.tokens or cfg.tokens_per_microbatch
     kept, working, scored = (per_token * tokens for per_token in activations(cfg, place))
+    whole, layer = whole - sizes.four_bit, layer - sizes.four_bit_layer  # whole on every rank, and never gathered
+    packed, working = four_bit.BYTES * sizes.four_bit, working + c * sizes.largest
 
     held = m / shards * (not cfg.fsdp.cpu_offload)  # of a rank's share, per parameter of the model
     reshards = cfg.fsdp.reshard_after_forward
-    weights = held * learned + held * c / m * (whole - learned)  # an adapter's base is stored as it computes
+    weights = held * learned + held * c / m * (whole - learned) + packed  # an adapter's base is stored as it computes
     state: Parts = {"weights": weights, "moments": 2 * held * learned * moment / m}
     embedded = cfg.data.train == "gold" and cfg.data.eval is not None
     another = sizes.trained is None or cfg.reference.path is not None  # else it is the base with the adapter off
     if cfg.loss.preference != "none" and (cfg.reference.kind == "live" or embedded) and another:
         # What it gathered and no backward pass frees: the root, and all where layers do not reshard.
-        state["reference"] = held * whole + c * (root if reshards else whole)
+        state["reference"] = packed + held * whole + c * (root if reshards else whole)
 
     several = place.several
     if several is None:
@@ -262,7 +264,8 @@ def place_of(cfg: Train, model: PreTrainedConfig, gpus: int, device: str = "cuda
     lengths = (pair,) * max(1, cfg.tokens_per_microbatch // sum(pair))
     adapter = cfg.model.lora
     trace = partial(training_trace.trace, model, lengths=lengths, adapter=adapter, **how)
-    return Place(gpus, device, training_trace.sizes(model, adapter), cache(trace))
+    sizes = training_trace.sizes(model, adapter, load_in_4bit=cfg.model.load_in_4bit)
+    return Place(gpus, device, sizes, cache(trace))
 
 
 def model_of(cfg: Train, given: list[str]) -> tuple[PreTrainedConfig, str]:
@@ -292,6 +295,7 @@ def table(cfg: Train, place: Place) -> str:
     tokens, share = place.tokens or cfg.tokens_per_microbatch, f" / {shards} shards" if shards > 1 else ""
     trained = place.sizes.trained
     base = f"; of the {trained.all:,} of the adapter, {c} x all others" if trained else ""
+    base += f", {four_bit.BYTES:.2f} x the {place.sizes.four_bit:,} in four bits" * (place.sizes.four_bit > 0)
     notes = {
         "weights": f"{m} bytes x parameters{share}{base}",
         "moments": f"2 x {moment} bytes x {'the adapter' if trained else 'parameters'}{share}",

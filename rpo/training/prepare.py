@@ -22,7 +22,7 @@ from rpo.data.batch import check_budget
 from rpo.data.dataset import Rows, Splits
 from rpo.data.tokenizer import check_vocabulary
 from rpo.errors import UserError, require
-from rpo.model import attention, fingerprint, hf, lora, shard, spread
+from rpo.model import attention, fingerprint, four_bit, hf, lora, shard, spread
 from rpo.model import policy as model_policy
 from rpo.model import probe as model_probe
 from rpo.model.policy import Policy
@@ -58,6 +58,8 @@ def check_machine(cfg: Train, device: torch.device) -> None:
     if cfg.fsdp.cpu_offload and device.type == "cpu":
         raise UserError("fsdp.cpu_offload=true: there is no GPU to offload from; set it to false")
     optim.check_moments(cfg.optim.state_dtype, "cpu" if cfg.fsdp.cpu_offload else device.type)
+    if cfg.model.load_in_4bit:
+        four_bit.check(device)
     if cfg.layout.kind != "padded" and cfg.layout.attention != "auto":
         attention.choose(cfg.layout.attention, device, shard.compute_dtype(cfg.model.dtype, device))
 
@@ -94,6 +96,10 @@ def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
         f"model.save_dtype={dtype} with an adapter, whose few weights stay float32; leave it auto, or set "
         "model.save_merged=true, whose folder it is for",
     )
+    require(
+        has_adapter or not cfg.model.load_in_4bit,
+        "model.load_in_4bit=true: weights of four bits cannot be trained, only an adapter on them; give model.lora.r=16",
+    )
     return configs
 
 
@@ -124,8 +130,10 @@ def check_memory(cfg: Train, config: PreTrainedConfig, device: torch.device) -> 
     moment = 2 if cfg.optim.state_dtype == "bfloat16" else master
     count = hf.count_parameters(config, trust_remote_code=cfg.model.trust_remote_code)
     has_adapter = cfg.model.lora.r is not None or (cfg.model.path and lora.found(cfg.model.path, cfg.model.revision))
-    each = compute if has_adapter else 2 * (master + moment)  # an adapter's own are few
-    needed = each * count * cfg.fsdp.replicate_degree // dist.world_size()
+    each = 2 * (master + moment)
+    if has_adapter:  # its own are few
+        each = four_bit.BYTES if cfg.model.load_in_4bit else compute
+    needed = int(each * count) * cfg.fsdp.replicate_degree // dist.world_size()
     room = dist.memory(device)
     if needed > room:
         key = "model.architecture" if cfg.model.path is None else f"model.path={cfg.model.path}"
@@ -245,6 +253,7 @@ def load(spec: Spec, data: Splits, device: torch.device) -> Prepared:
         trainable=spec.trainable,
         attention=spec.layout.attention if layout == "packed" else "sdpa",
         whole=whole,
+        load_in_4bit=spec.model.load_in_4bit,
     )
     del whole
     rows = data.train

@@ -9,7 +9,7 @@ Letters: N scored tokens, D model width; P, C, R are a pair's token counts.
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from rpo.config import NO_ADAPTER, Lora
 from rpo.data.batch import make_batch
 from rpo.data.dataset import Rows
 from rpo.errors import UserError
-from rpo.model import attention, lora, shard
+from rpo.model import attention, four_bit, lora, shard
 from rpo.model.policy import Policy, layers_of
 
 
@@ -41,6 +41,9 @@ class Sizes:
     tied: bool  # embedding and head are one
     layers: int  # how many
     trained: "Sizes | None" = None  # the part that gets gradients, where that is not all: an adapter
+    four_bit: int = 0  # those of `all` that are stored in four bits
+    four_bit_layer: int = 0  # of the largest decoder layer
+    largest: int = 0  # of one of their matrices
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def _without_data(model: PreTrainedConfig) -> Iterator[None]:
         ) from None
 
 
-def sizes(model: PreTrainedConfig, adapter: Lora = NO_ADAPTER) -> Sizes:
+def sizes(model: PreTrainedConfig, adapter: Lora = NO_ADAPTER, *, load_in_4bit: bool = False) -> Sizes:
     """What the decoder layers of `model` have, and what is outside of them. Raises UserError as `trace` does."""
     with _without_data(model):
         lm = _skeleton(model, torch.float32, adapter)
@@ -129,7 +132,14 @@ def sizes(model: PreTrainedConfig, adapter: Lora = NO_ADAPTER) -> Sizes:
         return Sizes(total, max(layers), total - sum(layers), vocabulary, head.shape[1], tied, len(layers), trained)
 
     trained = counted(True, head.shape[0] * head.requires_grad) if adapter.r is not None else None
-    return counted(False, head.shape[0], trained)
+    whole = counted(False, head.shape[0], trained)
+    if not load_in_4bit:
+        return whole
+    found = {path: linear.weight.numel() for path, linear in four_bit.linears(lm).items()}
+    layers = [
+        sum(found[path] for path in found if lm.get_submodule(path) in set(layer.modules())) for layer in layers_of(lm)
+    ]
+    return replace(whole, four_bit=sum(found.values()), four_bit_layer=max(layers), largest=max(found.values()))
 
 
 def trace(
