@@ -166,7 +166,8 @@ def shard(
     fully(root, reshard_after_forward=False)
     for module in root.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
+            if mesh.size() > 1:  # alone it is 1, and torch would divide by it into a copy of the gradients
+                module.set_gradient_divide_factor(1.0)
             # Gloo has no PREMUL_SUM, which the divide factor would otherwise be sent as.
             module.set_force_sum_reduction_for_comms(True)
 

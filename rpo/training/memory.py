@@ -85,8 +85,8 @@ def moments(cfg: Train, place: Place) -> Iterator[tuple[str, Parts]]:
     """The moments of a step's last micro-batch that can be its peak, each with the bytes of its parts on one rank.
 
     FSDP2 goes by units, a layer or the root. Gathering copies a unit at c, also at degree 1; beyond that the next one is
-    gathered ahead. Reducing copies a unit's gradients into a buffer at m and makes a share of that, at degree 1 by way
-    of a quotient; the buffer lives until the next unit is reduced.
+    gathered ahead. Reducing copies a unit's gradients into a buffer at m and makes a share of that, at degree 1
+    of several replicas by way of a quotient; the buffer lives until the next unit is reduced.
     """
     sizes, shards, (c, m, moment) = place.sizes, shards_of(cfg, place), widths(cfg, place)
     whole, layer, root, trained = sizes.all, sizes.layer, sizes.root, sizes.trained or sizes
@@ -122,7 +122,7 @@ def moments(cfg: Train, place: Place) -> Iterator[tuple[str, Parts]]:
 
     def reduction(unit: int) -> float:
         """What it takes to reduce a unit's gradients, beyond those sums that were there before."""
-        share = 2 * m if shards == 1 else m / shards
+        share = 2 * m if shards == 1 < place.gpus else m / shards
         return unit * (m + (max(0, share - m) if sums_whole else max(c, share)))
 
     # Until the last micro-batch the root stays gathered, and layers that do not reshard; before it only `sharded` reduces.
