@@ -44,12 +44,12 @@ def train(cfg: Train) -> str:
     # ---- 1. before a model is loaded: every mistake that can be seen without weights ---------------------------------
     device = dist.init(cfg.timeout + dist.GRACE, deterministic=cfg.deterministic)
     prepare.check_machine(cfg, device)
-    embedded, has_reference = cfg.data.train == "gold", cfg.loss.preference != "none"
+    embedded = cfg.data.train == "gold"
     run = RunFolder.open(cfg)
     cfg = task.resolve(cfg) if embedded else cfg  # data=gold becomes files, made on first use
     run.check_settings(cfg)
     configs = prepare.model_configs(cfg)
-    data = prepare.load_splits(cfg.data, cfg.model, pairs=has_reference, cache_dir=cfg.cache_dir)
+    data = prepare.load_splits(cfg.data, cfg.model, pairs=cfg.loss.has_pairs, cache_dir=cfg.cache_dir)
     configs = prepare.check_fit(cfg, configs, data, device, embedded=embedded)
     plan = Plan(len(data.train), cfg.batch_size, cfg.seed, cfg.epochs, cfg.max_steps)
     if run.resume:
@@ -61,7 +61,7 @@ def train(cfg: Train) -> str:
         Interrupt() as interrupt,  # outermost: status.json says how the run ended whatever arrives meanwhile
         run.recording(cfg, plan.total_steps, data) as status,
         guards.watchdog(run.path, cfg.timeout) as watch,
-        RunLog(run.path, cfg.wandb, config.to_dict(cfg), enabled=dist.is_main(), after=run.log_position) as log,
+        RunLog(run.path, cfg, enabled=dist.is_main(), after=run.log_position) as log,
         Checkpoints(run.path, cfg.checkpoint, run.resume) as checkpoints,
         ExitStack() as later,
     ):
@@ -74,8 +74,8 @@ def train(cfg: Train) -> str:
         optimizer = optim.adamw(policy.model, cfg.optim)
         meter = Meter(cfg.loss, policy.noise_floor, device)
         facts = data.facts | {"model.path": policy.identity["weights"]}
-        facts |= {"reference.path": reference.weights} if has_reference else {}
-        tensors = tensors_of(policy.model, optimizer)
+        facts |= {"reference.path": reference.weights} if cfg.loss.has_reference else {}
+        tensors = tensors_of(policy.model, optimizer, moving=reference.live if reference.every else None)
         state = TrainState(tensors, meter.sums, seed=cfg.seed, total_steps=plan.total_steps, facts=facts)
         if run.resume:
             run.resume.check_same(facts)
@@ -167,6 +167,7 @@ def train(cfg: Train) -> str:
             lr = optim.lr_at(step, plan.total_steps, cfg.optim)
             optim.step_if_finite(optimizer, state.is_bad, lr)
             optimizer.zero_grad()
+            reference.follow(policy.model, step + 1)
             # ==========================================================================================================
 
             state.step = status.step = step + 1
@@ -197,6 +198,7 @@ def train(cfg: Train) -> str:
                 raise UserError(
                     f"run_dir={run.path}: interrupted at step {state.step}, which could not be saved; free some space"
                 )
+            log.alert(f"interrupted by {status.reason} at step {state.step}; its checkpoint is saved")
             left = f"to resume, repeat the command with run_dir={run.path}"
         else:
             best = checkpoints.lay_best_over(policy.model) if cfg.model.save == "best" else None

@@ -43,7 +43,7 @@ MODELS = {  # an 11M Llama for CPUs; the shapes of SmolLM2-135M, Qwen2.5-0.5B, L
     | {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4},
 }
 BETA, MAX_GRAD_NORM, LOG_EVERY = 0.1, 1.0, 10
-DPO = Loss("sigmoid", "none", BETA, 0.0, label_smoothing=0.0, normalize=True)
+DPO = Loss("sigmoid", "none", BETA, 0.0, 0.0, normalize=False, lam=None, clip=None, gamma=None)
 
 # Is given the clipped gradient, parameter by parameter, before the optimizer's step.
 Inspect = Callable[[Iterator[tuple[str, Tensor]]], None]

@@ -31,12 +31,24 @@ Mixture = Annotated[str | list[str | Part], Field(min_length=1, description=_PAR
 
 @group
 class Loss:
-    preference: Literal["sigmoid", "ipo", "hinge", "none"]
+    preference: Literal["sigmoid", "ipo", "hinge", "robust", "dpop", "chi_po", "simpo", "cpo", "orpo", "none"]
     sft: Literal["none", "sum", "avg", "token"]
     beta: Annotated[Positive, Field(description="> 0; for pure supervised training use loss=sft")]
     eta: Annotated[float, Field(ge=0, allow_inf_nan=False, description=">= 0; the SFT term is a penalty and is added")]
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5, description="0 <= e < 0.5, the share of flipped labels")]
     normalize: bool
+    lam: Annotated[float | None, Field(ge=0, allow_inf_nan=False)]
+    clip: Positive | None
+    gamma: Annotated[float | None, Field(ge=0, allow_inf_nan=False)]
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether it compares a chosen with a rejected response."""
+        return self.preference != "none"
+
+    @property
+    def has_reference(self) -> bool:
+        return self.preference not in ("simpo", "cpo", "orpo", "none")
 
     @model_validator(mode="after")
     def _check(self) -> "Loss":
@@ -48,11 +60,25 @@ class Loss:
             self.preference != "none" or (self.sft != "none" and self.eta > 0),
             f"loss.preference=none with loss.sft={self.sft}, loss.eta={self.eta}: nothing to train on; use loss=sft",
         )
-        require(
-            self.label_smoothing == 0 or self.preference == "sigmoid",
-            f"loss.label_smoothing={self.label_smoothing} with loss.preference={self.preference}: "
-            "only sigmoid reads it; set it to 0",
-        )
+        readers = {
+            "label_smoothing": ("sigmoid", "robust"),
+            "normalize": ("sigmoid", "ipo"),
+            "lam": ("dpop",),
+            "clip": ("chi_po",),
+            "gamma": ("simpo",),
+        }
+        for name, unset in {"label_smoothing": 0, "normalize": False, "lam": None, "clip": None, "gamma": None}.items():
+            value = getattr(self, name)
+            require(
+                value == unset or self.preference in readers[name],
+                f"loss.{name}={value} with loss.preference={self.preference}: only {' and '.join(readers[name])} "
+                f"read{'s' * (len(readers[name]) == 1)} it; set it to {'null' if unset is None else str(unset).lower()}",
+            )
+        for name, reader in {"lam": "dpop", "gamma": "simpo"}.items():
+            require(
+                self.preference != reader or getattr(self, name) is not None,
+                f"loss.{name}=null with loss.preference={reader}, which needs it; use loss={reader}, or give a number",
+            )
         return self
 
 
@@ -145,9 +171,27 @@ class Data(EvalData):
 
 @group
 class Reference:
-    kind: Literal["cached", "live"]
+    kind: Literal["cached", "live", "moving"]
     path: Source | None
     cache_dir: Annotated[str, MAY_CHANGE]
+    alpha: Annotated[float | None, Field(gt=0, le=1, description="0 < alpha <= 1, or null")]
+    every: Count | None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Reference":
+        moves = self.kind == "moving"
+        for name in ("alpha", "every"):
+            value = getattr(self, name)
+            require(
+                (value is not None) == moves,
+                f"reference.{name}={'null' if value is None else value} with reference.kind={self.kind}: moving needs it and nothing "
+                f"else reads it; use reference=moving, or set reference.{name}=null",
+            )
+        require(
+            not moves or self.path is None,
+            f"reference.path={self.path} with reference=moving, which starts as the policy does; set it to null",
+        )
+        return self
 
 
 @group
@@ -212,13 +256,18 @@ class Stop:
 @group
 class Log:
     gradient_split: Annotated[int, Field(ge=0, description="0 (off) or a number of steps")]
+    tensorboard: bool
 
 
 @group
 class Wandb:
     mode: Literal["auto", "disabled", "offline", "online"]
+    entity: str | None
     project: str
     group: str | None
+    job_type: str
+    tags: list[str]
+    notes: str | None
 
 
 @group
@@ -354,19 +403,6 @@ def differences(there: dict, here: dict, apart_from: Collection[str] = (), prefi
         shown = ["null" if value is None else value for value in (a, b)]
         found += differences(a, b, apart_from, f"{key}.") if both else [f"{key}={shown[0]}, here {shown[1]}"]
     return found
-
-
-def completed(settings: dict) -> dict:
-    """A run's settings with what was not yet a key when it began, as it then was."""
-    model = {
-        "lora": asdict(NO_ADAPTER),
-        "load_in_4bit": False,
-        "save_dtype": "auto",
-        "save_merged": False,
-        "save": "last",
-    }
-    stop = {"metric": None, "patience": 3, "min_delta": 0.0}
-    return {"stop": stop} | settings | {"model": model | settings["model"]}
 
 
 def read_yaml(path: Path) -> dict:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rpo import dist
+from rpo import config, dist
 from rpo.data.tokenizer import load_tokenizer
 from rpo.errors import UserError, require
 from rpo.evals import results
@@ -39,7 +39,23 @@ PREFERENCE = {
     "sigmoid": "-log sigmoid(beta D)",
     "ipo": "(D - 1 / (2 beta))^2",
     "hinge": "max(0, 1 - beta D)",
+    "robust": "((1 - e) (-log sigmoid(beta D)) - e (-log sigmoid(-beta D))) / (1 - 2 e)",
+    "dpop": "-log sigmoid(beta (D - lam max(0, logp_ref(chosen) - logp(chosen))))",
+    "chi_po": "-log sigmoid(beta phi(z(chosen)) - beta phi(z(rejected))), z = p / p_ref, phi(z) = z + log z",
+    "simpo": "-log sigmoid(beta (logp(chosen) / its tokens - logp(rejected) / its tokens) - gamma)",
+    "cpo": "-log sigmoid(beta (logp(chosen) - logp(rejected)))",
+    "orpo": "-beta log sigmoid(log odds(chosen) - log odds(rejected)) of exp(logp / tokens)",
     "none": "",
+}
+PAPERS = {
+    "ipo": "2310.12036",
+    "hinge": "2305.10425",
+    "robust": "2403.00409",
+    "dpop": "2402.13228",
+    "chi_po": "2407.13399",
+    "simpo": "2405.14734",
+    "cpo": "2401.08417",
+    "orpo": "2403.07691",
 }
 SFT = {
     "none": "",
@@ -164,16 +180,19 @@ def card(source: Source, how: str, evaluations: Sequence[str], *, combined: bool
     lines += ["---", "", "# Model card", "", how]
     if run:
         loss, settings = run.loss, record.settings
+        per_token = "(logp(chosen) - logp_ref(chosen)) - (logp(rejected) - logp_ref(rejected))"
+        per_token += ", each divided by its response's tokens" * loss.normalize
         terms = [PREFERENCE[loss.preference], SFT[loss.sft] if loss.eta else ""]
         data = settings["data"]["train"]
         parts = [data] if isinstance(data, str) else [part if isinstance(part, str) else part["path"] for part in data]
         pairs = source.step and source.step * settings["batch_size"]
         lines += [
             "",
-            f"- Loss, mean over pairs: `{' + '.join(filter(None, terms))}`, beta {loss.beta:g}, eta {loss.eta:g}; "
-            "D = (logp(chosen) - logp_ref(chosen)) - (logp(rejected) - logp_ref(rejected)), log-probs summed over a response",
-            f"- Source: Regularized Preference Optimization (RPO), arXiv 2405.16436{'' if loss.eta else '; with eta 0 it is DPO'}",
-            f"- Start and reference: {_name(run.model.path)}, {_name(run.reference[0])}",
+            f"- Loss, mean over pairs: `{' + '.join(filter(None, terms))}`, {', '.join(_numbers(loss))}; "
+            "log-probs are sums over a response" + ("" if not loss.has_reference else f", D = {per_token}"),
+            f"- Source: {_source(loss)}",
+            f"- Start{' and reference' * loss.has_reference}: "
+            + ", ".join(map(_name, (run.model.path, run.reference[0])[: 1 + loss.has_reference])),
             f"- Data: {', '.join(map(_name, parts))}; {pairs or '?'} pairs in {source.step} steps of {settings['batch_size']}",
             f"- Learning rate {settings['optim']['lr']:g}, {settings['optim']['schedule']}; seed {settings['seed']}",
         ]
@@ -191,6 +210,21 @@ def card(source: Source, how: str, evaluations: Sequence[str], *, combined: bool
 def _name(path: str | None) -> str:
     """A Hub name as it is, of a local file or folder the last part: where it lay is nobody's business."""
     return "random weights" if path is None else Path(path).name if Path(path).expanduser().exists() else path
+
+
+def _numbers(loss: config.Loss) -> list[str]:
+    """What stands for the letters of the formula."""
+    values = {"beta": loss.beta, "eta": loss.eta, "e": loss.label_smoothing or None}
+    values |= {"lam": loss.lam, "clip": loss.clip, "gamma": loss.gamma}
+    return [f"{name} {value:g}" for name, value in values.items() if value is not None]
+
+
+def _source(loss: config.Loss) -> str:
+    """The paper of a loss other than DPO, and of RPO for all that have its SFT term."""
+    rpo = "Regularized Preference Optimization (RPO), arXiv 2405.16436"
+    if loss.preference in PAPERS:
+        return f"arXiv {PAPERS[loss.preference]}"
+    return rpo if loss.eta else f"{rpo}; with eta 0 it is DPO, arXiv 2305.18290"
 
 
 def _held_out(source: Source) -> list[str]:

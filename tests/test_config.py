@@ -21,6 +21,21 @@ PRESETS = {
     "ipo": ("ipo", "none", 0.1, 0.0),
     "hinge": ("hinge", "none", 0.1, 0.0),
     "sft": ("none", "token", None, 1.0),
+    "dpo_norm": ("sigmoid", "none", 5.0, 0.0),
+    "robust": ("robust", "none", 0.1, 0.0),
+    "dpop": ("dpop", "none", 0.3, 0.0),
+    "chi_po": ("chi_po", "none", 0.05, 0.0),
+    "simpo": ("simpo", "none", 2.0, 0.0),
+    "cpo": ("cpo", "token", 0.1, 1.0),
+    "orpo": ("orpo", "avg", 0.1, 1.0),
+}
+OWN = {
+    "ipo": {"normalize": True},
+    "dpo_norm": {"normalize": True},
+    "robust": {"label_smoothing": 0.1},
+    "dpop": {"lam": 50.0},
+    "chi_po": {"clip": 10.0},
+    "simpo": {"gamma": 1.0},
 }
 # The published hyper-parameters: what the three runs share, and what sets each apart.
 PAPER = {
@@ -144,7 +159,8 @@ def test_loss_presets(name):
     preference, sft, beta, eta = PRESETS[name]
     assert (loss.preference, loss.sft, loss.eta) == (preference, sft, eta)
     assert beta is None or loss.beta == beta
-    assert loss.label_smoothing == 0 and loss.normalize
+    own = {"normalize": False, "label_smoothing": 0, "lam": None, "clip": None, "gamma": None} | OWN.get(name, {})
+    assert {key: getattr(loss, key) for key in own} == own
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

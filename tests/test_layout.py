@@ -16,7 +16,7 @@ DOORS = {
     "pydantic": {"config", "fields"},
     "omegaconf": {"config"},
     "wandb": {"runs.log"},
-    "hydra": {"training.sweep", "training.memory", "training.command_line"},
+    "hydra": {"training.sweep", "training.memory", "training.command_line", "training.misspelt"},
     "datasets": {"data.sources"},
     "pyarrow": {"data.sources"},
     "openai": {"judging.client"},

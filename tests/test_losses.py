@@ -1,13 +1,17 @@
 """rpo.losses against hand arithmetic, closed forms, the two published implementations, and finite differences."""
 
 import math
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 
 from rpo import losses
 from rpo.config import Loss
+from rpo.errors import UserError
 from rpo.losses import PairLogps
+from tests.helpers.runs import settings
 
 
 def make_loss(**keys):
@@ -17,7 +21,10 @@ def make_loss(**keys):
         "beta": 0.1,
         "eta": 0.0,
         "label_smoothing": 0.0,
-        "normalize": True,
+        "normalize": keys.get("preference") == "ipo",
+        "lam": None,
+        "clip": None,
+        "gamma": None,
     }
     return Loss(**(defaults | keys))
 
@@ -129,11 +136,16 @@ def test_sft_forms_agree_where_lengths_are_equal():
     torch.testing.assert_close(avg, summed, rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("preference", ["sigmoid", "ipo", "hinge"])
+OWN = {"robust": {"label_smoothing": 0.2}, "dpop": {"lam": 3.0}, "chi_po": {"clip": 5.0}, "simpo": {"gamma": 0.7}}
+PREFERENCES = ["sigmoid", "ipo", "hinge", "robust", "dpop", "chi_po", "simpo", "cpo", "orpo"]
+
+
+@pytest.mark.parametrize("preference", PREFERENCES)
 @pytest.mark.parametrize("sft", ["none", "sum", "avg", "token"])
 def test_every_mix_has_the_gradient_of_its_value(preference, sft):
     """Any preference form with any SFT form: autograd equals finite differences in float64."""
-    loss = make_loss(preference=preference, sft=sft, eta=0.0 if sft == "none" else 0.7, beta=0.13)
+    own = OWN.get(preference, {})
+    loss = make_loss(preference=preference, sft=sft, eta=0.0 if sft == "none" else 0.7, beta=0.13, **own)
     base = make_pairs()
 
     def value(chosen_P, rejected_P):
@@ -152,9 +164,23 @@ def test_dtypes():
         (torch.float32, torch.float32),
         (torch.float64, torch.float64),
     ):
-        for loss in (make_loss(sft="avg", eta=0.2), make_loss(preference="ipo", sft="token", eta=1.0)):
+        others = [make_loss(preference=each, **OWN.get(each, {})) for each in PREFERENCES]
+        for loss in (make_loss(sft="avg", eta=0.2), make_loss(preference="ipo", sft="token", eta=1.0), *others):
             for term_P in losses.objective(loss, make_pairs(dtype=dtype), **counts):
                 assert term_P.dtype == wide
+
+
+@pytest.mark.parametrize("preference", PREFERENCES)
+@pytest.mark.parametrize("far", [1e5, 1e-30, 0.0])
+def test_far_and_certain_responses_stay_finite(preference, far):
+    """Log-probs of -1e5 and of 0, where a response is certain: finite losses and gradients of every form, in fp32."""
+    certain_P, far_P = torch.zeros(2, requires_grad=True), torch.tensor([-far, -1.0], requires_grad=True)
+    for sides in ((certain_P, far_P), (far_P, certain_P)):
+        for reference in (torch.zeros(2), torch.full((2,), -1e5)):
+            pairs = PairLogps(*sides, reference, reference.flip(0), torch.ones(2), torch.ones(2))
+            loss = total(make_loss(preference=preference, **OWN.get(preference, {})), pairs)
+            grads = torch.autograd.grad(loss, sides)
+            assert loss.isfinite() and all(grad.isfinite().all() for grad in grads), (loss, grads)
 
 
 def test_far_margins_stay_finite():
@@ -165,3 +191,150 @@ def test_far_margins_stay_finite():
     loss = total(make_loss(), pairs)
     loss.backward()
     assert loss.isfinite() and chosen_P.grad.isfinite().all()
+
+
+# ---- baselines: each paper's formula, in numpy ------------------------------------------------------------------------------
+
+
+def softplus(x):
+    return np.logaddexp(0, x)
+
+
+def arrays(pairs):
+    """c, r, their references and token counts, as float64 arrays."""
+    names = ("chosen_P", "rejected_P", "ref_chosen_P", "ref_rejected_P", "tokens_chosen_P", "tokens_rejected_P")
+    return [getattr(pairs, name).double().numpy() for name in names]
+
+
+def preference_of(pairs, **keys):
+    return losses.preference_loss(make_loss(**keys), pairs).numpy()
+
+
+def test_length_normalised_dpo():
+    """Tulu 3's DPO, TRL's sigmoid_norm: each side's log-ratio divided by its own tokens; with one token each it is DPO."""
+    pairs = make_pairs()
+    c, r, ref_c, ref_r, tokens_c, tokens_r = arrays(pairs)
+    expected = softplus(-5 * ((c - ref_c) / tokens_c - (r - ref_r) / tokens_r))
+    np.testing.assert_allclose(preference_of(pairs, normalize=True, beta=5.0), expected, rtol=1e-13)
+    ones = replace(pairs, tokens_chosen_P=torch.ones(7), tokens_rejected_P=torch.ones(7))
+    np.testing.assert_array_equal(preference_of(ones, normalize=True), preference_of(ones))
+
+
+def test_robust_dpo_is_unbiased():
+    """With the labels flipped with chance e its mean is DPO's loss under the true ones; e = 0 is DPO, and TRL's formula holds."""
+    pairs, e, beta = make_pairs(), 0.3, 0.2
+    flipped = PairLogps(pairs.rejected_P, pairs.chosen_P, pairs.ref_rejected_P, pairs.ref_chosen_P,
+                        pairs.tokens_rejected_P, pairs.tokens_chosen_P)  # fmt: skip
+    own = {"preference": "robust", "beta": beta, "label_smoothing": e}
+    seen = (1 - e) * preference_of(pairs, **own) + e * preference_of(flipped, **own)
+    np.testing.assert_allclose(seen, preference_of(pairs, beta=beta), rtol=1e-12)
+    c, r, ref_c, ref_r, *_ = arrays(pairs)
+    logits = beta * ((c - ref_c) - (r - ref_r))
+    theirs = (softplus(-logits) * (1 - e) - softplus(logits) * e) / (1 - 2 * e)
+    np.testing.assert_allclose(preference_of(pairs, **own), theirs, rtol=1e-12)
+    np.testing.assert_array_equal(
+        preference_of(pairs, **own | {"label_smoothing": 0.0}), preference_of(pairs, beta=beta)
+    )
+
+
+def test_dpop():
+    """Smaug's formula; chosen responses that have risen are DPO's pairs; a fallen one is pulled up beta lambda times harder."""
+    pairs, beta, lam = make_pairs(grad=True), 0.3, 50.0
+    own = {"preference": "dpop", "beta": beta, "lam": lam}
+    loss_P = losses.preference_loss(make_loss(**own), pairs)
+    loss_P.sum().backward()
+    c, r, ref_c, ref_r, *_ = arrays(detached(pairs))
+    logits = beta * (c - ref_c - (r - ref_r) - lam * np.maximum(0, ref_c - c))
+    np.testing.assert_allclose(loss_P.detach().numpy(), softplus(-logits), rtol=1e-12)
+    fell = c < ref_c
+    assert fell.any() and not fell.all()
+    np.testing.assert_allclose(pairs.chosen_P.grad, -beta * (1 + lam * fell) / (1 + np.exp(logits)), rtol=1e-12)
+    dpo = preference_of(detached(pairs), beta=beta)
+    np.testing.assert_array_equal(loss_P.detach().numpy()[~fell], dpo[~fell])
+
+
+def detached(pairs):
+    return PairLogps(*(getattr(pairs, each.name).detach() for each in fields(pairs)))
+
+
+def test_chi_po():
+    """Algorithm 1 by probabilities, not logs: the link z + log z, the clip at +-2 R_max, and no gradient beyond it."""
+    pairs, beta, clip = make_pairs(grad=True), 0.05, 0.4
+    loss_P = losses.preference_loss(make_loss(preference="chi_po", beta=beta, clip=clip), pairs)
+    loss_P.sum().backward()
+    c, r, ref_c, ref_r, *_ = arrays(detached(pairs))
+    z_c, z_r = (np.minimum(np.exp(x), math.exp(20)) for x in (c - ref_c, r - ref_r))
+    logits = beta * (z_c + c - ref_c) - beta * (z_r + r - ref_r)
+    np.testing.assert_allclose(loss_P.detach().numpy(), softplus(-np.clip(logits, -clip, clip)), rtol=1e-12)
+    beyond = np.abs(logits) > clip
+    assert beyond.any() and not beyond.all()
+    np.testing.assert_array_equal(pairs.chosen_P.grad.numpy() == 0, beyond)
+    whole = preference_of(detached(pairs), preference="chi_po", beta=beta)
+    np.testing.assert_allclose(whole, softplus(-logits), rtol=1e-12)
+
+
+def test_chi_po_meets_dpo_near_the_reference():
+    """To first order in a small shift the link is 1 + 2 log z: chi-PO with beta is DPO with 2 beta there."""
+    pairs = make_pairs()
+    near = replace(pairs, ref_chosen_P=pairs.chosen_P - 1e-7, ref_rejected_P=pairs.rejected_P + 2e-7)
+    np.testing.assert_allclose(
+        preference_of(near, preference="chi_po", beta=0.05), preference_of(near, beta=0.1), rtol=1e-13
+    )
+
+
+def test_reference_free_losses():
+    """SimPO, CPO and ORPO by their papers' formulas; no reference is read."""
+    pairs = replace(make_pairs(), ref_chosen_P=None, ref_rejected_P=None)
+    c, r, _, _, tokens_c, tokens_r = arrays(replace(pairs, ref_chosen_P=pairs.chosen_P, ref_rejected_P=pairs.chosen_P))
+    simpo = softplus(-(2.0 * c / tokens_c - 2.0 * r / tokens_r - 1.0))
+    np.testing.assert_allclose(preference_of(pairs, preference="simpo", beta=2.0, gamma=1.0), simpo, rtol=1e-12)
+    np.testing.assert_allclose(preference_of(pairs, preference="cpo"), softplus(-0.1 * (c - r)), rtol=1e-12)
+    p_c, p_r = np.exp(c / tokens_c), np.exp(r / tokens_r)
+    ratio = (p_c / (1 - p_c)) / (p_r / (1 - p_r))
+    orpo = -0.1 * np.log(1 / (1 + 1 / ratio))
+    np.testing.assert_allclose(preference_of(pairs, preference="orpo"), orpo, rtol=1e-10)
+
+
+def test_implicit_rewards():
+    """beta times the shift where there is a reference, whatever the loss makes of it; TRL's rewards where there is none."""
+    pairs = make_pairs()
+    c, r, ref_c, ref_r, tokens_c, tokens_r = arrays(pairs)
+    expected = {"simpo": (c / tokens_c, r / tokens_r), "orpo": (c / tokens_c, r / tokens_r), "cpo": (c, r)}
+    for preference in PREFERENCES:
+        loss = make_loss(preference=preference, **OWN.get(preference, {}))
+        for ours, side in zip(
+            losses.implicit_rewards(loss, pairs), expected.get(preference, (c - ref_c, r - ref_r)), strict=True
+        ):
+            np.testing.assert_allclose(ours, 0.1 * side, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            ["loss=hinge", "loss.normalize=true"],
+            "loss.normalize=True with loss.preference=hinge: only sigmoid and ipo read it",
+        ),
+        (["loss=dpo", "loss.lam=5"], "loss.lam=5.0 with loss.preference=sigmoid: only dpop reads it; set it to null"),
+        (["loss=dpop", "loss.lam=null"], "loss.lam=null with loss.preference=dpop, which needs it; use loss=dpop"),
+        (["loss.preference=simpo"], "loss.gamma=null with loss.preference=simpo, which needs it"),
+        (["loss=ipo", "loss.clip=1"], "only chi_po reads it"),
+        (["loss=dpop", "loss.label_smoothing=0.1"], "only sigmoid and robust read it; set it to 0"),
+        (
+            ["reference.alpha=0.5"],
+            "reference.alpha=0.5 with reference.kind=cached: moving needs it and nothing else reads it",
+        ),
+        (
+            ["reference=moving", "reference.every=null"],
+            "reference.every=null with reference.kind=moving: moving needs it",
+        ),
+        (
+            ["reference=moving", "reference.path=x"],
+            "reference.path=.*x with reference=moving, which starts as the policy does",
+        ),
+    ],
+)
+def test_keys_that_are_not_read_are_refused(given, words):
+    """A key of another loss or reference would do nothing, and one that is missing has no value: one line."""
+    with pytest.raises(UserError, match=words):
+        settings(*given)

@@ -116,6 +116,12 @@ def linears(lm: PreTrainedModel) -> dict[str, nn.Linear]:
     }
 
 
+def others(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers by name, save those that hold a base in four bits: they never change, and are made of it anew."""
+    own = {id(buffer) for module in model.modules() if isinstance(module, Linear4bit) for buffer in module.buffers()}
+    return {name: buffer for name, buffer in model.named_buffers() if id(buffer) not in own}
+
+
 @torch.no_grad()
 def quantise(lm: PreTrainedModel, compute_dtype: torch.dtype, device: torch.device) -> None:
     """Puts `lm`'s base, which has an adapter or is frozen, into four bits, one layer after the other, on `device`.

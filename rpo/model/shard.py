@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as torch_dist
-from torch import nn
+from torch import Tensor, nn
 
 from rpo import dist
 from rpo.config import Fsdp
@@ -193,6 +193,14 @@ def sync_gradients(root: FSDPModule, *, last: bool, fsdp: Fsdp) -> None:
     root.set_requires_gradient_sync(last or fsdp.accumulate == "sharded")
     root.set_requires_all_reduce(last)  # over replicas, of which there may be one
     root.set_reshard_after_backward(last, recurse=not fsdp.reshard_after_forward)
+
+
+def shares(root: nn.Module, *, trained: bool = False) -> list[Tensor]:
+    """This rank's share of each parameter, or of those that are `trained`."""
+    from torch.distributed.tensor import DTensor
+
+    params = [param for param in root.parameters() if param.requires_grad or not trained]
+    return [(param.to_local() if isinstance(param, DTensor) else param).detach() for param in params]
 
 
 def reshard(root: nn.Module) -> None:

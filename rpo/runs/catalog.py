@@ -17,6 +17,7 @@ from rpo.data.tokenizer import identity, load_tokenizer
 from rpo.errors import UserError
 from rpo.runs import checkpoint
 from rpo.runs import folder as run_folder
+from rpo.runs.earlier import completed_loss
 from rpo.stats import finite
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Run:
     @property
     def beta(self) -> float | None:
         """Of the implicit reward; None where the run had none."""
-        return None if self.loss.preference == "none" else self.loss.beta
+        return self.loss.beta if self.loss.has_reference else None
 
 
 def walk(specs: Sequence[str]) -> Catalog:
@@ -240,6 +241,7 @@ def typed(record: RunRecord) -> Run:
         if not isinstance(node, dict):
             raise UserError(f"{file}: {name}={node}: expected a group of keys")
         try:
+            node = completed_loss(node) if cls is Loss else node
             own = {k: v for k, v in node.items() if k in cls.__dataclass_fields__}
             return fields.build(cls, (absent or {}) | own | more, name)
         except UserError as error:
@@ -249,7 +251,7 @@ def typed(record: RunRecord) -> Run:
     model = part(
         Start, "model", {"lora": config.to_dict(config.NO_ADAPTER), "load_in_4bit": False}, trust_remote_code=False
     )
-    given = part(Reference, "reference").path
+    given = part(Reference, "reference", {"alpha": None, "every": None}).path
     source = (model.path, model.revision) if given is None else (given, None)
     loss, data = part(Loss, "loss"), part(EvalData, "data")
     return Run(record.folder, record.settings, loss, model, data, source, record.checkpoints, record.state)

@@ -20,12 +20,13 @@ from typing import Any, TextIO
 import torch
 
 from rpo import dist
-from rpo.config import Train, completed, differences, may_change, read_yaml, to_dict, to_yaml
+from rpo.config import Train, differences, may_change, read_yaml, to_dict, to_yaml
 from rpo.data.dataset import Splits
 from rpo.errors import UserError, fixable, require
 from rpo.files import write_atomic
 from rpo.runs import checkpoint
 from rpo.runs.checkpoint import Checkpoint
+from rpo.runs.earlier import completed
 from rpo.text import redacted
 
 # The first found says what a folder is.

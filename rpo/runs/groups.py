@@ -14,6 +14,7 @@ import numpy as np
 
 from rpo import stats
 from rpo.errors import UserError
+from rpo.runs.earlier import completed_loss
 
 SEEDS = ("seed", "data.gold.seed")
 # What does not change what is learnt, or only its rounding; a key stands for everything below it.
@@ -67,13 +68,16 @@ def _nameless(value: Any) -> Any:
 
 def objective(loss: dict) -> dict:
     """The keys of `loss` that its objective reads: one without SFT weight is the bare preference loss, and so on."""
-    read = dict(loss)
+    read = completed_loss(dict(loss))
     if read["sft"] == "none" or (not read["eta"] and read["preference"] != "none"):
         read |= {"sft": "none", "eta": 0.0}
-    if read["preference"] != "ipo":
+    if read["preference"] not in ("ipo", "sigmoid"):
         read.pop("normalize", None)
-    if read["preference"] != "sigmoid":
+    if read["preference"] not in ("sigmoid", "robust"):
         read.pop("label_smoothing", None)
+    for own in ("lam", "clip", "gamma"):
+        if read.get(own) is None:
+            read.pop(own, None)
     if read["preference"] == "none" and read["sft"] != "sum":
         read.pop("beta", None)
     return read
@@ -90,7 +94,19 @@ def name(loss: dict) -> str:
     """The objective in the field's words: DPO beta 0.02; RPO sum beta 0.02 eta 0.25; IPO beta 0.1; SFT."""
     read = objective(loss)
     smoothing = read.get("label_smoothing", 0)
-    preference = {"sigmoid": "cDPO" if smoothing else "DPO", "ipo": "IPO", "hinge": "SLiC", "none": "SFT"}
+    normalized = " per token" * (read["preference"] == "sigmoid" and read.get("normalize", False))
+    preference = {
+        "sigmoid": f"{'cDPO' if smoothing else 'DPO'}{normalized}",
+        "ipo": "IPO",
+        "hinge": "SLiC",
+        "robust": "robust DPO",
+        "dpop": "DPOP",
+        "chi_po": "chi-PO",
+        "simpo": "SimPO",
+        "cpo": "CPO",
+        "orpo": "ORPO",
+        "none": "SFT",
+    }
     words = [preference.get(read["preference"], read["preference"])]  # one that a user added has its own name
     if read["sft"] != "none":
         if read["preference"] == "none":
@@ -101,7 +117,9 @@ def name(loss: dict) -> str:
         words.append(f"beta {read['beta']:g}")
     if read["eta"] and (read["preference"] != "none" or read["eta"] != 1):
         words.append(f"eta {read['eta']:g}")
-    words += [f"smoothing {smoothing:g}"] * bool(smoothing) + ["of sums"] * (read.get("normalize") is False)
+    words += [f"{own} {read[own]:g}" for own in ("lam", "clip", "gamma") if own in read]
+    words += [f"smoothing {smoothing:g}"] * bool(smoothing)
+    words += ["of sums"] * (read["preference"] == "ipo" and read.get("normalize") is False)
     return " ".join(words)
 
 
@@ -130,7 +148,7 @@ def group(runs: Sequence[dict]) -> list[Group]:
         identities[key] = own
         members.setdefault(key, []).append((seeds, run))
     shown = sorted(key for key in differing(list(identities.values())) if not key.startswith("loss."))
-    kinds = ("none", "sigmoid", "ipo", "hinge")
+    kinds = ("none", "sigmoid", "ipo", "hinge", "robust", "dpop", "chi_po", "simpo", "cpo", "orpo")
     groups = []
     for key, own in identities.items():
         loss = objective(members[key][0][1]["settings"]["loss"])
@@ -145,7 +163,7 @@ def group(runs: Sequence[dict]) -> list[Group]:
             by_seeds[seeds] = run
         order = sorted(by_seeds, key=lambda seeds: tuple(math.inf if seed is None else seed for seed in seeds))
         kind = kinds.index(loss["preference"]) if loss["preference"] in kinds else len(kinds)
-        place = (kind, loss["sft"] != "none", loss["sft"], loss.get("label_smoothing", 0))
+        place = (kind, loss.get("normalize", False), loss["sft"] != "none", loss["sft"], loss.get("label_smoothing", 0))
         place += (loss.get("beta", 0), loss["eta"], label)
         groups.append((place, Group(label, loss, order, [by_seeds[seeds] for seeds in order])))
     return [group for _, group in sorted(groups, key=lambda each: each[0])]

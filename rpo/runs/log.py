@@ -1,4 +1,4 @@
-"""A run's log: metrics.jsonl and samples.jsonl always, the same in wandb where it is wanted.
+"""A run's log: metrics.jsonl and samples.jsonl always, the same in wandb and TensorBoard where they are wanted.
 
 The only module that imports wandb, and only where a run wants it.
 """
@@ -11,13 +11,14 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rpo.config import Wandb
+from rpo.config import Log, Train, Wandb, to_dict
 from rpo.errors import UserError, fixable, require
 from rpo.files import to_lines, write_atomic
-from rpo.text import redacted
+from rpo.text import first_line, redacted
 
 INIT_TIMEOUT = 20  # seconds that wandb may take to reach its server before the run continues offline
 
@@ -67,6 +68,16 @@ def _redacted_command_line() -> Iterator[None]:
 
 
 FILES = ("metrics.jsonl", "samples.jsonl")
+# What wandb's table of runs shows beside the last value, where one direction is the better.
+BEST = {"eval/rewards/accuracies": "max", "eval/gold": "max", "eval/loss/preference": "min", "eval/nll/chosen": "min"}
+
+
+def check_tensorboard(cfg: Log) -> None:
+    """Raises UserError where its files are wanted and nothing can write them."""
+    require(
+        not cfg.tensorboard or find_spec("tensorboard") is not None,
+        "log.tensorboard=true: needs tensorboard; pip install -e '.[tensorboard]'",
+    )
 
 
 class RunLog:
@@ -77,10 +88,8 @@ class RunLog:
     again, but not sent to wandb again. Another folder's files are copied.
     """
 
-    def __init__(
-        self, run_dir: Path, cfg: Wandb, settings: dict, *, enabled: bool, after: tuple[Path, dict] | None = None
-    ):
-        self.run_dir, self.enabled, self.run = run_dir, enabled, None
+    def __init__(self, run_dir: Path, cfg: Train, *, enabled: bool, after: tuple[Path, dict] | None = None):
+        self.run_dir, self.enabled, self.run, self.writer = run_dir, enabled, None, None
         if not enabled:
             return
         source, position = after or (run_dir, {"events": 0, "seconds": 0.0} | dict.fromkeys(FILES, 0))
@@ -89,8 +98,16 @@ class RunLog:
                 shutil.copyfile(path, run_dir / path.name)
         self.num_events, self.start = position["events"], time.monotonic() - position["seconds"]
         num_cut = sum(_cut(run_dir / name, position[name]) for name in FILES)
-        if (mode := wandb_mode(cfg)) != "disabled":
-            self._start(cfg, settings, mode, num_cut)
+        if cfg.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            path = run_dir / FILES[0]
+            last = max((event["step"] for event in read_jsonl(path)), default=-1) if path.exists() else -1
+            self.writer = SummaryWriter(
+                run_dir / "tensorboard", purge_step=last + 1
+            )  # what a stopped run had beyond it
+        if (mode := wandb_mode(cfg.wandb)) != "disabled":
+            self._start(cfg.wandb, to_dict(cfg), mode, num_cut)
 
     def _start(self, cfg: Wandb, settings: dict, mode: str, num_cut: int) -> None:
         import wandb
@@ -102,7 +119,8 @@ class RunLog:
         except (FileNotFoundError, ValueError):  # a new run, or a fork, or a machine that died while it was written
             earlier, sent = {"id": uuid.uuid4().hex[:8]}, self.num_events
         name = self.run_dir.name if cfg.group is None else f"{cfg.group}/{self.run_dir.name}"
-        shown = redacted({"project": cfg.project, "group": cfg.group, "name": name, "config": settings})
+        own = {key: getattr(cfg, key) for key in ("entity", "project", "group", "job_type", "tags", "notes")}
+        shown = redacted(own | {"name": name, "config": settings})
         for attempt in dict.fromkeys([mode, "offline"]):
             try:  # create_new, because a sweep makes several runs in one process
                 with _redacted_command_line():
@@ -133,13 +151,24 @@ class RunLog:
         write_atomic(kept, json.dumps({"id": self.run.id, "sent": self.num_sent}))
         self.run.define_metric("pairs")
         self.run.define_metric("*", step_metric="pairs")
+        for metric, best in BEST.items():
+            self.run.define_metric(metric, step_metric="pairs", summary=f"{best},last")
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        if kind is not None and issubclass(kind, Exception):
+            self.alert(f"ended by {kind.__name__}: {first_line(error)}")
         if self.run is not None:
             self.run.finish(exit_code=0 if kind is None else 1)
+
+    def alert(self, text: str) -> None:
+        """A message to whoever watches the run in wandb; wandb decides how it arrives."""
+        if self.run is not None:
+            self.run.alert(self.run_dir.name, redacted(text))
 
     def position(self) -> dict | None:
         """How long the log is, for a resumed run to continue it: events, seconds, bytes on disk. None on other ranks."""
@@ -154,6 +183,8 @@ class RunLog:
             return
         event = {"split": split, "step": step, "pairs": pairs, "time": round(time.monotonic() - self.start, 3)}
         self._append("metrics.jsonl", [event | values])
+        for name, value in values.items() if self.writer is not None else ():
+            self.writer.add_scalar(f"{split}/{name}", value, step, new_style=True, double_precision=True)
         self._send({"pairs": pairs, "step": step} | {f"{split}/{name}": v for name, v in values.items()})
 
     def samples(self, step: int, pairs: int, rows: list[dict[str, str]]) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from rpo import dist
-from rpo.model import lora
+from rpo.model import four_bit, lora
 
 if TYPE_CHECKING:
     from rpo.runs.checkpoint import Checkpoint
@@ -78,18 +78,22 @@ class TrainState:
         return {"rng": rng_state(), "sums": self.sums.tolist()}
 
 
-def tensors_of(policy: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Tensors:
+def tensors_of(
+    policy: nn.Module, optimizer: torch.optim.Optimizer | None = None, *, moving: nn.Module | None = None
+) -> Tensors:
     """Weights, buffers and the optimizer's state by kind/name: the live tensors themselves, each rank's share of them.
 
     Call it right after the optimizer is made, before a forward pass leaves the root gathered. Without an optimizer it is
-    the part that a log-prob depends on. Of a model with an adapter, whose base stays as it is, the adapter alone.
+    the part that a log-prob depends on. With the weights of a reference that is `moving`. Of a model with an adapter, whose base stays as it is, the adapter alone.
     """
     tensors = {}
     for name, param in lora.named(policy) or policy.named_parameters():
         tensors[f"weight/{name}"] = param.detach()
         if optimizer is not None:
             tensors |= {f"{kind}/{name}": value for kind, value in optimizer.state[param].items()}
-    tensors |= {f"buffer/{name}": buffer for name, buffer in policy.named_buffers()}
+    tensors |= {f"buffer/{name}": buffer for name, buffer in four_bit.others(policy).items()}
+    if moving is not None:
+        tensors |= {f"reference/{name}": param.detach() for name, param in moving.named_parameters()}
     # Activation checkpointing, which puts this into names, may change between starts.
     return {name.replace("_checkpoint_wrapped_module.", ""): tensor for name, tensor in tensors.items()}
 

@@ -111,7 +111,7 @@ def resolve(cfg: Train) -> Train:
             print(f"building the embedded task in {root} (once; about a minute)", flush=True)
             _make_in_subprocess("model", sft, of_model)
         _make_in_subprocess("pairs", folder, settings, copy_of=sft)
-    supervised = cfg.loss.preference == "none"
+    supervised = not cfg.loss.has_pairs
     files = ("corpus.jsonl.gz", "corpus_eval.jsonl.gz") if supervised else ("pairs.jsonl.gz", "pairs_eval.jsonl.gz")
     train, held_out = (str(folder / name) for name in files)
     if model.path is None and supervised:

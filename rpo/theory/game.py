@@ -282,7 +282,9 @@ def maximin(game: Bandit) -> Optimum:
 
 def production_loss(game: Bandit, **changes: Any) -> Loss:
     """The `loss=rpo_sum` of a training run with the game's beta and eta; `changes` replace its fields."""
-    return replace(Loss("sigmoid", "sum", game.beta, game.eta, label_smoothing=0.0, normalize=True), **changes)
+    return replace(
+        Loss("sigmoid", "sum", game.beta, game.eta, 0.0, normalize=False, lam=None, clip=None, gamma=None), **changes
+    )
 
 
 def practical_X(game: Bandit, loss: Loss) -> Callable[[Tensor], Tensor]:

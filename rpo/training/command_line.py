@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 
 from rpo.errors import UserError
 from rpo.text import in_quotes, one_line
+from rpo.training import misspelt
 
 
 def run(main: Callable[[], None], settings: type) -> None:
@@ -24,15 +25,20 @@ def run(main: Callable[[], None], settings: type) -> None:
     """
     try:
         args = get_args_parser().parse_args()
-        check(args.overrides, settings, multirun=args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
+        multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+        elsewhere = args.config_dir or args.config_path or any("hydra.searchpath" in text for text in args.overrides)
+        check(args.overrides, settings, multirun=multirun, choices=not elsewhere)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     main()
 
 
-def check(overrides: Sequence[str], settings: type, *, multirun: bool) -> None:
-    """Raises UserError for an override that Hydra cannot read, or reads as numbers or several values, with its quoted form."""
+def check(overrides: Sequence[str], settings: type, *, multirun: bool, choices: bool = True) -> None:
+    """Raises UserError for an override that Hydra cannot read, or reads as numbers or several values, with its quoted form.
+
+    Also for a key that `settings` do not have, and, with `choices`, for a file that is not in conf/.
+    """
     parser = OverridesParser.create()
     for i, text in enumerate(overrides):
         key, equals, value = text.partition("=")
@@ -51,6 +57,9 @@ def check(overrides: Sequence[str], settings: type, *, multirun: bool) -> None:
             quoted = _quoted(parser, key, value)
             fix = f": write {quoted}" if quoted else f" ({one_line(error)})"
             raise UserError(f"{text}: {why}{fix}") from None
+        misspelt.check_key(text, override, settings)
+        if choices:
+            misspelt.check_choice(text, override)
         if (
             not override.is_sweep_override()
             and _takes_text(settings, key.lstrip("+"))

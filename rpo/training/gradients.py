@@ -63,7 +63,7 @@ def gradient_split(
 
     # A pass for each: where one term is much the smaller, the whole gradient less the other's would be rounding.
     (name, sft_name, cosine_name), terms = GRADIENT_SPLIT, {}
-    if cfg.loss.preference != "none":
+    if cfg.loss.has_pairs:
         terms[name] = gradient(partial(losses.preference_loss, cfg.loss), reference)
     if cfg.loss.sft != "none" and cfg.loss.eta:
         sft = partial(losses.sft_loss, cfg.loss, step_pairs=plan.pairs, step_chosen_tokens=plan.chosen_tokens)

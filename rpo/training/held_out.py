@@ -14,7 +14,8 @@ from rpo.model.policy import Policy, score
 from rpo.model.sampling import Sampling, sample
 from rpo.synthetic import task
 from rpo.training.meter import Meter
-from rpo.training.prepare import Prepared, Reference, starts_as_reference
+from rpo.training.prepare import Prepared, starts_as_reference
+from rpo.training.reference import Reference
 
 NUM_SAMPLES = 4  # prompts answered every `sample_every` steps
 MAX_NEW_TOKENS = 128  # of those answers, where the model's context has room for them

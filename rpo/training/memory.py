@@ -70,7 +70,7 @@ def shards_of(cfg: Train, place: Place) -> int:
 
 def longest_pair(cfg: Train) -> int:
     """Tokens that a pair may have in a micro-batch: P + C + R, or two padded rows; of supervised data one row."""
-    return cfg.data.max_length * (1 if cfg.loss.preference == "none" else 2)
+    return cfg.data.max_length * (1 + cfg.loss.has_pairs)
 
 
 # ---- what a step holds, and when
@@ -102,7 +102,7 @@ def moments(cfg: Train, place: Place) -> Iterator[tuple[str, Parts]]:
     state: Parts = {"weights": weights, "moments": 2 * held * learned * moment / m}
     embedded = cfg.data.train == "gold" and cfg.data.eval is not None
     another = sizes.trained is None or cfg.reference.path is not None  # else it is the base with the adapter off
-    if cfg.loss.preference != "none" and (cfg.reference.kind == "live" or embedded) and another:
+    if cfg.loss.has_reference and (cfg.reference.kind != "cached" or embedded) and another:
         # What it gathered and no backward pass frees: the root, and all where layers do not reshard.
         state["reference"] = packed + held * whole + c * (root if reshards else whole)
 
@@ -198,7 +198,7 @@ def changes(cfg: Train, place: Place) -> list[list[Change]]:
     """What can be changed to need less, the cheapest in speed first; each with its choices, the mildest first."""
     how, num_tokens = cfg.fsdp.activation_checkpointing, cfg.tokens_per_microbatch
     stronger = {"none": ("selective", "full"), "selective": ("full",), "full": ()}[how]
-    live = cfg.loss.preference != "none" and cfg.reference.kind == "live"
+    live = cfg.loss.has_reference and cfg.reference.kind == "live"
     halves = [n for k in range(1, 20) if (n := num_tokens >> k) >= longest_pair(cfg)]
     bf16 = widths(cfg, place)[1:] == (4, 4) and place.device == "cuda" and not cfg.fsdp.cpu_offload
     found = {
@@ -258,7 +258,7 @@ def place_of(cfg: Train, model: PreTrainedConfig, gpus: int, device: str = "cuda
     Half of a pair's tokens are its prompt's. layout=auto is taken to come to packed.
     """
     unit = max(1, min(cfg.data.max_length, cfg.tokens_per_microbatch // 2) // 3)
-    pair = (2 * unit, unit, unit * (cfg.loss.preference != "none"))
+    pair = (2 * unit, unit, unit * cfg.loss.has_pairs)
     how = {"layout": "padded" if cfg.layout.kind == "padded" else "packed", "device": device}
     how["dtype"] = shard.compute_dtype(cfg.model.dtype, torch.device(device))
     lengths = (pair,) * max(1, cfg.tokens_per_microbatch // sum(pair))

@@ -18,7 +18,7 @@ from rpo import dist
 from rpo.config import Loss
 from rpo.data.schedule import StepPlan
 from rpo.errors import UserError
-from rpo.losses import PairLogps
+from rpo.losses import PairLogps, implicit_rewards, shifts
 from rpo.model.policy import Policy
 
 # Means over pairs, and means over chosen tokens; the order is that of `_sums`.
@@ -29,6 +29,8 @@ PER_PAIR_PREFERENCE = (
     "rewards/rejected",
     "rewards/margins",
     "rewards/accuracies",
+)
+PER_PAIR_REFERENCE = (
     "shift/chosen",
     "shift/rejected",
     "displacement_rate",
@@ -43,22 +45,25 @@ GOLD = ("gold", "kl", "samples/length", "samples/ended")
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
-def check_metric(key: str, metric: str | None, *, preference: bool, embedded: bool) -> None:
+def check_metric(key: str, metric: str | None, loss: Loss, *, embedded: bool) -> None:
     """Raises UserError where the setting `key` names what data.eval will not have."""
-    names = PER_PAIR_SUPERVISED + PER_CHOSEN_TOKEN[:1]
-    if preference:
-        names += PER_PAIR_PREFERENCE + PER_CHOSEN_TOKEN[1:] + (GOLD if embedded else ())
+    names = sum(_names(loss), ()) + (GOLD if embedded and loss.has_reference else ())
     if metric is not None and metric[4:] not in names:
         raise UserError(f"{key}={metric}: no such metric of data.eval; there are {', '.join(names)}")
+
+
+def _names(loss: Loss) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The means over pairs, and over chosen tokens, that a run with this loss has."""
+    per_pair = PER_PAIR_SUPERVISED + PER_PAIR_PREFERENCE * loss.has_pairs + PER_PAIR_REFERENCE * loss.has_reference
+    return per_pair, PER_CHOSEN_TOKEN[: 1 + loss.has_reference]
 
 
 class Meter:
     """Running sums of one split, on the device. `add` never waits; `read` reduces over ranks and empties it."""
 
     def __init__(self, loss: Loss, noise_floor: float, device: torch.device):
-        self.preference, self.beta, self.noise_floor = loss.preference != "none", loss.beta, noise_floor
-        self.per_pair = PER_PAIR_SUPERVISED + (PER_PAIR_PREFERENCE if self.preference else ())
-        self.per_token = PER_CHOSEN_TOKEN if self.preference else PER_CHOSEN_TOKEN[:1]
+        self.loss, self.noise_floor = loss, noise_floor
+        self.per_pair, self.per_token = _names(loss)
         self.sums = torch.zeros(2 + len(self.per_pair) + len(self.per_token), dtype=torch.float64, device=device)
 
     @torch.no_grad()
@@ -66,12 +71,14 @@ class Meter:
         chosen_P, tokens_P = pairs.chosen_P, pairs.tokens_chosen_P
         per_pair = [preference_P + sft_P, preference_P, sft_P, chosen_P]
         per_token = [-chosen_P]
-        if self.preference:
-            shift_P = chosen_P - pairs.ref_chosen_P
-            shift_rejected_P = pairs.rejected_P - pairs.ref_rejected_P
-            margin_P = shift_P - shift_rejected_P
-            per_pair += [pairs.rejected_P, self.beta * shift_P, self.beta * shift_rejected_P, self.beta * margin_P]
-            per_pair += [(margin_P > 0) + 0.5 * (margin_P == 0), shift_P, shift_rejected_P]
+        if self.loss.has_pairs:
+            reward_P, reward_rejected_P = implicit_rewards(self.loss, pairs)
+            margin_P = reward_P - reward_rejected_P
+            per_pair += [pairs.rejected_P, reward_P, reward_rejected_P, margin_P]
+            per_pair += [(margin_P > 0) + 0.5 * (margin_P == 0)]
+        if self.loss.has_reference:
+            shift_P, shift_rejected_P = shifts(pairs)
+            per_pair += [shift_P, shift_rejected_P]
             per_pair += [shift_P < -self.noise_floor * tokens_P]  # a fall within rounding is not a fall
             per_token += [shift_P]
         sums = [torch.ones_like(chosen_P), tokens_P, *per_pair, *per_token]

@@ -33,6 +33,7 @@ from rpo.text import human
 from rpo.training import meter, optim
 from rpo.training import reference as reference_cache
 from rpo.training.meter import ModelSize
+from rpo.training.reference import Reference
 from rpo.training.sweep import in_sweep, shared
 
 if TYPE_CHECKING:
@@ -49,9 +50,10 @@ load_splits = shared(dataset.load_splits)
 def check_machine(cfg: Train, device: torch.device) -> None:
     """Raises UserError for what these processes, this device or this environment cannot do."""
     log.wandb_mode(cfg.wandb)
-    preference, embedded = cfg.loss.preference != "none", cfg.data.train == "gold"
+    log.check_tensorboard(cfg.log)
+    embedded = cfg.data.train == "gold"
     for key, metric in {"checkpoint.best": cfg.checkpoint.best, "stop.metric": cfg.stop.metric}.items():
-        meter.check_metric(key, metric, preference=preference, embedded=embedded)
+        meter.check_metric(key, metric, cfg.loss, embedded=embedded)
     if cfg.batch_size < dist.world_size():
         raise UserError(f"batch_size={cfg.batch_size}: fewer pairs than the {dist.world_size()} ranks; raise it")
     shard.mesh(device, cfg.fsdp)  # its degrees must fit the world size
@@ -75,7 +77,7 @@ def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
         for key, (path, revision) in named.items()
         if path is not None
     }
-    if cfg.loss.preference != "none" and cfg.reference.path is None:
+    if cfg.loss.has_reference and cfg.reference.path is None:
         run_folder.check_starting_model(cfg.model.path)
     has_adapter = cfg.model.lora.r is not None
     if cfg.model.path is not None and (own := lora.found(cfg.model.path, cfg.model.revision)):
@@ -85,7 +87,7 @@ def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
             cfg.model.lora.r is None, f"model.lora.r={cfg.model.lora.r}: {cfg.model.path} is an adapter already; {fix}"
         )
         require(
-            cfg.loss.preference == "none" or cfg.reference.path is not None,
+            not cfg.loss.has_reference or cfg.reference.path is not None,
             f"reference.path=null with model.path={cfg.model.path}: which is an adapter on {base}, and either may be the "
             f"reference; set reference.path={cfg.model.path} (as it starts) or reference.path={base}",
         )
@@ -314,34 +316,35 @@ def restore(prepared: Prepared) -> None:
         tensor.copy_(start)
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """What a run compares its policy with: log-probs of every split, or a model; nothing without a preference."""
-
-    logps: dict[str, np.ndarray] = field(default_factory=dict)  # by split, float64 (rows, 2), where they are cached
-    reports: dict[str, dict] = field(default_factory=dict)  # by split: where they came from
-    live: Policy | None = None  # scores in the loop
-    frozen: Policy | None = None  # resident: the live one, or one for the embedded task's KL
-    layout: str = "packed"  # how rows are laid out for it
-    weights: str | None = None  # their digest
-
-
 def reference(cfg: Train, policy: Prepared, data: Splits, device: torch.device, *, embedded: bool) -> Reference:
-    """The reference of a preference run, `policy` being at its starting weights; an empty one for any other run.
+    """The reference of a run that has one, `policy` being at its starting weights; an empty one for any other run.
 
     Raises UserError: what `load` and `reference.score_rows` refuse, and where policy and live reference are the same
     weights but disagree.
     """
-    preference, cfg = cfg.loss.preference != "none", cfg.reference
+    has_reference, cfg = cfg.loss.has_reference, cfg.reference
     kl = embedded and data.eval is not None  # on the embedded task, which needs more than log-probs of rows
+    if has_reference and cfg.kind == "moving":
+        require(
+            policy.base is None,
+            "reference=moving: an adapter's reference is its base, which stands still; use live or cached",
+        )
     switched = is_own_base(policy, cfg)
-    resident = preference and not switched and (kl or cfg.kind == "live")
+    resident = has_reference and not switched and (kl or cfg.kind == "live")
     spec = policy.spec.of_reference(cfg.path)
     frozen = _frozen(spec if resident else None, data, device)
-    if not preference:
+    if not has_reference:
         return Reference()
     if switched:
         frozen = replace(policy, model=lora.Base(policy.model), identity=policy.base)
+    if cfg.kind == "moving":
+        frozen, still = load(spec, data, device), frozen  # which cells may share, and the KL is against
+        weights = frozen.identity["weights"]
+        _check_step_0(policy, frozen.model, data.train, device, layout=policy.layout)
+        shard.reshard(frozen.model)  # its own weights, not gathered ones, are part of the checkpoints
+        still = still and still.model
+        reports = {"train": {"weights": weights}}
+        return Reference({}, reports, frozen.model, still, frozen.layout, weights, cfg.alpha, cfg.every)
     if cfg.kind == "live":
         weights = frozen.identity["weights"]
         if starts_as_reference(policy.spec, cfg):  # with a cache, reading it has shown the same
@@ -433,7 +436,4 @@ def _packed_unless(reason: str | None, spec: Spec) -> str:
 
 def _tensors(policy: Policy) -> list[Tensor]:
     """This rank's share of each parameter that is trained, and the buffers (some rotary embeddings write theirs)."""
-    from torch.distributed.tensor import DTensor
-
-    params = [p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters() if p.requires_grad]
-    return [tensor.detach() for tensor in params] + list(policy.buffers())
+    return shard.shares(policy, trained=True) + list(four_bit.others(policy).values())

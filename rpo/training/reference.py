@@ -1,4 +1,4 @@
-"""The reference's log-probs on disk: one number per response token, computed once per pair and never stale.
+"""What a policy is compared with, and the reference's log-probs on disk: one number per response token, computed once per pair and never stale.
 
     CACHE_DIR/reference/KEY/facts.json   what the numbers depend on beside the tokens; KEY is its hash
     CACHE_DIR/reference/KEY/shard_*/     pairs of one chunk of a pass, each found by the hash of its tokens
@@ -17,6 +17,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from rpo.data.batch import make_batch
 from rpo.data.dataset import Rows
 from rpo.errors import UserError, fixable
 from rpo.files import key_of, read_arrays, write_arrays, write_atomic
+from rpo.model import shard
 from rpo.model.policy import Policy
 from rpo.text import human
 
@@ -39,6 +41,29 @@ CHUNK = 1024  # pairs per shard: what an interrupted pass loses at most
 RESCORED = 4  # pairs scored once more whenever a cache is used
 
 Logps = dict[int, np.ndarray]  # row -> log-probs of its chosen, then of its rejected tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What a run compares its policy with: log-probs of every split, or a model; nothing where its loss has none."""
+
+    logps: dict[str, np.ndarray] = field(default_factory=dict)  # by split, float64 (rows, 2), where they are cached
+    reports: dict[str, dict] = field(default_factory=dict)  # by split: where they came from
+    live: Policy | None = None  # scores in the loop
+    frozen: Policy | None = None  # resident: the live one, or one for the embedded task's KL
+    layout: str = "packed"  # how rows are laid out for it
+    weights: str | None = None  # their digest; of a moving one at the start
+    alpha: float = 0.0  # of a moving one
+    every: int = 0  # updates between its moves; 0: it stands still
+
+    @torch.no_grad()
+    def follow(self, policy: Policy, updates: int) -> None:
+        """Moves it after so many updates: theta_ref <- alpha theta + (1 - alpha) theta_ref (TR-DPO, arXiv 2404.09656, eq. 3)."""
+        if not self.every or updates % self.every:
+            return
+        shard.reshard(self.live)  # what it gathered is of the weights before
+        for own, other in zip(shard.shares(self.live), shard.shares(policy), strict=True):
+            own.lerp_(other, self.alpha)
 
 
 # ---- all rows
@@ -121,11 +146,11 @@ def _look_up(folder: Path, rows: Rows, found: Logps) -> np.ndarray:
     wanted: dict[bytes, list[int]] = {}
     for i in range(len(rows)):
         wanted.setdefault(_digest(rows, i), []).append(i)
-    for shard in sorted(folder.glob("shard_*")):
-        stored = read_arrays(shard)
+    for part in sorted(folder.glob("shard_*")):
+        stored = read_arrays(part)
         if stored is None:
-            print(f"reference: {shard} is damaged and removed; its pairs are scored again", flush=True)
-            shutil.rmtree(shard, ignore_errors=True)
+            print(f"reference: {part} is damaged and removed; its pairs are scored again", flush=True)
+            shutil.rmtree(part, ignore_errors=True)
             continue
         digests, lengths, logps = (stored[0][name] for name in ("digests", "lengths", "logps"))
         ends = lengths.cumsum().tolist()

@@ -31,7 +31,9 @@ from tests.helpers.rows import make_rows
 LENGTHS = [(5, 9, 4), (2, 3, 17), (8, 1, 2), (3, 12, 12), (6, 2, 7), (1, 8, 3), (4, 4, 20), (7, 15, 1)]
 VOCABULARY = 3000  # whole batches take the tiled log-probs, single pairs the naive ones (too small to tile)
 TIMEOUT = 77  # seconds; no default of torch's
-LOSS = Loss(preference="sigmoid", sft="token", beta=0.1, eta=0.3, label_smoothing=0.0, normalize=True)
+LOSS = Loss(
+    "sigmoid", "token", beta=0.1, eta=0.3, label_smoothing=0.0, normalize=False, lam=None, clip=None, gamma=None
+)
 
 
 def rows():

@@ -93,7 +93,15 @@ def test_step_zero_and_names(finished):
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
         assert all(abs(first[name]) < 1e-5 for name in ("shift/chosen", "shift/rejected", "rewards/margins"))
         assert first["displacement_rate"] == 0
-    both = {"split", "step", "pairs", "time", *meter.PER_PAIR_SUPERVISED, *meter.PER_PAIR_PREFERENCE}
+    both = {
+        "split",
+        "step",
+        "pairs",
+        "time",
+        *meter.PER_PAIR_SUPERVISED,
+        *meter.PER_PAIR_PREFERENCE,
+        *meter.PER_PAIR_REFERENCE,
+    }
     both |= set(meter.PER_CHOSEN_TOKEN)
     for event in events:
         more = set(meter.TRAIN_ONLY) - {"perf/mfu"} if event["split"] == "train" else set()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rpo.config import Train
 from rpo.errors import UserError
 from rpo.text import in_quotes
-from rpo.training import command_line
+from rpo.training import command_line, misspelt
 from tests.helpers.runs import ROOT, command, script_env, settings
 
 
@@ -128,3 +128,62 @@ def test_scripts_say_it(tmp_path):
         line = "error: data.eval=/a/b=c.jsonl: special characters need quotes within quotes: write "
         assert (done.returncode, done.stderr) == (2, line + "'data.eval=\"/a/b=c.jsonl\"'\n"), done.stderr
     assert os.listdir(tmp_path) == [] and ROOT.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr=1e-6", "lr=1e-6: no such key; did you mean optim.lr?"),
+        ("+lr=1e-6", "did you mean optim.lr?"),  # what Hydra advises
+        ("beta=.1", "did you mean loss.beta?"),
+        ("optim.learning_rate=1", "did you mean optim.lr?"),
+        ("loss.normalise=true", "did you mean loss.normalize?"),
+        ("wandb.projct=x", "did you mean wandb.project?"),
+        ("model.lora.rank=8", "no such key"),
+        ("output_dir=x", "did you mean run_dir?"),
+        ("nonsense=1", "nonsense=1: no such key; the keys here are loss, model, data"),
+        ("loss=rpo", "conf/loss has no rpo; did you mean loss=rpo_avg|rpo_sum|rpo_token?"),
+        ("loss=dpo,rp", "conf/loss has no rp; did you mean loss=rpo_avg"),
+        ("data=fils", "did you mean data=files?"),
+        ("reference=zzz", "conf/reference has no zzz; there are cached, live, moving"),
+        ("recipe=paper", "did you mean recipe=paper_beta|"),
+    ],
+)
+def test_what_is_misspelt_is_refused_with_what_was_meant(text, words):
+    """One line with the nearest real keys or choices, before Hydra prints six and advises +lr."""
+    with pytest.raises(UserError) as caught:
+        command_line.check([text], Train, multirun=True)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "loss=dpo,ipo",
+            "loss.beta=0.1",
+            "optim.betas=[0.9,0.95]",
+            "+model.architecture.vocab_size=9",
+            "~model.architecture",
+        ),
+        *(
+            "hydra.sweep.dir=x",
+            "hydra/launcher=basic",
+            "+experiment=mine",
+            "+recipe=demo",
+            "data.chat_template_kwargs.a=1",
+        ),
+        *("data.train=[{path: a.jsonl, weight: 2}]", "loss=${oc.env:LOSS}", "optim.lr=choice(1e-6,1e-5)"),
+    ],
+)
+def test_what_hydra_allows_is_let_through(text):
+    """Groups, open mappings, Hydra's own keys, what is taken away, a user's own group."""
+    command_line.check([text], Train, multirun=True)
+
+
+def test_every_key_elsewhere_is_one_here():
+    """The table of other trainers' names leads to keys and groups that are there."""
+    known = misspelt.keys(Train)
+    assert all(key in known for key in misspelt.ELSEWHERE.values())
+    assert not misspelt.ELSEWHERE.keys() & set(known)
+    assert all(misspelt.nearest(key.rpartition(".")[2], known) for key in known)

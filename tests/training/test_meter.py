@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 import wandb
 
 from rpo import config
-from rpo.config import Loss, SyntheticTask, Wandb
+from rpo.config import Loss, SyntheticTask
 from rpo.data.chat import Chat
 from rpo.data.tokenizer import encode_prompt
 from rpo.errors import UserError
@@ -35,6 +36,7 @@ from rpo.training.meter import (
     GRADIENT_SPLIT,
     PER_CHOSEN_TOKEN,
     PER_PAIR_PREFERENCE,
+    PER_PAIR_REFERENCE,
     PER_PAIR_SUPERVISED,
     TRAIN_ONLY,
     Meter,
@@ -44,12 +46,12 @@ from rpo.training.meter import (
 )
 from tests.helpers.models import make_lm, prepared
 from tests.helpers.rows import LENGTHS, make_rows, make_tokenizer
-from tests.helpers.runs import ROOT, script_env, settings, tiny_args
+from tests.helpers.runs import ROOT, run, script_env, settings, tiny_args
 from tests.helpers.wandb_file import history_of, key_of, read_wandb
 from train import train
 
 BETA, FLOOR = 0.3, 0.01
-ALWAYS = {*PER_PAIR_SUPERVISED, *PER_PAIR_PREFERENCE, *PER_CHOSEN_TOKEN}
+ALWAYS = {*PER_PAIR_SUPERVISED, *PER_PAIR_PREFERENCE, *PER_PAIR_REFERENCE, *PER_CHOSEN_TOKEN}
 
 
 # ---- the meter
@@ -70,7 +72,7 @@ def random_pairs(count, seed):
 
 
 def loss_of(preference, beta):
-    return Loss(preference=preference, sft="avg", beta=beta, eta=1.0, label_smoothing=0.0, normalize=True)
+    return Loss(preference, "avg", beta, 1.0, label_smoothing=0.0, normalize=False, lam=None, clip=None, gamma=None)
 
 
 def test_preference_means(group):
@@ -200,7 +202,11 @@ def test_performance_on_a_cpu():
 
 
 def wandb_of(mode):
-    return Wandb(mode=mode, project="rpo", group=None)
+    return settings(f"wandb.mode={mode}").wandb
+
+
+def log_of(mode, *more):
+    return settings(f"wandb.mode={mode}", *more)
 
 
 @pytest.mark.parametrize("mode", ["disabled", "offline"])
@@ -264,7 +270,7 @@ def test_what_wandb_login_writes_is_found(server, tmp_path):
     """After wandb's own login, to its default server or another that it remembers, auto is online in a new process."""
     env = {name: value for name, value in script_env(HOME=str(tmp_path)).items() if name != "NETRC"}
     login = f"import wandb; wandb.login(key='{'k' * 40}', host={server!r}, verify=False, relogin=True)"
-    ask = "from rpo.runs import log; from rpo.config import Wandb; print(log.wandb_mode(Wandb('auto', 'rpo', None)))"
+    ask = "from rpo.runs import log; from tests.helpers.runs import settings; print(log.wandb_mode(settings().wandb))"
     printed = []
     for code in (ask, login, ask):
         command = [sys.executable, "-c", code]
@@ -282,7 +288,7 @@ def test_under_an_agent_the_runs_id_is_the_agents(monkeypatch, tmp_path):
         wandb.teardown()
         position = {"events": 1, "seconds": 0.0, "metrics.jsonl": 0, "samples.jsonl": 0}
         after = None if agent == "agent001" else (tmp_path, position)
-        with log.RunLog(tmp_path, wandb_of("offline"), {}, enabled=True, after=after) as writer:
+        with log.RunLog(tmp_path, log_of("offline"), enabled=True, after=after) as writer:
             assert json.loads(kept.read_text()) == {"id": agent, "sent": 0 if after is None else 1}
             for step in (1, 2, 3):
                 writer.metrics("train", step, 8, {"loss": 1.0})
@@ -291,10 +297,58 @@ def test_under_an_agent_the_runs_id_is_the_agents(monkeypatch, tmp_path):
         assert [row["step"] for row in history_of(path)] == [1, 2, 3]
 
 
+def tensorboard_of(folder):
+    """The numbers of TensorBoard's event files by (name, step), as TensorBoard reads them, to their last digit."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install -e '.[tensorboard]')")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    read = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    return {
+        (tag, event.step): make_ndarray(event.tensor_proto).item()
+        for tag in read.Tags()["tensors"]
+        for event in read.Tensors(tag)
+    }
+
+
+def test_tensorboard_of_a_resumed_run_has_each_number_once(tiny, tmp_path):
+    """What a run wrote after its last checkpoint gives way to what the resumed one writes: the numbers are those of the files."""
+    args = ("log.tensorboard=true", "checkpoint.every=2", "optim.schedule=constant", "optim.warmup_ratio=0")
+    run(tiny, tmp_path, *args, "max_steps=3")
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000003")
+    (tmp_path / "checkpoints" / "latest").unlink()
+    run(tiny, tmp_path, *args, "max_steps=5")
+    events = log.read_jsonl(tmp_path / "metrics.jsonl")
+    losses = {(f"{event['split']}/loss", event["step"]): event["loss"] for event in events}
+    assert len(losses) == len(events)
+    assert {key: value for key, value in tensorboard_of(tmp_path / "tensorboard").items() if key in losses} == losses
+
+
+def test_without_tensorboard_its_key_is_refused(monkeypatch):
+    """One line with the command that installs it."""
+    monkeypatch.setattr(log, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"log.tensorboard=true: needs tensorboard; pip install -e '.\[tensorboard\]'"):
+        log.check_tensorboard(settings("log.tensorboard=true").log)
+
+
+def test_an_alert_says_how_a_run_ended(tmp_path, monkeypatch):
+    """A loss that is not finite, or any other error that ends a run, is an alert in wandb; a run that ends well sends none."""
+    said = []
+    with log.RunLog(tmp_path, log_of("offline"), enabled=True) as writer:
+        monkeypatch.setattr(writer.run, "alert", lambda title, text: said.append((title, text)))
+        writer.metrics("train", 1, 8, {"loss": 1.0})
+    assert not said
+    with pytest.raises(FloatingPointError), log.RunLog(tmp_path, log_of("offline"), enabled=True) as writer:
+        monkeypatch.setattr(writer.run, "alert", lambda title, text: said.append((title, text)))
+        raise FloatingPointError("the loss of step 2 is not finite")
+    assert said == [(tmp_path.name, "ended by FloatingPointError: the loss of step 2 is not finite")]
+
+
 def test_offline_run_is_all_there(tiny, tmp_path):
     """A run's .wandb file has every event of metrics.jsonl under its split's prefix, the pairs axis, group and config."""
     run_dir = tmp_path / "run"
     args = ["wandb.mode=offline", "wandb.group=sweep-7", "loss=rpo_sum", "batch_size=8", "max_steps=3", "log_every=1"]
+    args += ["log.tensorboard=true", "wandb.entity=team", "wandb.tags=[a,b]", "wandb.notes=why", "wandb.job_type=cell"]
     cfg = settings(*tiny_args(tiny), *args, "eval_every=2", "sample_every=3", f"run_dir={run_dir}")
     train(cfg)
     wandb.teardown()  # waits until the file is written
@@ -308,15 +362,25 @@ def test_offline_run_is_all_there(tiny, tmp_path):
         names[split] |= set(event)
         expected = {"pairs": num_pairs, "step": step} | {f"{split}/{name}": value for name, value in event.items()}
         assert any(expected.items() <= row.items() for row in history), (split, step)
+    scalars = tensorboard_of(run_dir / "tensorboard")
+    of_files = {
+        (f"{e['split']}/{name}", e["step"]): value
+        for e in log.read_jsonl(run_dir / "metrics.jsonl")
+        for name, value in e.items()
+        if name not in ("split", "step", "pairs", "time")
+    }
+    assert scalars == of_files
     assert names["eval"] == ALWAYS
     assert names["train"] == ALWAYS | set(TRAIN_ONLY) - {"perf/mfu"}
     assert sum(row.get("samples/_type") == "table-file" for row in history) == 2, "tables at step 0 and at the end"
 
     axes = {r.metric.name or r.metric.glob_name: r.metric.step_metric for r in records if r.HasField("metric")}
-    assert axes == {"pairs": "", "*": "pairs"}
-    (run,) = (record.run for record in records if record.HasField("run"))
-    assert (run.project, run.run_group, run.display_name) == ("rpo", "sweep-7", "sweep-7/run")
-    stored = {key_of(item): json.loads(item.value_json) for item in run.config.update}
+    assert axes == {"pairs": "", "*": "pairs"} | dict.fromkeys(log.BEST, "pairs")
+    assert set(log.BEST) <= {f"eval/{name}" for name in {*ALWAYS, *GOLD}}
+    (recorded,) = (record.run for record in records if record.HasField("run"))
+    assert (recorded.project, recorded.run_group, recorded.display_name) == ("rpo", "sweep-7", "sweep-7/run")
+    assert (recorded.entity, recorded.job_type, [*recorded.tags], recorded.notes) == ("team", "cell", ["a", "b"], "why")
+    stored = {key_of(item): json.loads(item.value_json) for item in recorded.config.update}
     resolved = config.to_dict(cfg)
     assert {key: stored[key] for key in resolved} == resolved
     assert stored["loss"]["eta"] == cfg.loss.eta and math.isclose(stored["optim"]["lr"], 1e-3)
@@ -397,7 +461,7 @@ def test_calibration_error():
 
 def test_read_jsonl_keeps_order(tmp_path):
     """Events come back in the order in which they were logged, with split, step, pairs and a time that never falls."""
-    with log.RunLog(tmp_path, wandb_of("disabled"), {}, enabled=True) as writer:
+    with log.RunLog(tmp_path, log_of("disabled"), enabled=True) as writer:
         for step in range(3):
             writer.metrics("train", step, 8 * step, {"loss": 1.0 / (step + 1)})
     events = log.read_jsonl(tmp_path / "metrics.jsonl")
@@ -421,10 +485,10 @@ def test_an_unreachable_server_does_not_end_a_run(tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(wandb, "init", no_server)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    with log.RunLog(tmp_path, wandb_of("auto"), {}, enabled=True) as writer:
+    with log.RunLog(tmp_path, log_of("auto"), enabled=True) as writer:
         writer.metrics("train", 1, 8, {"loss": 1.0})
     assert started == ["online", "offline"] and "this run is offline" in capsys.readouterr().out
     with pytest.raises(UserError, match="wandb.mode=online: Timed out"):
-        log.RunLog(tmp_path, wandb_of("online"), {}, enabled=True)
+        log.RunLog(tmp_path, log_of("online"), enabled=True)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert log.wandb_mode(wandb_of("auto")) == "disabled"
