@@ -29,6 +29,9 @@ Part = Annotated[dict[str, Any], AfterValidator(part_of_mixture)]
 Mixture = Annotated[str | list[str | Part], Field(min_length=1, description=_PARTS), AfterValidator(resolved)]
 
 
+WITHOUT_REFERENCE = ("simpo", "cpo", "orpo", "none")  # of loss.preference
+
+
 @group
 class Loss:
     preference: Literal["sigmoid", "ipo", "hinge", "robust", "dpop", "chi_po", "simpo", "cpo", "orpo", "none"]
@@ -43,12 +46,11 @@ class Loss:
 
     @property
     def has_pairs(self) -> bool:
-        """Whether it compares a chosen with a rejected response."""
         return self.preference != "none"
 
     @property
     def has_reference(self) -> bool:
-        return self.preference not in ("simpo", "cpo", "orpo", "none")
+        return self.preference not in WITHOUT_REFERENCE
 
     @model_validator(mode="after")
     def _check(self) -> "Loss":

@@ -222,6 +222,8 @@ def load_policy(
     from rpo.model import hf
     from rpo.model.fingerprint import weights_digest
 
+    if load_in_4bit:
+        four_bit.check(device)
     computed = shard.compute_dtype(dtype if compute == "auto" else compute, device)
     master = torch.promote_types(shard.compute_dtype(dtype, device), torch.float32)
     if torch.promote_types(computed, master) != master:

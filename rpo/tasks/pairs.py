@@ -3,6 +3,7 @@
 import hashlib
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from rpo.config import WITHOUT_REFERENCE
 from rpo.errors import UserError
 from rpo.evals import preference
 from rpo.evals.context import Context
@@ -54,8 +55,10 @@ def run(cfg: Eval, ctx: Context) -> Evaluation:
 def _beta(cfg: Eval, run: dict | None, path: str) -> float:
     if cfg.task.beta != "auto":
         return cfg.task.beta
-    if run is None or run["loss"]["preference"] == "none":
-        raise UserError(f"task.beta=auto: {path} has no preference run whose beta it could take; give task.beta=NUMBER")
+    if run is None or run["loss"]["preference"] in WITHOUT_REFERENCE:
+        raise UserError(
+            f"task.beta=auto: {path} has no run with a reference whose beta it could take; give task.beta=NUMBER"
+        )
     return run["loss"]["beta"]
 
 

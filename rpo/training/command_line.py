@@ -26,18 +26,19 @@ def run(main: Callable[[], None], settings: type) -> None:
     try:
         args = get_args_parser().parse_args()
         multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+        # Configs of the user's own may have groups of theirs.
         elsewhere = args.config_dir or args.config_path or any("hydra.searchpath" in text for text in args.overrides)
-        check(args.overrides, settings, multirun=multirun, choices=not elsewhere)
+        check(args.overrides, settings, multirun=multirun, names=not elsewhere)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     main()
 
 
-def check(overrides: Sequence[str], settings: type, *, multirun: bool, choices: bool = True) -> None:
+def check(overrides: Sequence[str], settings: type, *, multirun: bool, names: bool = True) -> None:
     """Raises UserError for an override that Hydra cannot read, or reads as numbers or several values, with its quoted form.
 
-    Also for a key that `settings` do not have, and, with `choices`, for a file that is not in conf/.
+    With `names` also for a key that `settings` do not have, and for a file that is not in conf/.
     """
     parser = OverridesParser.create()
     for i, text in enumerate(overrides):
@@ -57,8 +58,8 @@ def check(overrides: Sequence[str], settings: type, *, multirun: bool, choices: 
             quoted = _quoted(parser, key, value)
             fix = f": write {quoted}" if quoted else f" ({one_line(error)})"
             raise UserError(f"{text}: {why}{fix}") from None
-        misspelt.check_key(text, override, settings)
-        if choices:
+        if names:
+            misspelt.check_key(text, override, settings)
             misspelt.check_choice(text, override)
         if (
             not override.is_sweep_override()

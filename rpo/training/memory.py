@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig
 
 from rpo import config
 from rpo.config import Train
-from rpo.errors import UserError
+from rpo.errors import UserError, require
 from rpo.model import four_bit, hf, shard
 from rpo.model.logprobs import KEPT, TILES
 from rpo.training import trace as training_trace
@@ -263,6 +263,7 @@ def place_of(cfg: Train, model: PreTrainedConfig, gpus: int, device: str = "cuda
     how["dtype"] = shard.compute_dtype(cfg.model.dtype, torch.device(device))
     lengths = (pair,) * max(1, cfg.tokens_per_microbatch // sum(pair))
     adapter = cfg.model.lora
+    require(adapter.r is not None or not cfg.model.load_in_4bit, "model.load_in_4bit=true: give model.lora.r=16 too")
     trace = partial(training_trace.trace, model, lengths=lengths, adapter=adapter, **how)
     sizes = training_trace.sizes(model, adapter, load_in_4bit=cfg.model.load_in_4bit)
     return Place(gpus, device, sizes, cache(trace))

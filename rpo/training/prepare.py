@@ -79,6 +79,10 @@ def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
     }
     if cfg.loss.has_reference and cfg.reference.path is None:
         run_folder.check_starting_model(cfg.model.path)
+    require(
+        cfg.loss.has_reference or cfg.reference.path is None,
+        f"reference.path={cfg.reference.path} with loss.preference={cfg.loss.preference}: it has no reference; leave it null",
+    )
     has_adapter = cfg.model.lora.r is not None
     if cfg.model.path is not None and (own := lora.found(cfg.model.path, cfg.model.revision)):
         has_adapter, base = True, own.base_model_name_or_path

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from rpo.config import Lora
 from rpo.errors import UserError
 from rpo.model import four_bit, lora
-from rpo.model.policy import Policy
+from rpo.model.policy import Policy, load_policy
 from rpo.runs.log import read_jsonl
 from rpo.training import memory
 from tests.helpers.models import make_lm, own_logps, ragged
@@ -137,6 +137,12 @@ def test_what_cannot_be_is_refused(tiny, tmp_path, monkeypatch):
         run(tiny, tmp_path / "run", *ON, "model.dtype=float64")
     with pytest.raises(UserError, match="GPT2LMHeadModel has no linear layers"):
         four_bit.quantise(make_lm("gpt2"), torch.float32, CPU)
+
+
+def test_an_evaluation_on_a_cpu_is_refused_too(tiny):
+    """A run's own base in four bits is asked for where its checkpoints are evaluated."""
+    with pytest.raises(UserError, match="model.load_in_4bit=true on a CPU"):
+        load_policy(str(tiny / "model"), device=CPU, dtype="float32", load_in_4bit=True)
 
 
 def test_the_planner_counts_four_bits():

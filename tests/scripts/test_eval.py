@@ -217,7 +217,7 @@ def test_a_run_says_what_it_was_compared_with(tiny, tmp_path):
         ):
             evaluate(tmp_path / "no", "task=pairs", *other, *more)
         other += more
-    with pytest.raises(UserError, match="^task.beta=auto: .* has no preference run whose beta it could take"):
+    with pytest.raises(UserError, match="^task.beta=auto: .* has no run with a reference whose beta it could take"):
         evaluate(tmp_path / "no", "task=pairs", *other, f"data.eval={tiny / 'eval.jsonl.gz'}")
     with pytest.raises(UserError, match="^task=gold: no model.path is the model/ of a run with data=gold"):
         evaluate(tmp_path / "no", "task=gold", *other, f"data.eval={tiny / 'eval.jsonl.gz'}")

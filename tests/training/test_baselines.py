@@ -37,6 +37,10 @@ def test_without_a_reference_none_is_loaded_or_scored(loss, tiny, tmp_path, monk
     run(tiny, tmp_path / "half", *args, "max_steps=4")
     resumed = run(tiny, tmp_path / "half", *args, "max_steps=6")
     assert timeless(resumed)[-1] == timeless(events)[-1]
+    with pytest.raises(
+        UserError, match=f"reference.path=.* with loss.preference={loss}: it has no reference; leave it null"
+    ):
+        run(tiny, tmp_path / "path", *args, f"reference.path={tiny / 'model'}")
     with pytest.raises(UserError, match="checkpoint.best=min:shift/chosen: no such metric of data.eval"):
         run(tiny, tmp_path / "best", *args, "checkpoint.best=min:shift/chosen", "eval_every=2")
 
