@@ -288,8 +288,8 @@ def parse() -> argparse.Namespace:
     add("--sweep", type=int, metavar="K", help=f"time a sweep of K cells (1 to {len(CELLS)}) instead of steps")
     add("--sweep-steps", type=int, default=4, help="steps of each cell")
     add("--pairs-per-step", type=int, help="default 8 on a CPU, 64 on CUDA")
-    add("--warmup", type=int, default=2, help="steps that are not timed")
-    add("--steps", type=int, default=8, help="steps that are")
+    add("--warmup", type=int, help="steps that are not timed; default 2, of a large model on a CPU 1")
+    add("--steps", type=int, help="steps that are; default 8, of a large model on a CPU 3")
     add("--visits", type=int, help="where not all fit at once: how often each is built and timed; default 2, on CUDA 1")
     add("--tokens-per-microbatch", type=int, default=16_384)
     add("--activation-checkpointing", choices=("none", "selective", "full"), default="none", help="not TRL's")
@@ -309,6 +309,9 @@ def parse() -> argparse.Namespace:
     args.model = args.model or ("0.5b" if cuda else "11m")
     args.pairs_per_step = args.pairs_per_step or (64 if cuda else 8)
     args.visits = args.visits or (1 if cuda else 2)
+    slow = not cuda and args.model != "11m"  # minutes, where twice as many steps take three quarters of an hour
+    args.warmup = (1 if slow else 2) if args.warmup is None else args.warmup
+    args.steps = args.steps or (3 if slow else 8)
     chosen = args.systems or (ON_CUDA if cuda else SYSTEMS[: SYSTEMS.index(CEILING) + 1])
     twin = next((name for name in chosen if name.startswith("padded")), SYSTEMS[0])
     args.systems = list(dict.fromkeys([twin, *chosen]))
