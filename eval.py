@@ -77,5 +77,10 @@ def main(cfg) -> None:
     sweep.run_job(lambda: evaluate(sweep.placed(eval_config(cfg))))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """`rpo-eval`, and this file."""
     command_line.run(main, Eval)
+
+
+if __name__ == "__main__":
+    cli()

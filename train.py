@@ -224,5 +224,10 @@ def main(cfg) -> None:
     sweep.run_job(lambda: train(sweep.placed(config.train_config(cfg))))
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """`rpo-train`, and this file."""
     command_line.run(main, Train)
+
+
+if __name__ == "__main__":
+    cli()

@@ -361,7 +361,8 @@ def parser() -> argparse.ArgumentParser:
     return described
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """`rpo-export`, and this module."""
     try:
         dist.init()
         print(export(parser().parse_args()))
@@ -370,3 +371,7 @@ if __name__ == "__main__":
         sys.exit(2)
     finally:
         dist.shutdown()
+
+
+if __name__ == "__main__":
+    cli()

@@ -25,7 +25,6 @@ from rpo.runs.groups import Group
 from rpo.runs.process import Interrupt
 from rpo.text import in_quotes
 
-ROOT = Path(__file__).parent.parent.parent
 WORKERS = 2  # arms at once, one thread each: the model is too small for more
 DPO, RPO = ("loss=dpo", "loss.beta=0.02"), ("loss=rpo_sum", "loss.beta=0.02", "loss.eta=0.25")
 AVG = ("loss=rpo_avg", "loss.beta=0.02", "loss.eta=0.1")
@@ -78,10 +77,10 @@ _CHILDREN: set[subprocess.Popen] = set()  # that run now
 
 
 def _run(script: str, *args: str) -> None:
-    """A script of this project in a process of one thread; its output goes to our own. Raises where it fails."""
-    print("python", script, *args, flush=True)
+    """`train` or `eval` in a process of one thread; its output goes to our own. Raises where it fails."""
+    print(f"rpo-{script}", *args, flush=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, str(ROOT / script), *args], env=env) as child:
+    with subprocess.Popen([sys.executable, "-m", f"rpo.{script}", *args], env=env) as child:
         _CHILDREN.add(child)
         code = child.wait()
     _CHILDREN.remove(child)
@@ -97,13 +96,13 @@ def _train(folder: Path, arm: str, seeds: list[int]) -> None:
     overrides = ["recipe=overopt", *ARMS[arm]]
     if arm != "sft":
         # The seed is the outer loop: a sweep keeps model, data and reference from one cell to the next.
-        return _run("train.py", "-m", f"seed={','.join(map(str, seeds))}", *overrides, _at("run_dir", folder / arm))
+        return _run("train", "-m", f"seed={','.join(map(str, seeds))}", *overrides, _at("run_dir", folder / arm))
     # data=gold with loss=sft would read the corpus: here it is the chosen answers of the pairs.
     paired = {run["seed"]: run for run in map(config.read_yaml, sorted((folder / "dpo").glob("*/config.yaml")))}
     for seed in seeds:
         files = [_at(f"data.{split}", paired[seed]["data"][split]) for split in ("train", "eval")]
         model = _at("model.path", paired[seed]["model"]["path"])
-        _run("train.py", f"seed={seed}", *overrides, *files, model, _at("run_dir", folder / arm / str(seed)))
+        _run("train", f"seed={seed}", *overrides, *files, model, _at("run_dir", folder / arm / str(seed)))
 
 
 def make(folder: Path, seeds: list[int]) -> None:
@@ -111,7 +110,7 @@ def make(folder: Path, seeds: list[int]) -> None:
 
     def one(arm: str) -> None:
         _train(folder, arm, seeds)
-        _run("eval.py", "task=overopt", _at("runs", folder / arm), _at("run_dir", folder / "eval" / arm))
+        _run("eval", "task=overopt", _at("runs", folder / arm), _at("run_dir", folder / "eval" / arm))
 
     with ThreadPoolExecutor(WORKERS) as pool:
         try:

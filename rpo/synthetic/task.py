@@ -171,7 +171,7 @@ def make_model(folder: Path, settings: dict) -> None:
     overrides |= {"data.train": folder / "corpus.jsonl.gz", "data.eval": folder / "corpus_eval.jsonl.gz"}
     overrides |= {"run_dir": folder / "sft", "eval_every": 0, "wandb.mode": "disabled", "cache_dir": folder / "cache"}
     values = {key: in_quotes(str(value)) if isinstance(value, Path) else value for key, value in overrides.items()}
-    _run("train.py", *(f"{key}={value}" for key, value in (values | SFT).items()))
+    _run("-m", "rpo.train", *(f"{key}={value}" for key, value in (values | SFT).items()))
     shutil.rmtree(folder / "cache")
 
 

@@ -367,7 +367,7 @@ def plan(arguments: list[str]) -> str:
         )
     command_line.check(given, config.Train, multirun=False)
     try:
-        with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "conf"), version_base="1.3"):
+        with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
             cfg = config.train_config(compose("train", overrides=given))
     except HydraException as error:
         raise UserError(" ".join(str(error).split())) from None
@@ -391,9 +391,14 @@ def _number(name: str, text: str, kind: type) -> Any:
     return value
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """`rpo-memory`, and this module."""
     try:
         print(plan(sys.argv[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    cli()

@@ -13,7 +13,7 @@ from rpo.errors import UserError
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = Path(__file__).parents[1] / "conf"
 # What other trainers call it.
 ELSEWHERE = {
     "learning_rate": "optim.lr",
