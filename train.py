@@ -161,6 +161,7 @@ def train(cfg: Train) -> str:
                     loss = (preference_P + sft_P).sum() * (batch.weight / share.pairs)
                     # A loss that is not finite makes its gradients so, and the clipped norm tells all ranks at once.
                     (loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)).backward()
+                pairs = model_policy.since_start(pairs, batch)  # what a moving reference would hide
                 meter.add(pairs, preference_P.detach(), sft_P.detach(), batch.weight)
             grad_norm = optim.clip_grad_norm(policy.model, cfg.optim.max_grad_norm)
             state.note_bad(grad_norm)

@@ -349,7 +349,7 @@ class Train:
             "model.tokenizer=DIR to start model.architecture from random weights",
         )
         require(
-            model.path is not None or train == "gold" or self.loss.preference == "none" or self.reference.path,
+            model.path is not None or train == "gold" or not self.loss.has_reference or self.reference.path,
             "model.path=null with a preference loss: a policy with random weights has no reference; train it with "
             "loss=sft first, or give reference.path",
         )

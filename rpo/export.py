@@ -39,15 +39,18 @@ PREFERENCE = {
     "sigmoid": "-log sigmoid(beta D)",
     "ipo": "(D - 1 / (2 beta))^2",
     "hinge": "max(0, 1 - beta D)",
+    "cdpo": "-(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D)",
     "robust": "((1 - e) (-log sigmoid(beta D)) - e (-log sigmoid(-beta D))) / (1 - 2 e)",
     "dpop": "-log sigmoid(beta (D - lam max(0, logp_ref(chosen) - logp(chosen))))",
-    "chi_po": "-log sigmoid(beta phi(z(chosen)) - beta phi(z(rejected))), z = p / p_ref, phi(z) = z + log z",
+    "chi_po": "-log sigmoid(clip(beta phi(z(chosen)) - beta phi(z(rejected)))), z = p / p_ref, phi(z) = z + log z",
     "simpo": "-log sigmoid(beta (logp(chosen) / its tokens - logp(rejected) / its tokens) - gamma)",
     "cpo": "-log sigmoid(beta (logp(chosen) - logp(rejected)))",
     "orpo": "-beta log sigmoid(log odds(chosen) - log odds(rejected)) of exp(logp / tokens)",
     "none": "",
 }
 PAPERS = {
+    "sigmoid": "2305.18290 (DPO)",
+    "per_token": "2411.15124",
     "ipo": "2310.12036",
     "hinge": "2305.10425",
     "robust": "2403.00409",
@@ -182,7 +185,8 @@ def card(source: Source, how: str, evaluations: Sequence[str], *, combined: bool
         loss, settings = run.loss, record.settings
         per_token = "(logp(chosen) - logp_ref(chosen)) - (logp(rejected) - logp_ref(rejected))"
         per_token += ", each divided by its response's tokens" * loss.normalize
-        terms = [PREFERENCE[loss.preference], SFT[loss.sft] if loss.eta else ""]
+        form = PREFERENCE["cdpo" if loss.preference == "sigmoid" and loss.label_smoothing else loss.preference]
+        terms = [form, SFT[loss.sft] if loss.eta else ""]
         data = settings["data"]["train"]
         parts = [data] if isinstance(data, str) else [part if isinstance(part, str) else part["path"] for part in data]
         pairs = source.step and source.step * settings["batch_size"]
@@ -196,6 +200,13 @@ def card(source: Source, how: str, evaluations: Sequence[str], *, combined: bool
             f"- Data: {', '.join(map(_name, parts))}; {pairs or '?'} pairs in {source.step} steps of {settings['batch_size']}",
             f"- Learning rate {settings['optim']['lr']:g}, {settings['optim']['schedule']}; seed {settings['seed']}",
         ]
+        reference = settings["reference"]
+        if reference["kind"] == "moving":
+            lines.append(
+                f"- The reference moved: every {reference['every']} updates it became {reference['alpha']:g} policy + "
+                f"{1 - reference['alpha']:g} itself (arXiv 2404.09656); rewards and shifts are against the start"
+            )
+        lines += ["- The base was in 4 bits (NF4) in training"] * settings["model"].get("load_in_4bit", False)
         cfg = settings["model"].get("lora") or {}
         lines += [f"- LoRA of rank {cfg['r']}, alpha {cfg['alpha'] or 2 * cfg['r']}"] if cfg.get("r") else []
         lines += [] if combined else _held_out(source)
@@ -214,17 +225,19 @@ def _name(path: str | None) -> str:
 
 def _numbers(loss: config.Loss) -> list[str]:
     """What stands for the letters of the formula."""
-    values = {"beta": loss.beta, "eta": loss.eta, "e": loss.label_smoothing or None}
+    has_e = loss.preference == "robust" or loss.label_smoothing
+    values = {"beta": loss.beta, "eta": loss.eta, "e": loss.label_smoothing if has_e else None}
     values |= {"lam": loss.lam, "clip": loss.clip, "gamma": loss.gamma}
     return [f"{name} {value:g}" for name, value in values.items() if value is not None]
 
 
 def _source(loss: config.Loss) -> str:
-    """The paper of a loss other than DPO, and of RPO for all that have its SFT term."""
-    rpo = "Regularized Preference Optimization (RPO), arXiv 2405.16436"
-    if loss.preference in PAPERS:
-        return f"arXiv {PAPERS[loss.preference]}"
-    return rpo if loss.eta else f"{rpo}; with eta 0 it is DPO, arXiv 2305.18290"
+    """The paper of the preference term, and RPO's where DPO's stands beside an SFT term."""
+    if loss.preference == "none":
+        return "supervised fine-tuning"
+    if loss.preference == "sigmoid" and loss.eta:
+        return "Regularized Preference Optimization (RPO), arXiv 2405.16436"
+    return f"arXiv {PAPERS['per_token' if loss.preference == 'sigmoid' and loss.normalize else loss.preference]}"
 
 
 def _held_out(source: Source) -> list[str]:

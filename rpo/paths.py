@@ -25,6 +25,15 @@ def resolved(spec: Any, *, follow: bool = False) -> Any:
     return os.path.abspath(path) if glob.glob(path, recursive=True) else spec
 
 
+def expanded(spec: str | list[str] | None) -> str | list[str] | None:
+    """Each pattern of local folders (outputs/*/model) as those that it matches; one folder of one pattern is a string."""
+    if isinstance(spec, list):
+        parts = map(expanded, spec)
+        return [path for part in parts for path in (part if isinstance(part, list) else [part])]
+    found = sorted(glob.glob(os.path.expanduser(spec), recursive=True)) if spec and glob.has_magic(spec) else []
+    return spec if not found else found[0] if len(found) == 1 else found
+
+
 def part_of_mixture(part: dict[str, Any]) -> dict[str, Any]:
     """{path, weight}; without a weight it is 1. Raises ValueError for anything else."""
     path, weight = part.get("path"), part.get("weight", 1)

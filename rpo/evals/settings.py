@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from rpo import config, fields
 from rpo.config import EvalData
 from rpo.errors import UserError, require
-from rpo.fields import MAY_CHANGE, Count, Field, Seed, group
+from rpo.fields import MAY_CHANGE, AfterValidator, Count, Field, Seed, group
 from rpo.judging.settings import Judge, Server
-from rpo.paths import resolved
+from rpo.paths import expanded, resolved
 
 # Fields that several tasks have.
 Limit = Count | None  # null: all
@@ -37,7 +37,7 @@ class Answers:
 
 @group
 class EvalModel:
-    path: Listed | None
+    path: Annotated[Listed | None, AfterValidator(expanded)]
     revision: str | None
     tokenizer: str | None
     trust_remote_code: bool

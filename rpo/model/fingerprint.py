@@ -50,7 +50,7 @@ def identity(weights: str, policy: Policy, *, compute_dtype: torch.dtype, device
         "config": computed(json.loads(policy.lm.config.to_json_string(use_diff=False))),
         "compute_dtype": str(compute_dtype).removeprefix("torch."),
         "layout": layout,
-        **({"base": "nf4"} if policy.load_in_4bit else {}),
+        **({"base": f"nf4 by bitsandbytes {version('bitsandbytes')}"} if policy.load_in_4bit else {}),
         "attention": policy.attention if layout == "packed" else "the model's own",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "torch": torch.__version__,

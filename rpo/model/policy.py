@@ -6,6 +6,7 @@ Letters: B rows, T tokens of a row, N scored tokens, D model width, V vocabulary
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -246,6 +247,14 @@ def load_policy(
         load_in_4bit=load_in_4bit,
     )
     return Loaded(policy, digest, computed)
+
+
+def since_start(pairs: PairLogps, batch: Batch) -> PairLogps:
+    """The pairs beside the reference's log-probs that the batch carries, where it does: those of a moving one's start."""
+    if batch.ref_S is None:
+        return pairs
+    ref_chosen_P, ref_rejected_P = batch.ref_S.split(batch.num_pairs)
+    return replace(pairs, ref_chosen_P=ref_chosen_P, ref_rejected_P=ref_rejected_P)
 
 
 def score(policy: Policy, reference: Policy | None, batch: Batch) -> PairLogps:

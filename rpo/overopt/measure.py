@@ -131,7 +131,7 @@ def _pairs(
         with dist.main_first():  # rank 0 tokenises into the cache, the others read it
             rows, _ = dataset.load(spec, read_as, tokenizer, pairs=True, cache_dir=Path(cfg.cache_dir).expanduser())
     except UserError as error:
-        if run.beta is None:
+        if not run.loss.has_pairs:
             return None
         raise UserError(f"{error}; task.pairs=0 leaves held-out pairs out") from None
     return rows.head(cfg.task.pairs or len(rows))

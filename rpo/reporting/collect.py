@@ -282,7 +282,7 @@ def _data_apart(runs: Sequence[RunRecord]) -> list[str]:
 
 def shortened(labels: list[str]) -> tuple[list[str], list[str]]:
     """(labels without the settings that all of them have, these settings): of "DPO beta 0.1" and the like."""
-    settings = [re.findall(r" ((?:beta|eta|smoothing) \S+|\S+=\S+)", label) for label in labels]
+    settings = [re.findall(r" ((?:beta|eta|smoothing|lam|clip|gamma) \S+|\S+=\S+)", label) for label in labels]
     common = [part for part in settings[0] if all(part in own for own in settings)] if len(labels) > 1 else []
     short = labels
     for part in common:

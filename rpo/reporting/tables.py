@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rpo.config import WITHOUT_REFERENCE
 from rpo.evals import pairing
 from rpo.reporting import eval_verdicts, figures, run_verdicts
 from rpo.reporting.collect import Group, Member, Report, Results, compared, mean_and_error, shortened
@@ -72,6 +73,12 @@ def _text(value: Any) -> str:
 # ---- the first screen's
 
 
+def _of_likelihood(arm: Group) -> bool:
+    """Whether its accuracy is by likelihood alone, which is none beside those against a reference."""
+    preference = arm.members[0].settings.get("loss", {}).get("preference")
+    return preference in WITHOUT_REFERENCE and arm.end("shift/chosen") is None
+
+
 def arms(report: Report) -> Table | None:
     """A row per arm; without runs a row per model. Columns that nobody has are left out."""
     if not report.groups:
@@ -81,7 +88,9 @@ def arms(report: Report) -> Table | None:
         "Gold": column(gold),
         "Drop": column(list(map(_drop, report.groups))),
         "Win rate": column(_win_rates(report), unit="%"),
-        "Accuracy": column([None if any(gold) else arm.end("rewards/accuracies") for arm in report.groups]),
+        "Accuracy": column(
+            [None if any(gold) or _of_likelihood(arm) else arm.end("rewards/accuracies") for arm in report.groups]
+        ),
         "KL": column([arm.end("kl") for arm in report.groups]),
         "Chosen shift": column([arm.end("shift/chosen") for arm in report.groups]),
     }

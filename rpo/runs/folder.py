@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import torch
 
 from rpo import dist
-from rpo.config import Train, differences, may_change, read_yaml, to_dict, to_yaml
+from rpo.config import WITHOUT_REFERENCE, Train, differences, may_change, read_yaml, to_dict, to_yaml
 from rpo.data.dataset import Splits
 from rpo.errors import UserError, fixable, require
 from rpo.files import write_atomic
@@ -171,8 +171,7 @@ def _check_settings(folder: Path, cfg: Train, *, fork: bool = False) -> None:
     there = read_yaml(path)
     if not isinstance(there, dict) or not there.keys() & here.keys():
         raise UserError(f"run_dir={folder}: already holds a run (config.yaml) of another kind; use another folder")
-    if isinstance(there.get("model"), dict):
-        there = completed(there)
+    there = completed(there)
     if found := differences(there, here, may_change(Train)):
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         fix = "give its settings" if fork else "give its settings, or another run_dir"
@@ -195,7 +194,13 @@ def settings_of(model: str | None) -> dict | None:
 def check_starting_model(model: str | None) -> None:
     """Raises UserError where the weights at model.path cannot silently become the reference: a preference run's own."""
     made_by = settings_of(model)
-    if made_by is not None and made_by["loss"]["preference"] != "none":
+    preference = made_by["loss"]["preference"] if made_by is not None else "none"
+    if preference in WITHOUT_REFERENCE and preference != "none":
+        raise UserError(
+            f"reference.path=null with model.path={model}: a {preference} run made it, which had no reference; give reference.path: "
+            "the model that it started from, or model.path again"
+        )
+    if preference != "none":
         raise UserError(
             f"reference.path=null with model.path={model}: a preference run made it, and its weights are not that run's "
             "reference; give reference.path, the run's own to continue it, or model.path again for a new round"

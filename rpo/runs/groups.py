@@ -14,7 +14,7 @@ import numpy as np
 
 from rpo import stats
 from rpo.errors import UserError
-from rpo.runs.earlier import completed_loss
+from rpo.runs.earlier import completed, completed_loss
 
 SEEDS = ("seed", "data.gold.seed")
 # What does not change what is learnt, or only its rounding; a key stands for everything below it.
@@ -47,7 +47,7 @@ def flat(settings: dict, prefix: str = "") -> dict[str, Any]:
 
 def differing(settings: Sequence[dict]) -> list[str]:
     """The keys whose values are not the same in all of these settings, in the order that they first stand in."""
-    flats = [flat(each) for each in settings]
+    flats = [flat(completed(each)) for each in settings]
     keys = dict.fromkeys(key for each in flats for key in each)
     return [key for key in keys if len({repr(_nameless(each.get(key))) for each in flats}) > 1]
 
@@ -85,7 +85,7 @@ def objective(loss: dict) -> dict:
 
 def identity(settings: dict) -> tuple[dict[str, Any], tuple]:
     """(what makes two runs one group: every key but those ignored; the seeds of this one)."""
-    known = flat(settings | {"loss": objective(settings["loss"])})
+    known = flat(completed(settings) | {"loss": objective(settings["loss"])})
     kept = {key: _nameless(value) for key, value in known.items() if not _is_ignored(key)}
     return kept, tuple(known.get(seed) for seed in SEEDS)
 

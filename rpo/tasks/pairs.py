@@ -11,6 +11,7 @@ from rpo.evals.results import Evaluation, Item
 from rpo.evals.settings import Eval, Limit, check_subjects
 from rpo.fields import Field, Positive, group
 from rpo.files import short_hash
+from rpo.runs.earlier import completed_loss
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +59,10 @@ def _beta(cfg: Eval, run: dict | None, path: str) -> float:
     if run is None or run["loss"]["preference"] in WITHOUT_REFERENCE:
         raise UserError(
             f"task.beta=auto: {path} has no run with a reference whose beta it could take; give task.beta=NUMBER"
+        )
+    if run["loss"]["preference"] == "sigmoid" and completed_loss(run["loss"])["normalize"]:
+        raise UserError(
+            f"task.beta=auto: {path} is of a loss per token, whose beta is none of sums; give task.beta=NUMBER"
         )
     return run["loss"]["beta"]
 

@@ -71,6 +71,8 @@ def check(overrides: Sequence[str], settings: type, *, multirun: bool, names: bo
             continue
         if os.path.exists(os.path.expanduser(value)):
             raise UserError(f"{text}: a comma separates the values of a sweep; write {_quoted(parser, key, value)}")
+        if not multirun and _takes_only_lists(settings, key):
+            raise UserError(f"{text}: expected a list; write {key}=[{value}]")
         if not multirun:
             raise UserError(
                 f"{text}: several values make a sweep: add -m, or for one value write {_quoted(parser, key, value)}"
@@ -124,8 +126,24 @@ def _in_quotes(parser: OverridesParser, element: str, *, is_text: bool) -> str:
     return in_quotes(element) if is_other else element
 
 
-def _takes_text(hint: Any, key: str) -> bool:
-    """Whether the value of `key`, or an element of it, is a text and no number, by the group `hint`'s own fields."""
+def _hint_of(settings: Any, key: str) -> Any:
+    """The type of `key` by the fields of the group `settings`; None for one that it does not have."""
     for name in key.split("."):
-        hint = typing.get_type_hints(hint).get(name) if is_dataclass(hint) else None
+        settings = typing.get_type_hints(settings).get(name) if is_dataclass(settings) else None
+    return settings
+
+
+def _takes_only_lists(settings: Any, key: str) -> bool:
+    hint = _hint_of(settings, key)
+    kinds = (
+        [hint]
+        if typing.get_origin(hint) in (list, tuple)
+        else [k for k in typing.get_args(hint) if k is not type(None)]
+    )
+    return bool(kinds) and all(typing.get_origin(kind) in (list, tuple) for kind in kinds)
+
+
+def _takes_text(settings: Any, key: str) -> bool:
+    """Whether the value of `key`, or an element of it, is a text and no number."""
+    hint = _hint_of(settings, key)
     return any(one is str or str in typing.get_args(one) for one in (hint, *typing.get_args(hint)))

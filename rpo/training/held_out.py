@@ -10,7 +10,7 @@ from rpo.data.chat import Chat
 from rpo.data.dataset import Splits
 from rpo.data.loader import own_share
 from rpo.data.tokenizer import stop_ids
-from rpo.model.policy import Policy, score
+from rpo.model.policy import Policy, score, since_start
 from rpo.model.sampling import Sampling, sample
 from rpo.synthetic import task
 from rpo.training.meter import Meter
@@ -70,7 +70,7 @@ class HeldOut:
             batch = make_batch(self.rows, members, self.layout, weight=weight).to(self.device)
             pairs = score(self.policy, self.reference.live, batch)
             terms = losses.objective(self.cfg.loss, pairs, step_pairs=plan.pairs, step_chosen_tokens=plan.chosen_tokens)
-            self.meter.add(pairs, *terms, weight)
+            self.meter.add(since_start(pairs, batch), *terms, weight)
         scores = self.meter.read()
         if self.gold is not None:
             scores |= task.evaluate(

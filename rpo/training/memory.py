@@ -104,7 +104,8 @@ def moments(cfg: Train, place: Place) -> Iterator[tuple[str, Parts]]:
     another = sizes.trained is None or cfg.reference.path is not None  # else it is the base with the adapter off
     if cfg.loss.has_reference and (cfg.reference.kind != "cached" or embedded) and another:
         # What it gathered and no backward pass frees: the root, and all where layers do not reshard.
-        state["reference"] = packed + held * whole + c * (root if reshards else whole)
+        both = 2 if cfg.reference.kind == "moving" and embedded else 1  # KL is against one that stands still
+        state["reference"] = both * (packed + held * whole + c * (root if reshards else whole))
 
     several = place.several
     if several is None:

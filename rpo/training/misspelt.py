@@ -70,7 +70,10 @@ def check_choice(text: str, override: Override) -> None:
     if override.is_sweep_override():
         values = list(override.sweep_string_iterator()) if override.is_choice_sweep() else []
     there = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    if values == [None] and group != "recipe":
+        raise UserError(f"{text}: expected one of conf/{group}: {', '.join(there)}")
     for value in values:
+        value = value.removesuffix(".yaml") if isinstance(value, str) else value
         if isinstance(value, str) and "$" not in value and value not in there:
             near = [name for name in there if name.startswith(value)] or difflib.get_close_matches(value, there, 3)
             hint = f"did you mean {group}={'|'.join(near)}?" if near else f"there are {', '.join(there)}"

@@ -83,7 +83,11 @@ def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
         cfg.loss.has_reference or cfg.reference.path is None,
         f"reference.path={cfg.reference.path} with loss.preference={cfg.loss.preference}: it has no reference; leave it null",
     )
-    has_adapter = cfg.model.lora.r is not None
+    moves, has_adapter = cfg.reference.kind == "moving", cfg.model.lora.r is not None
+    require(
+        cfg.loss.has_reference or not moves,
+        f"reference=moving with loss.preference={cfg.loss.preference}: it has no reference; leave it out",
+    )
     if cfg.model.path is not None and (own := lora.found(cfg.model.path, cfg.model.revision)):
         has_adapter, base = True, own.base_model_name_or_path
         fix = "leave it null to train that on, or merge it (python -m rpo.export) to start a new one"
@@ -95,6 +99,10 @@ def model_configs(cfg: Train) -> dict[str, PreTrainedConfig]:
             f"reference.path=null with model.path={cfg.model.path}: which is an adapter on {base}, and either may be the "
             f"reference; set reference.path={cfg.model.path} (as it starts) or reference.path={base}",
         )
+    require(
+        not (moves and has_adapter),
+        "reference=moving: an adapter's reference is its base, which stands still; use live or cached",
+    )
     merged, dtype = cfg.model.save_merged, cfg.model.save_dtype
     require(has_adapter or not merged, "model.save_merged=true: there is no adapter; give model.lora.r=16")
     require(
@@ -139,7 +147,10 @@ def check_memory(cfg: Train, config: PreTrainedConfig, device: torch.device) -> 
     each = 2 * (master + moment)
     if has_adapter:  # its own are few
         each = four_bit.BYTES if cfg.model.load_in_4bit else compute
-    needed = int(each * count) * cfg.fsdp.replicate_degree // dist.world_size()
+    sharers = (
+        1 if cfg.model.load_in_4bit else dist.world_size() // cfg.fsdp.replicate_degree
+    )  # four bits are whole on each
+    needed = int(each * count) // sharers
     room = dist.memory(device)
     if needed > room:
         key = "model.architecture" if cfg.model.path is None else f"model.path={cfg.model.path}"
@@ -328,11 +339,6 @@ def reference(cfg: Train, policy: Prepared, data: Splits, device: torch.device, 
     """
     has_reference, cfg = cfg.loss.has_reference, cfg.reference
     kl = embedded and data.eval is not None  # on the embedded task, which needs more than log-probs of rows
-    if has_reference and cfg.kind == "moving":
-        require(
-            policy.base is None,
-            "reference=moving: an adapter's reference is its base, which stands still; use live or cached",
-        )
     switched = is_own_base(policy, cfg)
     resident = has_reference and not switched and (kl or cfg.kind == "live")
     spec = policy.spec.of_reference(cfg.path)
@@ -341,14 +347,6 @@ def reference(cfg: Train, policy: Prepared, data: Splits, device: torch.device, 
         return Reference()
     if switched:
         frozen = replace(policy, model=lora.Base(policy.model), identity=policy.base)
-    if cfg.kind == "moving":
-        frozen, still = load(spec, data, device), frozen  # which cells may share, and the KL is against
-        weights = frozen.identity["weights"]
-        _check_step_0(policy, frozen.model, data.train, device, layout=policy.layout)
-        shard.reshard(frozen.model)  # its own weights, not gathered ones, are part of the checkpoints
-        still = still and still.model
-        reports = {"train": {"weights": weights}}
-        return Reference({}, reports, frozen.model, still, frozen.layout, weights, cfg.alpha, cfg.every)
     if cfg.kind == "live":
         weights = frozen.identity["weights"]
         if starts_as_reference(policy.spec, cfg):  # with a cache, reading it has shown the same
@@ -358,8 +356,14 @@ def reference(cfg: Train, policy: Prepared, data: Splits, device: torch.device, 
     looked_up = _look_up(cfg, spec, _Borrowed(policy.spec, weakref.ref(policy)), data, device)
     logps = {name: sums for name, (sums, _) in looked_up.items()}
     reports = {name: report for name, (_, report) in looked_up.items()}
-    model = frozen.model if frozen else None
-    return Reference(logps, reports, None, model, policy.layout, reports["train"]["weights"])
+    model, weights = frozen.model if frozen else None, reports["train"]["weights"]
+    if cfg.kind != "moving":
+        return Reference(logps, reports, None, model, policy.layout, weights)
+    moving = load(spec, data, device)  # not that which cells may share, and KL is against
+    layout = "padded" if "padded" in (policy.layout, moving.layout) else "packed"
+    _check_step_0(policy, moving.model, data.train, device, layout=layout)
+    shard.reshard(moving.model)  # its own weights, not gathered ones, are part of the checkpoints
+    return Reference(logps, reports, moving.model, model, moving.layout, weights, cfg.alpha, cfg.every)
 
 
 def is_own_base(policy: Prepared, cfg: config.Reference) -> bool:

@@ -69,6 +69,33 @@ def test_seeds_and_paths_make_one_group():
     assert group.runs == [runs[2], runs[1], runs[0]]
 
 
+def test_a_run_of_an_earlier_version_is_one_of_the_group():
+    """Keys that came later are taken as they then were: seeds of one study that outlived an update stay one arm."""
+    now = {"lam": None, "clip": None, "gamma": None, "normalize": False}
+    new = make_run(1, loss=now, model=make_run(1)["settings"]["model"] | {"load_in_4bit": False})
+    new["settings"]["reference"] |= {"alpha": None, "every": None}
+    (group,) = groups.group([make_run(0), new])
+    assert group.label == "DPO beta 0.02" and len(group.runs) == 2
+    assert groups.swept([make_run(0)["settings"], new["settings"]]) == ["seed"]
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ({"preference": "dpop", "lam": 5.0}, "DPOP beta 0.02 lam 5"),
+        ({"preference": "chi_po", "clip": 10.0}, "chi-PO beta 0.02 clip 10"),
+        ({"preference": "simpo", "gamma": 1.0, "beta": 2.0}, "SimPO beta 2 gamma 1"),
+        ({"preference": "robust", "label_smoothing": 0.25}, "robust DPO beta 0.02 smoothing 0.25"),
+        ({"normalize": True, "beta": 5.0}, "DPO per token beta 5"),
+        ({"normalize": True, "sft": "avg", "eta": 0.1}, "DPO per token + SFT avg beta 0.02 eta 0.1"),
+    ],
+)
+def test_names_of_baselines(loss, expected):
+    """Each baseline by its name and its own number."""
+    now = {"lam": None, "clip": None, "gamma": None, "normalize": False}
+    assert groups.name(DPO | now | loss) == expected
+
+
 def test_what_differs_is_in_the_label():
     """By objective, then beta and eta as numbers; other keys that differ as key=value, on every label."""
     runs = [make_run(loss={"beta": beta, "sft": "sum", "eta": eta}) for beta in (0.1, 0.02) for eta in (0.25, 0.05, 0)]

@@ -61,15 +61,28 @@ def test_a_reference_moves_as_its_formula_says(tiny, tmp_path):
             torch.testing.assert_close(of[step].double(), expected, rtol=0, atol=1e-6)
 
 
-def test_a_reference_that_copies_has_no_margins_left(tiny, tmp_path):
-    """alpha = 1 after every update: the policy is its own reference at each step, so rewards are 0 and the loss ln 2."""
-    events = run(tiny, tmp_path / "run", "loss=dpo", "reference=moving", "reference.every=1", "reference.alpha=1")
+def test_a_moving_reference_is_of_the_loss_alone(tiny, tmp_path):
+    """alpha = 1 after every update: the policy is its own reference, so every loss is ln 2; metrics are against the start."""
+    args = ("loss=dpo", "reference=moving", f"cache_dir={tmp_path / 'cache'}")
+    events = run(tiny, tmp_path / "run", *args, "reference.every=1", "reference.alpha=1")
     for event in events:
         assert event["loss"] == pytest.approx(math.log(2), abs=1e-6)
-        assert event["rewards/margins"] == pytest.approx(0, abs=1e-6)
-    still = run(tiny, tmp_path / "still", "loss=dpo", "reference=moving", "reference.every=99")
+    assert abs(events[-1]["shift/chosen"]) > 1e-3 and abs(events[-1]["rewards/margins"]) > 1e-4
+    still = run(tiny, tmp_path / "still", *args, "reference.every=99")
     live = run(tiny, tmp_path / "live", "loss=dpo", "reference=live")
-    assert timeless(still) == timeless(live)
+    for a, b in zip(still, live, strict=True):
+        assert a["loss"] == b["loss"] and a["shift/chosen"] == pytest.approx(b["shift/chosen"], abs=1e-4)
+    cached = run(tiny, tmp_path / "cached", "loss=dpo", f"cache_dir={tmp_path / 'cache'}")
+    assert [e["shift/chosen"] for e in still] == [e["shift/chosen"] for e in cached]
+
+
+def test_a_moving_reference_of_no_loss_or_adapter_is_refused(tiny, tmp_path):
+    """A loss without a reference would not read it; an adapter's is its own base, which stands still."""
+    with pytest.raises(UserError, match="reference=moving with loss.preference=simpo: it has no reference"):
+        run(tiny, tmp_path / "run", "loss=simpo", *MOVING)
+    pytest.importorskip("peft", reason="peft is not installed (pip install -e '.[lora]')")
+    with pytest.raises(UserError, match="reference=moving: an adapter's reference is its base, which stands still"):
+        run(tiny, tmp_path / "run", "model.lora.r=2", *MOVING)
 
 
 @pytest.mark.parametrize("more", [(), ("fsdp.reshard_after_forward=false", "fsdp.activation_checkpointing=full")])
@@ -81,13 +94,6 @@ def test_a_moving_reference_resumes_to_the_bit(more, tiny, tmp_path):
     assert timeless(run(tiny, tmp_path / "half", *args, "max_steps=6"))[-1] == timeless(whole)[-1]
     half, whole = (weights(tmp_path / name / "model") for name in ("half", "whole"))
     assert all(torch.equal(half[name], whole[name]) for name in whole)
-
-
-def test_an_adapter_has_no_moving_reference(tiny, tmp_path):
-    """Its reference is its own base, which stands still."""
-    pytest.importorskip("peft", reason="peft is not installed (pip install -e '.[lora]')")
-    with pytest.raises(UserError, match="reference=moving: an adapter's reference is its base, which stands still"):
-        run(tiny, tmp_path / "run", "model.lora.r=2", *MOVING)
 
 
 def checkpoint(folder, step):

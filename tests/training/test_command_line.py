@@ -147,6 +147,7 @@ def test_scripts_say_it(tmp_path):
         ("data=fils", "did you mean data=files?"),
         ("reference=zzz", "conf/reference has no zzz; there are cached, live, moving"),
         ("recipe=paper", "did you mean recipe=paper_beta|"),
+        ("loss=null", "loss=null: expected one of conf/loss: chi_po, cpo"),
     ],
 )
 def test_what_is_misspelt_is_refused_with_what_was_meant(text, words):
@@ -179,6 +180,12 @@ def test_what_is_misspelt_is_refused_with_what_was_meant(text, words):
 def test_what_hydra_allows_is_let_through(text):
     """Groups, open mappings, Hydra's own keys, what is taken away, a user's own group."""
     command_line.check([text], Train, multirun=True)
+
+
+def test_a_list_is_asked_for_in_brackets():
+    """A comma in what takes only lists is no sweep that was meant."""
+    with pytest.raises(UserError, match=r"wandb.tags=a,b: expected a list; write wandb.tags=\[a,b\]"):
+        command_line.check(["wandb.tags=a,b"], Train, multirun=False)
 
 
 def test_every_key_elsewhere_is_one_here():
