@@ -13,7 +13,7 @@ help: ## what there is
 $(VENV)/.ready: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,eval,lora,4bit,tensorboard]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,eval,lora,4bit,tensorboard,launchers]'
 	touch $@
 
 # Two sweeps side by side, one thread each: the model is too small for more. eta 0 is DPO, bit for bit. A signal ends both.

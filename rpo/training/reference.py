@@ -10,16 +10,18 @@ are checksummed, written whole or not at all under names of their own, so runs t
 Rank 0 alone touches the disk, the folder may be its node's own. N: scored tokens of a micro-batch.
 """
 
+import fcntl
 import hashlib
 import json
 import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -99,8 +101,11 @@ def score_rows(
     holes = dist.on_main(_look_up, folder, rows, found)
     scored = partial(_score, policy, rows, layout=layout, budget=budget, device=device)
     if len(holes):
-        dist.on_main(_make_room, folder, cache_dir, rows, holes, facts)
-        _fill(scored, rows, holes, folder, found, name)
+        with _turn(folder, name):
+            holes = dist.on_main(_look_up, folder, rows, found)  # another run may just have filled them
+            if len(holes):
+                dist.on_main(_make_room, folder, cache_dir, rows, holes, facts)
+                _fill(scored, rows, holes, folder, found, name)
     _rescore(scored, rows, holes, folder, found, noise_floor)
     if dist.is_main():
         cached = f"{len(rows) - len(holes)} from the cache"
@@ -158,6 +163,30 @@ def _look_up(folder: Path, rows: Rows, found: Logps) -> np.ndarray:
             if digest in wanted:
                 found |= dict.fromkeys(wanted[digest], np.array(logps[start:end]))  # a copy: a map costs a file handle
     return np.array([i for i in range(len(rows)) if i not in found], dtype=np.int64)
+
+
+@contextmanager
+def _turn(folder: Path, name: str) -> Iterator[None]:
+    """One run at a time scores for one cache on one machine: those beside it, as of a parallel sweep, wait and then read.
+
+    The system frees the lock however a run ends. Where there can be none all score, which does no harm.
+    """
+    held: list[TextIO] = []
+    with dist.main_first():
+        if dist.is_main():
+            with suppress(OSError):  # a file system without locks; what cannot be written `_make_room` says
+                folder.mkdir(parents=True, exist_ok=True)
+                held.append((folder / "lock").open("a"))
+                try:
+                    fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    print(f"reference: another run scores {name} pairs for {folder}; waiting for it", flush=True)
+                    fcntl.flock(held[0], fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()
 
 
 def _make_room(folder: Path, cache_dir: Path, rows: Rows, holes: np.ndarray, facts: dict) -> None:

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 
 import pytest
+import torch
 from hydra.core.hydra_config import HydraConfig
 
 from rpo import dist
@@ -17,7 +18,7 @@ from rpo.model.policy import Policy
 from rpo.runs import log, process
 from rpo.training import prepare
 from rpo.training import sweep as sweep_module
-from tests.helpers.runs import ROOT, command, run, script_env, tiny_args
+from tests.helpers.runs import ROOT, command, run, script_env, timeless, tiny_args, weights
 
 GRID = ("loss=rpo_sum", "sample_every=2", "data.max_length=512")
 SHORT = ("batch_size=8", "max_steps=3", "log_every=1", "eval_every=0")
@@ -261,56 +262,26 @@ def test_hydras_own_names_of_the_folder_are_obeyed(script, tmp_path):
     assert (tmp_path / "it's/sweep.csv").exists()
 
 
-LAUNCHER = """
-import multiprocessing, sys
-import cloudpickle as pickle
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.singleton import Singleton
-from hydra.core.utils import run_job, setup_globals
-from hydra.plugins.launcher import Launcher
-
-
-class OwnProcess(Launcher):
-    def setup(self, *, hydra_context, task_function, config):
-        self.context, self.config, self.task = hydra_context, config, task_function
-
-    def launch(self, job_overrides, initial_job_idx):
-        setup_globals()
-        results = []
-        for i, overrides in enumerate(job_overrides):
-            cfg = self.context.config_loader.load_sweep_config(self.config, list(overrides))
-            cfg.hydra.job.num = initial_job_idx + i
-            sent = pickle.dumps((self.context, cfg, Singleton.get_state()))
-            worker = multiprocessing.get_context("spawn").Process(target=work, args=(sent, sys.argv))
-            worker.start(), worker.join()
-            assert worker.exitcode == 0
-        return results
-
-
-def work(sent, argv):
-    sys.argv = argv
-    import train
-    context, cfg, state = pickle.loads(sent)
-    setup_globals()
-    Singleton.set_state(state)
-    run_job(task_function=train.main.__wrapped__, config=cfg, job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir", hydra_context=context)
-
-
-ConfigStore.instance().store(
-    group="hydra/launcher", name="own", node={"_target_": "hydra_plugins.own.OwnProcess"}, provider="own")
-"""
-
-
 @pytest.mark.slow
-def test_a_launcher_of_another_process_runs_all_cells(tiny, tmp_path):
-    """A launcher that sends each cell to a process, as joblib's and submitit's do: the open lock and handlers stay behind."""
-    pytest.importorskip("cloudpickle")  # how those launchers send it
-    (tmp_path / "plugins/hydra_plugins").mkdir(parents=True)
-    (tmp_path / "plugins/hydra_plugins/own.py").write_text(LAUNCHER)
-    args = tiny_args(tiny, *SHORT, f"run_dir={tmp_path / 'sweep'}", "seed=0,1", "hydra/launcher=own")
-    env = script_env(PYTHONPATH=f"{ROOT}:{tmp_path / 'plugins'}")
-    done = subprocess.run(command("train.py", "-m", *args), env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [row["state"] for row in rows(tmp_path / "sweep")] == ["finished"] * 2
+def test_joblib_makes_the_same_sweep(tiny, tmp_path):
+    """Twelve cells by two of joblib's processes: the weights and numbers of the serial sweep bit for bit, one reference pass."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs pip install -e '.[launchers]'")
+    grid = ("loss=rpo_sum", "loss.beta=0.02,0.05,0.1", "loss.eta=0,0.005,0.05,0.25")
+    printed = {}
+    for name, *more in (("serial",), ("joblib", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")):
+        args = tiny_args(tiny, *SHORT, *grid, *more, f"run_dir={tmp_path / name}", f"cache_dir={tmp_path / name}_cache")
+        done = subprocess.run(
+            command("train.py", "-m", *args), env=script_env(), cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed[name] = done.stdout
+    assert (
+        printed["joblib"].count("reference: scored") == printed["serial"].count("reference: scored") == 2
+    )  # train, eval
+    serial, parallel = (rows(tmp_path / name) for name in printed)
+    assert [row["state"] for row in parallel] == ["finished"] * 12
+    assert (tmp_path / "joblib" / "sweep.png").exists()
+    for cell in range(12):
+        events = [timeless(log.read_jsonl(tmp_path / name / str(cell) / "metrics.jsonl")) for name in printed]
+        theirs, ours = (weights(tmp_path / name / str(cell) / "model") for name in printed)
+        assert events[0] == events[1] and all(torch.equal(theirs[key], ours[key]) for key in theirs)
