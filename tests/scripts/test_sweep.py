@@ -151,7 +151,7 @@ def test_a_failed_cell_is_a_row(tiny, tmp_path):
     ("bad", "code", "message"),
     [
         ("loss.beta=0.02,-1", 2, r"error: loss.beta=-1: expected > 0"),
-        ("loss=dpo,nosuch", 1, r"error: In 'train': Could not find 'loss/nosuch'"),
+        ("loss=dpo,nosuch", 2, "error: loss=dpo,nosuch: conf/loss has no nosuch; there are chi_po"),
         ("seed=shuffle(1,2,3)", 2, "error: seed=shuffle(1,2,3): gives its values in another order each time"),
         ("seed=shuffle(range(0,9))", 2, "error: seed=shuffle(range(0,9)): gives its values in another order"),
         ("run_dir=A,B", 2, "error: run_dir=A,B: a cell's folder is its number"),

@@ -331,7 +331,7 @@ MISTAKES = [
     (["model=hub", "data=files", "data.train=F", "model.path=NO/SUCH", "gpus=1", "gib=80"], "give model.path=DIR"),
     (["gpus=1", "gib=80"], "model.architecture: has no vocab_size"),
     ([BETA, "gpus=1", "gib=80", "model.architecture.hidden_size=0"], "does not run on tensors without data"),
-    (["recipe=none_such", "gpus=1", "gib=80"], "recipe/none_such"),
+    (["recipe=none_such", "gpus=1", "gib=80"], "conf/recipe has no none_such; there are demo"),
 ]
 
 
