@@ -172,7 +172,7 @@ def planned(work: Work, *, compile: bool, layout: str = "packed", **_: Any) -> f
         model=group(dtype=str(work.dtype).removeprefix("torch.")),
         optim=group(state_dtype="float32"),
         fsdp=replace(shard.PLAIN, activation_checkpointing=work.activation_checkpointing, reshard_after_forward=False),
-        loss=group(preference="sigmoid"),
+        loss=DPO,
         reference=group(kind="cached"),
         data=group(train="files", eval=None, max_length=data.MAX_LENGTH),
         batch_size=work.pairs,

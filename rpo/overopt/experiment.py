@@ -76,11 +76,15 @@ KL_LEVELS = (0.5, 1.0, 2.0)  # nats at which runs are compared
 _CHILDREN: set[subprocess.Popen] = set()  # that run now
 
 
+def _command(script: str) -> list[str]:
+    return [sys.executable, "-m", f"rpo.{script}"]
+
+
 def _run(script: str, *args: str) -> None:
     """`train` or `eval` in a process of one thread; its output goes to our own. Raises where it fails."""
     print(f"rpo-{script}", *args, flush=True)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-m", f"rpo.{script}", *args], env=env) as child:
+    with subprocess.Popen([*_command(script), *args], env=env) as child:
         _CHILDREN.add(child)
         code = child.wait()
     _CHILDREN.remove(child)

@@ -98,7 +98,7 @@ from rpo.overopt import experiment
 folder = Path(sys.argv[1])
 (folder / "train.py").write_text(
     "import os, time, signal; open(os.environ['LIST'], 'a').write(f'{os.getpid()}\\\\n'); time.sleep(60)")
-experiment.ROOT = folder
+experiment._command = lambda script: [sys.executable, str(folder / f"{script}.py")]
 experiment.ARMS = {name: ("loss=dpo",) for name in ("dpo", "a", "b", "c")}
 if len(sys.argv) > 2:
     def train(folder, arm, seeds, true=experiment._train):
@@ -106,7 +106,7 @@ if len(sys.argv) > 2:
             true(folder, arm, seeds)
     experiment._train = train
     run = experiment._run
-    experiment._run = lambda script, *args: run(script, *args) if script == "train.py" else None
+    experiment._run = lambda script, *args: run(script, *args) if script == "train" else None
 sys.argv[1:] = [str(folder / "study")]
 experiment.main()
 """
