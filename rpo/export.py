@@ -185,7 +185,8 @@ def card(source: Source, how: str, evaluations: Sequence[str], *, combined: bool
         loss, settings = run.loss, record.settings
         per_token = "(logp(chosen) - logp_ref(chosen)) - (logp(rejected) - logp_ref(rejected))"
         per_token += ", each divided by its response's tokens" * loss.normalize
-        form = PREFERENCE["cdpo" if loss.preference == "sigmoid" and loss.label_smoothing else loss.preference]
+        kind = "cdpo" if loss.preference == "sigmoid" and loss.label_smoothing else loss.preference
+        form = PREFERENCE.get(kind, kind)  # one that a user added has its name alone
         terms = [form, SFT[loss.sft] if loss.eta else ""]
         data = settings["data"]["train"]
         parts = [data] if isinstance(data, str) else [part if isinstance(part, str) else part["path"] for part in data]
@@ -237,7 +238,8 @@ def _source(loss: config.Loss) -> str:
         return "supervised fine-tuning"
     if loss.preference == "sigmoid" and loss.eta:
         return "Regularized Preference Optimization (RPO), arXiv 2405.16436"
-    return f"arXiv {PAPERS['per_token' if loss.preference == 'sigmoid' and loss.normalize else loss.preference]}"
+    paper = PAPERS.get("per_token" if loss.preference == "sigmoid" and loss.normalize else loss.preference)
+    return f"arXiv {paper}" if paper else "a loss that the published code does not have"
 
 
 def _held_out(source: Source) -> list[str]:

@@ -93,7 +93,7 @@ def dpop(margin_P: Tensor, shift_chosen_P: Tensor, beta: float, lam: float) -> T
     return sigmoid(margin_P - lam * F.relu(-shift_chosen_P), beta)
 
 
-LOG_RATIO_MAX = 20.0  # of chi-PO's exponential, as its authors bound it: e^89 is more than fp32 holds
+LOG_RATIO_MAX = 20.0  # of chi-PO's exponential, a bound of this project: e^89 is more than fp32 holds
 
 
 def chi_po(shift_chosen_P: Tensor, shift_rejected_P: Tensor, beta: float, clip: float | None) -> Tensor:

@@ -103,9 +103,8 @@ class RunLog:
 
             path = run_dir / FILES[0]
             last = max((event["step"] for event in read_jsonl(path)), default=-1) if path.exists() else -1
-            self.writer = SummaryWriter(
-                run_dir / "tensorboard", purge_step=last + 1
-            )  # what a stopped run had beyond it
+            # Purged: what a stopped run had beyond its last checkpoint.
+            self.writer = SummaryWriter(run_dir / "tensorboard", purge_step=last + 1)
         if (mode := wandb_mode(cfg.wandb)) != "disabled":
             self._start(cfg.wandb, to_dict(cfg), mode, num_cut)
 

@@ -147,9 +147,8 @@ def check_memory(cfg: Train, config: PreTrainedConfig, device: torch.device) -> 
     each = 2 * (master + moment)
     if has_adapter:  # its own are few
         each = four_bit.BYTES if cfg.model.load_in_4bit else compute
-    sharers = (
-        1 if cfg.model.load_in_4bit else dist.world_size() // cfg.fsdp.replicate_degree
-    )  # four bits are whole on each
+    # Four bits are whole on each process.
+    sharers = 1 if cfg.model.load_in_4bit else dist.world_size() // cfg.fsdp.replicate_degree
     needed = int(each * count) // sharers
     room = dist.memory(device)
     if needed > room:

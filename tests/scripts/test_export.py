@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rpo import dist, export
 from rpo.errors import UserError
 from rpo.model import saving
-from tests.helpers.runs import run, weights
+from tests.helpers.runs import run, settings, weights
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +185,21 @@ def test_a_push_is_of_the_whole_folder(two_steps, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--push-to-hub a/refused: .*403: no rights.*; .*other is written"):
         exported(model, tmp_path / "other", "--push-to-hub", "a/refused")
     assert (tmp_path / "other" / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["loss=dpo"], "2305.18290"),
+        (["loss=rpo_sum"], "2405.16436"),
+        (["loss=dpo_norm"], "2411.15124"),
+        (["loss=chi_po"], "2407.13399"),
+        (["loss=sft"], "supervised"),
+    ],
+)
+def test_a_card_names_the_paper_of_its_loss(given, words):
+    """The source on the card is that of the loss that was trained; a user's own has none, and no error."""
+    loss = settings(*given).loss
+    assert words in export._source(loss)
+    object.__setattr__(loss, "preference", "mine")
+    assert export._source(loss) == "a loss that the published code does not have"
